@@ -1,0 +1,295 @@
+"""CPU kernels compiled by numba: the descriptor, and what its kernels share (`jit`, `pointer`, `strides`, `parallel`).
+
+numba itself is imported by `jit` and `unavailable` only. Compiled code is cached in a folder of our own whose name is
+a digest of the kernel sources, so that an edited helper never meets stale code; numba's settings are left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import os
+import queue
+import sys
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Callable
+
+from ..arrays import is_numpy, is_torch
+
+log = logging.getLogger("flagops")
+
+_OPTIONS = {"nogil": True, "error_model": "numpy"}
+
+
+class _Numba:
+    """Kernels compiled for the host CPU by numba; torch CPU tensors and NumPy arrays."""
+
+    name = "numba"
+    kernels = "flagops.kernels"
+    dispatch_keys = ("CPU",)
+
+    @lru_cache(maxsize=None)  # noqa: B019  (one instance per process)
+    def unavailable(self) -> str | None:
+        try:
+            import numba  # noqa: F401
+        except Exception as error:
+            return f"numba cannot be imported: {error}"
+        return None
+
+    def refuses(self, array: Any) -> str | None:
+        if is_torch(array):
+            import torch
+
+            if array.device.type != "cpu":
+                return f"the tensor is on {array.device}, numba kernels run on the CPU"
+            if array.layout is not torch.strided:
+                return f"the tensor's layout is {array.layout}, not torch.strided"
+            if type(array).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+                return f"{type(array).__name__} keeps no elements of its own"
+            return None
+        if is_numpy(array):
+            size = array.itemsize
+            if not array.flags.aligned or any(s % size for s, n in zip(array.strides, array.shape) if n > 1):
+                return "the array is not aligned to its elements"
+            if not array.dtype.isnative:
+                return "the array is not in native byte order"
+            return None
+        return f"{type(array).__name__} is neither a torch tensor nor a NumPy array"
+
+    def facts(self) -> dict[str, str]:
+        import llvmlite.binding as llvm
+        import numba
+
+        folder = _cache_folder(self.kernels)
+        return {
+            "numba": numba.__version__,
+            "llvm": ".".join(map(str, llvm.llvm_version_info)),
+            "cpu": llvm.get_host_cpu_name(),
+            "threads": str(threads()),
+            "cache": str(folder) if folder else "none",
+        }
+
+    def synchronize(self) -> None:
+        """Nothing runs behind a caller's back."""
+
+
+backend = _Numba()
+
+
+def pointer(x: Any) -> int:
+    """Address of the first element of a torch CPU tensor or a NumPy array."""
+    return x.data_ptr() if hasattr(x, "data_ptr") else x.__array_interface__["data"][0]
+
+
+def strides(x: Any) -> tuple[int, ...]:
+    """Strides in elements."""
+    if hasattr(x, "stride"):
+        return x.stride()
+    size = x.itemsize
+    return tuple([s // size for s in x.strides])
+
+
+def jit(function: Any) -> Any:
+    """`numba.njit` that releases the GIL, divides as NumPy does, and is cached in our own folder."""
+    import numba
+
+    dispatcher = numba.njit(**_OPTIONS)(function)
+    folder = _cache_folder(function.__module__.rpartition(".")[0])
+    if folder:
+        dispatcher._cache = _cache_class()(function, folder)
+    return dispatcher
+
+
+def _cache_root() -> Path:
+    if folder := os.environ.get("FLAGOPS_CACHE"):
+        return Path(folder)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "flagops" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "flagops"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flagops"
+
+
+@lru_cache(maxsize=None)
+def _cache_folder(package: str) -> Path | None:
+    """The folder for one package of kernels, made if need be; None where none can be written."""
+    import llvmlite.binding as llvm
+    import numba
+    from importlib.resources import files
+
+    digest = hashlib.sha256(repr((numba.__version__, llvm.get_host_cpu_name(), sorted(_OPTIONS.items()))).encode())
+    try:
+        for source in sorted(files(package).iterdir(), key=lambda file: file.name):
+            if source.name.endswith("_numba.py") or (source.name.startswith("_") and source.name.endswith(".py")):
+                digest.update(source.name.encode() + b"\0" + source.read_bytes())
+        folder = _cache_root() / "numba" / digest.hexdigest()[:20]
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} is read-only")
+    except Exception as error:  # no home folder, a file in its place, a package without a listing
+        log.info("compiled numba kernels are not cached: %s", error)
+        return None
+    return folder
+
+
+@lru_cache(maxsize=None)
+def _cache_class() -> Any:
+    from numba.core import caching
+
+    class Locator(caching._CacheLocator):  # type: ignore[misc]
+        def __init__(self, function: Any, folder: Path) -> None:
+            self._py_file = function.__code__.co_filename  # numba names it in a warning
+            self._path, self._line = str(folder), str(function.__code__.co_firstlineno)
+
+        def get_cache_path(self) -> str:
+            return self._path
+
+        def get_source_stamp(self) -> str:
+            return self._path  # its name is the digest of the sources
+
+        def get_disambiguator(self) -> str:
+            return self._line
+
+    class Store(caching.CompileResultCacheImpl):  # type: ignore[misc]
+        def __init__(self, function: Any, folder: Path) -> None:
+            code = function.__code__
+            self._lineno, self._locator = code.co_firstlineno, Locator(function, folder)
+            self._filename_base = self.get_filename_base(f"{function.__module__}.{code.co_name}", sys.abiflags
+                                                         if hasattr(sys, "abiflags") else "")
+
+    class Cache(caching.FunctionCache):  # type: ignore[misc]
+        """numba's cache in a folder of ours; a failure to read or write costs a compilation, never the call."""
+
+        def __init__(self, function: Any, folder: Path) -> None:
+            self._impl_class = lambda f: Store(f, folder)
+            super().__init__(function)
+
+        def load_overload(self, sig: Any, target_context: Any) -> Any:
+            try:
+                return super().load_overload(sig, target_context)
+            except Exception as error:
+                log.info("cached numba kernel ignored: %s", error)
+                return None
+
+        def save_overload(self, sig: Any, data: Any) -> None:
+            try:
+                super().save_overload(sig, data)
+            except Exception as error:
+                log.info("compiled numba kernel not cached: %s", error)
+                self.disable()
+
+    return Cache
+
+
+def threads() -> int:
+    """torch's thread count where torch is loaded, else the processors this process may use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "get_num_threads"):
+        return int(torch.get_num_threads())
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_CHUNKS = 4  # a thread that loses its processor delays the call by one chunk
+
+
+class _Job:
+    """One call of `parallel`: a row of chunks that its caller and any idle workers take from in turn."""
+
+    __slots__ = ("kernel", "tasks", "args", "chunk", "starts", "active", "closed", "error", "lock", "done")
+
+    def __init__(self, kernel: Any, tasks: int, args: tuple[Any, ...], chunk: int) -> None:
+        self.kernel, self.tasks, self.args, self.chunk = kernel, tasks, args, chunk
+        self.starts = itertools.count(0, chunk)
+        self.active, self.closed = 0, False
+        self.error: BaseException | None = None
+        self.lock, self.done = threading.Lock(), threading.Lock()
+        self.done.acquire()
+
+    def run(self) -> None:
+        try:
+            for start in self.starts:
+                if start >= self.tasks or self.error is not None:
+                    return
+                self.kernel(start, min(start + self.chunk, self.tasks), *self.args)
+        except BaseException as error:
+            self.error = error
+
+    def help(self) -> None:
+        with self.lock:
+            if self.closed:
+                return
+            self.active += 1
+        self.run()
+        with self.lock:
+            self.active -= 1
+            if self.closed and not self.active:
+                self.done.release()
+
+    def finish(self) -> None:
+        """Wait for the workers that took part, and only for those: a worker that never came can hang nobody."""
+        with self.lock:
+            self.closed = True
+            waiting = self.active > 0
+        while waiting:
+            try:
+                self.done.acquire()
+                waiting = False
+            except BaseException as error:  # an interrupt must not free arrays that workers still write to
+                self.error = error
+        if self.error is not None:
+            raise self.error
+
+
+class _Pool:
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self.workers = 0
+        self.lock = threading.Lock()
+
+    def _work(self) -> None:
+        while True:
+            self.jobs.get().help()
+
+    def post(self, job: _Job, helpers: int) -> None:
+        if self.workers < helpers:
+            with self.lock:
+                while self.workers < helpers:
+                    threading.Thread(target=self._work, name=f"flagops-{self.workers}", daemon=True).start()
+                    self.workers += 1
+        for _ in range(helpers):
+            self.jobs.put(job)
+
+
+_pool: _Pool | None = _Pool()
+
+
+def _forked() -> None:
+    global _pool
+    _pool = None  # its threads stayed in the parent
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def parallel(kernel: Callable[..., Any], tasks: int, *args: Any, minimum: int = 1) -> None:
+    """Run `kernel(start, stop, *args)` over all of range(tasks), on the caller's thread and on idle pool threads.
+
+    Chunks hold at least `minimum` tasks. Serial for few tasks, in a forked child and at interpreter exit.
+    """
+    pool = _pool
+    count = 1 if tasks < 2 * minimum or pool is None or sys.is_finalizing() else min(threads(), tasks // minimum)
+    if count < 2:
+        if tasks > 0:
+            kernel(0, tasks, *args)
+        return
+    job = _Job(kernel, tasks, args, max(minimum, -(-tasks // (count * _CHUNKS))))
+    try:
+        pool.post(job, count - 1)  # type: ignore[union-attr]
+    except RuntimeError:  # no thread can be started: the caller does it all
+        pass
+    job.run()
+    job.finish()
