@@ -13,9 +13,10 @@ import os
 import queue
 import sys
 import threading
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from ..arrays import is_numpy, is_torch
 
@@ -31,7 +32,7 @@ class _Numba:
     kernels = "flagops.kernels"
     dispatch_keys = ("CPU",)
 
-    @lru_cache(maxsize=None)  # noqa: B019  (one instance per process)
+    @cache  # noqa: B019  (one instance per process)
     def unavailable(self) -> str | None:
         try:
             import numba  # noqa: F401
@@ -113,12 +114,13 @@ def _cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flagops"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cache_folder(package: str) -> Path | None:
     """The folder for one package of kernels, made if need be; None where none can be written."""
+    from importlib.resources import files
+
     import llvmlite.binding as llvm
     import numba
-    from importlib.resources import files
 
     digest = hashlib.sha256(repr((numba.__version__, llvm.get_host_cpu_name(), sorted(_OPTIONS.items()))).encode())
     try:
@@ -135,7 +137,7 @@ def _cache_folder(package: str) -> Path | None:
     return folder
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cache_class() -> Any:
     from numba.core import caching
 
@@ -157,8 +159,7 @@ def _cache_class() -> Any:
         def __init__(self, function: Any, folder: Path) -> None:
             code = function.__code__
             self._lineno, self._locator = code.co_firstlineno, Locator(function, folder)
-            self._filename_base = self.get_filename_base(f"{function.__module__}.{code.co_name}", sys.abiflags
-                                                         if hasattr(sys, "abiflags") else "")
+            self._filename_base = self.get_filename_base(f"{function.__module__}.{code.co_name}", "")
 
     class Cache(caching.FunctionCache):  # type: ignore[misc]
         """numba's cache in a folder of ours; a failure to read or write costs a compilation, never the call."""
