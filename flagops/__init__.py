@@ -1,4 +1,54 @@
-from pathlib import Path
+"""Operators of transformer models, replaced by kernels that are proved against a NumPy reference.
 
-if not (Path(__file__).parent / "kernels").is_dir():  # a checkout: kernels/ and reference/ lie beside this folder
-    __path__.append(str(Path(__file__).parents[1]))
+``flagops.matmul(a, b)`` and its kin run the best kernel for where the arrays lie; ``flagops.enable()`` puts the same
+kernels under torch's own operators. Importing this module imports no framework: names load on first use.
+"""
+
+import os
+
+__version__ = "0.1.0"
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+if not os.path.isdir(os.path.join(_HERE, "kernels")):  # a checkout: kernels/ and reference/ lie beside this folder
+    __path__.append(os.path.dirname(_HERE))
+
+_HOMES = {
+    "Unsupported": "errors",
+    "using": "config",
+    "kernel": "registry",
+    "operators": "registry",
+    "coverage": "dispatch",
+    "window_indices": "indices",
+    "hca_indices": "indices",
+    "enable": "override",
+    "patch": "transformers",
+}
+_MODULES = frozenset({"arrays", "backends", "bench", "config", "dispatch", "operator", "registry", "testing"})
+
+
+def __getattr__(name):
+    import importlib
+
+    if name.startswith("_"):
+        raise AttributeError(f"module 'flagops' has no attribute {name!r}")
+    if name in _MODULES:
+        return importlib.import_module(f"flagops.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"flagops.{_HOMES[name]}"), name)
+    else:
+        from flagops import registry
+
+        if name not in registry.operators():
+            from flagops.errors import suggestion
+
+            known = [*_HOMES, *_MODULES, *registry.operators()]
+            raise AttributeError(f"module 'flagops' has no attribute {name!r}{suggestion(name, known)}")
+        value = registry.operators()[name].public
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    from flagops import registry
+
+    return sorted({*globals(), *_HOMES, *_MODULES, *registry.operators()})

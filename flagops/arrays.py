@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
-from functools import lru_cache
 from typing import Any
 
 HALF = ("float16", "bfloat16")
 FLOATS = (*HALF, "float32", "float64")
+ONE_BYTE = ("uint8", "int8", "float8_e4m3fn", "float8_e8m0fnu", "float4_e2m1fn_x2")
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.") if type(dtype).__module__ == "torch" else str(getattr(dtype, "name", dtype))
+    if type(dtype).__module__ == "torch":
+        return str(dtype).removeprefix("torch.")
+    import numpy
+
+    return numpy.dtype(dtype).name
 
 
 def dtype_name(x: Any) -> str:
     """The dtype of an array by the name that torch, NumPy and ml_dtypes share, such as ``"bfloat16"``."""
     return _name(x.dtype)
+
+
+def parse_dtype(value: Any) -> str:
+    """The name of a dtype given as a name, a torch dtype or anything that `numpy.dtype` takes."""
+    if isinstance(value, str):
+        return value
+    try:
+        return _name(value)
+    except TypeError:
+        raise TypeError(f"must be a dtype or its name, got {value!r}") from None
 
 
 def is_torch(x: Any) -> bool:
@@ -28,3 +44,92 @@ def is_torch(x: Any) -> bool:
 def is_numpy(x: Any) -> bool:
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(x, numpy.ndarray)
+
+
+def numpy_dtype(name: str) -> Any:
+    """The NumPy dtype of a name; ml_dtypes gives those that NumPy lacks."""
+    import numpy
+
+    if name in ("bfloat16", "float8_e4m3fn", "float8_e8m0fnu"):
+        import ml_dtypes
+
+        return numpy.dtype(getattr(ml_dtypes, name))
+    return numpy.dtype(name)
+
+
+def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+    """An uninitialised array of the kind and on the device of another."""
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+    import numpy
+
+    return numpy.empty(shape, numpy_dtype(dtype))
+
+
+def codes(x: Any) -> Any:
+    """A one-byte format as its bytes; uint8 and wider formats as they are."""
+    if dtype_name(x) == "uint8" or x.dtype.itemsize != 1:
+        return x
+    return x.view(sys.modules["torch"].uint8 if is_torch(x) else "uint8")
+
+
+def as_numpy(x: Any) -> Any:
+    """A CPU tensor (or array) as a NumPy array on the same memory; bfloat16 and FP8 become ml_dtypes."""
+    if not is_torch(x):
+        return x
+    torch, name = sys.modules["torch"], dtype_name(x)
+    x = x.detach()
+    if name in ("bfloat16", "float8_e4m3fn", "float8_e8m0fnu"):
+        raw = torch.uint8 if x.dtype.itemsize == 1 else torch.uint16
+        return x.view(raw).numpy().view(numpy_dtype(name))
+    return codes(x).numpy() if name == "float4_e2m1fn_x2" else x.numpy()
+
+
+def as_torch(x: Any) -> Any:
+    """A NumPy array as a CPU tensor on the same memory; the inverse of `as_numpy`."""
+    import torch
+
+    name = dtype_name(x)
+    if name in ("bfloat16", "float8_e4m3fn", "float8_e8m0fnu"):
+        raw = "uint8" if x.dtype.itemsize == 1 else "uint16"
+        return torch.from_numpy(x.view(raw)).view(getattr(torch, name))
+    return torch.from_numpy(x)
+
+
+def overlap(out: Any, x: Any) -> bool:
+    """Whether two arrays may share memory, by the bounds of what they span."""
+    if not is_torch(out):
+        import numpy
+
+        return bool(numpy.may_share_memory(out, x))
+    start, first = out.data_ptr(), x.data_ptr()
+    return bool(start < first + _span(x) and first < start + _span(out))
+
+
+def _span(x: Any) -> int:
+    """Bytes from the first element of a tensor to behind its last."""
+    if not x.numel():
+        return 0
+    last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return int((last + 1) * x.element_size())
+
+
+def device_class(x: Any) -> str:
+    """The row of the default order that fits where an array lies: ``cpu``, ``cpu-bf16``, ``cuda``, ..."""
+    if is_torch(x) and x.device.type != "cpu":
+        return str(x.device.type)
+    return "cpu-bf16" if torch_has_native_bf16() else "cpu"
+
+
+@functools.cache
+def torch_has_native_bf16() -> bool:
+    """Whether torch multiplies bfloat16 with instructions of this CPU; oneDNN can be told not to."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    if limit and limit not in ("DEFAULT", "ALL") and not limit.endswith(("_BF16", "AMX", "FP16")):
+        return False
+    supported = (getattr(torch.cpu, f"_is_{unit}_supported", lambda: False) for unit in ("avx512_bf16", "amx_tile"))
+    return any(check() for check in supported)

@@ -1,5 +1,133 @@
-"""Placeholder until the table of settings lands."""
+"""Every setting, once: its variable, its parser, its default and its meaning.
+
+The environment is read at first use and a value that does not parse raises. `using` changes settings for a block, in
+this thread or task alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from flagops.errors import suggestion
+
+
+def names(value: str | Sequence[str]) -> tuple[str, ...]:
+    """``"triton, torch"`` or a sequence of names as a tuple of names."""
+    parts = value.split(",") if isinstance(value, str) else value
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def flag(value: str | bool) -> bool:
+    switches = {"0": False, "1": True, "": False, False: False, True: True}
+    if value not in switches:
+        raise ValueError(f"expected 0 or 1, got {value!r}")
+    return switches[value]
+
+
+def size(value: str | int) -> int:
+    """Bytes: ``268435456``, ``"256MiB"``, ``"4GiB"``."""
+    text = str(value).strip()
+    for unit, shift in (("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40), ("", 0)):
+        number = text.removesuffix(unit).strip()
+        if text.endswith(unit) and number.isdecimal() and int(number) > 0:
+            return int(number) << shift
+    raise ValueError(f"expected bytes such as 268435456 or 256MiB, got {value!r}")
+
+
+def count(value: str | int) -> int:
+    if not str(value).isdecimal():
+        raise ValueError(f"expected a whole number, got {value!r}")
+    return int(value)
+
+
+def level(value: str) -> str:
+    if value.upper() not in ("", "DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ValueError(f"expected DEBUG, INFO, WARNING or ERROR, got {value!r}")
+    return value.upper()
+
+
+def folder(value: str) -> str:
+    return os.path.expanduser(value)
+
+
+def _setting(parse: Callable[[Any], Any], default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"parse": parse, "meaning": meaning})
+
+
+@dataclass(frozen=True, eq=False)
+class Config:
+    """One field a setting; the variable is FLAGOPS_ and the field's name in capitals."""
+
+    backend: tuple[str, ...] = _setting(names, (), "one backend (that or an error) or several (the first that works)")
+    ops: tuple[str, ...] = _setting(names, ("all",), "what flagops.enable() replaces: 'all,-matmul'")
+    check: bool = _setting(flag, False, "1: also check index values on a GPU, which waits for it")
+    budget: int = _setting(size, 256 << 20, "bytes that an operator's temporaries may take")
+    cache: str = _setting(folder, "", "folder of compiled kernels (default: flagops in the user's cache folder)")
+    fuel: int | None = _setting(count, None, "let only the first N replaced calls through (flagops bisect)")
+    log: str = _setting(level, "", "DEBUG, INFO, WARNING or ERROR: print flagops' log to standard error")
+
+
+def _parse(name: str, value: Any, label: str) -> Any:
+    known = {f.name: f for f in dataclasses.fields(Config)}
+    if name not in known:
+        raise ValueError(f"{label} is no setting of flagops{suggestion(name, known)}")
+    try:
+        return known[name].metadata["parse"](value)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from None
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Config:
+    chosen = {
+        variable.removeprefix("FLAGOPS_").lower(): (variable, value)
+        for variable, value in os.environ.items()
+        if variable.startswith("FLAGOPS_")
+    }
+    config = Config(**{name: _parse(name, value, variable) for name, (variable, value) in chosen.items()})
+    if config.log:
+        import logging
+
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        logger = logging.getLogger("flagops")
+        logger.addHandler(handler)
+        logger.setLevel(config.log)
+    return config
+
+
+_block: ContextVar[Config | None] = ContextVar("flagops", default=None)
+
+
+def current() -> Config:
+    """The settings in force here."""
+    return _block.get() or _environment()
 
 
 def budget() -> int:
-    return 256 << 20
+    """Bytes that one call's temporaries may take together."""
+    return current().budget
+
+
+def cache_folder() -> str:
+    """Where compiled kernels are kept: FLAGOPS_CACHE, or ``flagops`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return current().cache or os.path.join(base, "flagops")
+
+
+@contextmanager
+def using(**settings: Any) -> Iterator[Config]:
+    """Settings for a block of this thread: ``with flagops.using(backend="numba", budget="64MiB"): ...``."""
+    parsed = {name: _parse(name, value, f"using({name}=...)") for name, value in settings.items()}
+    token = _block.set(dataclasses.replace(current(), **parsed))
+    try:
+        yield current()
+    finally:
+        _block.reset(token)

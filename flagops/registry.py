@@ -1,15 +1,185 @@
-"""Operators and kernels found by name."""
+"""Finds operators and kernels by name and loads each on first use.
+
+A function under `operator` in ``reference/<family>.py`` is an operator; a function of the same name in
+``<family>_<backend>.py`` of a backend's kernel package is its kernel there. No list has to be edited.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Callable
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from flagops.backends import Backend
+from flagops.errors import Unsupported, suggestion
+
+if TYPE_CHECKING:
+    from flagops.operator import Operator
+
+BUILT_IN = ("numba", "torch", "triton", "numpy")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def kernel(*, deterministic: bool = False, batch_invariant: bool = False, note: str = "") -> Callable[[Any], Any]:
-    """Declare facts about a kernel; each one that is True is checked bit by bit by the parity suite."""
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an operator, and what its module says about it."""
 
-    def declare(function: Any) -> Any:
-        function.deterministic, function.batch_invariant, function.note = deterministic, batch_invariant, note
+    function: Callable[..., None]
+    unsupported: Callable[..., str | None] | None = None
+    backward: Callable[..., tuple[Any, ...]] | None = None
+    deterministic: bool = False
+    batch_invariant: bool = False
+    forwards_to: str = ""
+    note: str = ""
+
+
+def kernel(
+    *, deterministic: bool = False, batch_invariant: bool = False, forwards_to: str = "", note: str = ""
+) -> Callable[[Function], Function]:
+    """Declare facts about a kernel.
+
+    deterministic: repeats on the same arguments are equal bit by bit.
+    batch_invariant: a row of a batch is bit by bit what the row alone gives.
+    forwards_to: the library whose operator the kernel merely calls; reports then do not count it as a replacement.
+    note: what a reader of ``flagops ops`` should know, such as why it is slow.
+    """
+
+    def declare(function: Function) -> Function:
+        facts = {
+            "deterministic": deterministic,
+            "batch_invariant": batch_invariant,
+            "forwards_to": forwards_to,
+            "note": note,
+        }
+        function.__dict__.update(facts)
         return function
 
     return declare
+
+
+@lru_cache(maxsize=1)
+def operators() -> Mapping[str, Operator]:
+    """Every operator by name."""
+    from flagops.operator import Operator
+
+    package = importlib.import_module("flagops.reference")
+    found: dict[str, Operator] = {}
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")):
+        members = vars(importlib.import_module(f"flagops.reference.{module}"))
+        found.update({name: value for name, value in members.items() if isinstance(value, Operator)})
+    return found
+
+
+def operator(name: str) -> Operator:
+    """One operator; a ValueError that suggests the right name if there is none."""
+    if name not in operators():
+        raise ValueError(f"flagops has no operator {name!r}{suggestion(name, operators())}")
+    return operators()[name]
+
+
+@lru_cache(maxsize=1)
+def backend_names() -> tuple[str, ...]:
+    """The built-in backends, then those that installed packages offer."""
+    others = {entry.name for entry in entry_points(group="flagops.backends")} - set(BUILT_IN)
+    return (*BUILT_IN, *sorted(others))
+
+
+class _Broken:
+    """Stands for a backend whose descriptor cannot be loaded; the error is its reason."""
+
+    kernels = ""
+    dispatch_keys: tuple[str, ...] = ()
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+
+    def unavailable(self) -> str | None:
+        return self.reason
+
+    def refuses(self, array: Any) -> str | None:
+        return self.reason
+
+    def facts(self) -> dict[str, str]:
+        return {}
+
+    def synchronize(self) -> None:
+        pass
+
+
+@lru_cache(maxsize=None)
+def backend(name: str) -> Backend:
+    """The descriptor of a backend; a ValueError that suggests the right name if there is none."""
+    if name not in backend_names():
+        raise ValueError(f"flagops has no backend {name!r}{suggestion(name, backend_names())}")
+    try:
+        if name in BUILT_IN:
+            found = importlib.import_module(f"flagops.backends.{name}").backend
+        else:
+            (entry,) = entry_points(group="flagops.backends", name=name)
+            loaded = entry.load()
+            found = getattr(loaded, "backend", loaded)
+        if found.name != name:
+            return _Broken(name, f"its descriptor calls itself {found.name!r}")
+        return found  # type: ignore[no-any-return]
+    except Exception as error:  # somebody else's package: whatever it raises is the reason that doctor shows
+        return _Broken(name, f"its descriptor failed to load: {type(error).__name__}: {error}")
+
+
+@lru_cache(maxsize=None)
+def find(operator_name: str, backend_name: str) -> Kernel:
+    """The kernel of an operator for a backend. Raises Unsupported with the reason if there is none."""
+    op, owner = operator(operator_name), backend(backend_name)
+    reason = owner.unavailable()
+    if reason:
+        raise Unsupported(reason)
+    if callable(owner.kernels):
+        module, function = None, owner.kernels(op)
+    else:
+        module = _module(f"{owner.kernels}.{op.family}_{owner.name}")
+        function = getattr(module, op.name, None)
+    if function is None:
+        raise Unsupported(f"{backend_name} has no kernel for {op.name}")
+    return describe(op, function, module)
+
+
+def describe(op: Operator, function: Callable[..., None], module: ModuleType | None) -> Kernel:
+    """A kernel from its function and the module around it; a TypeError if its parameters are not the operator's."""
+    _same_parameters(function, op.parameters)
+    unsupported = getattr(module, f"{op.name}_unsupported", None)
+    backward = getattr(module, f"{op.name}_backward", None)
+    if unsupported:
+        _same_parameters(unsupported, op.inputs)
+    if backward:
+        _same_parameters(backward, ("grad", *op.inputs, "needs"))
+    facts = ("deterministic", "batch_invariant", "forwards_to", "note")
+    return Kernel(function, unsupported, backward, **{f: getattr(function, f) for f in facts if hasattr(function, f)})
+
+
+def _same_parameters(function: Callable[..., Any], expected: tuple[str, ...]) -> None:
+    parameters = tuple(inspect.signature(function).parameters)
+    if parameters != expected:
+        raise TypeError(
+            f"{function.__module__}.{function.__name__} takes ({', '.join(parameters)}), "
+            f"but the operator's card says ({', '.join(expected)})"
+        )
+
+
+@lru_cache(maxsize=None)
+def _module(name: str) -> ModuleType | None:
+    try:
+        if find_spec(name) is None:
+            return None
+    except ModuleNotFoundError:
+        return None
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Unsupported(f"{name} failed to import: {error}") from error

@@ -6,6 +6,7 @@ library only inside its methods: asking for `flagops doctor` must not load, or f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 
@@ -15,8 +16,8 @@ class Backend(Protocol):
     name: str
     """One lower-case word without underscore: the suffix of its kernel modules and the value of ``backend=``."""
 
-    kernels: str
-    """The package that holds its kernel modules, ``<kernels>.<family>_<name>``."""
+    kernels: str | Callable[[Any], Callable[..., None] | None]
+    """The package that holds its kernel modules, ``<kernels>.<family>_<name>``, or a function from operator to kernel."""
 
     dispatch_keys: tuple[str, ...]
     """torch dispatch keys at which `flagops.enable` may install its kernels, such as ``("CPU",)``."""

@@ -1,0 +1,54 @@
+"""The references themselves as kernels: slow, exact, and the last resort on a CPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from flagops import arrays
+
+if TYPE_CHECKING:
+    from flagops.operator import Operator
+
+
+class _Numpy:
+    name = "numpy"
+    dispatch_keys = ("CPU",)
+
+    def kernels(self, operator: Operator) -> Callable[..., None]:
+        """The operator's reference, its result rounded once into ``out``."""
+        from flagops.reference._rounding import round_to
+
+        def kernel(*args: Any) -> None:
+            *inputs, out = (arrays.as_numpy(x) if arrays.is_torch(x) else x for x in args)
+            out[...] = round_to(operator.rounded(*inputs), arrays.dtype_name(out))
+
+        vars(kernel).update(
+            __name__=operator.name, __module__=__name__, __signature__=operator.signature, deterministic=True
+        )
+        return kernel
+
+    @functools.cache  # noqa: B019 - one instance, for the life of the process
+    def unavailable(self) -> str | None:
+        for library in ("numpy", "ml_dtypes"):
+            if find_spec(library) is None:
+                return f"{library} is not installed (pip install {library})"
+        return None
+
+    def refuses(self, array: Any) -> str | None:
+        on_cpu = arrays.is_numpy(array) or array.device.type == "cpu"
+        return None if on_cpu else f"the tensor is on {array.device}, NumPy works on the CPU"
+
+    def facts(self) -> dict[str, str]:
+        import ml_dtypes
+        import numpy
+
+        return {"version": numpy.__version__, "ml_dtypes": ml_dtypes.__version__}
+
+    def synchronize(self) -> None:
+        pass
+
+
+backend = _Numpy()

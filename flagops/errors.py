@@ -1,0 +1,17 @@
+"""The one exception that dispatch may answer with another backend, and the words of a helpful error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class Unsupported(NotImplementedError):
+    """A backend cannot run this call; the message is the reason. A caller's mistake is a ValueError or TypeError."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'matmul'?"`` when a known name is close, else the known names."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -1,0 +1,316 @@
+"""The card of an operator: what its arguments are, what it means, and what every kernel of it is held to.
+
+A card is a NumPy function in ``reference/`` under the `operator` decorator. Binding, validation, the drawn test cases,
+the benchmarks, the coverage table, the torch schema and the type stubs are all derived from it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flagops.arrays import dtype_name, is_numpy, is_torch
+
+Dims = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor argument.
+
+    axes: one word per axis, each a product of names and numbers (``"g*p c"``); a leading ``...`` stands for batch axes.
+    dtypes: the names allowed, the name of the argument whose dtype it shares, or a function of the dtypes so far.
+    codes: the kernel gets the bytes of a one-byte format as uint8.
+    draw: test values, ``draw(rng, shape, dtype, dims)``; standard normal or random bytes if not given.
+    """
+
+    axes: str
+    dtypes: tuple[str, ...] | str | Callable[[Mapping[str, str]], tuple[str, ...]]
+    optional: bool = False
+    codes: bool = False
+    draw: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """An argument that is no tensor.
+
+    parse: checks and normalises; raises ValueError or TypeError saying what was expected.
+    choices: what tests draw from, a sequence or a function of the dimensions.
+    axis: the dimension that the value gives, if it is one.
+    """
+
+    parse: Callable[[Any], Any]
+    choices: Sequence[Any] | Callable[[Dims], Sequence[Any]]
+    axis: str | None = None
+    torch: str = "float"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A call whose arguments fit together: its dimensions and what the result will be."""
+
+    dims: Dims
+    batch: tuple[int, ...]
+    dtypes: Mapping[str, str]
+    scalars: tuple[Any, ...]
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(eq=False)
+class Operator:
+    """See `operator`; `public` is the function users call."""
+
+    name: str
+    family: str
+    reference: Callable[..., Any]
+    tensors: dict[str, Tensor]
+    scalars: dict[str, Scalar]
+    result: Tensor
+    workloads: dict[str, dict[str, Any]]
+    flops: Callable[..., float]
+    exact: bool = False
+    sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    derived: Callable[[Dims, Mapping[str, Any]], Dims] | None = None
+    check: Callable[[Dims, Mapping[str, Any]], str | None] | None = None
+    public: Callable[..., Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        inputs = list(inspect.signature(self.reference).parameters.values())
+        out = inspect.Parameter("out", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+        self.signature = inspect.Signature([*inputs, out])
+        self.parameters = tuple(self.signature.parameters)
+        self.inputs = self.parameters[:-1]
+        if set(self.inputs) != {*self.tensors, *self.scalars}:
+            raise TypeError(f"{self.name}: the card must describe every parameter of the reference")
+        self.positions = {name: i for i, name in enumerate(self.parameters)}
+        self.tensor_positions = tuple(self.positions[name] for name in self.tensors)
+        self.scalar_positions = tuple(self.positions[name] for name in self.scalars)
+        self.defaults = tuple(p.default for p in self.signature.parameters.values())
+        module = sys.modules[self.reference.__module__]
+        self.bound = getattr(module, f"{self.name}_bound", None)
+        self.values = getattr(module, f"{self.name}_values", None)
+        self.rounded = getattr(module, f"{self.name}_rounded", self.reference)
+        from flagops.dispatch import public
+
+        self.public = public(self)
+
+    def fill(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments by position, defaults filled in; Python's own TypeError for a call that does not fit."""
+        values = list(self.defaults)
+        values[: len(args)] = args
+        for name, value in kwargs.items():
+            position = self.positions.get(name, -1)
+            if position < len(args):
+                break
+            values[position] = value
+        else:
+            complete = not any(value is inspect.Parameter.empty for value in values)
+            if complete and len(values) == len(self.defaults):
+                return tuple(values)
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.name}() {error}; its signature is {self.name}{self.signature}") from None
+        bound.apply_defaults()
+        return tuple(bound.arguments.values())
+
+    def bind(self, args: Sequence[Any]) -> Bound:
+        """Check that the arguments fit the card and each other. Raises TypeError or ValueError with the argument."""
+        present = self._arrays(args)
+        dtypes = self._dtypes(present)
+        dims: Dims = {}
+        scalars = []
+        for name, scalar in self.scalars.items():
+            try:
+                value = scalar.parse(args[self.positions[name]])
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{self.name}: {name} {error}") from None
+            scalars.append(value)
+            if scalar.axis:
+                dims[scalar.axis] = value
+        batch = self._solve({name: tuple(x.shape) for name, x in present.items()}, dims)
+        if self.check:
+            named = dict(zip(self.parameters, args, strict=True)) | dict(zip(self.scalars, scalars, strict=True))
+            problem = self.check(dims, named)
+            if problem:
+                raise ValueError(f"{self.name}: {problem}")
+        shape = self.shape(self.result, dims, batch)
+        dtype = self.result_dtype(dtypes, dict(zip(self.scalars, scalars, strict=True)))
+        self._check_out(args[-1], present, shape, dtype)
+        return Bound(dims, batch, dtypes, tuple(scalars), shape, dtype)
+
+    def shape(self, tensor: Tensor, dims: Dims, batch: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a tensor of the card for given dimensions."""
+        words = tensor.axes.split()
+        lead = batch if words[:1] == ["..."] else ()
+        return (*lead, *(_product(word, dims) for word in words if word != "..."))
+
+    def result_dtype(self, dtypes: Mapping[str, str], scalars: Mapping[str, Any]) -> str:
+        source = self.result.dtypes
+        assert isinstance(source, str)
+        return dtypes[source] if source in dtypes else str(scalars[source])
+
+    def dtype_choices(self, name: str, dtypes: Mapping[str, str]) -> tuple[str, ...]:
+        """The dtypes that an argument may have, given those of the arguments before it."""
+        allowed = self.tensors[name].dtypes
+        if isinstance(allowed, str):
+            return (dtypes[allowed],)
+        return allowed(dtypes) if callable(allowed) else allowed
+
+    def _arrays(self, args: Sequence[Any]) -> dict[str, Any]:
+        present: dict[str, Any] = {}
+        for name, tensor in self.tensors.items():
+            x = args[self.positions[name]]
+            if x is None and tensor.optional:
+                continue
+            if not (is_torch(x) or is_numpy(x)):
+                raise TypeError(f"{self.name}: {name} must be a torch tensor or a NumPy array, got {_kind(x)}")
+            present[name] = x
+        first, *others = present
+        for name in others:
+            if is_torch(present[name]) != is_torch(present[first]):
+                raise TypeError(
+                    f"{self.name}: {name} is a {_kind(present[name])} but {first} is a {_kind(present[first])}; "
+                    "the arguments of one call are all torch tensors or all NumPy arrays"
+                )
+            if is_torch(present[name]) and present[name].device != present[first].device:
+                raise ValueError(
+                    f"{self.name}: {name} is on {present[name].device} but {first} is on {present[first].device}; "
+                    "all tensors must be on one device"
+                )
+        return present
+
+    def _dtypes(self, present: Mapping[str, Any]) -> dict[str, str]:
+        dtypes: dict[str, str] = {}
+        for name, x in present.items():
+            allowed = self.dtype_choices(name, dtypes)
+            if dtype_name(x) not in allowed:
+                source = self.tensors[name].dtypes
+                like = f" like {source}" if isinstance(source, str) else ""
+                raise TypeError(f"{self.name}: {name} is {dtype_name(x)}, expected {' or '.join(allowed)}{like}")
+            dtypes[name] = dtype_name(x)
+        return dtypes
+
+    def _solve(self, shapes: Mapping[str, tuple[int, ...]], dims: Dims) -> tuple[int, ...]:
+        batch: tuple[int, ...] = ()
+        equations = []
+        for name, shape in shapes.items():
+            words = self.tensors[name].axes.split()
+            axes = [word for word in words if word != "..."]
+            if len(shape) < len(axes) or (len(shape) > len(axes) and words[0] != "..."):
+                rank = f"at least {len(axes)}" if words[0] == "..." else str(len(axes))
+                raise ValueError(
+                    f"{self.name}: {name} has shape {shape}, expected {rank} dimensions [{', '.join(words)}]"
+                )
+            lead = shape[: len(shape) - len(axes)]
+            try:
+                batch = _broadcast(batch, lead)
+            except ValueError:
+                raise ValueError(f"{self.name}: batch axes {lead} of {name} do not broadcast with {batch}") from None
+            equations += [(name, shape, word, size) for word, size in zip(axes, shape[len(lead) :], strict=True)]
+        while equations:
+            deferred = []
+            for name, shape, word, size in equations:
+                known = math.prod(int(f) if f.isdecimal() else dims.get(f, 1) for f in word.split("*"))
+                unknown = [f for f in word.split("*") if not f.isdecimal() and f not in dims]
+                if len(unknown) > 1:
+                    deferred.append((name, shape, word, size))
+                    continue
+                if (size % known if known else size) if unknown else size != known:
+                    want = f"a multiple of {known}" if unknown else f"{known}"
+                    raise ValueError(
+                        f"{self.name}: {name} has shape {shape}, expected [{', '.join(self.tensors[name].axes.split())}] "
+                        f"with {word} = {want}, got {size}"
+                    )
+                if unknown:
+                    dims[unknown[0]] = size // known if known else 0
+            if len(deferred) == len(equations):
+                raise ValueError(f"{self.name}: the shapes {dict(shapes)} leave {deferred[0][2]} open")
+            equations = deferred
+        return batch
+
+    def _check_out(self, out: Any, present: Mapping[str, Any], shape: tuple[int, ...], dtype: str) -> None:
+        if out is None:
+            return
+        like = next(iter(present.values()))
+        if is_torch(out) != is_torch(like) or not (is_torch(out) or is_numpy(out)):
+            raise TypeError(f"{self.name}: out must be a {_kind(like)} like the inputs, got {_kind(out)}")
+        if is_torch(out) and out.device != like.device:
+            raise ValueError(f"{self.name}: out is on {out.device}, expected {like.device}")
+        if dtype_name(out) != dtype:
+            raise TypeError(f"{self.name}: out is {dtype_name(out)}, expected {dtype}")
+        if tuple(out.shape) != shape:
+            raise ValueError(f"{self.name}: out has shape {tuple(out.shape)}, expected {shape}")
+        if is_numpy(out) and not out.flags.writeable:
+            raise ValueError(f"{self.name}: out is read-only")
+        steps = out.stride() if is_torch(out) else out.strides
+        if any(step == 0 and size > 1 for step, size in zip(steps, shape, strict=True)):
+            raise ValueError(f"{self.name}: out has a stride of 0 over more than one element, it cannot be written")
+
+
+def operator(
+    *,
+    tensors: dict[str, Tensor],
+    result: Tensor,
+    workloads: dict[str, dict[str, Any]],
+    flops: Callable[..., float],
+    scalars: dict[str, Scalar] | None = None,
+    exact: bool = False,
+    sizes: Mapping[str, Sequence[int]] | None = None,
+    derived: Callable[[Dims, Mapping[str, Any]], Dims] | None = None,
+    check: Callable[[Dims, Mapping[str, Any]], str | None] | None = None,
+) -> Callable[[Callable[..., Any]], Operator]:
+    """Make a NumPy function the reference of an operator of its own name, which then also takes ``out=None``.
+
+    tensors, result, scalars: the arguments and the result, see `Tensor` and `Scalar`.
+    workloads: dimensions (and dtypes, scalars) at real model sizes by name, for benchmarks and the default order.
+    flops: useful floating-point operations, ``flops(dims, batch)``.
+    exact: kernels must agree bit for bit; else beside ``f`` stands ``f_bound(exact, arguments, dtype)``.
+    sizes: what tests draw for a dimension, where the general choice would not do.
+    derived: dimensions that follow from others and the scalars when a case is drawn, ``derived(dims, scalars)``.
+    check: what the axes cannot say, ``check(dims, arguments) -> problem | None``; metadata only.
+
+    Beside ``f`` its module may hold ``f_rounded`` (the reference with the roundings of intermediates that the
+    specification asks for) and ``f_values(*inputs) -> problem | None``
+    (checks of values).
+    """
+
+    def declare(reference: Callable[..., Any]) -> Operator:
+        return Operator(
+            name=reference.__name__,
+            family=reference.__module__.rpartition(".")[2],
+            reference=reference,
+            tensors=tensors,
+            scalars=scalars or {},
+            result=result,
+            workloads=workloads,
+            flops=flops,
+            exact=exact,
+            sizes=sizes or {},
+            derived=derived,
+            check=check,
+        )
+
+    return declare
+
+
+def _product(word: str, dims: Dims) -> int:
+    return math.prod(int(f) if f.isdecimal() else dims[f] for f in word.split("*"))
+
+
+def _broadcast(one: tuple[int, ...], two: tuple[int, ...]) -> tuple[int, ...]:
+    width = max(len(one), len(two))
+    pairs = list(zip((1,) * (width - len(one)) + one, (1,) * (width - len(two)) + two, strict=True))
+    if any(x != y and 1 not in (x, y) for x, y in pairs):
+        raise ValueError("not broadcastable")
+    return tuple(y if x == 1 else x for x, y in pairs)
+
+
+def _kind(x: Any) -> str:
+    return "torch tensor" if is_torch(x) else "NumPy array" if is_numpy(x) else type(x).__name__

@@ -1,0 +1,73 @@
+"""Numbers: wide arithmetic for references, rounding once, and the units of error bounds."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flagops.arrays import HALF, numpy_dtype
+
+Array = NDArray[Any]
+
+
+def wide(x: Array) -> Array:
+    """An array in the arithmetic of references: float64, or longdouble for float64 itself."""
+    return x.astype(np.longdouble if x.dtype == np.float64 else np.float64)
+
+
+def round_to(x: Array, dtype: str) -> Array:
+    """Round once, to nearest even; overflow becomes an infinity."""
+    x = np.asarray(x)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype != "bfloat16" or x.dtype.itemsize <= 4:
+            return x.astype(numpy_dtype(dtype))
+        # ml_dtypes goes through float32. Rounding to odd there keeps what decides the second rounding.
+        narrow = x.astype(np.float32)
+        past = np.abs(narrow) > np.abs(x)
+        narrow = np.where(past, np.nextafter(narrow, np.float32(0)), narrow)
+        bits = narrow.view(np.uint32)
+        inexact = np.isfinite(narrow) & (narrow != x)
+        return np.where(inexact, bits | 1, bits).astype(np.uint32).view(np.float32).astype(numpy_dtype(dtype))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one rounding costs in a format: u relative, tiny absolute (its smallest subnormal), and its largest value."""
+
+    u: float
+    tiny: float
+    largest: float
+
+
+@functools.cache
+def unit(dtype: str) -> Unit:
+    """The unit of a float format by name."""
+    import ml_dtypes
+
+    info = ml_dtypes.finfo(numpy_dtype(dtype))
+    return Unit(float(info.eps) / 2, float(info.smallest_subnormal), float(info.max))
+
+
+def accumulator(dtype: str) -> str:
+    """The format in which kernels accumulate for a dtype of inputs."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def contraction_bound(exact: Array, absolute: Array, terms: int, dtype: str) -> Array:
+    """How far a sum of ``terms`` products in any order, rounded once, may lie from the exact one.
+
+    absolute: the sum of the products' absolute values. The accumulator's worst case, plus one rounding of the result.
+    """
+    acc, out = unit(accumulator(dtype)), unit(dtype)
+    error = terms * acc.u * absolute + terms * acc.tiny
+    rounding = 0.0 if out == acc else out.u * (np.abs(exact) + error) + out.tiny
+    return error + rounding + acc.tiny
+
+
+def narrowed(x: Array, dtype: str) -> Array:
+    """An intermediate as kernels keep it: rounded to a half format, untouched in float32 and float64."""
+    return wide(round_to(x, dtype)) if dtype in HALF else x
