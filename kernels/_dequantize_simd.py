@@ -1,0 +1,218 @@
+"""LLVM intrinsics for block formats: a code is an index into a small table of results that vector shuffles look up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_POINTER = ir.PointerType()
+_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_NARROW = {types.uint16: "bfloat16", types.int16: "float16", types.float32: "float32"}
+
+
+def _vector(element: ir.Type, lanes: int) -> ir.VectorType:
+    return ir.VectorType(element, lanes)
+
+
+def _splat(element: ir.Type, lanes: int, value: Any) -> ir.Constant:
+    return ir.Constant(_vector(element, lanes), [value] * lanes)
+
+
+def _bits(tag: types.Type) -> ir.IntType:
+    return ir.IntType(tag.bitwidth)
+
+
+def _target(context: Any) -> tuple[str, set[str]]:
+    """Architecture and features that this process compiles for, as numba's own settings have them."""
+    triple, _, features = context.codegen().magic_tuple()
+    return triple.split("-")[0], {feature[1:] for feature in features.split(",") if feature.startswith("+")}
+
+
+def _at(builder: ir.IRBuilder, address: Any, offset: int = 0) -> Any:
+    return builder.inttoptr(builder.add(address, _I64(offset)) if offset else address, _POINTER)
+
+
+def _load(builder: ir.IRBuilder, typ: ir.Type, address: Any, offset: int = 0) -> Any:
+    return builder.load(_at(builder, address, offset), align=1, typ=typ)
+
+
+def _store(builder: ir.IRBuilder, value: Any, address: Any, offset: int = 0, aligned: int = 0) -> None:
+    """aligned: the alignment in bytes that allows a streaming store, or 0 for a plain one."""
+    store = builder.store(value, _at(builder, address, offset), align=aligned or 1)
+    if aligned:
+        store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+
+
+def _shuffle(builder: ir.IRBuilder, a: Any, b: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(_vector(_I32, len(lanes)), lanes))
+
+
+def _interleave(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
+    lanes = a.type.count
+    return _shuffle(builder, a, b, [lane for i in range(lanes) for lane in (i, lanes + i)])
+
+
+def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: Any) -> Any:
+    function = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
+
+
+def _lookup_bytes(builder: ir.IRBuilder, target: tuple[str, set[str]], table: Any, index: Any) -> Any:
+    """<16 x i8> of a 16-entry byte table."""
+    arch, features = target
+    typ = _vector(_I8, 16)
+    if "ssse3" in features:
+        return _call(builder, "llvm.x86.ssse3.pshuf.b.128", typ, table, index)
+    if arch in ("aarch64", "arm64"):
+        return _call(builder, "llvm.aarch64.neon.tbl1.v16i8", typ, table, index)
+    result = ir.Constant(typ, ir.Undefined)
+    for lane in range(16):
+        entry = builder.extract_element(table, builder.extract_element(index, _I32(lane)))
+        result = builder.insert_element(result, entry, _I32(lane))
+    return result
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def decode_fp4(typingctx: Any, codes: Any, out: Any, table: Any, streaming: Any, tag: Any) -> Any:
+    """Write the 32 results for the 16 bytes at `codes`; streaming stores need `out` aligned to 16 bytes.
+
+    `table` is the address of 16 results in the bits of `tag`.
+    """
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        codes, out, table, streaming, _ = args
+        target, size = _target(context), tag.bitwidth // 8
+        packed = _load(builder, _vector(_I8, 16), codes)
+        low, high = builder.and_(packed, _splat(_I8, 16, 15)), builder.lshr(packed, _splat(_I8, 16, 4))
+        entries = _load(builder, _vector(_I8, 16 * size), table)
+        planes = [_shuffle(builder, entries, entries, list(range(byte, 16 * size, size))) for byte in range(size)]
+        results = []
+        for half in (range(8), range(8, 16)):
+            index = _shuffle(builder, low, high, [lane for i in half for lane in (i, 16 + i)])
+            parts = [_lookup_bytes(builder, target, plane, index) for plane in planes]
+            while len(parts) > 1:
+                parts = [_interleave(builder, a, b) for a, b in zip(parts, parts[len(parts) // 2 :])]
+            results += parts
+        with builder.if_else(streaming) as branches:
+            for branch, aligned in zip(branches, (16, 0), strict=True):
+                with branch:
+                    for i, result in enumerate(results):
+                        _store(builder, result, out, 16 * size * i, aligned)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.boolean, tag), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def decode_fp8(typingctx: Any, codes: Any, out: Any, count: Any, table: Any, streaming: Any, tag: Any) -> Any:
+    """Write the results for `count` sign-magnitude bytes; streaming stores need `out` aligned to 64 bytes.
+
+    `table` is the address of the results of the 128 positive codes in the bits of `tag`.
+    """
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        codes, out, count, table, streaming, _ = args
+        bits = _bits(tag)
+        lanes, size = 512 // bits.width, bits.width // 8
+        typ = _vector(bits, lanes)
+        permute = f"llvm.x86.avx512.vpermi2var.{'hi' if size == 2 else 'd'}.512"
+        entries = [_load(builder, typ, table, 64 * i) for i in range(128 // lanes)]
+
+        def decode(start: Any, aligned: int) -> None:
+            code = builder.zext(_load(builder, _vector(_I8, lanes), builder.add(codes, start)), typ)
+            found = [_call(builder, permute, typ, a, code, b) for a, b in zip(entries[::2], entries[1::2])]
+            bit = 2 * lanes
+            while len(found) > 1:
+                zero = builder.icmp_unsigned("==", builder.and_(code, _splat(bits, lanes, bit)), _splat(bits, lanes, 0))
+                found = [builder.select(zero, a, b) for a, b in zip(found[::2], found[1::2])]
+                bit *= 2
+            sign = builder.shl(builder.and_(code, _splat(bits, lanes, 128)), _splat(bits, lanes, bits.width - 8))
+            _store(builder, builder.xor(found[0], sign), builder.add(out, builder.mul(start, _I64(size))), 0, aligned)
+
+        whole = _I64(0)
+        if "avx512bw" in _target(context)[1]:
+            whole = builder.and_(count, _I64(-lanes))
+            with builder.if_else(streaming) as branches:
+                for branch, aligned in zip(branches, (64, 0), strict=True):
+                    with branch, cgutils.for_range_slice(builder, _I64(0), whole, _I64(lanes), inc=True) as (start, _):
+                        decode(start, aligned)
+        with cgutils.for_range_slice(builder, whole, count, _I64(1), inc=True) as (i, _):
+            code = builder.zext(_load(builder, _I8, builder.add(codes, i)), _I64)
+            entry = builder.add(table, builder.mul(builder.and_(code, _I64(127)), _I64(size)))
+            result = builder.load(builder.inttoptr(entry, _POINTER), align=size, typ=bits)
+            sign = builder.shl(builder.trunc(builder.and_(code, _I64(128)), bits), bits(bits.width - 8))
+            _store(builder, builder.xor(result, sign), builder.add(out, builder.mul(i, _I64(size))))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64, types.boolean, tag), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def narrow(typingctx: Any, x: Any, tag: Any) -> Any:
+    """The bits of a float32 rounded to nearest even in the format of `tag`, in integer arithmetic."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], _I32)
+        form = _NARROW[tag]
+        if form == "float32":
+            return bits
+        magnitude = builder.and_(bits, _I32(0x7FFFFFFF))
+        sign = builder.lshr(builder.and_(bits, _I32(0x80000000)), _I32(16))
+        nan = builder.icmp_unsigned(">", magnitude, _I32(0x7F800000))
+
+        def rounded(value: Any, shift: int) -> Any:
+            odd = builder.and_(builder.lshr(value, _I32(shift)), _I32(1))
+            return builder.lshr(builder.add(builder.add(value, _I32((1 << (shift - 1)) - 1)), odd), _I32(shift))
+
+        if form == "bfloat16":
+            result = builder.select(nan, _I32(0x7FC0), rounded(magnitude, 16))
+        else:
+            half = _F32(0.5)  # its last bit weighs 2^-24, the smallest float16
+            small = builder.bitcast(builder.fadd(builder.bitcast(magnitude, _F32), half), _I32)
+            small = builder.sub(small, builder.bitcast(half, _I32))
+            normal = rounded(builder.sub(magnitude, _I32(112 << 23)), 13)
+            result = builder.select(builder.icmp_unsigned("<", magnitude, _I32(113 << 23)), small, normal)
+            result = builder.select(builder.icmp_unsigned(">=", magnitude, _I32(143 << 23)), _I32(0x7C00), result)
+            result = builder.select(nan, _I32(0x7E00), result)
+        return builder.trunc(builder.or_(result, sign), _I16)
+
+    return (types.uint32 if tag == types.float32 else types.uint16)(types.float32, tag), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def get(typingctx: Any, address: Any, tag: Any) -> Any:
+    """The scalar of `tag`'s type at an address."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.load(_at(builder, args[0]), typ=context.get_value_type(tag))
+
+    return tag(types.int64, tag), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def put(typingctx: Any, address: Any, value: Any) -> Any:
+    """Store a scalar at an address."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        builder.store(args[1], _at(builder, args[0]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fence(typingctx: Any) -> Any:
+    """Order streaming stores before whatever tells another thread that they are done."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        if _target(context)[0] in ("x86_64", "i686"):
+            _call(builder, "llvm.x86.sse.sfence", ir.VoidType())
+        else:
+            builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate

@@ -1,0 +1,158 @@
+"""FP4 and FP8 block formats on the CPU: all results of a scale stand in a table, and vector shuffles look them up."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from flagops.arrays import dtype_name
+from flagops.backends.numba import jit, parallel, pointer, strides
+from flagops.registry import kernel
+
+from ._dequantize_simd import decode_fp4, decode_fp8, fence, get, narrow, put
+
+_FORMATS: dict[str, tuple[Any, Any]] = {
+    "bfloat16": (ml_dtypes.bfloat16, np.uint16(0)),
+    "float16": (np.float16, np.int16(0)),
+    "float32": (np.float32, np.float32(0)),
+}
+_E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+_E4M3 = np.arange(128, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+_GRAIN = 1 << 17  # elements worth a thread
+_CACHED = 32 << 20  # bytes; a larger result is streamed past the caches
+_BYTE = np.uint8(0)
+
+
+@kernel(deterministic=True, batch_invariant=True, note="table lookup by byte shuffles")
+def fp4_dequantize(packed: Any, scale: Any, dtype: str, out: Any) -> None:
+    """Each group of 32 looks up its nibbles among the 16 products of its scale."""
+    rows, columns = out.shape
+    size, tag = out.itemsize, _FORMATS[dtype][1]
+    out_row, out_column = (size * step for step in strides(out))
+    target = pointer(out)
+    streaming = out_column == size and rows * columns * size > _CACHED and not (target | out_row) % 16
+    parallel(
+        _fp4_rows, rows if columns else 0, pointer(packed), *strides(packed), pointer(scale), *strides(scale),
+        target, out_row, out_column, columns // 32, pointer(_fp4_products(dtype)), size, streaming, tag,
+        minimum=-(-_GRAIN // max(columns, 1)),
+    )  # fmt: skip
+
+
+@kernel(deterministic=True, batch_invariant=True, note="table lookup by word permutations where there is AVX-512")
+def fp8_dequantize(weight: Any, scale: Any, block: tuple[int, int], dtype: str, out: Any) -> None:
+    """Each block looks up its codes among the 128 products of its scale; the sign is a bit apart."""
+    rows, columns = out.shape
+    size, tag = out.itemsize, _FORMATS[dtype][1]
+    out_row, out_column = (size * step for step in strides(out))
+    target = pointer(out)
+    streaming = (
+        out_column == size and rows * columns * size > _CACHED and not (target | out_row | block[1] * size) % 64
+    )
+    if dtype_name(scale) == "float32":
+        coded, tables, unit = False, 0, 4
+    else:
+        coded, tables, unit = True, pointer(_fp8_products(dtype)), 1
+    parallel(
+        _fp8_rows, rows if columns else 0, pointer(weight), *strides(weight),
+        pointer(scale), *(unit * step for step in strides(scale)), *block,
+        target, out_row, out_column, columns, coded, tables, size, streaming, tag,
+        minimum=-(-_GRAIN // max(columns, 1)),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=None)
+def _fp4_products(dtype: str) -> Any:
+    return _products(np.concatenate((_E2M1, -_E2M1)), dtype)
+
+
+@lru_cache(maxsize=None)
+def _fp8_products(dtype: str) -> Any:
+    return _products(_E4M3, dtype)
+
+
+def _products(values: Any, dtype: str) -> Any:
+    """[256, values]: each value times each e8m0 scale. The products are exact in float32 up to overflow."""
+    scales = np.append(np.exp2(np.arange(255) - 127.0), np.nan)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (scales[:, None] * values).astype(np.float32).astype(_FORMATS[dtype][0])
+
+
+@jit
+def _fp4_rows(
+    start, stop, packed, packed_row, packed_column, scale, scale_row, scale_column,
+    out, out_row, out_column, groups, tables, size, streaming, tag,
+):  # fmt: skip
+    codes = np.empty(16 * groups if packed_column != 1 else 0, np.uint8)
+    results = np.empty(32 * groups * size if out_column != size else 0, np.uint8)
+    for row in range(start, stop):
+        source, target = packed + row * packed_row, out + row * out_row
+        if packed_column != 1:
+            source = _gather(codes, source, packed_column)
+        if out_column != size:
+            target = np.int64(results.ctypes.data)
+        for group in range(groups):
+            table = tables + 16 * size * get(scale + row * scale_row + group * scale_column, _BYTE)
+            decode_fp4(source + 16 * group, target + 32 * size * group, table, streaming, tag)
+        if out_column != size:
+            _scatter(results, out + row * out_row, out_column, 32 * groups, size, tag)
+    if streaming:
+        fence()
+
+
+@jit
+def _fp8_rows(
+    start, stop, weight, weight_row, weight_column, scale, scale_row, scale_column, block_rows, block_columns,
+    out, out_row, out_column, columns, coded, tables, size, streaming, tag,
+):  # fmt: skip
+    codes = np.empty(columns if weight_column != 1 else 0, np.uint8)
+    results = np.empty(columns * size if out_column != size else 0, np.uint8)
+    blocks = -(-columns // block_columns)
+    products = np.full((0 if coded else blocks, 128), narrow(np.float32(0), tag))
+    band = -1
+    for row in range(start, stop):
+        source, target = weight + row * weight_row, out + row * out_row
+        scales = scale + row // block_rows * scale_row
+        if not coded and row // block_rows != band:
+            band = row // block_rows
+            _multiply(products, scales, scale_column, tag)
+        if weight_column != 1:
+            source = _gather(codes, source, weight_column)
+        if out_column != size:
+            target = np.int64(results.ctypes.data)
+        for block in range(blocks):
+            if coded:
+                table = tables + 128 * size * get(scales + block * scale_column, _BYTE)
+            else:
+                table = np.int64(products.ctypes.data) + 128 * size * block
+            column = block * block_columns
+            count = min(block_columns, columns - column)
+            decode_fp8(source + column, target + column * size, count, table, streaming, tag)
+        if out_column != size:
+            _scatter(results, out + row * out_row, out_column, columns, size, tag)
+    if streaming:
+        fence()
+
+
+@jit
+def _multiply(products, scales, scale_column, tag):
+    for block in range(products.shape[0]):
+        factor = get(scales + block * scale_column, np.float32(0))
+        for i in range(128):
+            products[block, i] = narrow(_E4M3[i] * factor, tag)
+
+
+@jit
+def _gather(codes, source, step):
+    for i in range(codes.size):
+        codes[i] = get(source + i * step, _BYTE)
+    return np.int64(codes.ctypes.data)
+
+
+@jit
+def _scatter(results, target, step, count, size, tag):
+    source = np.int64(results.ctypes.data)
+    for i in range(count):
+        put(target + i * step, get(source + i * size, tag))
