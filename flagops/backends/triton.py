@@ -1,0 +1,74 @@
+"""Triton: GPUs, and its interpreter on CPU tensors for tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+from typing import Any
+
+from flagops.arrays import is_torch
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@lru_cache(maxsize=None)
+def _device(interpreting: bool) -> tuple[str, str | None]:
+    """The kind of device whose tensors the kernels take, and why there is none."""
+    try:
+        if importlib.util.find_spec("triton") is None:
+            return "", "triton is not installed"
+        if importlib.util.find_spec("torch") is None:
+            return "", "torch is not installed"
+        import triton
+
+        if interpreting:
+            return "cpu", None
+        if not triton.backends.backends or not any(b.driver.is_active() for b in triton.backends.backends.values()):
+            return "", "triton needs a GPU, or TRITON_INTERPRET=1 to run its interpreter on the CPU"
+        return str(triton.runtime.driver.active.get_active_torch_device().type), None
+    except Exception as error:  # a broken installation is a reason, whatever it raises
+        return "", f"triton does not load: {type(error).__name__}: {error}"
+
+
+class _Triton:
+    name = "triton"
+    kernels = "flagops.kernels"
+    dispatch_keys: tuple[str, ...] = ("CPU",) if _interpreting() else ("CUDA", "PrivateUse1")
+
+    def unavailable(self) -> str | None:
+        return _device(_interpreting())[1]
+
+    def refuses(self, array: Any) -> str | None:
+        if not is_torch(array):
+            return "takes torch tensors"
+        kind, reason = _device(_interpreting())
+        if reason or array.device.type == kind:
+            return reason
+        if array.device.type == "cpu":
+            return "takes CPU tensors only under TRITON_INTERPRET=1"
+        return f"takes {kind} tensors, not {array.device.type}"
+
+    def facts(self) -> dict[str, str]:
+        import torch
+        import triton
+
+        if _interpreting():
+            return {"triton": triton.__version__, "device": "interpreter on CPU"}
+        target = triton.runtime.driver.active.get_current_target()
+        facts = {"triton": triton.__version__, "target": f"{target.backend} {target.arch}"}
+        for index in range(torch.cuda.device_count()):
+            facts[f"device {index}"] = torch.cuda.get_device_name(index)
+        return facts
+
+    def synchronize(self) -> None:
+        import torch
+
+        kind, _ = _device(_interpreting())
+        if kind not in ("", "cpu"):
+            torch.get_device_module(kind).synchronize()
+
+
+backend = _Triton()

@@ -1,0 +1,88 @@
+"""What the Triton kernels share: launching on a tensor's own device, exact casts, and the device's measure."""
+
+import threading
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""The interpreter multiplies raw bits of bfloat16 in ``dot`` and truncates float32 to bfloat16; the helpers below do not."""
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+_interpreter = threading.RLock()  # it patches triton.language while a kernel runs
+
+
+@triton.jit
+def widen(x):
+    """A half as the float32 of the same value; float32 and float64 as they are."""
+    if INTERPRET and x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif x.dtype == tl.float16 or x.dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """Round an accumulator to nearest even."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        kept = bits >> 16
+        rounded = (bits.to(tl.int64) + 0x7FFF + (kept & 1)) >> 16
+        x = tl.where(x == x, rounded.to(tl.uint32), kept | 0x40).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        x = x.to(dtype)
+    return x
+
+
+@triton.jit
+def dot(a, b, acc, precision: tl.constexpr):
+    """``acc + a @ b`` in the accumulator's precision; tensor cores take halves as they are."""
+    if INTERPRET:
+        a, b = widen(a), widen(b)
+    return tl.dot(a, b, acc, input_precision=precision, out_dtype=acc.dtype)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
+    """Run a kernel on the device of its tensors, on that device's current stream."""
+    if INTERPRET.value:
+        with _interpreter, np.errstate(all="ignore"):
+            kernel[grid](*arguments, **options)
+        return
+    module = torch.get_device_module(device)
+    if device.index is None or device.index == module.current_device():
+        kernel[grid](*arguments, **options)
+    else:
+        with module.device(device):
+            kernel[grid](*arguments, **options)
+
+
+@lru_cache(maxsize=None)
+def target(device: torch.device) -> str:
+    """The column of the tile tables: ``"hip"`` on AMD, ``"cuda"`` elsewhere and under the interpreter."""
+    return "hip" if torch.version.hip and device.type == "cuda" else "cuda"
+
+
+@lru_cache(maxsize=None)
+def processors(device: torch.device) -> int:
+    """How many programs the device runs at once; 1 under the interpreter, where splitting a sum gains nothing."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
+
+
+@lru_cache(maxsize=None)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory one program may take."""
+    if device.type != "cuda":
+        return 227 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 64 << 10))
+
+
+def precision() -> str:
+    """How float32 operands are multiplied: IEEE unless torch was told that TF32 will do."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
