@@ -14,6 +14,9 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+LONGEST = 2**31 - 4096
+"""The longest axis whose positions the kernels count in 32 bits; offsets in memory always have 64."""
+
 _interpreter = threading.RLock()  # it patches triton.language while a kernel runs
 
 
@@ -86,3 +89,8 @@ def shared_memory(device: torch.device) -> int:
 def precision() -> str:
     """How float32 operands are multiplied: IEEE unless torch was told that TF32 will do."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def too_long(*tensors: torch.Tensor) -> str | None:
+    longest = max(max(tensor.shape, default=0) for tensor in tensors)
+    return f"an axis of {longest} elements; at most {LONGEST} can be counted" if longest > LONGEST else None

@@ -9,7 +9,7 @@ import triton.language as tl
 from flagops import config
 from flagops.registry import kernel
 
-from ._triton import dot, launch, narrow, precision, processors, shared_memory, target, widen
+from ._triton import LONGEST, dot, launch, narrow, precision, processors, shared_memory, target, too_long, widen
 
 Tile = dict[str, int]
 
@@ -44,9 +44,6 @@ TILES: dict[str, dict[str, list[Tile]]] = {
     },
 }
 """Tiles by device and dtype, smallest first."""
-
-LONGEST = 2**31 - 4096
-"""The longest axis that the kernel can count in 32 bits."""
 
 
 @triton.jit
@@ -199,13 +196,8 @@ def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: to
         )  # fmt: skip
 
 
-def _too_long(*tensors: torch.Tensor) -> str | None:
-    longest = max(max(t.shape, default=0) for t in tensors)
-    return f"an axis of {longest} elements; at most {LONGEST} can be counted" if longest > LONGEST else None
-
-
 def matmul_unsupported(a: torch.Tensor, b: torch.Tensor) -> str | None:
-    return _too_long(a, b)
+    return too_long(a, b)
 
 
 @kernel(deterministic=True)
@@ -215,7 +207,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def linear_unsupported(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
-    return _too_long(x, weight)
+    return too_long(x, weight)
 
 
 @kernel(deterministic=True)

@@ -1,0 +1,219 @@
+"""Compile every Triton kernel for GPUs that need not be here, and report registers, spills, shared memory and matrix instructions.
+
+    python benchmarks/triton_compile.py [--only PART] [--write]
+
+``--only`` keeps the rows whose name holds PART; ``--write`` replaces ``results/triton_compile.json`` and ``.md``.
+A new kernel is one more entry in `ENTRIES`.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # it would turn the kernels into Python functions
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_90": (GPUTarget("cuda", 90, 32), "cuda", 227 << 10),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), "hip", 64 << 10),
+}
+RESULTS = Path(__file__).parent / "results"
+SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "int32": "i32"}
+HALF = ("bfloat16", "float16")
+FLOATS = (*HALF, "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kernel and how it is called: what is not a pointer, a unit or a constant is an integer divisible by 16."""
+
+    module: str
+    kernel: str
+    pointers: dict[str, str]
+    """Argument to element type; ``dtype`` stands for the row's own, ``acc`` for its accumulator's."""
+    dtypes: tuple[str, ...]
+    units: tuple[str, ...] = ()
+    """Integer arguments that are 1, as the stride of a contiguous axis."""
+    constants: dict[str, Any] = field(default_factory=dict)
+    scalars: dict[str, str] = field(default_factory=dict)
+    label: str = ""
+
+    def tiles(self, kind: str, dtype: str) -> Iterable[dict[str, Any]]:
+        """The kernel's own tables: ``TILES[device][dtype class]``, each a list, of meta-parameters and launch options."""
+        tables = importlib.import_module(f"flagops.kernels.{self.module}").TILES[kind]
+        tables = tables.get(self.kernel, tables)
+        return tables["half" if dtype in HALF and "half" in tables else dtype]
+
+
+ENTRIES = [
+    Entry(
+        "matmul_triton", "product_kernel", dict.fromkeys(("a", "b", "bias", "out"), "dtype"), FLOATS,
+        units=("a_k", "b_k", "out_n", "bias_n"), label="linear",
+        constants={"GROUP": 8, "BIAS": True, "EVEN": True, "PRECISION": "ieee"},
+    ),
+    Entry(
+        "matmul_triton", "product_kernel", dict.fromkeys(("a", "b", "bias", "out"), "dtype"), FLOATS,
+        units=("a_k", "b_n", "out_n"), label="ragged k",
+        constants={"GROUP": 8, "BIAS": False, "EVEN": False, "PRECISION": "ieee"},
+    ),
+    Entry(
+        "dequantize_triton", "fp4_kernel", {"packed": "u8", "scale": "u8", "out": "dtype"}, FLOATS[:3],
+        units=("packed_c", "scale_c", "out_c"), label="contiguous", constants={"FLAT": True},
+    ),
+    Entry(
+        "dequantize_triton", "fp4_kernel", {"packed": "u8", "scale": "u8", "out": "dtype"}, ("bfloat16",),
+        units=("packed_c", "scale_c", "out_c"), label="rows", constants={"FLAT": False},
+    ),
+    Entry(
+        "dequantize_triton", "fp8_kernel", {"weight": "u8", "scale": "u8", "out": "dtype"}, FLOATS[:3],
+        units=("weight_c", "scale_c", "out_c"), label="e8m0", constants={"SHARED": True},
+    ),
+    Entry(
+        "dequantize_triton", "fp8_kernel", {"weight": "u8", "scale": "fp32", "out": "dtype"}, ("bfloat16",),
+        units=("weight_c", "scale_c", "out_c"), label="float32 scales", constants={"SHARED": True},
+    ),
+    Entry(
+        "dequantize_triton", "fp8_kernel", {"weight": "u8", "scale": "u8", "out": "dtype"}, ("bfloat16",),
+        units=("weight_c", "scale_c", "out_c"), label="odd blocks", constants={"SHARED": False},
+    ),
+]  # fmt: skip
+
+
+@dataclass
+class Row:
+    kernel: str
+    label: str
+    dtype: str
+    target: str
+    tile: dict[str, int]
+    registers: int
+    spilled: int
+    """Bytes of registers spilled per thread; on AMD also registers moved to memory."""
+    shared: int
+    matrix: str
+    """The matrix instruction found, or "-" where the products run on ordinary multiply-adds."""
+
+    @property
+    def name(self) -> str:
+        tile = " ".join(f"{k}={v}" for k, v in self.tile.items())
+        return f"{self.kernel} {self.label} {self.dtype} {self.target} {tile}"
+
+
+def _source(entry: Entry, dtype: str, tile: dict[str, Any]) -> ASTSource:
+    kernel = getattr(importlib.import_module(f"flagops.kernels.{entry.module}"), entry.kernel)
+    elements = {"dtype": SHORT[dtype], "acc": "fp64" if dtype == "float64" else "fp32"}
+    constants = {**dict.fromkeys(entry.units, 1), **entry.constants}
+    constants |= {name: value for name, value in tile.items() if name in kernel.arg_names}
+    signature, attributes = {}, {}
+    for at, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in entry.scalars:
+            signature[name] = elements.get(entry.scalars[name], entry.scalars[name])
+        else:
+            pointer = entry.pointers.get(name)
+            signature[name] = f"*{elements.get(pointer, pointer)}" if pointer else "i32"
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def _ptxas(ptx: str) -> tuple[int, int]:
+    """Registers per thread and bytes spilled, as the assembler of the target reports them."""
+    architecture = re.search(r"\.target (\w+)", ptx).group(1)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={architecture}", file.name, "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    return int(re.search(r"Used (\d+) registers", log).group(1)), max(map(int, spilled.groups()))
+
+
+def _amdgcn(text: str) -> tuple[int, int]:
+    value = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)}
+    return value["vgpr_count"], max(4 * value["vgpr_spill_count"], value["private_segment_fixed_size"])
+
+
+def compile_row(entry: Entry, dtype: str, target: str, tile: dict[str, Any]) -> tuple[Row, Any]:
+    """One row and the compiled kernel it describes."""
+    source = _source(entry, dtype, tile)
+    options = {name: value for name, value in tile.items() if name not in source.fn.arg_names}
+    compiled = triton.compile(source, target=TARGETS[target][0], options=options)
+    if target.startswith("sm_"):
+        registers, spilled = _ptxas(compiled.asm["ptx"])
+        found = re.search(r"(wgmma\.mma_async|mma)\.sync\.aligned\.[\w.]+", compiled.asm["ptx"])
+    else:
+        registers, spilled = _amdgcn(compiled.asm["amdgcn"])
+        found = re.search(r"v_mfma_\w+", compiled.asm["amdgcn"])
+    matrix = found.group(0).replace(".sync.aligned", "") if found else "-"
+    return Row(
+        f"{entry.module}.{entry.kernel}", entry.label, dtype, target, tile, registers, spilled, compiled.metadata.shared, matrix
+    ), compiled
+
+
+def rows(only: str = "") -> Iterator[Row]:
+    for entry in ENTRIES:
+        for target, (_, kind, _) in TARGETS.items():
+            for dtype in entry.dtypes:
+                for tile in entry.tiles(kind, dtype):
+                    blank = Row(f"{entry.module}.{entry.kernel}", entry.label, dtype, target, tile, 0, 0, 0, "")
+                    if only in blank.name:
+                        yield compile_row(entry, dtype, target, tile)[0]
+
+
+def faults(row: Row) -> str:
+    """What a row does that it must not."""
+    limit = TARGETS[row.target][2]
+    return " ".join(["spills"] * (row.spilled > 0) + [f"more than {limit >> 10} KB"] * (row.shared > limit))
+
+
+def markdown(table: list[Row]) -> str:
+    lines = [
+        f"Compiled by Triton {triton.__version__} without a GPU: `python benchmarks/triton_compile.py --write`.",
+        "Registers are per thread, spills in bytes per thread, shared memory in bytes per program.",
+        "",
+        "| kernel | case | dtype | target | tile | registers | spills | shared | matrix instruction |",
+        "|---|---|---|---|---|---:|---:|---:|---|",
+    ]
+    for row in table:
+        tile = " ".join(f"{name.removeprefix('num_')}={value}" for name, value in row.tile.items())
+        lines.append(
+            f"| {row.kernel} | {row.label} | {row.dtype} | {row.target} | {tile} | {row.registers} | {row.spilled} "
+            f"| {row.shared} | {row.matrix} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    table, bad = [], 0
+    for row in rows(arguments.only):
+        table.append(row)
+        bad += bool(faults(row))
+        print(f"{row.name}: {row.registers} registers, {row.spilled} spilled, {row.shared} shared, {row.matrix} {faults(row)}", flush=True)
+    if arguments.write:
+        RESULTS.mkdir(exist_ok=True)
+        content = {"triton": triton.__version__, "rows": [vars(row) for row in table]}
+        (RESULTS / "triton_compile.json").write_text(json.dumps(content, indent=1) + "\n")
+        (RESULTS / "triton_compile.md").write_text(markdown(table))
+    print(f"{len(table)} kernels, {bad} at fault")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
