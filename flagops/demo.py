@@ -180,7 +180,15 @@ def deepseek_v4(options: argparse.Namespace, show: _Progress) -> Part:
 
     tokens = options.tokens or 20
     reference = _compare(
-        part, model, prompt, tokens, "float32", BOUND_DEEPSEEK, show, backends, lambda b: flagops.patch(model, backend=b)
+        part,
+        model,
+        prompt,
+        tokens,
+        "float32",
+        BOUND_DEEPSEEK,
+        show,
+        backends,
+        lambda b: flagops.patch(model, backend=b),
     )
     part.text = " ".join(map(str, reference.tokens))
     if apart and find_spec("triton") and os.environ.get("TRITON_INTERPRET") != "1":
@@ -307,9 +315,7 @@ def _compare(
             return generate(model, prompt, count, advance)
 
     reference = answer("torch alone", tokens)
-    part.rows.append(
-        Row("torch alone", dtype, len(reference.tokens), rate=reference.rate, first=reference.first)
-    )
+    part.rows.append(Row("torch alone", dtype, len(reference.tokens), rate=reference.rate, first=reference.first))
     for name in backends:
         count = min(tokens, SHORT.get(name, tokens)) if prompt.device.type == "cpu" else tokens
         with replace(name) as handle:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from flagops import registry
 from flagops.config import names
 from flagops.errors import Unsupported, suggestion
 
@@ -39,12 +40,14 @@ def patch(model: Any, ops: str | Sequence[str] = OPS, backend: str | Sequence[st
     What flagops cannot take (a mask that is more than visible or not, dropout, a recorded attention) runs as before
     and is counted with its reason. Training works; a deep copy stays patched until the same handle is disabled.
 
-    Raises TypeError for a model that holds no DeepSeek-V4 attention and ValueError for an unknown operator.
+    Raises TypeError for a model that holds no DeepSeek-V4 attention, ValueError for an unknown operator or backend.
     """
     chosen = names(ops)
     for op in chosen:
         if op not in OPS:
             raise ValueError(f"patch: {op!r} is no operator of DeepSeek-V4 that can be replaced{suggestion(op, OPS)}")
+    for name in () if backend is None else names(backend):
+        registry.backend(name)
     modeling = sys.modules.get(_MODELING)  # not loaded: the model cannot be one of its classes
     modules = getattr(model, "modules", tuple)
     layers = [m for m in modules() if isinstance(m, modeling.DeepseekV4Attention)] if modeling else []
@@ -59,10 +62,12 @@ def patch(model: Any, ops: str | Sequence[str] = OPS, backend: str | Sequence[st
 
 @dataclass
 class Calls:
-    """What became of the calls of one operator: by which backend they ran, or why they did not."""
+    """What became of one operator: its calls by backend, its calls by the reason why transformers' own code ran, and
+    the layers that were not patched by the reason."""
 
     backends: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    left_alone: Counter[str] = field(default_factory=Counter)
 
     @property
     def replaced(self) -> int:
@@ -85,6 +90,8 @@ class Handle:
         for layer in self._layers:
             layer.handles.append(self)
             layer.install()
+            if "grouped_output_projection" in ops and (reason := layer.foreign()):
+                self._calls["grouped_output_projection"].left_alone[reason] += 1
 
     def disable(self) -> None:
         """Put the model back as it was; a second call does nothing."""
@@ -246,7 +253,9 @@ def attention_forward(
         return original()
     asked = kwargs.get("output_attentions") or getattr(config, "output_attentions", False)
     reason = "the attention probabilities are asked for" if asked else "attention dropout" if dropout else None
-    result = handle.replace("sparse_attention", reason or _arguments(module, query, key, value, attention_mask, scaling))
+    result = handle.replace(
+        "sparse_attention", reason or _arguments(module, query, key, value, attention_mask, scaling)
+    )
     return original() if result is None else (result, None)
 
 
@@ -272,7 +281,7 @@ def _backend(op: str, arguments: tuple[Any, ...], backend: str | Sequence[str] |
     """The backend that a call just made has run on: its plan is remembered."""
     import torch
 
-    from flagops import dispatch, registry
+    from flagops import dispatch
 
     operator = registry.operator(op)
     return dispatch.plan(operator, operator.fill(arguments, {}), backend, torch.is_grad_enabled()).backend
