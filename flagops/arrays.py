@@ -97,22 +97,18 @@ def as_torch(x: Any) -> Any:
     return torch.from_numpy(x)
 
 
-def overlap(out: Any, x: Any) -> bool:
-    """Whether two arrays may share memory, by the bounds of what they span."""
-    if not is_torch(out):
-        import numpy
-
-        return bool(numpy.may_share_memory(out, x))
-    start, first = out.data_ptr(), x.data_ptr()
-    return bool(start < first + _span(x) and first < start + _span(out))
+def address(x: Any) -> int:
+    """Where the first element lies."""
+    return int(x.data_ptr() if is_torch(x) else x.__array_interface__["data"][0])
 
 
-def _span(x: Any) -> int:
-    """Bytes from the first element of a tensor to behind its last."""
-    if not x.numel():
-        return 0
-    last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
-    return int((last + 1) * x.element_size())
+def span(x: Any) -> tuple[int, int]:
+    """The bytes that an array may touch, from and to, relative to its first element."""
+    steps = [step * x.element_size() for step in x.stride()] if is_torch(x) else x.strides
+    if 0 in x.shape:
+        return 0, 0
+    reach = [(size - 1) * step for size, step in zip(x.shape, steps, strict=True)]
+    return sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + x.dtype.itemsize
 
 
 def device_class(x: Any) -> str:

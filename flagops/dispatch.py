@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from flagops.operator import Bound, Operator
 
 log = logging.getLogger("flagops")
+
+_data_ptr = methodcaller("data_ptr")
 
 _PLANS_KEPT = 4096
 _plans: dict[Any, Plan] = {}
@@ -43,6 +46,8 @@ class Plan:
     bound: Bound
     run: Callable[..., None]
     views: tuple[int, ...]
+    spans: tuple[tuple[int, int, int], ...]
+    on_torch: bool
     through_torch: bool
     check_values: bool
     refusals: dict[str, str]
@@ -123,19 +128,32 @@ def execute(plan: Plan, args: Sequence[Any]) -> Any:
         problem = operator.values(*args[:-1])
         if problem:
             raise ValueError(f"{operator.name}: {problem}")
-    clean = plan.clean(args)
-    if clean[-1] is None:
-        clean[-1] = arrays.empty(plan.bound.shape, plan.bound.dtype, args[operator.tensor_positions[0]])
+    if plan.views or plan.bound.scalars:
+        args = plan.clean(args)
+    out = args[-1]
+    if out is None:
+        out = arrays.empty(plan.bound.shape, plan.bound.dtype, args[operator.tensor_positions[0]])
+        args = (*args[:-1], out)
     else:
-        for position in operator.tensor_positions:
-            if clean[position] is not None and arrays.overlap(clean[-1], clean[position]):
-                raise ValueError(f"{operator.name}: out shares memory with {operator.parameters[position]}")
+        _refuse_overlap(plan, args)
     try:
-        plan.run(*clean)
+        plan.run(*args)
     except Unsupported as error:
         return execute(_without(plan, args, str(error)), args)
     plan.calls += 1
-    return clean[-1]
+    return out
+
+
+def _refuse_overlap(plan: Plan, args: Sequence[Any]) -> None:
+    address = _data_ptr if plan.on_torch else arrays.address
+    (*_, (last, low, high)) = plan.spans
+    start = address(args[last])
+    stop, start = start + high, start + low
+    for position, low, high in plan.spans[:-1]:
+        first = address(args[position])
+        if first + low < stop and start < first + high:
+            operator = plan.operator
+            raise ValueError(f"{operator.name}: out shares memory with {operator.parameters[position]}")
 
 
 def _without(plan: Plan, args: Sequence[Any], reason: str) -> Plan:
@@ -208,6 +226,12 @@ def _choose(operator: Operator, args: Sequence[Any], wish: Any, grad: Any, refus
             bound=bound,
             run=kernel.function,
             views=_views(operator, args),
+            spans=tuple(
+                (p, *arrays.span(args[p]))
+                for p in (*operator.tensor_positions, len(args) - 1)
+                if not wrapped and args[p] is not None
+            ),
+            on_torch=arrays.is_torch(first),
             through_torch=wrapped or needs_grad,
             check_values=operator.values is not None and (on_cpu or config.current().check),
             refusals=refusals,

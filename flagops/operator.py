@@ -92,6 +92,7 @@ class Operator:
         self.tensor_positions = tuple(self.positions[name] for name in self.tensors)
         self.scalar_positions = tuple(self.positions[name] for name in self.scalars)
         self.defaults = tuple(p.default for p in self.signature.parameters.values())
+        self.required = self.defaults.count(inspect.Parameter.empty)
         module = sys.modules[self.reference.__module__]
         self.bound = getattr(module, f"{self.name}_bound", None)
         self.values = getattr(module, f"{self.name}_values", None)
@@ -102,17 +103,18 @@ class Operator:
 
     def fill(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments by position, defaults filled in; Python's own TypeError for a call that does not fit."""
-        values = list(self.defaults)
-        values[: len(args)] = args
-        for name, value in kwargs.items():
-            position = self.positions.get(name, -1)
-            if position < len(args):
-                break
-            values[position] = value
-        else:
-            complete = not any(value is inspect.Parameter.empty for value in values)
-            if complete and len(values) == len(self.defaults):
-                return tuple(values)
+        if len(args) <= len(self.defaults):
+            values = [*args, *self.defaults[len(args) :]]
+            missing = max(self.required - len(args), 0)
+            for name, value in kwargs.items():
+                position = self.positions.get(name, -1)
+                if position < len(args):
+                    break
+                values[position] = value
+                missing -= position < self.required
+            else:
+                if not missing:
+                    return tuple(values)
         try:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:
