@@ -1,0 +1,113 @@
+"""Attention over selected key-value rows: gather those of a few queries, then two batched products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flagops import config
+
+
+def sparse_attention(q: Tensor, kv: Tensor, sink: Tensor | None, indices: Tensor, scale: float, out: Tensor) -> None:
+    """An online softmax over blocks of indices, for as many queries at a time as the byte budget allows."""
+    if not q.numel() or not kv.numel() or not indices.shape[2]:
+        out.zero_()
+        return
+    heads, width = q.shape[2:]
+    real = torch.promote_types(q.dtype, torch.float32)
+    limit = min(config.budget() // 4, 32 << 20 if q.device.type == "cpu" else 1 << 62)
+    per_index = (width * (real.itemsize + 2) + 4 * heads * real.itemsize + 16) + 1
+    keys = max(1, min(indices.shape[2], limit // 2 // per_index))
+    queries = max(1, limit // (keys * per_index + 4 * heads * width * real.itemsize))
+    for b, rows in _chunks(q, queries):
+        x = q[b, rows].to(real)
+        slots, valid = _slots(indices[b, rows], kv.shape[1])
+        top = x.new_full((x.shape[0], heads, 1), -torch.inf)
+        mass = torch.zeros_like(top)
+        total = torch.zeros_like(x)
+        for start in range(0, slots.shape[1], keys):
+            picked, present = slots[:, start : start + keys], valid[:, start : start + keys].unsqueeze(1)
+            values = kv[b].index_select(0, picked.flatten()).view(*picked.shape, width).to(real)
+            scores = torch.bmm(x, values.mT).mul_(scale).masked_fill_(~present, -torch.inf)
+            before, top = top, torch.maximum(top, scores.amax(-1, keepdim=True))
+            base = top.masked_fill(top == -torch.inf, 0)
+            p = scores.sub_(base).exp_()
+            fade = torch.exp(before - base)
+            mass = mass * fade + p.sum(-1, keepdim=True)
+            p = p.to(q.dtype).to(real)
+            total = torch.baddbmm(total.mul_(fade), p, values) if start else torch.bmm(p, values)
+        if sink is not None:
+            mass = mass.double() + torch.exp(sink.double().unsqueeze(-1) - top.double())
+        root = mass.sqrt().to(real)  # divided by twice, for a mass beyond the range of float32
+        total.div_(root).div_(root)
+        total.masked_fill_(top == -torch.inf, torch.nan).masked_fill_(~valid.any(-1)[:, None, None], 0)
+        out[b, rows].copy_(total)
+
+
+def sparse_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    sink: Tensor | None,
+    indices: Tensor,
+    scale: float,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `q`, `kv` and `sink`; the probabilities are computed again, their rounding is passed through."""
+    heads, width = q.shape[2:]
+    count = kv.shape[1]
+    real = torch.promote_types(q.dtype, torch.float32)
+    grad_q = torch.zeros(q.shape, dtype=real, device=q.device)
+    grad_kv = torch.zeros((q.shape[0], count + 1, width), dtype=real, device=q.device)
+    grad_sink = torch.zeros(heads, dtype=real, device=q.device)
+    per_query = indices.shape[2] * (3 * width + 6 * heads) + 6 * heads * width + 1
+    some = q.numel() and kv.numel() and indices.shape[2]
+    for b, rows in _chunks(q, max(1, config.budget() // 4 // (per_query * real.itemsize))) if some else ():
+        x, g = q[b, rows].to(real), grad[b, rows].to(real)
+        slots, valid = _slots(indices[b, rows], count)
+        absent = ~valid.unsqueeze(1)
+        values = kv[b].index_select(0, slots.flatten()).view(*slots.shape, width).to(real)
+        scores = (torch.bmm(x, values.mT) * scale).masked_fill(absent, -torch.inf)
+        top = scores.amax(-1, keepdim=True)
+        top = top.masked_fill(top == -torch.inf, 0)
+        if sink is not None:
+            sinks = sink.to(real).unsqueeze(-1)
+            top = torch.maximum(top, sinks)
+            idle = torch.exp(sinks - top).masked_fill(sinks == top, 1)
+        p = torch.exp(scores - top)
+        mass = p.sum(-1, keepdim=True)
+        if sink is not None:
+            mass = mass + idle
+        p = (p / mass).masked_fill(absent, 0)
+        slope = torch.bmm(g, values.mT).masked_fill(absent, 0)
+        mean = (p * slope).sum(-1, keepdim=True)
+        slope = p * (slope - mean) * scale
+        if needs[0]:
+            grad_q[b, rows] = torch.bmm(slope, values)
+        if needs[1]:
+            parts = torch.baddbmm(torch.bmm(p.mT, g), slope.mT, x)
+            target = torch.where(valid, slots, count).flatten()
+            grad_kv[b].index_add_(0, target, parts.flatten(0, 1))
+        if sink is not None and needs[2]:
+            grad_sink -= (idle / mass * mean).masked_fill(mean == 0, 0).sum((0, 2))
+    return (
+        grad_q.to(q.dtype) if needs[0] else None,
+        grad_kv[:, :count].to(kv.dtype) if needs[1] else None,
+        grad_sink.to(sink.dtype) if sink is not None and needs[2] else None,
+        None,
+    )
+
+
+def _chunks(q: Tensor, queries: int) -> Iterator[tuple[int, slice]]:
+    for b in range(q.shape[0]):
+        for start in range(0, q.shape[1], queries):
+            yield b, slice(start, min(start + queries, q.shape[1]))
+
+
+def _slots(indices: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Row numbers, and which of them count; an absent one repeats a row of its query, so that no other is read."""
+    valid = (indices >= 0) & (indices < count)
+    chosen = indices.masked_fill(~valid, -1)
+    return torch.where(valid, chosen, chosen.amax(-1, keepdim=True).clamp_min(0)), valid
