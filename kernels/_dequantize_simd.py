@@ -10,8 +10,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 _POINTER = ir.PointerType()
-_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_NARROW = {types.uint16: "bfloat16", types.int16: "float16", types.float32: "float32"}
+_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 
 def _vector(element: ir.Type, lanes: int) -> ir.VectorType:
@@ -20,10 +19,6 @@ def _vector(element: ir.Type, lanes: int) -> ir.VectorType:
 
 def _splat(element: ir.Type, lanes: int, value: Any) -> ir.Constant:
     return ir.Constant(_vector(element, lanes), [value] * lanes)
-
-
-def _bits(tag: types.Type) -> ir.IntType:
-    return ir.IntType(tag.bitwidth)
 
 
 def _target(context: Any) -> tuple[str, set[str]]:
@@ -91,11 +86,12 @@ def decode_fp4(typingctx: Any, codes: Any, out: Any, table: Any, streaming: Any,
         entries = _load(builder, _vector(_I8, 16 * size), table)
         planes = [_shuffle(builder, entries, entries, list(range(byte, 16 * size, size))) for byte in range(size)]
         results = []
-        for half in (range(8), range(8, 16)):
-            index = _shuffle(builder, low, high, [lane for i in half for lane in (i, 16 + i)])
+        for part in (range(8), range(8, 16)):
+            index = _shuffle(builder, low, high, [lane for i in part for lane in (i, 16 + i)])
             parts = [_lookup_bytes(builder, target, plane, index) for plane in planes]
             while len(parts) > 1:
-                parts = [_interleave(builder, a, b) for a, b in zip(parts, parts[len(parts) // 2 :])]
+                half = len(parts) // 2
+                parts = [_interleave(builder, *pair) for pair in zip(parts[:half], parts[half:], strict=True)]
             results += parts
         with builder.if_else(streaming) as branches:
             for branch, aligned in zip(branches, (16, 0), strict=True):
@@ -116,7 +112,7 @@ def decode_fp8(typingctx: Any, codes: Any, out: Any, count: Any, table: Any, str
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         codes, out, count, table, streaming, _ = args
-        bits = _bits(tag)
+        bits = ir.IntType(tag.bitwidth)
         lanes, size = 512 // bits.width, bits.width // 8
         typ = _vector(bits, lanes)
         permute = f"llvm.x86.avx512.vpermi2var.{'hi' if size == 2 else 'd'}.512"
@@ -124,11 +120,12 @@ def decode_fp8(typingctx: Any, codes: Any, out: Any, count: Any, table: Any, str
 
         def decode(start: Any, aligned: int) -> None:
             code = builder.zext(_load(builder, _vector(_I8, lanes), builder.add(codes, start)), typ)
-            found = [_call(builder, permute, typ, a, code, b) for a, b in zip(entries[::2], entries[1::2])]
+            pairs = zip(entries[::2], entries[1::2], strict=True)
+            found = [_call(builder, permute, typ, low, code, high) for low, high in pairs]
             bit = 2 * lanes
             while len(found) > 1:
                 zero = builder.icmp_unsigned("==", builder.and_(code, _splat(bits, lanes, bit)), _splat(bits, lanes, 0))
-                found = [builder.select(zero, a, b) for a, b in zip(found[::2], found[1::2])]
+                found = [builder.select(zero, *pair) for pair in zip(found[::2], found[1::2], strict=True)]
                 bit *= 2
             sign = builder.shl(builder.and_(code, _splat(bits, lanes, 128)), _splat(bits, lanes, bits.width - 8))
             _store(builder, builder.xor(found[0], sign), builder.add(out, builder.mul(start, _I64(size))), 0, aligned)
@@ -152,56 +149,13 @@ def decode_fp8(typingctx: Any, codes: Any, out: Any, count: Any, table: Any, str
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def narrow(typingctx: Any, x: Any, tag: Any) -> Any:
-    """The bits of a float32 rounded to nearest even in the format of `tag`, in integer arithmetic."""
+def byte(typingctx: Any, address: Any) -> Any:
+    """The byte at an address."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        bits = builder.bitcast(args[0], _I32)
-        form = _NARROW[tag]
-        if form == "float32":
-            return bits
-        magnitude = builder.and_(bits, _I32(0x7FFFFFFF))
-        sign = builder.lshr(builder.and_(bits, _I32(0x80000000)), _I32(16))
-        nan = builder.icmp_unsigned(">", magnitude, _I32(0x7F800000))
+        return _load(builder, _I8, args[0])
 
-        def rounded(value: Any, shift: int) -> Any:
-            odd = builder.and_(builder.lshr(value, _I32(shift)), _I32(1))
-            return builder.lshr(builder.add(builder.add(value, _I32((1 << (shift - 1)) - 1)), odd), _I32(shift))
-
-        if form == "bfloat16":
-            result = builder.select(nan, _I32(0x7FC0), rounded(magnitude, 16))
-        else:
-            half = _F32(0.5)  # its last bit weighs 2^-24, the smallest float16
-            small = builder.bitcast(builder.fadd(builder.bitcast(magnitude, _F32), half), _I32)
-            small = builder.sub(small, builder.bitcast(half, _I32))
-            normal = rounded(builder.sub(magnitude, _I32(112 << 23)), 13)
-            result = builder.select(builder.icmp_unsigned("<", magnitude, _I32(113 << 23)), small, normal)
-            result = builder.select(builder.icmp_unsigned(">=", magnitude, _I32(143 << 23)), _I32(0x7C00), result)
-            result = builder.select(nan, _I32(0x7E00), result)
-        return builder.trunc(builder.or_(result, sign), _I16)
-
-    return (types.uint32 if tag == types.float32 else types.uint16)(types.float32, tag), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def get(typingctx: Any, address: Any, tag: Any) -> Any:
-    """The scalar of `tag`'s type at an address."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return builder.load(_at(builder, args[0]), typ=context.get_value_type(tag))
-
-    return tag(types.int64, tag), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def put(typingctx: Any, address: Any, value: Any) -> Any:
-    """Store a scalar at an address."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        builder.store(args[1], _at(builder, args[0]))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, value), generate
+    return types.uint8(types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -12,7 +12,8 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
-from ._dequantize_simd import decode_fp4, decode_fp8, fence, get, narrow, put
+from ._dequantize_simd import byte, decode_fp4, decode_fp8, fence
+from ._simd import LANES, load, store, vload, vmul, vsplat, vstore
 
 _FORMATS: dict[str, tuple[Any, Any]] = {
     "bfloat16": (ml_dtypes.bfloat16, np.uint16(0)),
@@ -23,7 +24,7 @@ _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _E4M3 = np.arange(128, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 _GRAIN = 1 << 17  # elements worth a thread
 _CACHED = 32 << 20  # bytes; a larger result is streamed past the caches
-_BYTE = np.uint8(0)
+_F32 = np.float32(0)
 
 
 @kernel(deterministic=True, batch_invariant=True, note="table lookup by byte shuffles")
@@ -48,11 +49,9 @@ def fp8_dequantize(weight: Any, scale: Any, block: tuple[int, int], dtype: str, 
     size, tag = out.itemsize, _FORMATS[dtype][1]
     out_row, out_column = (size * step for step in strides(out))
     target = pointer(out)
-    streaming = (
-        out_column == size and rows * columns * size > _CACHED and not (target | out_row | block[1] * size) % 64
-    )
+    streaming = out_column == size and rows * columns * size > _CACHED and not (target | out_row | block[1] * size) % 64
     if dtype_name(scale) == "float32":
-        coded, tables, unit = False, 0, 4
+        coded, tables, unit = False, pointer(_E4M3), 4
     else:
         coded, tables, unit = True, pointer(_fp8_products(dtype)), 1
     parallel(
@@ -63,12 +62,12 @@ def fp8_dequantize(weight: Any, scale: Any, block: tuple[int, int], dtype: str, 
     )  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def _fp4_products(dtype: str) -> Any:
     return _products(np.concatenate((_E2M1, -_E2M1)), dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _fp8_products(dtype: str) -> Any:
     return _products(_E4M3, dtype)
 
@@ -94,7 +93,7 @@ def _fp4_rows(
         if out_column != size:
             target = np.int64(results.ctypes.data)
         for group in range(groups):
-            table = tables + 16 * size * get(scale + row * scale_row + group * scale_column, _BYTE)
+            table = tables + 16 * size * byte(scale + row * scale_row + group * scale_column)
             decode_fp4(source + 16 * group, target + 32 * size * group, table, streaming, tag)
         if out_column != size:
             _scatter(results, out + row * out_row, out_column, 32 * groups, size, tag)
@@ -110,21 +109,21 @@ def _fp8_rows(
     codes = np.empty(columns if weight_column != 1 else 0, np.uint8)
     results = np.empty(columns * size if out_column != size else 0, np.uint8)
     blocks = -(-columns // block_columns)
-    products = np.full((0 if coded else blocks, 128), narrow(np.float32(0), tag))
+    products = np.empty(0 if coded else 128 * size * blocks, np.uint8)
     band = -1
     for row in range(start, stop):
         source, target = weight + row * weight_row, out + row * out_row
         scales = scale + row // block_rows * scale_row
         if not coded and row // block_rows != band:
             band = row // block_rows
-            _multiply(products, scales, scale_column, tag)
+            _multiply(products, tables, scales, scale_column, size, tag)
         if weight_column != 1:
             source = _gather(codes, source, weight_column)
         if out_column != size:
             target = np.int64(results.ctypes.data)
         for block in range(blocks):
             if coded:
-                table = tables + 128 * size * get(scales + block * scale_column, _BYTE)
+                table = tables + 128 * size * byte(scales + block * scale_column)
             else:
                 table = np.int64(products.ctypes.data) + 128 * size * block
             column = block * block_columns
@@ -137,17 +136,18 @@ def _fp8_rows(
 
 
 @jit
-def _multiply(products, scales, scale_column, tag):
-    for block in range(products.shape[0]):
-        factor = get(scales + block * scale_column, np.float32(0))
-        for i in range(128):
-            products[block, i] = narrow(_E4M3[i] * factor, tag)
+def _multiply(products, values, scales, scale_column, size, tag):
+    for block in range(products.size // (128 * size)):
+        factor = vsplat(load(_F32, scales + block * scale_column))
+        table = np.int64(products.ctypes.data) + 128 * size * block
+        for i in range(0, 128, LANES):
+            vstore(tag, table + i * size, vmul(vload(_F32, values + 4 * i), factor))
 
 
 @jit
 def _gather(codes, source, step):
     for i in range(codes.size):
-        codes[i] = get(source + i * step, _BYTE)
+        codes[i] = byte(source + i * step)
     return np.int64(codes.ctypes.data)
 
 
@@ -155,4 +155,4 @@ def _gather(codes, source, step):
 def _scatter(results, target, step, count, size, tag):
     source = np.int64(results.ctypes.data)
     for i in range(count):
-        put(target + i * step, get(source + i * size, tag))
+        store(tag, target + i * step, load(tag, source + i * size))
