@@ -168,6 +168,8 @@ def deepseek_v4(options: argparse.Namespace, show: _Progress) -> Part:
     with show.step("building a small random DeepSeek-V4"):
         import torch
 
+        from flagops import patch
+
         model = small_deepseek_v4()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)
@@ -175,9 +177,6 @@ def deepseek_v4(options: argparse.Namespace, show: _Progress) -> Part:
     part = Part("small random DeepSeek-V4", f"{prompt.shape[1]} random tokens")
     backends = _usable(part, options.backend, device)
     apart = device == "cpu" and "triton" not in backends and "triton" in (options.backend or ("triton",))
-
-    import flagops
-
     tokens = options.tokens or 20
     reference = _compare(
         part,
@@ -188,7 +187,7 @@ def deepseek_v4(options: argparse.Namespace, show: _Progress) -> Part:
         BOUND_DEEPSEEK,
         show,
         backends,
-        lambda b: flagops.patch(model, backend=b),
+        lambda b: patch(model, backend=b),
     )
     part.text = " ".join(map(str, reference.tokens))
     if apart and find_spec("triton") and os.environ.get("TRITON_INTERPRET") != "1":
@@ -330,7 +329,8 @@ def generate(model: Any, prompt: torch.Tensor, tokens: int, advance: Callable[[]
 
     stop = model.generation_config.eos_token_id
     stops = set(stop) if isinstance(stop, list) else {stop}
-    ids, cache, logits, chosen, times = prompt, None, [], [], [time.perf_counter()]
+    ids, cache, logits, times = prompt, None, [], [time.perf_counter()]
+    chosen: list[int] = []
     with torch.no_grad():
         while len(chosen) < tokens and not stops & set(chosen):
             out = model(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -354,10 +354,9 @@ def judge(backend: str, dtype: str, reference: Answer, got: Answer, bound: float
     shared = got.prompt + min(same, count - 1)
     delta = float((reference.logits[:shared] - got.logits[:shared]).abs().max())
     row = Row(backend, dtype, count, same, delta, bound, got.rate, got.first)
-    for calls in report.values():
-        row.replaced += calls.replaced
-        row.calls += calls.total
-        for reason, times in calls.fallbacks.items():
+    row.replaced, row.calls = report.replaced, report.calls
+    for seen in report.rows:
+        for reason, times in seen.passed.items():
             row.fallbacks[reason] = row.fallbacks.get(reason, 0) + times
     if not delta <= bound:
         row.problem = f"a logit moved by {delta:.2g}, more than {bound:g}"

@@ -10,14 +10,15 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flagops import registry
 from flagops.config import names
 from flagops.errors import Unsupported, suggestion
+from flagops.report import Report, Row
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,7 @@ OPS = ("sparse_attention", "grouped_output_projection")
 NAME = "flagops"
 _MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
 
-log = logging.getLogger("flagops.transformers")
+log = logging.getLogger("flagops")
 
 
 def patch(model: Any, ops: str | Sequence[str] = OPS, backend: str | Sequence[str] | None = None) -> Handle:
@@ -60,24 +61,6 @@ def patch(model: Any, ops: str | Sequence[str] = OPS, backend: str | Sequence[st
     return Handle(layers, chosen, backend)
 
 
-@dataclass
-class Calls:
-    """What became of one operator: its calls by backend, its calls by the reason why transformers' own code ran, and
-    the layers that were not patched by the reason."""
-
-    backends: Counter[str] = field(default_factory=Counter)
-    fallbacks: Counter[str] = field(default_factory=Counter)
-    left_alone: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def replaced(self) -> int:
-        return self.backends.total()
-
-    @property
-    def total(self) -> int:
-        return self.backends.total() + self.fallbacks.total()
-
-
 class Handle:
     """One `patch`; `disable` undoes it, in any order of several."""
 
@@ -85,13 +68,16 @@ class Handle:
         self.ops = ops
         self.backend = backend
         self.active = True
-        self._calls = {op: Calls() for op in ops}
+        self._counts: Counter[tuple[str, str, str, str]] = Counter()
+        self._untouched: dict[str, int | None] = {}
+        self._lock = threading.Lock()
         self._layers = [_Layer.of(attention) for attention in attentions]
         for layer in self._layers:
             layer.handles.append(self)
             layer.install()
             if "grouped_output_projection" in ops and (reason := layer.foreign()):
-                self._calls["grouped_output_projection"].left_alone[reason] += 1
+                name = f"grouped_output_projection of layer {layer.attention.layer_idx}"
+                self._untouched[f"{name}: {reason}"] = None
 
     def disable(self) -> None:
         """Put the model back as it was; a second call does nothing."""
@@ -101,28 +87,37 @@ class Handle:
                 layer.handles.remove(self)
                 layer.install()
 
-    def report(self) -> dict[str, Calls]:
-        """Per operator: calls by backend, and calls that went to transformers' own code by reason."""
-        return copy.deepcopy(self._calls)
+    def report(self) -> Report:
+        """Per operator the calls by backend and, by reason, those that ran transformers' own code; below them the
+        layers that could not be patched."""
+        with self._lock:
+            counts = dict(self._counts)
+        rows = []
+        for op, key in dict.fromkeys(seen[:2] for seen in counts):
+            mine = {seen[2:]: number for seen, number in counts.items() if seen[:2] == (op, key)}
+            replaced = {backend: number for (backend, _), number in mine.items() if backend}
+            rows.append(Row(op, key, replaced, {reason: number for (_, reason), number in mine.items() if reason}))
+        return Report(tuple(rows), self._untouched.copy())
 
-    def replace(self, op: str, arguments: tuple[Any, ...] | str) -> Any:
+    def replace(self, op: str, device: torch.device, arguments: tuple[Any, ...] | str) -> Any:
         """One call through flagops; None, counted, when `arguments` is a reason or no backend takes them."""
         import flagops
 
-        reason = arguments
-        if not isinstance(arguments, str):
+        result, backend, reason = None, "", ""
+        if isinstance(arguments, str):
+            reason = arguments
+        else:
             try:
                 result = getattr(flagops, op)(*arguments, backend=self.backend)
+                backend = _backend(op, arguments, self.backend)
             except Unsupported as error:
                 reason = str(error)
-            else:
-                self._calls[op].backends[_backend(op, arguments, self.backend)] += 1
-                return result
-        calls = self._calls[op].fallbacks
-        if reason not in calls:
+        seen = (op, device.type.upper(), backend, reason)
+        if reason and seen not in self._counts:
             log.info("%s is left to transformers: %s", op, reason)
-        calls[reason] += 1
-        return None
+        with self._lock:
+            self._counts[seen] += 1
+        return result
 
     def __enter__(self) -> Handle:
         return self
@@ -187,21 +182,22 @@ class _Layer:
         """Stands for o_a_proj: `project` computes both products."""
         return grouped
 
-    def project(self, o: torch.Tensor) -> torch.Tensor:
+    def project(self, o: torch.Tensor) -> Any:
         """Stands for o_b_proj, on the attention output with its heads flattened."""
         first, second = self.first, self.second
 
-        def original() -> torch.Tensor:
-            grouped = type(first).forward(first, o.unflatten(-1, (first.n_groups, -1)))
+        def original() -> Any:
+            grouped = type(first).forward(first, o.reshape(*o.shape[:-1], first.n_groups, -1))
             return type(second).forward(second, grouped.flatten(-2))
 
         handle = self.handle("grouped_output_projection")
         if handle is None:  # a deep copy whose handle is disabled
             return original()
         dtypes = sorted({str(x.dtype) for x in (o, first.weight, second.weight)})
-        heads = o.unflatten(-1, (-1, self.attention.head_dim))
+        heads = o.reshape(*o.shape[:-1], -1, self.attention.head_dim)
         result = handle.replace(
             "grouped_output_projection",
+            o.device,
             (heads, first.weight, second.weight, first.n_groups)
             if len(dtypes) == 1
             else f"input and weights mix {' and '.join(dtypes)}",
@@ -235,7 +231,7 @@ def attention_forward(
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Any:
     """The attention function registered with transformers: query [b, h, s, d], key = value [b, 1, n, d]."""
     layer: _Layer | None = module.__dict__.get("_flagops")
     config = layer.config if layer else module.config
@@ -253,9 +249,8 @@ def attention_forward(
         return original()
     asked = kwargs.get("output_attentions") or getattr(config, "output_attentions", False)
     reason = "the attention probabilities are asked for" if asked else "attention dropout" if dropout else None
-    result = handle.replace(
-        "sparse_attention", reason or _arguments(module, query, key, value, attention_mask, scaling)
-    )
+    arguments = reason or _arguments(module, query, key, value, attention_mask, scaling)
+    result = handle.replace("sparse_attention", query.device, arguments)
     return original() if result is None else (result, None)
 
 
