@@ -1,0 +1,146 @@
+"""Functions put before torch's kernels at a dispatch key, and taken away again in any order.
+
+One function per overload and key serves the whole process. Removing one that another library has since overridden would
+break the kernel that library saved, so such a function stays, idle, until it is on top again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+_WARNING = r"(?s)\s*Warning only once for all operators.*Overriding a previously registered kernel"
+
+
+class Thread(threading.local):
+    busy = False
+    """Whether this thread runs a kernel, ours or torch's: what that calls goes to torch's own kernels."""
+
+
+thread = Thread()
+lock = threading.RLock()
+
+
+class Counter:
+    """Counts without a lock, from any number of threads."""
+
+    def __init__(self) -> None:
+        self.add = itertools.count().__next__
+        self._reads = 0
+
+    def value(self) -> int:
+        with lock:
+            count = self.add() - self._reads
+            self._reads += 1
+        return count
+
+
+class Registration:
+    """One of our functions at one overload and dispatch key, and the kernel below it."""
+
+    def __init__(self, name: str, key: str) -> None:
+        import torch
+
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CompositeImplicitAutograd"):
+            raise TypeError(f"aten::{name} is composite: a kernel at {key} would lose its gradients")
+        self.name, self.key = name, key
+        self.handles: list[Any] = []
+        self.plans: dict[Any, Any] = {}
+        self.function = self.call()
+        self.install()
+
+    def call(self) -> Callable[..., Any]:
+        """The function to register, again and again: torch never frees one."""
+        raise NotImplementedError
+
+    def install(self) -> None:
+        import torch
+
+        self.below = torch.library.get_kernel(f"aten::{self.name}", self.key)
+        self.others = f"aten/{self.name}/{self.key}" in torch.library._impls
+        self.library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _WARNING, UserWarning)
+            self.library.impl(  # type: ignore[no-untyped-call]
+                self.name, self.function, self.key, with_keyset=True
+            )
+        self.own = torch.library.get_kernel(f"aten::{self.name}", self.key)
+
+    def uninstall(self) -> None:
+        import torch
+
+        self.library._destroy()  # type: ignore[no-untyped-call]
+        in_flight.append(self.own)
+        if self.others:
+            torch.library._impls.add(f"aten/{self.name}/{self.key}")
+
+    def on_top(self) -> bool:
+        """Whether torch would call us, or an older registration of ours, and nobody else's override."""
+        import torch
+
+        return _HERE in repr(torch.library.get_kernel(f"aten::{self.name}", self.key))
+
+    def torch(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        """The kernel that was there before us: torch's own, or another library's."""
+        busy, thread.busy = thread.busy, True
+        try:
+            try:
+                return self.below.call_boxed(keyset, *args, **kwargs)
+            except RuntimeError as error:
+                if "SafeKernelFunction has been invalidated" not in str(error) or not self.on_top():
+                    raise
+            with lock:  # the override below was removed: find what is there now
+                self.uninstall()
+                self.install()
+            return self.below.call_boxed(keyset, *args, **kwargs)
+        finally:
+            thread.busy = busy
+
+
+_HERE = Registration.install.__code__.co_filename
+"""The file torch notes as the place of our registrations."""
+
+live: dict[tuple[str, str], Registration] = {}
+idle: dict[tuple[str, str], Registration] = {}
+buried: list[Registration] = []
+"""Unwanted, but below another library's override, which may call them: they hand on until they are on top."""
+in_flight: deque[Any] = deque(maxlen=4096)
+"""Removed functions, which another thread may be about to enter."""
+
+
+def acquire(name: str, key: str, make: Callable[[], Registration]) -> Registration | None:
+    """The registration at an overload and key, installed if need be; None where torch has no kernel to replace."""
+    import torch
+
+    place = name, key
+    if place in live:
+        return live[place]
+    try:
+        torch.library.get_kernel(f"aten::{name}", key)
+    except RuntimeError:
+        return None
+    if place in idle:
+        idle[place].install()
+        live[place] = idle.pop(place)
+    else:
+        live[place] = make()
+    return live[place]
+
+
+def release(registration: Registration) -> None:
+    """Nobody wants it any more; `sweep` removes it as soon as it can."""
+    del live[registration.name, registration.key]
+    buried.append(registration)
+
+
+def sweep() -> None:
+    """Remove what nobody wants, newest first; what lies below another library's override stays, idle."""
+    for registration in reversed(buried.copy()):
+        if (registration.name, registration.key) not in live and registration.on_top():
+            registration.uninstall()
+            buried.remove(registration)
+            idle[registration.name, registration.key] = registration
