@@ -2,24 +2,28 @@
 
 Addresses are int64. A *tag* is a scalar whose numba type names the dtype in memory: float32, float64, uint16 (bfloat16)
 or int16 (float16); arithmetic is float32, or float64 for the float64 tag. `load(tag, address)` gives a scalar and
-`vload(tag, address)` a vector of LANES (float64: LANES/2) elements; `store`, `vstore`, `vstream` round to nearest even.
-`outer_tile(tag, a, lda, b, ldb, k, c, ldc, add)`: C[6, 4 vectors] (+)= A[6, k] B[k, 4 vectors], all row-major in the
-arithmetic dtype, leading dimensions in elements, no masks: the caller pads. Sums run over k in order.
-`outer_row` is the same for C[1, 8 vectors], with B in the tag's dtype. `dot_tile(tag, x, ldx, w, ldw, rows, k, c, ldc,
-add)`: C[4, 8] (+)= X[4, k] W[rows <= 6, k]^T, the last two columns 0; k a multiple of LANES; X and C in the arithmetic
-dtype, W in the tag's (pass a float tag for an upcast W). `dot_row`: C[1, 8] (+)= X[1, k] W[rows <= 8, k]^T, the same sums.
+`vload(tag, address)` a vector of `lanes(tag)` elements; `store`, `vstore`, `vstream` round to nearest even.
+
+The tiles take row-major blocks with leading dimensions in elements and mask nothing: the caller pads.
+`outer_tile(tag, a, lda, b, ldb, k, c, ldc, add)`: C[OUTER_ROWS, OUTER_VECTORS * lanes] = A[.., k] B[k, ..] (+ C if add),
+each sum in the order of k. `dot_tile(tag, x, ldx, w, ldw, rows, k, c, ldc, add)`: C[DOT_ROWS, DOT_WIDTH] =
+X[.., k] W[rows <= DOT_COLUMNS, k]^T (+ C), zero past DOT_COLUMNS; k a multiple of lanes. `outer_row` and `dot_row` do one
+row, ROW_VECTORS * lanes or DOT_ROW_COLUMNS wide, with the same sums. A, X and C are in the arithmetic dtype; B and W in
+the tag's, so that a bfloat16 matrix used once is widened in registers (pass `wide(tag)` for a B or W widened before).
 """
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
-_FEATURES = cpu_target.target_context.codegen().magic_tuple()[-1].split(",")
-_FUSED = "+sse2" not in _FEATURES or "+fma" in _FEATURES
-LANES = 16 if "+avx512f" in _FEATURES else 8 if "+avx" in _FEATURES else 4
-OUTER_ROWS, OUTER_VECTORS, ROW_VECTORS = 6, 4, 8
-DOT_ROWS, DOT_COLUMNS, DOT_ROW_COLUMNS, DOT_WIDTH = 4, 6, 8, 8
+from flagops.backends.numba import features
+
+_X86 = "+sse2" in features()
+_FUSED = not _X86 or "+fma" in features()
+_MANY = not _X86 or "+avx512f" in features()  # 32 registers rather than 16
+LANES = 16 if "+avx512f" in features() else 8 if "+avx" in features() else 4
+OUTER_ROWS, OUTER_VECTORS, ROW_VECTORS = 6, 4 if _MANY else 2, 8
+DOT_ROWS, DOT_COLUMNS, DOT_ROW_COLUMNS, DOT_WIDTH = (4, 6, 8, 8) if _MANY else (3, 4, 8, 8)
 
 _i16, _i32, _i64 = (ir.IntType(bits) for bits in (16, 32, 64))
 _SIZE = {ir.DoubleType(): 8, ir.FloatType(): 4, ir.HalfType(): 2, _i16: 2}
@@ -131,17 +135,38 @@ def _loop(builder, count, values, body):
     results = body(index, carried)
     following = builder.add(index, _i64(1))
     index.add_incoming(following, builder.block)
-    for phi, first, result in zip(carried, values, results):
+    for phi, first, result in zip(carried, values, results, strict=True):
         phi.add_incoming(first, before)
         phi.add_incoming(result, builder.block)
     end = builder.block
     builder.cbranch(builder.icmp_signed("<", following, count), inside, after)
     builder.position_at_end(after)
     merged = [builder.phi(value.type) for value in values]
-    for phi, first, result in zip(merged, values, results):
+    for phi, first, result in zip(merged, values, results, strict=True):
         phi.add_incoming(first, before)
         phi.add_incoming(result, end)
     return merged
+
+
+@intrinsic
+def lanes(typingctx, tag):
+    """Elements in a vector."""
+    count = Vector(_arithmetic(tag)).lanes
+    return types.int64(tag), lambda context, builder, signature, arguments: _i64(count)
+
+
+@intrinsic
+def size(typingctx, tag):
+    """Bytes of an element in memory."""
+    count = _SIZE[_MEMORY[tag]]
+    return types.int64(tag), lambda context, builder, signature, arguments: _i64(count)
+
+
+@intrinsic
+def wide(typingctx, tag):
+    """The tag of the arithmetic dtype, zero."""
+    element = _arithmetic(tag)
+    return element(tag), lambda context, builder, signature, arguments: ir.Constant(_MEMORY[element], 0.0)
 
 
 @intrinsic
@@ -289,7 +314,7 @@ def _outer(rows, vectors):
                 return result
 
             sums = _loop(builder, k, [_initial(builder, kind, c, index, add) for index in at], step)
-            for index, value in zip(at, sums):
+            for index, value in zip(at, sums, strict=True):
                 _store(builder, tag_a, value, c, index)
             return context.get_dummy_value()
 

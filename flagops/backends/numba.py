@@ -35,9 +35,11 @@ class _Numba:
     @cache  # noqa: B019  (one instance per process)
     def unavailable(self) -> str | None:
         try:
-            import numba  # noqa: F401
+            available = features()
         except Exception as error:
             return f"numba cannot be imported: {error}"
+        if "+sse2" in available and "+f16c" not in available:
+            return "the processor has no float16 conversions (F16C)"
         return None
 
     def refuses(self, array: Any) -> str | None:
@@ -93,6 +95,14 @@ def strides(x: Any) -> tuple[int, ...]:
     return tuple([s // size for s in x.strides])
 
 
+@cache
+def features() -> frozenset[str]:
+    """The processor features numba compiles for, such as ``"+avx512f"``."""
+    from numba.core.registry import cpu_target
+
+    return frozenset(cpu_target.target_context.codegen().magic_tuple()[-1].split(","))
+
+
 def jit(function: Any) -> Any:
     """`numba.njit` that releases the GIL, divides as NumPy does, and is cached in our own folder."""
     import numba
@@ -122,7 +132,8 @@ def _cache_folder(package: str) -> Path | None:
     import llvmlite.binding as llvm
     import numba
 
-    digest = hashlib.sha256(repr((numba.__version__, llvm.get_host_cpu_name(), sorted(_OPTIONS.items()))).encode())
+    facts = numba.__version__, llvm.get_host_cpu_name(), sorted(features()), _OPTIONS
+    digest = hashlib.sha256(repr(facts).encode())
     try:
         for source in sorted(files(package).iterdir(), key=lambda file: file.name):
             if source.name.endswith("_numba.py") or (source.name.startswith("_") and source.name.endswith(".py")):

@@ -1,0 +1,284 @@
+"""C = A B (+ bias) over any strides. Each sum has one order, fixed by K and the layout of B: never by M, N or threads.
+
+Where B is contiguous along K, as a transposed weight is, rows meet in `dot_tile`: vectors run along K, a bfloat16 weight
+is read once and widened in registers or into a panel in L1. Otherwise vectors run along N (`outer_tile`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flagops.backends.numba import jit, parallel, pointer, strides, threads
+
+from ._simd import (
+    DOT_COLUMNS,
+    DOT_ROW_COLUMNS,
+    DOT_ROWS,
+    DOT_WIDTH,
+    OUTER_ROWS,
+    OUTER_VECTORS,
+    ROW_VECTORS,
+    dot_row,
+    dot_tile,
+    lanes,
+    load,
+    outer_row,
+    outer_tile,
+    size,
+    store,
+    vadd,
+    vload,
+    vstore,
+    wide,
+)
+
+TAGS = {"float16": np.int16(0), "bfloat16": np.uint16(0), "float32": np.float32(0), "float64": np.float64(0)}
+DOT_DEPTH, OUTER_DEPTH, STREAM_DEPTH = 512, 256, 16
+_L2, _WIDTH, _SERIAL = 512 << 10, 384, 1 << 19
+_ORIGIN = np.zeros((1, 3), np.int64)
+
+
+@jit
+def pack(tag, source, row, column, rows, columns, target, ld, padded_rows, padded_columns):
+    """Widen a block of any strides into rows of `ld`, zero beyond it."""
+    float_tag = wide(tag)
+    item, width, step = size(tag), size(float_tag), lanes(tag)
+    if column == 1:
+        for r in range(rows):
+            origin, goal = source + r * row * item, target + r * ld * width
+            whole = columns - columns % step
+            for c in range(0, whole, step):
+                vstore(float_tag, goal + c * width, vload(tag, origin + c * item))
+            for c in range(whole, columns):
+                store(float_tag, goal + c * width, load(tag, origin + c * item))
+    else:
+        for c in range(columns):
+            for r in range(rows):
+                store(float_tag, target + (r * ld + c) * width, load(tag, source + (r * row + c * column) * item))
+    if padded_columns > columns:
+        for r in range(rows):
+            for c in range(columns, padded_columns):
+                store(float_tag, target + (r * ld + c) * width, float_tag)
+    for r in range(rows, padded_rows):
+        for c in range(padded_columns):
+            store(float_tag, target + (r * ld + c) * width, float_tag)
+
+
+@jit
+def unpack(tag, source, ld, rows, columns, target, row, column, bias, bias_stride):
+    """Round a block of sums (plus bias, where its address is not 0) into the output."""
+    float_tag = wide(tag)
+    item, width, step = size(tag), size(float_tag), lanes(tag)
+    whole = columns - columns % step if column == 1 and (bias == 0 or bias_stride == 1) else 0
+    for r in range(rows):
+        origin, goal = source + r * ld * width, target + r * row * item
+        for c in range(0, whole, step):
+            value = vload(float_tag, origin + c * width)
+            if bias != 0:
+                value = vadd(value, vload(tag, bias + c * item))
+            vstore(tag, goal + c * item, value)
+        for c in range(whole, columns):
+            scalar = load(float_tag, origin + c * width)
+            if bias != 0:
+                scalar += load(tag, bias + c * bias_stride * item)
+            store(tag, goal + c * column * item, scalar)
+
+
+@jit
+def _clear(float_tag, target, count):
+    for i in range(count):
+        store(float_tag, target + i * size(float_tag), float_tag)
+
+
+@jit
+def _dot(start, stop, tag, m, n, k, mc, nc, span, a, am, ak, b, bk, bn, c, cm, cn, bias, bias_stride, offsets, terms):
+    float_tag = wide(tag)
+    item, width, step = size(tag), size(float_tag), lanes(tag)
+    m_blocks, n_blocks = -(-m // mc), -(-n // nc)
+    rows_held, ldc = mc + DOT_ROWS, nc + DOT_WIDTH
+    held = np.empty(width * (rows_held * (span + ldc) + DOT_ROW_COLUMNS * DOT_DEPTH) + 64, np.uint8)
+    x = (np.int64(held.ctypes.data) + 63) & ~63
+    panel = x + rows_held * span * width
+    sums = panel + DOT_ROW_COLUMNS * DOT_DEPTH * width
+    for task in range(start, stop):
+        batch, rest = divmod(task, m_blocks * n_blocks)
+        column, row = rest // m_blocks * nc, rest % m_blocks * mc
+        rows, columns = min(mc, m - row), min(nc, n - column)
+        across = DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS
+        if k == 0:
+            _clear(float_tag, sums, rows * ldc)
+        for part in range(-(-k // span) * terms):
+            term, first = batch * terms + part // -(-k // span), part % -(-k // span) * span
+            depth = min(span, k - first)
+            left = a + (offsets[term, 0] + row * am + first * ak) * item
+            right = b + (offsets[term, 1] + column * bn + first) * item
+            padded = -(-depth // step) * step
+            pack(tag, left, am, ak, rows, depth, x, span, -(-rows // DOT_ROWS) * DOT_ROWS, padded)
+            for j in range(0, columns, across):
+                valid = min(across, columns - j)
+                for at in range(0, depth, DOT_DEPTH):
+                    d = min(DOT_DEPTH, depth - at)
+                    whole = d % step == 0
+                    d_padded = -(-d // step) * step
+                    w, add = right + (j * bn + at) * item, part + at > 0
+                    if rows == 1 and whole:
+                        dot_row(tag, x + at * width, span, w, bn, valid, d, sums + j * width, ldc, add)
+                    elif rows == 1:
+                        pack(tag, w, bn, 1, valid, d, panel, DOT_DEPTH, valid, d_padded)
+                        into = sums + j * width
+                        dot_row(float_tag, x + at * width, span, panel, DOT_DEPTH, valid, d_padded, into, ldc, add)
+                    elif rows <= DOT_ROWS and whole:
+                        dot_tile(tag, x + at * width, span, w, bn, valid, d, sums + j * width, ldc, add)
+                    else:
+                        pack(tag, w, bn, 1, valid, d, panel, DOT_DEPTH, valid, d_padded)
+                        for i in range(0, rows, DOT_ROWS):
+                            xi, into = x + (i * span + at) * width, sums + (i * ldc + j) * width
+                            dot_tile(float_tag, xi, span, panel, DOT_DEPTH, valid, d_padded, into, ldc, add)
+        target = c + (offsets[batch * terms, 2] + row * cm + column * cn) * item
+        shift = bias + column * bias_stride * item if bias != 0 else 0
+        unpack(tag, sums, ldc, rows, columns, target, cm, cn, shift, bias_stride)
+    return held[0]  # keeps the scratch alive until here
+
+
+@jit
+def _outer(start, stop, tag, m, n, k, mc, nc, span, a, am, ak, b, bk, bn, c, cm, cn, bias, bias_stride, offsets, terms):
+    float_tag = wide(tag)
+    item, width = size(tag), size(float_tag)
+    across, across_row = OUTER_VECTORS * lanes(tag), ROW_VECTORS * lanes(tag)
+    m_blocks, n_blocks = -(-m // mc), -(-n // nc)
+    rows_held, ldc = mc + OUTER_ROWS, nc + across_row
+    held = np.empty(width * (rows_held * (span + ldc) + span * across_row) + 64, np.uint8)
+    x = (np.int64(held.ctypes.data) + 63) & ~63
+    panel = x + span * rows_held * width
+    sums = panel + span * across_row * width
+    for task in range(start, stop):
+        batch, rest = divmod(task, m_blocks * n_blocks)
+        column, row = rest // m_blocks * nc, rest % m_blocks * mc
+        rows, columns = min(mc, m - row), min(nc, n - column)
+        wide_step = across_row if rows == 1 else across
+        if k == 0:
+            _clear(float_tag, sums, rows * ldc)
+        for part in range(-(-k // span) * terms):
+            term, first = batch * terms + part // -(-k // span), part % -(-k // span) * span
+            d = min(span, k - first)
+            left = a + (offsets[term, 0] + row * am + first * ak) * item
+            right = b + (offsets[term, 1] + column * bn + first * bk) * item
+            pack(tag, left, am, ak, rows, d, x, span, -(-rows // OUTER_ROWS) * OUTER_ROWS, d)
+            for j in range(0, columns, wide_step):
+                valid = min(wide_step, columns - j)
+                w, into, add = right + j * bn * item, sums + j * width, part > 0
+                direct = rows <= OUTER_ROWS and bn == 1 and valid == wide_step
+                if not direct:
+                    pack(tag, w, bk, bn, d, valid, panel, wide_step, d, wide_step)
+                if rows == 1:
+                    if direct:
+                        outer_row(tag, x, span, w, bk, d, into, ldc, add)
+                    else:
+                        outer_row(float_tag, x, span, panel, wide_step, d, into, ldc, add)
+                elif direct:
+                    outer_tile(tag, x, span, w, bk, d, into, ldc, add)
+                else:
+                    for i in range(0, rows, OUTER_ROWS):
+                        xi, into = x + i * span * width, sums + (i * ldc + j) * width
+                        outer_tile(float_tag, xi, span, panel, wide_step, d, into, ldc, add)
+        target = c + (offsets[batch * terms, 2] + row * cm + column * cn) * item
+        shift = bias + column * bias_stride * item if bias != 0 else 0
+        unpack(tag, sums, ldc, rows, columns, target, cm, cn, shift, bias_stride)
+    return held[0]  # keeps the scratch alive until here
+
+
+class View(NamedTuple):
+    """A block of memory with named extent: element address, shape, strides in elements; two axes or more."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def T(self) -> View:
+        shape, steps = self.shape, self.strides
+        return View(self.address, (*shape[:-2], shape[-1], shape[-2]), (*steps[:-2], steps[-1], steps[-2]))
+
+
+def view(x: Any) -> View:
+    """A torch tensor or NumPy array as it lies; a vector is one row."""
+    shape, steps = tuple(x.shape), strides(x)
+    return View(pointer(x), shape, steps) if len(shape) > 1 else View(pointer(x), (1, *shape), (0, *steps))
+
+
+def empty(like: Any, shape: tuple[int, ...]) -> Any:
+    """An array of the same library and dtype."""
+    return like.new_empty(shape) if hasattr(like, "new_empty") else np.empty(shape, like.dtype)
+
+
+_ONES = {"float16": np.uint16(0x3C00), "bfloat16": np.uint16(0x3F80), "float32": np.float32(1), "float64": np.float64(1)}
+_ONES = {name: np.array([one]) for name, one in _ONES.items()}
+
+
+def ones(name: str, count: int) -> View:
+    """A row of ones that takes no memory."""
+    return View(pointer(_ONES[name]), (1, count), (0, 0))
+
+
+def contract(name: str, a: View, b: View, out: View, bias: tuple[int, int] = (0, 0)) -> None:
+    """out[.., m, n] = sum a[.., m, k] b[.., k, n] + bias[n], over k and over leading axes that `out` lacks.
+
+    Leading axes broadcast; `bias` is an address, 0 for none, and a stride. One rounding, to the dtype called `name`.
+    """
+    (m, k), n = a.shape[-2:], b.shape[-1]
+    (am, ak), (bk, bn), (cm, cn) = a.strides[-2:], b.strides[-2:], out.strides[-2:]
+    batch: list[tuple[int, ...]] = []
+    summed: list[tuple[int, ...]] = []
+    for axis in range(3, max(len(a.shape), len(b.shape)) + 1):  # from the innermost: into m, n or k where strides allow
+        (extent_a, sa), (extent_b, sb), (extent_c, sc) = (_axis(x, axis) for x in (a, b, out))
+        extent = extent_b if extent_a == 1 else extent_a
+        if extent == 1:
+            continue
+        if extent_c == 1:
+            if k == 1 or (sa == ak * k and sb == bk * k):
+                ak, bk, k = (sa, sb, extent) if k == 1 else (ak, bk, k * extent)
+            else:
+                summed.insert(0, (extent, sa, sb, 0))
+        elif sb == 0 and (m == 1 or (sa == am * m and sc == cm * m)):
+            am, cm, m = (sa, sc, extent) if m == 1 else (am, cm, m * extent)
+        else:
+            batch.insert(0, (extent, sa, sb, sc))
+    offsets = _offsets(batch + summed) if batch or summed else _ORIGIN
+    terms = math.prod(axis[0] for axis in summed)
+    if terms == 0:
+        k, terms, offsets = 0, 1, _offsets(batch)
+    groups = len(offsets) // terms
+    if not (m and n and groups):
+        return
+    tag, width = TAGS[name], 8 if name == "float64" else 4
+    if bk == 1 and (bn != 1 or n == 1):
+        kernel, unit, mc = _dot, 24, min(m, 128)
+        span = min(max(_L2 // (mc * width * DOT_DEPTH), 1), max(-(-k // DOT_DEPTH), 1)) * DOT_DEPTH
+    else:
+        kernel, unit, mc = _outer, 128, min(m, 192)
+        span = STREAM_DEPTH if m <= OUTER_ROWS else OUTER_DEPTH
+    blocks = groups * -(-m // mc)
+    count = threads() if m * n * max(k, 1) * len(offsets) > _SERIAL else 1
+    nc = min(_WIDTH, max(unit, -(-n * blocks // (4 * count * unit)) * unit))
+    tasks = blocks * -(-n // nc)
+    where = a.address, am, ak, b.address, bk, bn, out.address, cm, cn, *bias
+    parallel(kernel, tasks, tag, m, n, k, mc, nc, span, *where, offsets, terms, minimum=1 if count > 1 else tasks)
+
+
+def _axis(x: View, axis: int) -> tuple[int, int]:
+    """Extent and stride of an axis counted from the end; 0 steps where it is broadcast."""
+    if axis > len(x.shape) or x.shape[-axis] == 1:
+        return 1, 0
+    return x.shape[-axis], x.strides[-axis]
+
+
+def _offsets(axes: list[tuple[int, ...]]) -> Any:
+    """Where each product of a batch finds its A, B and C."""
+    extents = [extent for extent, *_ in axes]
+    result = np.zeros((*extents, 3), np.int64)
+    for position, (extent, *steps) in enumerate(axes):
+        result += np.multiply.outer(np.arange(extent), steps).reshape(-1, *[1] * (len(axes) - position - 1), 3)
+    return result.reshape(-1, 3)
