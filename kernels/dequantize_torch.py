@@ -19,7 +19,7 @@ def fp4_dequantize(packed: Tensor, scale: Tensor, dtype: str, out: Tensor) -> No
     """Two elements a byte, the low nibble first, one e8m0 scale for 32 elements."""
     table = _fp4_pairs(out.dtype, packed.device)
     for rows in _chunks(out):
-        index = (scale[rows].int() << 8).unsqueeze(-1) + packed[rows].unflatten(1, (scale.shape[1], 16))
+        index = (scale[rows].int() << 8).unsqueeze(-1) + torch.unflatten(packed[rows], 1, (scale.shape[1], 16))
         out[rows].copy_(table.index_select(0, index.reshape(-1)).view(out.dtype).view(out[rows].shape))
 
 
@@ -36,7 +36,7 @@ def fp8_dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype:
         for first, last in ((0, whole), (whole, weight.shape[1])):
             if first == last:
                 continue
-            codes = weight[rows, first:last].unflatten(1, (-1, min(width, last - first)))
+            codes = torch.unflatten(weight[rows, first:last], 1, (-1, min(width, last - first)))
             factor = scales[:, first // width :][:, : codes.shape[1]].unsqueeze(-1)
             if coded:
                 values = table.index_select(0, ((factor.int() << 8) + codes).reshape(-1)).view(codes.shape)

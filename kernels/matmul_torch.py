@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
-_TILE = 6 << 20  # elements of one step's float32 operands and result
+_TILE = 4 << 20  # elements of one step's float32 operands and result
 
 
 def tiled(x: Tensor) -> bool:

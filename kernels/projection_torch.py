@@ -15,7 +15,7 @@ def grouped_output_projection(o: Tensor, wo_a: Tensor, wo_b: Tensor, groups: int
     if not out.numel():
         return
     rank = wo_a.shape[0] // groups
-    down = wo_a.unflatten(0, (groups, rank)).mT
+    down = torch.unflatten(wo_a, 0, (groups, rank)).mT
     tokens = o.flatten(0, -3) if o.dim() > 2 else o.unsqueeze(0)
     result = matrix(out if out.is_contiguous() else out.new_empty(out.shape))
     step = max(1, config.budget() // 8 // ((wo_a.shape[0] + o.shape[-2] * o.shape[-1]) * o.itemsize + 1))
@@ -23,7 +23,7 @@ def grouped_output_projection(o: Tensor, wo_a: Tensor, wo_b: Tensor, groups: int
         x = tokens[start : start + step]
         x = x.reshape(x.shape[0], groups, wo_a.shape[1])
         inner = x.new_empty(x.shape[0], wo_a.shape[0])
-        product(x.transpose(0, 1), down, inner.unflatten(1, (groups, rank)).transpose(0, 1))
+        product(x.transpose(0, 1), down, torch.unflatten(inner, 1, (groups, rank)).transpose(0, 1))
         product(inner, wo_b.mT, result[start : start + step])
     if result.data_ptr() != out.data_ptr():
         out.copy_(result.view(out.shape))
@@ -34,7 +34,7 @@ def grouped_output_projection_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `o`, `wo_a` and `wo_b`; the inner vector is computed again."""
     g = matrix(wide(grad))
-    down = wide(wo_a).unflatten(0, (groups, wo_a.shape[0] // groups))
+    down = torch.unflatten(wide(wo_a), 0, (groups, wo_a.shape[0] // groups))
     x = wide(o).reshape(g.shape[0], groups, wo_a.shape[1]).transpose(0, 1)
     grad_o = grad_a = grad_b = None
     if needs[2]:
