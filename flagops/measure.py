@@ -1,0 +1,400 @@
+"""Timing that can be believed: results are checked before and after, candidates alternate, inputs rotate.
+
+Candidates run in ABBA order on inputs that together do not fit in the caches, into an output that is full of NaN before
+each timing. A ratio of two candidates is the median over rounds of the two times taken side by side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import itertools
+import math
+import os
+import platform
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from flagops import arrays, registry, testing
+from flagops.errors import Unsupported
+from flagops.operator import Operator
+
+if TYPE_CHECKING:
+    import torch
+
+COLD = 128 << 20
+"""Bytes of inputs that take turns, so that each call finds its own out of the caches, as a model's layers do."""
+LARGE = 512 << 20
+"""Inputs of which one set is enough to be cold."""
+
+Call = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure: seconds a candidate, the fewest rounds and the most."""
+
+    seconds: float = 1.0
+    rounds: int = 5
+    most: int = 100
+    device: str = "cpu"
+
+
+@dataclass
+class Row:
+    """One candidate at one workload; times in seconds a call, one for each round."""
+
+    operator: str
+    workload: str
+    dtype: str
+    name: str
+    baseline: bool = False
+    match: str = ""
+    problem: str = ""
+    wrong: bool = False
+    times: list[float] = field(default_factory=list)
+    flops: float = 0.0
+    bytes: float = 0.0
+    ratio: float | None = None
+    memory: int | None = None
+
+    @property
+    def median(self) -> float:
+        return median(self.times)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The times that a fifth of the rounds stay below, and above."""
+        ordered = sorted(self.times)
+        fifth = len(ordered) // 5
+        return ordered[fifth], ordered[-1 - fifth]
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What this machine reached in this run: bytes per second of ``copy_``, FLOP/s of a float32 2048^3 product."""
+
+    copy: float
+    matmul: float
+
+    def share(self, row: Row) -> float:
+        return max(row.flops / self.matmul, row.bytes / self.copy) / row.median
+
+
+def roofline(settings: Settings) -> Roofline:
+    import torch
+
+    source = torch.ones(64 << 20, device=settings.device)
+    a, b, c = (torch.rand(2048, 2048, device=settings.device) for _ in range(3))
+    times = alternate(
+        {"copy": lambda out: out.copy_(source), "matmul": lambda out: torch.matmul(a, b, out=c)},
+        [()],
+        torch.empty_like(source),
+        settings,
+        poison=False,
+    )
+    return Roofline(2 * source.nbytes / median(times["copy"]), 2 * 2048**3 / median(times["matmul"]))
+
+
+def case(op: Operator, workload: str, dtype: str | None = None) -> testing.Case:
+    """A named workload of the card, in another dtype if given. Raises Unsupported if the operator has no such dtype."""
+    found = testing.workload(op, workload)
+    if dtype is None:
+        return found
+    scalars, dtypes = dict(found.scalars), dict(found.dtypes)
+    source = str(op.result.dtypes)
+    if source in op.scalars:
+        try:
+            scalars[source] = op.scalars[source].parse(dtype)
+        except ValueError as error:
+            raise Unsupported(f"{op.name}: {source} {error}") from None
+    else:
+        dtypes = {}
+        for name in op.tensors:
+            allowed = op.dtype_choices(name, dtypes)
+            dtypes[name] = dtype if dtype in allowed else allowed[0]
+        if op.result_dtype(dtypes, scalars) != dtype:
+            raise Unsupported(f"{op.name} does not run in {dtype}")
+    return dataclasses.replace(found, dtypes=tuple(dtypes.items()), scalars=tuple(scalars.items()))
+
+
+def inputs(op: Operator, of: testing.Case, seed: int = 0, device: str = "cpu") -> list[Any]:
+    """The inputs of a case by position, drawn fast: a large tensor repeats one random block of odd length."""
+    dims, dtypes, layouts, scalars = dict(of.dims), dict(of.dtypes), dict(of.layouts), dict(of.scalars)
+    import torch
+
+    batched = next((n for n, t in op.tensors.items() if t.axes.startswith("...")), None)
+    made: list[Any] = []
+    for name in op.inputs:
+        if name in scalars or name in of.absent:
+            made.append(scalars.get(name))
+            continue
+        shape = op.shape(op.tensors[name], dims, of.batch if name == batched else ())
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
+        dtype = getattr(torch, dtypes[name])
+        if dtypes[name] in ("int32", "int64"):
+            x = _listed(shape, dims["n"], generator).to(dtype)
+        elif layouts.get(name) == "transposed":
+            x = _random(shape[::-1], dtype, generator).permute(*reversed(range(len(shape))))
+        else:
+            x = _random(shape, dtype, generator)
+        made.append(x.to(device))
+    return made
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    import torch
+
+    size = math.prod(shape)
+    block = min(size, (1 << 23) - 3)
+    if dtype.itemsize == 1:
+        one = torch.randint(0, 256, (block,), dtype=torch.uint8, generator=generator)
+    else:
+        one = torch.randn(block, generator=generator).to(dtype)
+    whole = torch.empty(size, dtype=one.dtype)
+    for start in range(0, size, max(block, 1)):
+        whole[start : start + block] = one[: size - start]
+    return whole.view(dtype).view(*shape)
+
+
+def _listed(shape: Sequence[int], rows: int, generator: torch.Generator) -> torch.Tensor:
+    """Distinct rows for each query, as a model lists them: a window that moves with the query, the others scattered."""
+    import torch
+
+    queries, k = math.prod(shape[:-1]), shape[-1]
+    window = min(128, k)
+    start = torch.linspace(0, max(rows - window, 0), queries, dtype=torch.float64).long()[:, None]
+    near = start + torch.arange(window)
+    scores = torch.rand(queries, rows, generator=generator).scatter_(1, near, -1.0)
+    return torch.cat((near, scores.topk(k - window).indices), 1).view(*shape)
+
+
+def verify(op: Operator, given: Sequence[Any], out: torch.Tensor) -> str:
+    """Hold a result to the reference on rows and columns spread over all of it; returns how they matched.
+
+    Raises AssertionError, also where anything is left of the NaN that the output was full of.
+    """
+    if not op.exact:
+        left = int(out.isnan().sum())
+        assert not left, f"{left} of {out.numel()} elements are NaN or were not written"
+    named, part = excerpt(op, dict(zip(op.inputs, given, strict=True)), out)
+    held = {n: arrays.as_numpy(x.cpu()) if arrays.is_torch(x) else x for n, x in named.items()}
+    testing.compare(op, held, arrays.as_numpy(part.cpu()))
+    return "bits" if op.exact else "bound"
+
+
+def excerpt(op: Operator, named: Mapping[str, Any], out: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+    """A smaller call whose result is a part of ``out``: some of its rows and, where each is its own sum, columns."""
+    words = op.result.axes.split()
+    first = next(iter(op.tensors))
+    rows = [word for word in words[:-1] if out.ndim >= len(words) or word != "..."]
+    part = {n: arrays.codes(x) if arrays.is_torch(x) else x for n, x in named.items()}
+    for word in (*rows, words[-1]):
+        if word == words[-1]:
+            if "*" in word or word in op.tensors[first].axes.split():
+                continue
+            limit = 512
+        else:
+            limit = 64 if len(rows) == 1 else 8
+        axis = 0 if word == "..." else words.index(word) - len(words)
+        keep = _spread(out.shape[axis], limit, out.device)
+        out = out.index_select(axis, keep)
+        for name, tensor in op.tensors.items():
+            axes = tensor.axes.split()
+            if word in axes and part[name] is not None:
+                at = 0 if word == "..." else axes.index(word) - len(axes)
+                part[name] = part[name].index_select(at, keep)
+        if op.name == "fp8_dequantize":  # each row of the excerpt takes the scales of its block along
+            height, width = part["block"]
+            part |= {"scale": part["scale"].index_select(0, keep // height), "block": (1, width)}
+    return part, out
+
+
+def _spread(size: int, limit: int, device: Any) -> torch.Tensor:
+    """Up to `limit` indices, one from each equal part, the first and the last among them."""
+    import torch
+
+    if size <= limit:
+        return torch.arange(size, device=device)
+    steps = torch.linspace(0, size - 1, limit, dtype=torch.float64)
+    jitter = torch.rand(limit, generator=torch.Generator().manual_seed(size)) * (size / limit)
+    steps[1:-1] += jitter[1:-1] - size / limit / 2
+    return steps.round().long().clamp(0, size - 1).unique().to(device)
+
+
+def synchronizer(device: str) -> Callable[[], Any]:
+    import torch
+
+    return torch.get_device_module(device).synchronize if device != "cpu" else lambda: None
+
+
+def alternate(
+    calls: Mapping[str, Call], sets: Sequence[Sequence[Any]], out: torch.Tensor, settings: Settings, poison: bool = True
+) -> dict[str, list[float]]:
+    """Seconds a call of each candidate, ``call(*set, out)``, one number for each round; forwards, then backwards."""
+    wait = synchronizer(settings.device)
+    turn = itertools.cycle(sets)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    repeats = dict.fromkeys(calls, 1)
+    names = list(calls)
+    begun = math.inf
+    for count in range(-1, settings.most):  # the first round warms up and is thrown away
+        for name in names if count % 2 else reversed(names):
+            if poison:
+                out.fill_(math.nan)
+            call, given = calls[name], [next(turn) for _ in range(repeats[name])]
+            wait()
+            start = time.perf_counter()
+            for one in given:
+                call(*one, out)
+            wait()
+            elapsed = (time.perf_counter() - start) / len(given)
+            if count < 0:
+                repeats[name] = max(1, min(1000, math.ceil(1e-3 / elapsed)))
+            else:
+                times[name].append(elapsed)
+        begun = min(begun, time.perf_counter())
+        if count + 1 >= settings.rounds and time.perf_counter() - begun > settings.seconds * len(names):
+            break
+    return times
+
+
+def extra_memory(call: Callable[[], Any], device: str = "cpu") -> int | None:
+    """Bytes that a call held beyond what was there, at its peak; None where the system does not say."""
+    if device != "cpu":
+        import torch
+
+        module = torch.get_device_module(device)
+        module.reset_peak_memory_stats()
+        before = module.memory_allocated()
+        call()
+        return int(module.max_memory_allocated() - before)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak counts from here
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before)
+    except (OSError, AttributeError, KeyError):
+        return None
+
+
+def _status(name: str) -> int:
+    with open("/proc/self/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields[name].split()[0]) << 10
+
+
+def compare(
+    op: Operator,
+    workload: str,
+    calls: Mapping[str, Call],
+    baselines: Mapping[str, Call],
+    settings: Settings,
+    dtype: str | None = None,
+) -> list[Row]:
+    """Check, then time every candidate at a workload; all are called as ``call(*inputs, out)``.
+
+    A candidate that is wrong, before or after it was timed, has no times; ratios are to the first baseline.
+    """
+    import torch
+
+    of = case(op, workload, dtype)
+    sets = [inputs(op, of, 0, settings.device)]
+    used = sum(x.nbytes for x in sets[0] if arrays.is_torch(x))
+    if used < LARGE:
+        more = min(64, max(2, -(-COLD // max(used, 1))))
+        sets += [inputs(op, of, seed, settings.device) for seed in range(1, more)]
+    bound = op.bind((*sets[0], None))
+    out = torch.empty(bound.shape, dtype=getattr(torch, bound.dtype), device=settings.device)
+    work = op.flops(bound.dims, bound.batch)
+    rows = {}
+    with torch.no_grad():
+        for name, call in {**calls, **baselines}.items():
+            row = Row(op.name, workload, bound.dtype, name, name in baselines, flops=work, bytes=used + out.nbytes)
+            rows[name] = row
+            _attempt(op, row, call, sets[0], out)
+            if not row.problem:
+                row.memory = extra_memory(lambda call=call: call(*sets[0], out), settings.device)  # type: ignore[misc]
+        able = {n: c for n, c in {**calls, **baselines}.items() if not rows[n].problem}
+        times = alternate(able, sets, out, settings)
+        for name, call in able.items():
+            _attempt(op, rows[name], call, sets[-1], out)
+            if not rows[name].problem:
+                rows[name].times = times[name]
+    yardstick = next((times[name] for name in baselines if name in able), None)
+    for name in able:
+        if yardstick and rows[name].times:
+            rows[name].ratio = median(b / t for b, t in zip(yardstick, times[name], strict=True))
+    return list(rows.values())
+
+
+def _attempt(op: Operator, row: Row, call: Call, given: Sequence[Any], out: torch.Tensor) -> None:
+    out.fill_(math.nan)
+    try:
+        call(*given, out)
+        row.match = verify(op, given, out)
+    except Unsupported as reason:
+        row.problem = str(reason)
+    except Exception as error:
+        row.wrong = not row.baseline
+        row.problem = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+
+
+def candidates(op: Operator, backends: Sequence[str]) -> dict[str, Call]:
+    """Explicit calls of an operator, by backend."""
+
+    def on(backend: str) -> Call:
+        return lambda *args: op.public(*args, backend=backend)
+
+    return {backend: on(backend) for backend in backends}
+
+
+def usable(device: str) -> list[str]:
+    """Backends whose speed on a device means something: not the references, not Triton's interpreter."""
+    import torch
+
+    sample = torch.empty(1, device=device)
+    slow = {"numpy", "triton"} if device == "cpu" else {"numpy"}
+    names = [name for name in registry.backend_names() if name not in slow]
+    return [n for n in names if not (registry.backend(n).unavailable() or registry.backend(n).refuses(sample))]
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on: processor, threads, versions, and the instructions that torch's libraries may use."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA", "unset"),
+        "torch bfloat16": "native" if arrays.torch_has_native_bf16() else "emulated",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+    for package in ("torch", "numba", "llvmlite", "triton", "numpy", "flagops"):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "not installed"
+    for index in range(torch.cuda.device_count()):
+        facts[f"gpu {index}"] = torch.cuda.get_device_name(index)
+    return facts
+
+
+def _cpu_model() -> str:
+    """The processor's name and, since clouds shorten it, the family and model that identify it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            fields = dict(map(str.strip, line.split(":", 1)) for line in file if ":" in line)
+        return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
+    except (OSError, KeyError):
+        return platform.processor() or platform.machine()
