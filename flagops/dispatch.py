@@ -98,7 +98,9 @@ def _signature(x: Any) -> Any:
         return tuple(x) if isinstance(x, list) else x
 
 
-def plan(operator: Operator, args: Sequence[Any], backend: str | Sequence[str] | None = None, grad: Any = False) -> Plan:
+def plan(
+    operator: Operator, args: Sequence[Any], backend: str | Sequence[str] | None = None, grad: Any = False
+) -> Plan:
     """The plan for a call with all arguments by position (``out`` last, or None).
 
     grad: whether autograd may be recording; below it, pass False. Raises ValueError or TypeError for arguments that do
@@ -109,12 +111,10 @@ def plan(operator: Operator, args: Sequence[Any], backend: str | Sequence[str] |
     wish = config.current().backend if backend is None else backend
     key = (operator.name, wish, bool(grad), *map(_signature, args))
     try:
-        found = _plans[key]
-    except KeyError:
-        found = _remember(key, _choose(operator, args, wish, grad, {}))
+        found = _plans.get(key)
     except TypeError:  # an unhashable argument: binding says what is wrong with it
         return _choose(operator, args, wish, grad, {})
-    return found
+    return found or _remember(key, _choose(operator, args, wish, grad, {}))
 
 
 def execute(plan: Plan, args: Sequence[Any]) -> Any:

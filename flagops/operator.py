@@ -6,6 +6,7 @@ the benchmarks, the coverage table, the torch schema and the type stubs are all 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import sys
@@ -93,13 +94,27 @@ class Operator:
         self.scalar_positions = tuple(self.positions[name] for name in self.scalars)
         self.defaults = tuple(p.default for p in self.signature.parameters.values())
         self.required = self.defaults.count(inspect.Parameter.empty)
-        module = sys.modules[self.reference.__module__]
-        self.bound = getattr(module, f"{self.name}_bound", None)
-        self.values = getattr(module, f"{self.name}_values", None)
-        self.rounded = getattr(module, f"{self.name}_rounded", self.reference)
         from flagops.dispatch import public
 
         self.public = public(self)
+
+    @property
+    def bound(self) -> Callable[..., Any]:
+        """``f_bound(exact, arguments, dtype)``: how far a kernel's result may lie from the exact one."""
+        return self._beside("bound")  # type: ignore[return-value]
+
+    @functools.cached_property
+    def values(self) -> Callable[..., str | None] | None:
+        """``f_values(*inputs)``: what is wrong with the values of the inputs, or None."""
+        return self._beside("values")
+
+    @functools.cached_property
+    def rounded(self) -> Callable[..., Any]:
+        """The reference, with intermediates rounded where the specification says so."""
+        return self._beside("rounded") or self.reference
+
+    def _beside(self, suffix: str) -> Callable[..., Any] | None:
+        return getattr(sys.modules[self.reference.__module__], f"{self.name}_{suffix}", None)
 
     def fill(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments by position, defaults filled in; Python's own TypeError for a call that does not fit."""
@@ -252,7 +267,7 @@ class Operator:
         if is_numpy(out) and not out.flags.writeable:
             raise ValueError(f"{self.name}: out is read-only")
         steps = out.stride() if is_torch(out) else out.strides
-        if any(step == 0 and size > 1 for step, size in zip(steps, shape, strict=True)):
+        if 0 not in shape and any(step == 0 and size > 1 for step, size in zip(steps, shape, strict=True)):
             raise ValueError(f"{self.name}: out has a stride of 0 over more than one element, it cannot be written")
 
 

@@ -57,15 +57,22 @@ def accumulator(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
+def magnitude(x: Array) -> Array:
+    """Absolute values, with 0 for what is not finite: infinities and NaN are compared by class, not by distance."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isfinite(x), np.abs(x), 0)
+
+
 def contraction_bound(exact: Array, absolute: Array, terms: int, dtype: str) -> Array:
     """How far a sum of ``terms`` products in any order, rounded once, may lie from the exact one.
 
-    absolute: the sum of the products' absolute values. The accumulator's worst case, plus one rounding of the result.
+    absolute: the sum of the products' magnitudes. The accumulator's worst case, plus one rounding of the result; infinite
+    where the accumulator may overflow on the way.
     """
     acc, out = unit(accumulator(dtype)), unit(dtype)
     error = terms * acc.u * absolute + terms * acc.tiny
-    rounding = 0.0 if out == acc else out.u * (np.abs(exact) + error) + out.tiny
-    return error + rounding + acc.tiny
+    rounding = 0.0 if out == acc else out.u * (magnitude(exact) + error) + out.tiny
+    return np.where(absolute <= acc.largest * (1 - terms * acc.u), error + rounding + acc.tiny, np.inf)
 
 
 def narrowed(x: Array, dtype: str) -> Array:

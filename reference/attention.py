@@ -10,7 +10,7 @@ import numpy as np
 from flagops.arrays import FLOATS, HALF
 from flagops.operator import Dims, Scalar, Tensor, operator
 
-from ._rounding import Array, accumulator, narrowed, unit, wide
+from ._rounding import Array, accumulator, magnitude, narrowed, unit, wide
 
 V4_FLASH = {"h": 64, "d": 512, "dtype": "bfloat16"}
 V4_PRO = {"h": 128, "d": 512, "dtype": "bfloat16"}
@@ -130,14 +130,16 @@ def sparse_attention_bound(exact: Array, arguments: Mapping[str, Any], dtype: st
     terms = indices.shape[-1]
     with np.errstate(all="ignore"):
         logits, rows, valid = _logits(q, kv, indices, scale)
-        absolute, _, _ = _logits(np.abs(q), np.abs(kv), indices, abs(scale))
+        absolute, _, _ = _logits(magnitude(q), magnitude(kv), indices, 1.0)
         p, total = _probabilities(logits, sink, valid)
         worst = np.where(valid[:, :, None], absolute, 0).max(-1, keepdims=True, initial=0)
-        delta = (q.shape[-1] + 2) * acc.u * worst + acc.u * (0 if sink is None else np.abs(wide(sink))[:, None])
-        weighted = np.einsum("bshk,bskd->bshd", p, np.abs(rows)) / total
-        lost = tiny_p * np.abs(rows).sum(-2)[:, :, None] / total
+        worst = np.where(worst * max(1, abs(scale)) < acc.largest / 2, worst * abs(scale), np.inf)
+        delta = (q.shape[-1] + 2) * acc.u * worst + acc.u * (0 if sink is None else magnitude(wide(sink))[:, None])
+        weighted = np.einsum("bshk,bskd->bshd", p, magnitude(rows)) / total
+        lost = tiny_p * magnitude(rows).sum(-2)[:, :, None] / total
         error = (np.expm1(2 * delta) + u_p + (terms + 8) * acc.u) * weighted + lost
-        bound = error + out.u * (np.abs(exact) + error) + out.tiny
+        bound = error + out.u * (magnitude(exact) + error) + out.tiny
+        bound = np.where(magnitude(rows).sum(-2)[:, :, None] < acc.largest / 2, bound, np.inf)
         return np.where(valid.any(-1)[:, :, None, None], bound, 0)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from flagops.arrays import FLOATS
 from flagops.operator import Dims, Tensor, operator
 
-from ._rounding import Array, contraction_bound, wide
+from ._rounding import Array, contraction_bound, magnitude, wide
 
 # N x K of the weights of DeepSeek-V4, section 3 of the operator notes.
 V4_FLASH = {
@@ -76,7 +76,7 @@ def matmul(a: Array, b: Array) -> Array:
 
 
 def matmul_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
-    a, b = (np.abs(wide(arguments[name])) for name in "ab")
+    a, b = (magnitude(wide(arguments[name])) for name in "ab")
     return contraction_bound(exact, np.matmul(a, b), a.shape[-1], dtype)
 
 
@@ -118,7 +118,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def linear_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
-    x, weight = (np.abs(wide(arguments[name])) for name in ("x", "weight"))
+    x, weight = (magnitude(wide(arguments[name])) for name in ("x", "weight"))
     bias = arguments["bias"]
-    absolute = np.matmul(x, weight.T) + (0 if bias is None else np.abs(wide(bias)))
+    absolute = np.matmul(x, weight.T) + (0 if bias is None else magnitude(wide(bias)))
     return contraction_bound(exact, absolute, x.shape[-1] + 1, dtype)

@@ -10,7 +10,7 @@ import numpy as np
 from flagops.arrays import FLOATS
 from flagops.operator import Dims, Scalar, Tensor, operator
 
-from ._rounding import Array, accumulator, contraction_bound, narrowed, unit, wide
+from ._rounding import Array, contraction_bound, magnitude, narrowed, unit, wide
 
 V4_FLASH = {"g": 8, "p": 8, "c": 512, "r": 1024, "d": 4096, "dtype": "bfloat16"}
 V4_PRO = {"g": 16, "p": 8, "c": 512, "r": 1024, "d": 7168, "dtype": "bfloat16"}
@@ -86,8 +86,8 @@ def grouped_output_projection_bound(exact: Array, arguments: Mapping[str, Any], 
     o, wo_a, wo_b = (wide(arguments[name]) for name in ("o", "wo_a", "wo_b"))
     groups = arguments["groups"]
     z = _inner(o, wo_a, groups)
-    z_error = contraction_bound(z, _inner(np.abs(o), np.abs(wo_a), groups), wo_a.shape[1], dtype)
-    absolute = np.matmul(np.abs(z) + z_error, np.abs(wo_b).T)
+    z_error = contraction_bound(z, _inner(magnitude(o), magnitude(wo_a), groups), wo_a.shape[1], dtype)
+    z_error = np.where(magnitude(z) + z_error < unit(dtype).largest, z_error, np.inf)
+    absolute = np.matmul(magnitude(z) + z_error, magnitude(wo_b).T)
     second = contraction_bound(exact, absolute, wo_b.shape[1], dtype)
-    acc = unit(accumulator(dtype))
-    return second + np.matmul(z_error, np.abs(wo_b).T) * (1 + unit(dtype).u + acc.u)
+    return second + np.matmul(z_error, magnitude(wo_b).T) * (1 + 2 * unit(dtype).u)

@@ -1,0 +1,405 @@
+"""The parity suite: cases drawn from an operator's card, and the comparison that every kernel must pass.
+
+A case is plain data, so whoever chooses it (a seeded generator in ``flagops check``, hypothesis in the tests) the same
+numbers come out. Nothing here needs a test framework; the helpers raise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flagops import arrays, registry
+from flagops.errors import Unsupported
+from flagops.operator import Dims, Operator, Tensor
+
+Array = NDArray[Any]
+T = TypeVar("T")
+Choose = Callable[[Sequence[T]], T]
+
+SIZES = (1, 2, 3, 0, 7, 16, 17, 33, 64, 65, 130)
+SMALL_SIZES = (1, 2, 3, 0, 16, 17, 33)
+VOLUME = 1 << 20  # at most this many elementary products in a case, so that the reference stays quick
+BATCHES = ((), (1,), (3,), (2, 3), (0,), (2, 1, 2))
+LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded", "reversed")
+VALUES = ("normal", "large range", "special", "integers")
+SPECIAL = (0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, "max", "-max", "subnormal", "-subnormal", "tiny")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator: everything that decides its arguments, and nothing else."""
+
+    operator: str
+    dims: tuple[tuple[str, int], ...]
+    batch: tuple[int, ...] = ()
+    dtypes: tuple[tuple[str, str], ...] = ()
+    scalars: tuple[tuple[str, Any], ...] = ()
+    absent: tuple[str, ...] = ()
+    layouts: tuple[tuple[str, str], ...] = ()
+    values: str = "normal"
+    kind: str = "torch"
+    seed: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """The inputs by name, as NumPy arrays in the drawn layouts (absent tensors are None)."""
+        op, dims = registry.operator(self.operator), dict(self.dims)
+        dtypes, layouts, scalars = dict(self.dtypes), dict(self.layouts), dict(self.scalars)
+        made: dict[str, Any] = {}
+        for name in op.inputs:
+            if name in op.scalars:
+                made[name] = scalars[name]
+            elif name in self.absent:
+                made[name] = None
+            else:
+                rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+                tensor = op.tensors[name]
+                shape = op.shape(tensor, dims, self._batch_of(name, rng))
+                values = _draw(rng, tensor, shape, dtypes[name], dims, self.values)
+                made[name] = lay_out(values, layouts.get(name, "contiguous"))
+        return made
+
+    def _batch_of(self, name: str, rng: np.random.Generator) -> tuple[int, ...]:
+        """The batch axes of one argument; where several have them, some are dropped or 1, to broadcast."""
+        op = registry.operator(self.operator)
+        batched = [n for n, tensor in op.tensors.items() if tensor.axes.startswith("...")]
+        if name == batched[0] if batched else True:
+            return self.batch
+        lead = tuple(1 if rng.random() < 0.3 else size for size in self.batch)
+        return lead[rng.integers(0, len(lead) + 1) :]
+
+    def __str__(self) -> str:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return f"Case({', '.join(f'{k}={v!r}' for k, v in fields.items() if v)})"
+
+
+def draw_case(
+    op: Operator, choose: Choose[Any], sizes: Sequence[int] = SIZES, kinds: Sequence[str] = ("torch",)
+) -> Case:
+    """A case of an operator, every decision made by ``choose(options)``; early options are the simple ones."""
+    names = {f for t in op.tensors.values() for w in t.axes.split() if w != "..." for f in w.split("*")}
+    ordered = sorted(n for n in names if not n.isdecimal())
+    first, room = choose(range(len(ordered))), VOLUME
+    dims: Dims = {}
+    for name in ordered[first:] + ordered[:first]:
+        options = op.sizes.get(name, sizes)
+        dims[name] = choose(tuple(size for size in options if size <= room) or (options[0],))
+        room //= max(dims[name], 1)
+    batched = any(t.axes.startswith("...") for t in op.tensors.values())
+    batch = choose(BATCHES) if batched else ()
+    scalars = {}
+    for name, scalar in op.scalars.items():
+        options = scalar.choices(dims) if callable(scalar.choices) else scalar.choices
+        scalars[name] = dims[scalar.axis] if scalar.axis else choose(tuple(options))
+    if op.derived:
+        dims |= op.derived(dims, scalars)
+    absent = tuple(name for name, t in op.tensors.items() if t.optional and choose((False, True)))
+    dtypes: dict[str, str] = {}
+    for name in op.tensors:
+        if name not in absent:
+            dtypes[name] = choose(op.dtype_choices(name, dtypes))
+    kind = choose(tuple(kinds))
+    drawable = {n: d for n, d in dtypes.items() if kind == "torch" or d != "float4_e2m1fn_x2"}
+    dtypes |= {n: "uint8" for n in dtypes if n not in drawable}
+    layouts = [layout for layout in LAYOUTS if kind == "numpy" or layout != "reversed"]
+    return Case(
+        operator=op.name,
+        dims=tuple(dims.items()),
+        batch=batch,
+        dtypes=tuple(dtypes.items()),
+        scalars=tuple(scalars.items()),
+        absent=absent,
+        layouts=tuple((name, choose(tuple(layouts))) for name in (*dtypes, "out")),
+        values=choose(VALUES),
+        kind=kind,
+        seed=choose(range(2**16)),
+    )
+
+
+def workload(op: Operator, name: str, seed: int = 0) -> Case:
+    """A named workload of the card as a case."""
+    load = dict(op.workloads[name])
+    batch, dtype = load.pop("batch", ()), load.pop("dtype", None)
+    transposed = load.pop("transposed", None)
+    scalars = {n: load.pop(n) for n in op.scalars if n in load}
+    dims: Dims = load
+    for scalar_name, scalar in op.scalars.items():
+        if scalar.axis:
+            scalars[scalar_name] = dims[scalar.axis]
+        elif scalar_name not in scalars:
+            scalars[scalar_name] = (scalar.choices(dims) if callable(scalar.choices) else scalar.choices)[0]
+    if op.derived:
+        dims |= op.derived(dims, scalars)
+    dtypes: dict[str, str] = {}
+    for tensor in op.tensors:
+        allowed = op.dtype_choices(tensor, dtypes)
+        dtypes[tensor] = dtype if dtype in allowed else allowed[0]
+    return Case(
+        operator=op.name,
+        dims=tuple(dims.items()),
+        batch=tuple(batch),
+        dtypes=tuple(dtypes.items()),
+        scalars=tuple(scalars.items()),
+        layouts=((transposed, "transposed"),) if transposed else (),
+        seed=seed,
+    )
+
+
+def _draw(
+    rng: np.random.Generator, tensor: Tensor, shape: tuple[int, ...], dtype: str, dims: Dims, values: str
+) -> Array:
+    if tensor.draw is not None:
+        return np.asarray(tensor.draw(rng, shape, dtype, dims))
+    if dtype in arrays.ONE_BYTE:
+        return rng.integers(0, 256, shape, dtype=np.uint8).view(_numpy_dtype(dtype))
+    if dtype not in arrays.FLOATS:
+        raise TypeError(f"the card must say how to draw {dtype}")
+    to = arrays.numpy_dtype(dtype)
+    x = rng.standard_normal(shape)
+    if values == "integers":
+        return rng.integers(-2, 3, shape).astype(to)
+    if values == "large range":
+        return (x * np.exp2(rng.integers(-12, 6, shape))).astype(to)
+    made = x.astype(to)
+    if values == "special":
+        where = rng.random(shape) < 0.05
+        made[where] = _special(dtype)[rng.integers(0, len(SPECIAL), int(where.sum()))]
+    return made
+
+
+def _numpy_dtype(dtype: str) -> Any:
+    return np.dtype(np.uint8) if dtype == "float4_e2m1fn_x2" else arrays.numpy_dtype(dtype)
+
+
+def _special(dtype: str) -> Array:
+    import ml_dtypes
+
+    info = ml_dtypes.finfo(arrays.numpy_dtype(dtype))
+    named = {
+        "max": info.max,
+        "-max": -info.max,
+        "subnormal": info.smallest_subnormal,
+        "-subnormal": -info.smallest_subnormal,
+        "tiny": info.tiny,
+    }
+    return np.array([named.get(v, v) for v in SPECIAL], dtype=arrays.numpy_dtype(dtype))  # type: ignore[call-overload]
+
+
+def lay_out(x: Array, layout: str) -> Array:
+    """The same values in another memory layout. ``expanded`` repeats the first row with a stride of 0."""
+    if layout == "contiguous" or x.ndim == 0:
+        return x
+    if layout == "transposed":
+        return np.ascontiguousarray(x.T).T
+    if layout == "reversed":
+        return np.ascontiguousarray(x[..., ::-1])[..., ::-1]
+    if layout == "expanded":
+        axis = next((i for i, size in enumerate(x.shape) if size > 1), 0)
+        row = np.ascontiguousarray(x.take([0], axis) if x.shape[axis] else x)
+        strides = tuple(0 if i == axis else s for i, s in enumerate(row.strides))
+        return np.lib.stride_tricks.as_strided(row, x.shape, strides)
+    if layout == "offset":
+        room = np.zeros(x.size + 3, x.dtype)
+        room[3:] = x.reshape(-1)
+        return room[3:].reshape(x.shape)
+    room = np.zeros(tuple(2 * size + 1 for size in x.shape), x.dtype)
+    view = room[tuple(slice(1, None, 2) for _ in x.shape)]
+    view[...] = x
+    return view
+
+
+def writable(shape: tuple[int, ...], dtype: str, layout: str) -> tuple[Array, Array]:
+    """A poisoned array to write into, and all the memory around it: a kernel must fill the one and not the rest."""
+    to, layout = arrays.numpy_dtype(dtype), "offset" if layout in ("expanded", "contiguous") else layout
+    if layout == "offset":
+        room = np.empty(int(np.prod(shape)) + 6, to)
+        view = room[3:-3].reshape(shape)
+    elif layout == "strided":
+        room = np.empty(tuple(2 * size + 1 for size in shape), to)
+        view = room[tuple(slice(1, None, 2) for _ in shape)]
+    else:
+        room = np.empty(shape[::-1] if layout == "transposed" else shape, to)
+        view = room.T if layout == "transposed" else room[..., ::-1] if shape else room
+    room.view(f"u{to.itemsize}")[...] = 0x5A5A5A5A5A5A5A5A & (2 ** (8 * to.itemsize) - 1)
+    if np.issubdtype(to, np.floating) or dtype == "bfloat16":
+        room[...] = np.nan
+    return view, room
+
+
+def assert_parity(op: Operator, backend: str, case: Case) -> None:
+    """Run one case on a backend and hold it to the reference.
+
+    Raises AssertionError with the case when the result is wrong, an input was changed, or memory around ``out`` was;
+    raises Unsupported when the backend says it cannot run the case.
+    """
+    arguments = case.arguments()
+    dims = dict(case.dims)
+    bound_batch = np.broadcast_shapes(*_leads(op, arguments)) if _leads(op, arguments) else ()
+    shape = op.shape(op.result, dims, bound_batch)
+    dtype = op.result_dtype(dict(case.dtypes), dict(case.scalars))
+    view, room = writable(shape, dtype, dict(case.layouts).get("out", "contiguous"))
+    given = {n: as_kind(x, case.kind, dict(case.dtypes).get(n)) for n, x in arguments.items()}
+    before = {n: x.tobytes() for n, x in arguments.items() if isinstance(x, np.ndarray)}
+    outside = room.view(f"u{room.dtype.itemsize}").copy()
+    out = as_kind(view, case.kind, dtype)
+    op.public(*given.values(), out=out, backend=backend)
+    for name, raw in before.items():
+        assert arguments[name].tobytes() == raw, f"{op.name} on {backend} changed its input {name}\n{case}"
+    compare(op, arguments, view, str(case))
+    written = np.zeros(room.shape, bool)
+    _same_view(written, room, view)[...] = True
+    untouched = room.view(outside.dtype)[~written] == outside[~written]
+    assert untouched.all(), f"{op.name} on {backend} wrote outside of out\n{case}"
+
+
+def _same_view(mask: Array, room: Array, view: Array) -> Array:
+    step = room.itemsize
+    start = view.__array_interface__["data"][0] - room.__array_interface__["data"][0]
+    flat = mask.reshape(-1)
+    return np.lib.stride_tricks.as_strided(
+        flat[start // step :] if view.size else flat[:0], view.shape, tuple(s // step for s in view.strides)
+    )
+
+
+def _leads(op: Operator, arguments: dict[str, Any]) -> list[tuple[int, ...]]:
+    return [
+        arguments[name].shape[: arguments[name].ndim - len(tensor.axes.split()) + 1]
+        for name, tensor in op.tensors.items()
+        if tensor.axes.startswith("...")
+    ]
+
+
+def as_kind(x: Any, kind: str, dtype: str | None = None) -> Any:
+    """A NumPy array as the kind of array that a case asks for, on the same memory."""
+    if kind == "numpy" or not isinstance(x, np.ndarray):
+        return x
+    made = arrays.as_torch(x)
+    if dtype == "float4_e2m1fn_x2":
+        import torch
+
+        return made.view(torch.float4_e2m1fn_x2)
+    return made
+
+
+def compare(op: Operator, arguments: dict[str, Any], got: Array, label: str = "") -> None:
+    """Hold a result to the reference: bit for bit, or within the operator's bound. Raises AssertionError."""
+    inputs = [arguments[name] for name in op.inputs]
+    with np.errstate(all="ignore"):
+        exact = op.reference(*inputs)
+    if op.exact:
+        assert_bits(got, exact, label)
+        return
+    from flagops.reference._rounding import unit
+
+    dtype = got.dtype.name
+    with np.errstate(all="ignore"):
+        bound = op.bound(exact, arguments, dtype)
+        value = got.astype(exact.dtype)
+        finite = np.isfinite(exact)
+        largest = unit(dtype).largest
+        near_overflow = finite & (np.abs(exact) + bound >= largest)
+        overflowed = near_overflow & ~np.isfinite(value)
+        wrong = finite & ~overflowed & ~(np.abs(value - exact) <= bound)
+        wrong |= np.isnan(exact) & ~np.isnan(value)
+        wrong |= np.isinf(exact) & (value != exact)
+    bad = wrong & ~np.isinf(bound) & ~(np.isnan(bound) & finite)
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise AssertionError(
+            f"{op.name}: {int(bad.sum())} of {bad.size} elements are off, first at {where}: got {value[where]!s}, "
+            f"expected {exact[where]!s} within {bound[where]!s}\n{label}"
+        )
+
+
+def assert_bits(got: Array, expected: Array, label: str = "") -> None:
+    """Equal bit for bit, -0 apart from 0; any NaN equals any NaN."""
+    assert got.dtype == expected.dtype, f"got {got.dtype}, expected {expected.dtype}\n{label}"
+    assert got.shape == expected.shape, f"got shape {got.shape}, expected {expected.shape}\n{label}"
+    raw = f"u{got.dtype.itemsize}"
+    same = np.ascontiguousarray(got).view(raw) == np.ascontiguousarray(expected).view(raw)
+    same |= np.isnan(got.astype(np.float64)) & np.isnan(expected.astype(np.float64))
+    if not same.all():
+        where = tuple(int(i) for i in np.argwhere(~same)[0])
+        raise AssertionError(
+            f"{int((~same).sum())} of {same.size} elements differ, first at {where}: "
+            f"got {got[where]!s}, expected {expected[where]!s}\n{label}"
+        )
+
+
+def assert_facts(op: Operator, backend: str, case: Case, repeats: int = 20) -> None:
+    """Check bit by bit what the kernel declares: equal repeats, and rows of a batch equal to the row alone."""
+    kernel = registry.find(op.name, backend)
+    given = {n: as_kind(x, case.kind, dict(case.dtypes).get(n)) for n, x in case.arguments().items()}
+    with np.errstate(all="ignore"):
+        first = _bits(op.public(*given.values(), backend=backend))
+        if kernel.deterministic:
+            for _ in range(repeats - 1):
+                again = _bits(op.public(*given.values(), backend=backend))
+                assert np.array_equal(first, again), f"{op.name} on {backend} differs between repeats\n{case}"
+        if kernel.batch_invariant and not op.exact:
+            for index, row in rows(op, given):
+                alone = _bits(op.public(*row.values(), backend=backend))
+                assert np.array_equal(first[index], alone), f"{op.name} on {backend}: row {index} differs alone\n{case}"
+
+
+def rows(op: Operator, given: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Slices of a call along the rows of its first argument: (index into the result, arguments of the row alone)."""
+    first = next(iter(op.tensors))
+    words = op.tensors[first].axes.split()
+    x = given[first]
+    if op.name == "matmul":
+        for i in range(x.shape[-2]):
+            yield (..., slice(i, i + 1), slice(None)), given | {first: x[..., i : i + 1, :]}
+    elif words[0] == "...":
+        for i in range(x.shape[0] if x.ndim >= len(words) else 0):
+            yield slice(i, i + 1), given | {first: x[i : i + 1]}
+    else:
+        shared = [n for n, t in op.tensors.items() if words[0] in t.axes.split()[:1] and given[n] is not None]
+        for i in range(x.shape[0]):
+            yield slice(i, i + 1), given | {n: given[n][i : i + 1] for n in shared}
+
+
+def _bits(x: Any) -> Array:
+    made = np.ascontiguousarray(arrays.as_numpy(x))
+    return made.view(f"u{made.dtype.itemsize}")
+
+
+def check(
+    op: Operator, backend: str, examples: int = 100, seed: int = 0, sizes: Sequence[int] = SIZES
+) -> tuple[int, dict[str, int]]:
+    """The parity suite without a test framework: ``examples`` cases, drawn afresh from the seed.
+
+    Returns how many ran and why others were refused. Raises AssertionError at the first wrong result.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(op.name.encode())])
+
+    def choose(options: Sequence[T]) -> T:
+        return options[int(rng.integers(0, len(options)))]
+
+    kinds = [k for k in ("torch", "numpy") if registry.backend(backend).refuses(_sample(k)) is None]
+    if not kinds:
+        raise Unsupported(registry.backend(backend).refuses(_sample("torch")) or "takes neither kind of array")
+    ran, refused = 0, dict[str, int]()
+    for _ in range(examples):
+        case = draw_case(op, choose, sizes, kinds)
+        try:
+            assert_parity(op, backend, case)
+            if ran % 10 == 0:
+                assert_facts(op, backend, case, repeats=3)
+            ran += 1
+        except Unsupported as reason:
+            refused[str(reason)] = refused.get(str(reason), 0) + 1
+    return ran, refused
+
+
+def _sample(kind: str) -> Any:
+    return as_kind(np.zeros(1, np.float32), kind)
+
+
+__all__ = ["Case", "assert_bits", "assert_facts", "assert_parity", "check", "compare", "draw_case", "workload"]
