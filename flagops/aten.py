@@ -86,7 +86,7 @@ def _result(op: str, added: Tensor | None, a: Tensor, b: Tensor, out: Tensor | N
         raise Pass("shapes that torch refuses")
     if out is not None and tuple(out.shape) != shape:
         raise Pass("out has another shape than the result")
-    if out is not None and _overlaps_itself(out):
+    if out is not None and out.numel() and _overlaps_itself(out):
         raise Pass("out may overlap itself")
     return shape
 

@@ -80,8 +80,8 @@ class _Plan:
         """Whether `out` may share memory with an input that is not itself."""
         start = out.data_ptr()
         end = start + self.spans[0]
-        for x, span in zip((a, b, added), self.spans[1:], strict=True):
-            if x is not None and x is not out:
+        for x, span in zip((a, b, None if added is out else added), self.spans[1:], strict=True):
+            if x is not None:
                 pointer = x.data_ptr()
                 if start < pointer + span and pointer < end:
                     return True
@@ -352,6 +352,11 @@ def enable(ops: str | Sequence[str] | None = None, backend: str | Sequence[str] 
             raise
     log.info("enabled at %s: %s", ", ".join(keys), " ".join(chosen) or "nothing")
     return handle
+
+
+def spent() -> dict[str, Any]:
+    """Replaced calls that asked for fuel so far (FLAGOPS_FUEL), and the last that got some."""
+    return {"calls": _fuel.asked.value() if _fuel else 0, "last": _fuel.last if _fuel else None}
 
 
 def _selected(ops: str | Sequence[str]) -> tuple[str, ...]:

@@ -1,0 +1,755 @@
+import itertools
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+
+import flagops
+from flagops import aten, config, dispatch, interpose, override
+
+BACKENDS = [name for name in ("numba", "numpy") if not flagops.registry.backend(name).unavailable()]
+NAMES = [op + suffix for suffix, ops in aten.FORMS.items() for op in ops]
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+TINY = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
+RANKS = {"mm": "mk,kn->mn", "bmm": "bmk,bkn->bmn", "mv": "mk,k->m", "dot": "k,k->"}
+RANKS |= {"addmm": RANKS["mm"], "baddbmm": RANKS["bmm"], "addmv": RANKS["mv"]}
+
+
+def kernels() -> dict[str, str]:
+    return {
+        name: repr(torch.library.get_kernel(f"aten::{name}", "CPU"))
+        for name in [*NAMES, *override.WATCHED]
+        if has(name)
+    }
+
+
+def has(name: str) -> bool:
+    try:
+        return bool(torch.library.get_kernel(f"aten::{name}", "CPU"))
+    except RuntimeError:
+        return False
+
+
+PLAIN = kernels()
+
+
+@pytest.fixture(autouse=True)
+def untouched():
+    """Every test leaves torch as it was."""
+    yield
+    interpose.sweep()
+    assert kernels() == PLAIN
+    assert not interpose.live
+    assert not interpose.buried
+
+
+def column(report: flagops.report.Report, name: str) -> tuple[int, dict[str, int]]:
+    rows = [row for row in report.rows if row.op == f"aten::{name}"]
+    return (sum(rows[0].replaced.values()), rows[0].passed) if rows else (0, {})
+
+
+# every overload against float64
+
+
+@st.composite
+def tensor(draw, shape, dtype):
+    """Small numbers in any layout: dense, permuted, every second element, or repeated along an axis."""
+    layout = draw(st.sampled_from(("dense", "permuted", "sliced", "expanded")))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    if layout == "permuted":
+        order = draw(st.permutations(range(len(shape))))
+        x = torch.from_numpy(rng.standard_normal([shape[i] for i in order])).to(dtype)
+        return x.permute([order.index(i) for i in range(len(shape))])
+    if layout == "sliced" and shape:
+        x = torch.from_numpy(rng.standard_normal([*shape[:-1], 2 * shape[-1] + 1])).to(dtype)
+        return x[..., 1::2]
+    x = torch.from_numpy(np.asarray(rng.standard_normal(shape))).to(dtype)
+    if layout == "expanded" and shape and shape[0]:
+        return x[:1].expand(shape)
+    return x
+
+
+def own(x):
+    """A copy with the same strides where memory is not shared inside."""
+    return x.clone(memory_format=torch.preserve_format)
+
+
+@st.composite
+def case(draw, op, suffix):
+    dtype = draw(st.sampled_from(list(UNIT)))
+    dims = {axis: draw(st.integers(0, 3 if axis == "b" else 9)) for axis in "bmkn"}
+    left, right, result = re.split(",|->", RANKS[op])
+    a, b = (draw(tensor([dims[axis] for axis in axes], dtype)) for axes in (left, right))
+    shape = [dims[axis] for axis in result]
+    added, beta, alpha = None, 0, 1
+    if "add" in op:
+        beta, alpha = draw(st.sampled_from((1, 0, 0.5, -2, 3.0))), draw(st.sampled_from((1, 0.5, -2)))
+        start = 0 if suffix == "_" else draw(st.integers(0, len(shape)))
+        narrow = [n if suffix == "_" or draw(st.booleans()) else 1 for n in shape[start:]]
+        added = own(draw(tensor(narrow, dtype))) if suffix == "_" else draw(tensor(narrow, dtype))
+        if beta == 0 and added.numel() and draw(st.booleans()):
+            added = torch.full_like(added, float("nan"))
+    out = own(draw(tensor(shape, dtype))) if suffix == ".out" else None
+    return SimpleNamespace(
+        a=a, b=b, added=added, beta=beta, alpha=alpha, out=out, dtype=dtype, shape=shape, k=dims["k"]
+    )
+
+
+def call(op, suffix, x, added):
+    arguments = (x.a, x.b) if added is None else (added, x.a, x.b)
+    scalars = {} if added is None else {"beta": x.beta, "alpha": x.alpha}
+    if suffix == "_":
+        return getattr(added, op + "_")(x.a, x.b, **scalars)
+    return getattr(torch, op)(*arguments, **scalars, **({"out": x.out} if suffix else {}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "suffix"), [(op, suffix) for suffix, ops in aten.FORMS.items() for op in ops])
+def test_every_form_against_float64(op, suffix, backend):
+    @settings(max_examples=100, deadline=None, database=None)
+    @given(case(op, suffix))
+    def check(x):
+        wide = [None if t is None else t.double().numpy().copy() for t in (x.a, x.b, x.added)]
+        with flagops.enable(op, backend) as handle:
+            result = call(op, suffix, x, x.added)
+        assert column(handle.report(), op + suffix) == (1, {})
+        assert result.dtype == x.dtype
+        assert list(result.shape) == x.shape
+        assert suffix != ".out" or result is x.out
+        assert suffix != "_" or result is x.added
+        exact = x.alpha * np.einsum(RANKS[op], wide[0], wide[1])
+        weight = abs(x.alpha) * np.einsum(RANKS[op], abs(wide[0]), abs(wide[1]))
+        if x.beta:
+            exact, weight = exact + x.beta * wide[2], weight + abs(x.beta * wide[2])
+        accumulator, terms = x.dtype if x.dtype.itemsize == 8 else torch.float32, x.k + 3
+        rounding = UNIT[x.dtype] * abs(exact) + TINY[x.dtype]
+        bound = rounding + terms * (UNIT[accumulator] * weight + TINY[accumulator])
+        assert (abs(result.double().numpy() - exact) <= 1.001 * bound).all()
+
+    check()
+
+
+# gradients
+
+DIFFERENTIABLE = {
+    "linear": (F.linear, [(3, 4), (5, 4), (5,)]),
+    "linear without bias": (F.linear, [(2, 3, 4), (5, 4)]),
+    "matmul": (torch.matmul, [(2, 3, 4), (2, 4, 5)]),
+    "matmul with a vector": (torch.matmul, [(2, 3, 4), (4,)]),
+    "einsum": (lambda a, b: torch.einsum("bik,jk->bij", a, b), [(2, 3, 4), (5, 4)]),
+    "dot": (torch.dot, [(4,), (4,)]),
+    "addmv": (lambda c, a, b: torch.addmv(c, a, b, beta=0.5, alpha=2), [(3,), (3, 4), (4,)]),
+    "baddbmm": (lambda c, a, b: torch.baddbmm(c, a, b, beta=2), [(1, 3, 5), (2, 3, 4), (2, 4, 5)]),
+    "addmm_": (lambda c, a, b: (c * 1).addmm_(a, b), [(3, 5), (3, 4), (4, 5)]),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_are_torchs(name):
+    function, shapes = DIFFERENTIABLE[name]
+    torch.manual_seed(0)
+    values = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    weight = torch.randn_like(function(*values))
+
+    def gradients():
+        leaves = [x.clone().requires_grad_() for x in values]
+        first = torch.autograd.grad((function(*leaves) * weight).sum(), leaves, create_graph=True)
+        return *first, *torch.autograd.grad(sum((g * g).sum() for g in first), leaves, materialize_grads=True)
+
+    plain = gradients()
+    with flagops.enable(backend="numpy") as handle:
+        ours = gradients()
+        leaves = [x.clone().requires_grad_() for x in values]
+        assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves)
+        assert handle.report().replaced > 2
+    for x, y in zip(ours, plain, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_transforms_of_functions():
+    torch.manual_seed(0)
+    x, w, b = (torch.randn(shape, dtype=torch.float64) for shape in ((6, 3, 4), (5, 4), (5,)))
+
+    def results():
+        batched = torch.vmap(lambda v: F.linear(v, w, b).sin())(x)
+        value, tangent = torch.func.jvp(lambda v: F.linear(v, w, b), (x[0],), (x[1],))
+        jacobian = torch.func.jacrev(lambda v: (w @ v).cos())(x[0, 0])
+        return batched, value, tangent, jacobian
+
+    plain = results()
+    with flagops.enable(backend="numpy") as handle:
+        ours = results()
+        assert handle.report().share == 1
+    for u, v in zip(ours, plain, strict=True):
+        torch.testing.assert_close(u, v, rtol=1e-12, atol=1e-12)
+
+
+def test_half_precision_training_step():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 5).bfloat16()
+    x = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
+    exact = torch.ones(3, 5).double() @ layer.weight.double()
+    with flagops.enable(backend="numpy") as handle:
+        layer(x).sum().backward()
+        assert column(handle.report(), "addmm") == (1, {})
+        assert column(handle.report(), "mm") == (2, {})
+    torch.testing.assert_close(x.grad.double(), exact, rtol=2.0**-8, atol=1e-6)
+    torch.testing.assert_close(
+        layer.weight.grad.double(), x.detach().double().sum(0).expand(5, 8), rtol=2.0**-8, atol=1e-6
+    )
+
+
+# reach
+
+
+@pytest.mark.parametrize(
+    ("name", "reached"),
+    [
+        ("linear", "addmm"),
+        ("linear of a stack", "addmm"),
+        ("linear without bias", "mm"),
+        ("matmul", "mm"),
+        ("matmul out", "mm.out"),
+        ("batched matmul", "bmm"),
+        ("matrix times vector", "mv"),
+        ("vector times vector", "dot"),
+        ("vdot", "dot"),
+        ("inner", "mm"),
+        ("einsum", "bmm"),
+        ("tensordot", "mm"),
+        ("multi_dot", "mm"),
+        ("addbmm", "addmm_"),
+    ],
+)
+def test_what_torch_builds_on_them(name, reached):
+    x, w, b = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5)
+    calls = {
+        "linear": lambda: F.linear(x[0], w, b),
+        "linear of a stack": lambda: F.linear(x, w, b),
+        "linear without bias": lambda: F.linear(x, w),
+        "matmul": lambda: x @ w.t(),
+        "matmul out": lambda: torch.matmul(x, w.t(), out=torch.empty(2, 3, 5)),
+        "batched matmul": lambda: x @ x.mT,
+        "matrix times vector": lambda: x @ w[0],
+        "vector times vector": lambda: w[0] @ w[1],
+        "vdot": lambda: torch.vdot(w[0], w[1]),
+        "inner": lambda: torch.inner(x, w),
+        "einsum": lambda: torch.einsum("bik,bjk->bij", x, x),
+        "tensordot": lambda: torch.tensordot(x, w, ([2], [1])),
+        "multi_dot": lambda: torch.linalg.multi_dot([x[0], w.t(), w]),
+        "addbmm": lambda: torch.addbmm(torch.ones(3, 3), x, x.mT),
+    }
+    plain = calls[name]()
+    with flagops.enable(backend="numpy") as handle:
+        ours = calls[name]()
+        replaced, passed = column(handle.report(), reached)
+    assert replaced >= 1
+    assert not passed
+    torch.testing.assert_close(ours, plain)
+
+
+def test_views_that_torch_resolves_above():
+    x = torch.randn(3, 4)
+    with flagops.enable(backend="numpy") as handle:
+        negative = torch._neg_view(x) @ x.t()
+        assert handle.report().replaced == 1
+    torch.testing.assert_close(negative, -(x @ x.t()))
+
+
+def test_modes_of_torch():
+    layer, x = torch.nn.Linear(4, 5), torch.randn(3, 4)
+    plain = layer(x)
+    with flagops.enable(backend="numpy") as handle:
+        with torch.inference_mode():
+            torch.testing.assert_close(layer(x), plain)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        with torch.device("meta"):
+            torch.testing.assert_close(layer(x), plain)
+        assert column(handle.report(), "addmm") == (3, {})
+
+
+# what goes to torch
+
+LEFT_TO_TORCH = {
+    "integers": (lambda: torch.arange(4).view(2, 2) @ torch.arange(4).view(2, 2), "mm", "dtype int64"),
+    "complex": (lambda: torch.eye(2, dtype=torch.cfloat) @ torch.eye(2, dtype=torch.cfloat), "mm", "dtype complex64"),
+    "alpha zero": (
+        lambda: torch.addmm(torch.ones(2), torch.full((2, 2), torch.inf), torch.ones(2, 2), alpha=0),
+        "addmm",
+        "alpha is 0, which torch does not multiply",
+    ),
+    "another shape": (
+        lambda: torch.mm(torch.ones(2, 3), torch.ones(3, 2), out=torch.empty(0)),
+        "mm.out",
+        "out has another shape than the result",
+    ),
+    "out is an input": (lambda: mm_into_itself(), "mm.out", "out may share memory with an input"),
+    "in place of an input": (lambda: addmm_of_itself(), "addmm_", "out may share memory with an input"),
+}
+
+
+def mm_into_itself():
+    x = torch.arange(9.0).view(3, 3)
+    return torch.mm(x, x, out=x)
+
+
+def add_shifted():
+    x = torch.arange(12.0)
+    return torch.addmm(x[1:10].view(3, 3), torch.eye(3), torch.ones(3, 3), out=x[:9].view(3, 3))
+
+
+def addmm_of_itself():
+    x = torch.arange(9.0).view(3, 3)
+    return x.addmm_(x, x)
+
+
+@pytest.mark.parametrize("name", LEFT_TO_TORCH)
+def test_left_to_torch_with_its_reason(name):
+    function, op, reason = LEFT_TO_TORCH[name]
+    plain = function()
+    with flagops.enable(backend="numpy") as handle:
+        for times in (1, 2):
+            assert torch.equal(function(), plain)
+            assert column(handle.report(), op) == (0, {reason: times})
+    assert handle.report().share == 0
+
+
+def test_added_in_place_may_be_what_is_added():
+    x, a = torch.ones(3, 3), torch.arange(9.0).view(3, 3)
+    with flagops.enable(backend="numpy") as handle:
+        torch.addmm(x, a, a, out=x)
+        assert column(handle.report(), "addmm.out") == (1, {})
+    assert torch.equal(x, 1 + a @ a)
+
+
+INVALID = {
+    "inner sizes": lambda: torch.mm(torch.ones(2, 3), torch.ones(2, 3)),
+    "ranks": lambda: torch.mm(torch.ones(2, 3), torch.ones(3)),
+    "batches": lambda: torch.bmm(torch.ones(2, 3, 4), torch.ones(3, 4, 3)),
+    "dtypes": lambda: torch.mm(torch.ones(2, 3), torch.ones(3, 2).double()),
+    "dtype of the added": lambda: torch.addmm(torch.ones(2).double(), torch.ones(2, 3), torch.ones(3, 2)),
+    "shape of the added": lambda: torch.addmm(torch.ones(7), torch.ones(2, 3), torch.ones(3, 2)),
+    "in place would grow": lambda: torch.ones(2).addmm_(torch.ones(2, 3), torch.ones(3, 2)),
+    "dtype of out": lambda: torch.mm(torch.ones(2, 3), torch.ones(3, 2), out=torch.empty(2, 2).double()),
+    "out overlaps itself": lambda: torch.mm(torch.ones(2, 3), torch.ones(3, 2), out=torch.empty(1).expand(2, 2)),
+    "lengths": lambda: torch.dot(torch.ones(2), torch.ones(3)),
+    "vectors": lambda: torch.mv(torch.ones(2, 3), torch.ones(2)),
+    "linear": lambda: F.linear(torch.ones(2, 3), torch.ones(4, 2), torch.ones(4)),
+    "complex alpha": lambda: torch.addmm(torch.ones(2), torch.ones(2, 3), torch.ones(3, 2), alpha=1j),
+    "out over the added": lambda: add_shifted(),
+}
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_calls_raise_torchs_own_error(name):
+    def outcome():
+        try:
+            return INVALID[name]()
+        except Exception as error:
+            return type(error), re.sub("registered at.*", "", str(error), flags=re.DOTALL)
+
+    plain = outcome()
+    assert isinstance(plain, tuple), "the case must be invalid"
+    with flagops.enable(backend="numpy"):
+        assert outcome() == plain
+
+
+def test_resizing_out_warns_as_torch_does():
+    def outcome():
+        out = torch.empty(7)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.mm(torch.ones(2, 3), torch.ones(3, 2), out=out)
+        return out.tolist(), [str(w.message).split("(Triggered")[0] for w in caught]
+
+    plain = outcome()
+    assert len(plain[1]) == 1
+    with flagops.enable(backend="numpy"):
+        assert outcome() == plain
+
+
+def test_kernels_of_torch_are_no_replacement():
+    x = torch.randn(3, 4)
+    with flagops.enable(backend="torch") as handle:
+        assert torch.equal(x @ x.t(), torch.mm(x, x.t()))
+        assert column(handle.report(), "mm") == (0, {"torch's own kernel is the choice": 2})
+
+
+def stub(monkeypatch, run):
+    plan = SimpleNamespace(run=run, backend="stub", kernel=SimpleNamespace(forwards_to=""), through_torch=False)
+    monkeypatch.setattr(dispatch, "plan", lambda *args: plan)
+
+
+def test_a_kernel_that_calls_torch_meets_torchs_kernels(monkeypatch):
+    stub(monkeypatch, lambda a, b, out: out.copy_(torch.mm(a, b) + 1))
+    with flagops.enable() as handle:
+        assert torch.mm(torch.eye(2), torch.eye(2)).tolist() == [[2, 1], [1, 2]]
+        assert handle.report().calls == 1
+
+
+def test_a_kernel_that_refuses_while_it_runs(monkeypatch):
+    def refuse(a, b, out):
+        raise flagops.Unsupported("too odd")
+
+    stub(monkeypatch, refuse)
+    with flagops.enable() as handle:
+        assert torch.mm(torch.eye(2), torch.eye(2)).tolist() == [[1, 0], [0, 1]]
+        assert column(handle.report(), "mm") == (0, {"too odd": 1})
+
+
+def test_a_kernel_that_fails_is_not_hidden(monkeypatch):
+    def fail(a, b, out):
+        raise ZeroDivisionError
+
+    stub(monkeypatch, fail)
+    with flagops.enable():
+        with pytest.raises(ZeroDivisionError):
+            torch.mm(torch.eye(2), torch.eye(2))
+        stub(monkeypatch, lambda a, b, out: out.fill_(3))
+        assert torch.mm(torch.ones(1, 2), torch.ones(2, 1)).item() == 3, "the thread is not left in a kernel"
+
+
+def test_temporaries_stay_in_the_budget():
+    x = torch.ones(64, 64, dtype=torch.bfloat16)
+    with config.using(budget="47KiB"), flagops.enable(backend="numpy") as handle:
+        torch.addmm(x[:32, :32], x[:32], x[:, :32])
+        assert column(handle.report(), "addmm") == (1, {})
+        torch.addmm(x, x, x)
+        assert column(handle.report(), "addmm") == (1, {"its temporaries are beyond the budget": 1})
+
+
+def test_settings_of_a_block_choose_the_backend():
+    x = torch.randn(3, 4).bfloat16()
+    with flagops.enable() as handle:
+        with flagops.using(backend="numpy"):
+            x @ x.t()
+        with flagops.using(backend="torch"):
+            x @ x.t()
+        (row,) = handle.report().rows
+    assert row.replaced == {"matmul/numpy": 1}
+    assert row.passed == {"torch's own kernel is the choice": 1}
+
+
+# handles
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_handles_end_in_any_order(order):
+    x, y = torch.randn(5, 4), torch.randn(4, 3)
+    plain = x @ y
+    wants = ("numpy", "torch", BACKENDS[0])
+    handles = [flagops.enable(backend=backend) for backend in wants]
+    alive = [0, 1, 2]
+    for ended in order:
+        before = [handle.report().calls for handle in handles]
+        torch.testing.assert_close(x @ y, plain)
+        served = [handle.report().calls - n for handle, n in zip(handles, before, strict=True)]
+        assert served == [int(i == alive[-1]) for i in range(3)]
+        alive.remove(ended)
+        handles[ended].disable()
+        handles[ended].disable()
+    assert kernels() == PLAIN
+    assert torch.equal(x @ y, plain)
+    assert sum(handle.report().calls for handle in handles) == 3
+
+
+def test_handles_of_different_operators():
+    x, w, b = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
+    with flagops.enable("matmul", backend="numpy") as first, flagops.enable("linear", backend="numpy") as second:
+        F.linear(x, w, b)
+        F.linear(x, w)
+    assert [row.op for row in first.report().rows] == ["aten::mm"]
+    assert [row.op for row in second.report().rows] == ["aten::addmm"]
+
+
+def test_enabling_again_and_again_keeps_one_registration_each():
+    for _ in range(3):
+        with flagops.enable(backend="numpy"), flagops.enable(backend="numpy"):
+            dump = torch._C._dispatch_dump("aten::mm")
+            assert len(re.findall(rf"^CPU.*{re.escape(interpose.__file__)}", dump, re.MULTILINE)) == 1
+
+
+class Theirs:
+    """Another library's override of mm, which hands on to what was there before."""
+
+    def __init__(self):
+        self.calls = 0
+        self.below = torch.library.get_kernel("aten::mm", "CPU")
+        self.library = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.library.impl("mm", self.mm, "CPU", with_keyset=True)
+
+    def mm(self, keyset, a, b):
+        self.calls += 1
+        return self.below.call_boxed(keyset, a, b)
+
+    def remove(self):
+        self.library._destroy()
+
+
+def test_above_another_librarys_override():
+    x = torch.randn(3, 4)
+    theirs = Theirs()
+    with flagops.enable(backend="numpy") as handle:
+        x @ x.t()
+        assert (theirs.calls, handle.report().replaced) == (0, 1)
+        torch.eye(2, dtype=torch.long) @ torch.eye(2, dtype=torch.long)
+        assert theirs.calls == 1
+    x @ x.t()
+    assert theirs.calls == 2
+    with pytest.raises(RuntimeError, match="already a kernel registered"):
+        torch.library.Library("aten", "IMPL").impl("mm", theirs.mm, "CPU", allow_override=False)
+    theirs.remove()
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_below_another_librarys_override(ours_first):
+    x = torch.randn(3, 4)
+    plain = x @ x.t()
+    handle = flagops.enable(backend="numpy")
+    theirs = Theirs()
+    torch.testing.assert_close(x @ x.t(), plain)
+    assert (theirs.calls, handle.report().replaced) == (1, 1)
+    if ours_first:
+        handle.disable()
+        assert torch.equal(x @ x.t(), plain)
+        assert (theirs.calls, handle.report().replaced) == (2, 1)
+        theirs.remove()
+        assert torch.equal(x @ x.t(), plain)
+    else:
+        theirs.remove()
+        x @ x.t()
+        assert (theirs.calls, handle.report().replaced) == (1, 2)
+        handle.disable()
+
+
+def test_between_an_older_registration_and_another_library():
+    x = torch.randn(3, 4)
+    first = flagops.enable(backend="numpy")
+    theirs = Theirs()
+    first.disable()
+    with flagops.enable(backend="numpy") as second:
+        x @ x.t()
+        assert (theirs.calls, second.report().replaced) == (0, 1)
+    x @ x.t()
+    assert (theirs.calls, first.report().replaced) == (1, 0)
+    theirs.remove()
+
+
+def test_the_override_below_is_removed_meanwhile():
+    integers = torch.eye(2, dtype=torch.long)
+    theirs = Theirs()
+    with flagops.enable(backend="numpy") as handle:
+        theirs.remove()
+        assert torch.equal(integers @ integers, integers)
+        assert torch.equal(integers @ integers, integers)
+        assert handle.report().calls == 2
+        torch.eye(2) @ torch.eye(2)
+        assert handle.report().replaced == 1
+
+
+def test_composite_operators_are_refused(monkeypatch):
+    monkeypatch.setitem(aten.OPERATORS, "matmul", "matmul")
+    monkeypatch.setitem(aten.FORMS, "", (*aten.FORMS[""], "matmul"))
+    with pytest.raises(TypeError, match="aten::matmul is composite"):
+        flagops.enable()
+
+
+def test_composite_operators_in_the_table():
+    for name in [*NAMES, *override.WATCHED]:
+        assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CompositeImplicitAutograd")
+
+
+# names
+
+
+@pytest.mark.parametrize(
+    ("ops", "chosen"),
+    [
+        ("all", "mm bmm baddbmm mv dot addmm addmv"),
+        ("all,-matmul", "addmm addmv"),
+        ("-linear", "mm bmm baddbmm mv dot"),
+        (["linear", "mm"], "addmm addmv mm"),
+        ("all, -mm, -sparse_attention", "bmm baddbmm mv dot addmm addmv"),
+        ("", ""),
+    ],
+)
+def test_names(ops, chosen):
+    with flagops.enable(ops) as handle:
+        assert " ".join(handle.ops) == chosen
+    with flagops.using(ops=ops), flagops.enable() as handle:
+        assert " ".join(handle.ops) == chosen
+
+
+@pytest.mark.parametrize(
+    ("ops", "words"),
+    [("matmull", "'matmul'"), ("all,-liner", "'linear'"), (["admm"], "'addmm'"), ("sparse_attention", "flagops.patch")],
+)
+def test_wrong_names(ops, words):
+    with pytest.raises(ValueError, match=words):
+        flagops.enable(ops)
+
+
+def test_wrong_backends():
+    with pytest.raises(ValueError, match="'numba'"):
+        flagops.enable(backend="nunba")
+
+
+def script(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments, "-c", code],
+        env=os.environ | environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_environment_decides():
+    code = "import flagops; h = flagops.enable(); print(*h.ops); h.disable()"
+    assert script(code, FLAGOPS_OPS="all,-matmul").stdout == "addmm addmv\n"
+    assert "did you mean 'matmul'" in script(code, FLAGOPS_OPS="matmulx").stderr
+
+
+def test_enabling_is_quiet_and_logged():
+    code = (
+        "import logging, sys, flagops, torch\n"
+        "logging.basicConfig(stream=sys.stdout, level='INFO', format='%(name)s: %(message)s')\n"
+        "with flagops.enable('mm', backend='numpy'): torch.eye(2) @ torch.eye(2)\n"
+    )
+    result = script(code, "-W", "error")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "flagops: enabled at CPU: mm\n" in result.stdout
+    assert "flagops: aten::mm at CPU is computed by matmul/numpy\n" in result.stdout
+
+
+def test_reasons_are_logged_once(caplog):
+    with caplog.at_level(logging.INFO, "flagops"), flagops.enable(backend="numpy"):
+        for n in (2, 2, 3):
+            torch.eye(n, dtype=torch.long) @ torch.eye(n, dtype=torch.long)
+    assert [r.message for r in caplog.records].count("aten::mm at CPU is left to torch: dtype int64") == 1
+
+
+# report
+
+
+def test_report():
+    from rich.console import Console
+
+    x = torch.randn(1, 2, 8, 4)
+    plain = F.scaled_dot_product_attention(x, x, x), torch.nn.LSTM(4, 4)(x[0])
+    with flagops.enable(backend="numpy") as handle:
+        assert torch.equal(F.scaled_dot_product_attention(x, x, x), plain[0])
+        torch.nn.LSTM(4, 4)(x[0])
+        x[0, 0] @ x[0, 0].t()
+        x[0, 0].long() @ x[0, 0].long().t()
+    F.scaled_dot_product_attention(x, x, x)
+    report = handle.report()
+    assert (report.calls, report.replaced, report.share) == (2, 1, 0.5)
+    assert report.bypassed["scaled_dot_product_attention, fused"] == 1
+    assert report.bypassed["LSTM layers in oneDNN"] == 1
+    assert report.bypassed["grouped products (mixture of experts)"] == 0
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(report)
+    for text in (str(report), capture.get()):
+        assert re.search(r"aten::mm\W+2\W+1 matmul/numpy\W+1 dtype int64", text)
+        assert "1 of 2 calls replaced (50%)" in text
+        assert "torch.compile" in text
+        assert "scaled_dot_product_attention, fused: 1 calls" in text
+
+
+def test_attention_by_plain_products_is_replaced():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    x = torch.randn(1, 2, 8, 4)
+    plain = F.scaled_dot_product_attention(x, x, x)
+    with sdpa_kernel(SDPBackend.MATH), flagops.enable(backend="numpy") as handle:
+        torch.testing.assert_close(F.scaled_dot_product_attention(x, x, x), plain)
+        assert column(handle.report(), "bmm") == (2, {})
+        assert handle.report().bypassed["scaled_dot_product_attention, fused"] == 0
+
+
+def test_fuel():
+    x = torch.randn(3, 3)
+    with config.using(fuel=2), flagops.enable(backend="numpy") as handle:
+        for _ in range(5):
+            x @ x
+        assert column(handle.report(), "mm") == (2, {"out of fuel": 3})
+        assert override.spent()["calls"] == 5
+        last = override.spent()["last"]
+    assert last == {"call": 2, "op": "mm", "by": "matmul/numpy", "arguments": ["float32[3, 3]", "float32[3, 3]"]}
+    with flagops.enable(backend="numpy") as handle:
+        x @ x
+        assert column(handle.report(), "mm") == (1, {})
+
+
+# threads and devices
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_four_threads(backend):
+    torch.manual_seed(0)
+    pairs = [(torch.randn(17 + i, 33), torch.randn(33, 9 + i)) for i in range(4)]
+    with flagops.enable(backend=backend) as handle:
+        expected = [a @ b for a, b in pairs]
+        wrong = []
+
+        def work(i):
+            a, b = pairs[i]
+            wrong.extend(1 for _ in range(200) if not torch.equal(a @ b, expected[i]))
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert column(handle.report(), "mm") == (804, {})
+
+
+def test_threads_while_handles_come_and_go():
+    x = torch.randn(9, 9, dtype=torch.float64)
+    plain, stop, seen = x @ x, threading.Event(), [0, 0]
+
+    def work(i):
+        while not stop.is_set():
+            torch.testing.assert_close(x @ x, plain, rtol=1e-12, atol=1e-12)
+            seen[i] += 1
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    replaced = 0
+    for _ in range(100):
+        with flagops.enable(backend="numpy") as handle:
+            x @ x
+        replaced += handle.report().replaced
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert replaced >= 100
+    assert all(seen)
+
+
+def test_privateuse1_device_in_python():
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("privateuse1.py")], capture_output=True, text=True, timeout=300
+    )
+    assert (result.returncode, result.stdout) == (0, "mirrored\n"), result.stderr[-2000:]
