@@ -1,4 +1,4 @@
-"""`flagops bench`: each backend's speed at the named workloads, next to what people run today. Wrong results get none."""
+"""`flagops bench`: backends at the named workloads, next to what people run today. A wrong result gets no speed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
     settings = measure.Settings(device=device)
     if options.quick:
         settings = measure.Settings(seconds=0.2, rounds=3, most=20, device=device)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(facts(measure.machine()))
     if options.targets:
         return _targets(options, console, settings)
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help=f"short timings, no workload above {QUICK:.0e} operations")
     add("--no-native-bf16", action="store_true", help=f"torch as on a CPU without bfloat16 units ({NO_BF16})")
     add("--json", type=Path, metavar="FILE", help="write every number, with the fields of pytest-benchmark")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables")
     add("--plot", type=Path, metavar="FILE.svg", help="write the ratios as a chart (needs matplotlib)")
     add("--targets", action="store_true", help="measure the promised speeds instead and say which were reached")
     add("--order", nargs="?", type=Path, const=ORDER, metavar="FILE", help="measure and write the default order")
@@ -130,24 +131,25 @@ def _bench(options: argparse.Namespace, console: Console, settings: Settings) ->
         for name in names:
             with console.status(f"{op.name} {name}"):
                 try:
-                    found = measure.compare(
-                        op, name, measure.candidates(op, backends), baselines(op), settings, options.dtype
-                    )
+                    trial = measure.prepare(op, name, settings.device, options.dtype)
                 except Unsupported as reason:
                     console.print(str(reason))
                     continue
+                found = measure.compare(trial, measure.candidates(op, backends), baselines(op), settings)
             for row in found:
-                table.add_row(*cells(row, roofline))
+                table.add_row(*cells(row, roofline), style="dim" if row.baseline else "red" if row.wrong else "")
             table.add_section()
             rows += found
         console.print(table)
     if options.json:
         write_json(options.json, rows, roofline)
+    if options.markdown:
+        write_markdown(options.markdown, HEAD, [cells(row, roofline) for row in rows], roofline)
     if options.plot:
         plot(options.plot, rows)
     wrong = [row for row in rows if row.wrong]
     for row in wrong:
-        console.print(f"[red]WRONG[/] {row.operator} {row.workload} on {row.name}:", row.problem, markup=True)
+        console.print(f"WRONG: {row.operator} {row.workload} on {row.name}: {row.problem}", style="red", markup=False)
     return 1 if wrong else 0
 
 
@@ -160,33 +162,34 @@ def facts(found: dict[str, Any]) -> Table:
     return table
 
 
+HEAD = ("workload", "dtype", "by", "time", "spread", "GB/s", "GFLOP/s", "roofline", "x baseline", "extra", "match")
+
+
 def _table(title: str) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title)
-    for name in ("workload", "dtype", "by"):
-        table.add_column(name)
-    for name in ("time", "p20 - p80", "GB/s", "GFLOP/s", "of roofline", "x baseline", "extra memory", "match"):
-        table.add_column(name, justify="right")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in HEAD:
+        table.add_column(name, justify="left" if name in HEAD[:3] else "right", no_wrap=name != "match")
     return table
 
 
 def cells(row: Row, roofline: Roofline) -> list[str]:
     """A row of the table; a result that was wrong or refused shows why in place of a speed."""
-    head = [row.workload, row.dtype, f"[dim]{row.name}[/]" if row.baseline else row.name]
+    head = [row.workload, row.dtype, row.name]
     if not row.times:
-        reason = row.problem.splitlines()[-1].strip() if row.problem else ""
-        return [*head, "[red]WRONG[/]" if row.wrong else "[dim]-[/]", *[""] * 6, f"[dim]{reason[:60]}[/]"]
+        return [*head, "WRONG" if row.wrong else "-", *[""] * 6, row.problem.strip().rpartition("\n")[2].strip()]
     low, high = row.spread
     return [
         *head,
         seconds(row.median),
-        f"{seconds(low)} - {seconds(high)}",
+        f"{(high - low) / row.median:.0%}",
         f"{row.bytes / row.median / 1e9:.1f}",
         f"{row.flops / row.median / 1e9:.1f}",
         f"{roofline.share(row):.0%}",
         f"{row.ratio:.2f}" if row.ratio else "",
-        f"{row.memory / 2**20:.1f} MiB" if row.memory is not None else "?",
+        f"{row.memory / 2**20:.0f} MiB" if row.memory is not None else "?",
         row.match,
     ]
 
@@ -241,6 +244,14 @@ def write_json(path: Path, rows: Iterable[Row], roofline: Roofline) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def write_markdown(path: Path, head: Sequence[str], rows: Sequence[Sequence[str]], note: object) -> None:
+    from flagops import measure
+
+    lines = [", ".join(f"{name} {value}" for name, value in measure.machine().items()), "", str(note), ""]
+    lines += ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    path.write_text("\n".join(lines) + "\n")
+
+
 def plot(path: Path, rows: Sequence[Row]) -> None:
     """The ratios to the baseline, one bar a workload and backend."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -252,7 +263,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     axes = figure.subplots()
     colours = {name: f"C{i}" for i, name in enumerate(sorted({row.name for row in shown}))}
     for i, row in enumerate(shown):
-        axes.barh(i, row.ratio, color=colours[row.name])
+        axes.barh(i, row.ratio or 0.0, color=colours[row.name])
     axes.set_yticks(range(len(shown)), [f"{r.operator} {r.workload} {r.name}" for r in shown], fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
@@ -275,9 +286,10 @@ def write_order(options: argparse.Namespace, console: Console, settings: Setting
             for name in names:
                 with console.status(f"{op.name} {dtype} {name}"):
                     try:
-                        found = measure.compare(op, name, measure.candidates(op, backends), {}, settings, dtype)
+                        trial = measure.prepare(op, name, settings.device, dtype)
                     except Unsupported:
                         break
+                    found = measure.compare(trial, measure.candidates(op, backends), {}, settings)
                 for row in found:
                     if row.times:
                         times[row.name].append(row.median)
@@ -305,7 +317,7 @@ def _targets(options: argparse.Namespace, console: Console, settings: Settings) 
     if module is None:
         console.print("--targets needs a checkout: the targets and baselines lie in its benchmarks/ folder")
         return 2
-    return int(module.run(console, settings, options.json))
+    return int(module.run(console, settings, options.json, options.markdown))
 
 
 if __name__ == "__main__":

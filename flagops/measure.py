@@ -224,7 +224,8 @@ def _spread(size: int, limit: int, device: Any) -> torch.Tensor:
     steps = torch.linspace(0, size - 1, limit, dtype=torch.float64)
     jitter = torch.rand(limit, generator=torch.Generator().manual_seed(size)) * (size / limit)
     steps[1:-1] += jitter[1:-1] - size / limit / 2
-    return steps.round().long().clamp(0, size - 1).unique().to(device)
+    found: torch.Tensor = torch.unique(steps.round().long().clamp(0, size - 1))
+    return found.to(device)
 
 
 def synchronizer(device: str) -> Callable[[], Any]:
@@ -291,41 +292,55 @@ def _status(name: str) -> int:
     return int(fields[name].split()[0]) << 10
 
 
-def compare(
-    op: Operator,
-    workload: str,
-    calls: Mapping[str, Call],
-    baselines: Mapping[str, Call],
-    settings: Settings,
-    dtype: str | None = None,
-) -> list[Row]:
+@dataclass(frozen=True)
+class Trial:
+    """A workload ready to run: input sets that take turns, and the output that all candidates share."""
+
+    op: Operator
+    workload: str
+    dtype: str
+    sets: list[list[Any]]
+    out: torch.Tensor
+    flops: float
+    bytes: int
+
+    def row(self, name: str, baseline: bool = False) -> Row:
+        return Row(self.op.name, self.workload, self.dtype, name, baseline, flops=self.flops, bytes=self.bytes)
+
+
+def prepare(op: Operator, workload: str, device: str = "cpu", dtype: str | None = None) -> Trial:
+    """Draw as many sets of inputs as it takes to find each cold. Raises Unsupported for a dtype it cannot run in."""
+    import torch
+
+    of = case(op, workload, dtype)
+    sets = [inputs(op, of, 0, device)]
+    used = sum(x.nbytes for x in sets[0] if arrays.is_torch(x))
+    if used < LARGE:
+        sets += [inputs(op, of, seed, device) for seed in range(1, min(64, max(2, -(-COLD // max(used, 1)))))]
+    bound = op.bind((*sets[0], None))
+    out = torch.empty(bound.shape, dtype=getattr(torch, bound.dtype), device=device)
+    work = float(op.flops(bound.dims, bound.batch))
+    return Trial(op, workload, bound.dtype, sets, out, work, used + out.nbytes)
+
+
+def compare(trial: Trial, calls: Mapping[str, Call], baselines: Mapping[str, Call], settings: Settings) -> list[Row]:
     """Check, then time every candidate at a workload; all are called as ``call(*inputs, out)``.
 
     A candidate that is wrong, before or after it was timed, has no times; ratios are to the first baseline.
     """
     import torch
 
-    of = case(op, workload, dtype)
-    sets = [inputs(op, of, 0, settings.device)]
-    used = sum(x.nbytes for x in sets[0] if arrays.is_torch(x))
-    if used < LARGE:
-        more = min(64, max(2, -(-COLD // max(used, 1))))
-        sets += [inputs(op, of, seed, settings.device) for seed in range(1, more)]
-    bound = op.bind((*sets[0], None))
-    out = torch.empty(bound.shape, dtype=getattr(torch, bound.dtype), device=settings.device)
-    work = op.flops(bound.dims, bound.batch)
-    rows = {}
+    sets, out, every = trial.sets, trial.out, {**calls, **baselines}
+    rows = {name: trial.row(name, name in baselines) for name in every}
     with torch.no_grad():
-        for name, call in {**calls, **baselines}.items():
-            row = Row(op.name, workload, bound.dtype, name, name in baselines, flops=work, bytes=used + out.nbytes)
-            rows[name] = row
-            _attempt(op, row, call, sets[0], out)
-            if not row.problem:
-                row.memory = extra_memory(lambda call=call: call(*sets[0], out), settings.device)  # type: ignore[misc]
-        able = {n: c for n, c in {**calls, **baselines}.items() if not rows[n].problem}
+        for name, call in every.items():
+            _attempt(trial, rows[name], call, 0)
+            if not rows[name].problem:
+                rows[name].memory = extra_memory(lambda call=call: call(*sets[0], out), settings.device)  # type: ignore[misc]
+        able = {name: call for name, call in every.items() if not rows[name].problem}
         times = alternate(able, sets, out, settings)
         for name, call in able.items():
-            _attempt(op, rows[name], call, sets[-1], out)
+            _attempt(trial, rows[name], call, -1)
             if not rows[name].problem:
                 rows[name].times = times[name]
     yardstick = next((times[name] for name in baselines if name in able), None)
@@ -335,11 +350,12 @@ def compare(
     return list(rows.values())
 
 
-def _attempt(op: Operator, row: Row, call: Call, given: Sequence[Any], out: torch.Tensor) -> None:
+def _attempt(trial: Trial, row: Row, call: Call, which: int) -> None:
+    given, out = trial.sets[which], trial.out
     out.fill_(math.nan)
     try:
         call(*given, out)
-        row.match = verify(op, given, out)
+        row.match = verify(trial.op, given, out)
     except Unsupported as reason:
         row.problem = str(reason)
     except Exception as error:
@@ -394,7 +410,8 @@ def _cpu_model() -> str:
     """The processor's name and, since clouds shorten it, the family and model that identify it."""
     try:
         with open("/proc/cpuinfo") as file:
-            fields = dict(map(str.strip, line.split(":", 1)) for line in file if ":" in line)
+            pairs = (line.partition(":") for line in file)
+            fields = {name.strip(): value.strip() for name, _, value in pairs}
         return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
     except (OSError, KeyError):
         return platform.processor() or platform.machine()
