@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -148,6 +149,18 @@ def find(operator_name: str, backend_name: str) -> Kernel:
     if function is None:
         raise Unsupported(f"{backend_name} has no kernel for {op.name}")
     return describe(op, function, module)
+
+
+def written(operator_name: str, backend_name: str) -> bool:
+    """Whether the source of a kernel exists, also where its backend cannot run."""
+    package = backend(backend_name).kernels
+    if callable(package):
+        return True
+    try:
+        spec = find_spec(f"{package}.{operator(operator_name).family}_{backend_name}") if package else None
+    except ModuleNotFoundError:
+        return False
+    return bool(spec and spec.origin and f"\ndef {operator_name}(" in Path(spec.origin).read_text(encoding="utf-8"))
 
 
 def describe(op: Operator, function: Callable[..., None], module: ModuleType | None) -> Kernel:

@@ -398,6 +398,26 @@ def check(
     return ran, refused
 
 
+def touch(op: Operator, backend: str) -> Iterator[int]:
+    """Run an operator once for each dtype and scalar choice, so that its kernels are compiled; yields 1 a call."""
+    first = next(iter(op.tensors))
+    for dtype in op.dtype_choices(first, {}):
+        for variant in range(4):
+
+            def choose(options: Sequence[T], dtype: str = dtype, variant: int = variant) -> T:
+                return options[options.index(dtype)] if dtype in options else options[variant % len(options)]  # type: ignore[arg-type]
+
+            case = draw_case(op, choose, (33, 65))
+            try:
+                given = case.arguments()
+                op.public(
+                    *(as_kind(x, "torch", dict(case.dtypes).get(n)) for n, x in given.items()), backend=backend
+                )
+                yield 1
+            except Unsupported:
+                continue
+
+
 def _sample(kind: str) -> Any:
     return as_kind(np.zeros(1, np.float32), kind)
 

@@ -1,0 +1,256 @@
+"""The command line: ``flagops doctor | ops | check | demo | warmup | bisect | bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any
+
+from flagops import __version__, config, registry, tables
+from flagops.errors import Unsupported
+
+LIBRARIES = ("numpy", "ml_dtypes", "torch", "numba", "triton", "transformers", "safetensors", "rich")
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Versions, devices, and each backend available or why not."""
+    backends = {}
+    for name in registry.backend_names():
+        reason = registry.backend(name).unavailable()
+        facts = registry.backend(name).facts() if reason is None else {}
+        backends[name] = {"available": reason is None, "reason": reason, "facts": facts}
+    settings = {
+        f"FLAGOPS_{name.upper()}": value
+        for name, value in vars(config.current()).items()
+        if f"FLAGOPS_{name.upper()}" in os.environ
+    }
+    report = {
+        "flagops": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "cache": config.cache_folder(),
+        "settings": settings,
+        "backends": backends,
+    }
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    print(f"flagops {__version__}, Python {report['python']}, {report['platform']}, {report['cpu']}")
+    print("libraries: " + ", ".join(f"{n} {v or 'missing'}" for n, v in report["libraries"].items()))  # type: ignore[attr-defined]
+    print(f"compiled kernels are kept in {report['cache']}")
+    print("settings: " + (", ".join(f"{n}={v}" for n, v in settings.items()) or "none in the environment"))
+    rows = [
+        (name, "yes" if b["available"] else "no", b["reason"] or ", ".join(f"{k} {v}" for k, v in b["facts"].items()))
+        for name, b in backends.items()
+    ]
+    tables.show("backends", ("backend", "available", "why, or what it found"), rows)
+    return 0
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def ops(args: argparse.Namespace) -> int:
+    """The coverage table: operator x backend, what its kernel declares and what is tested."""
+    names = [name for name in registry.backend_names()]
+    table = {op: {name: _coverage(op, name) for name in names} for op in registry.operators()}
+    if args.json:
+        print(json.dumps(table, indent=2))
+        return 0
+    columns = ("operator", *names, "tested")
+    rows = []
+    for op, row in table.items():
+        card = registry.operator(op)
+        held = "bit for bit" if card.exact else "computed bound"
+        gradient = any(cell.get("backward") for cell in row.values())
+        rows.append((op, *(_cell(row[name]) for name in names), held + (", gradients" if gradient else "")))
+    if args.markdown:
+        print(tables.markdown(columns, rows))
+        return 0
+    tables.show("kernels", columns, rows)
+    print("det: repeats are equal bit by bit. inv: a row of a batch equals the row alone. grad: the backward is the")
+    print("kernel's own; grad=torch: torch's serves it. Each is checked by `flagops check`.")
+    notes = [(op, name, cell["note"]) for op, row in table.items() for name, cell in row.items() if cell.get("note")]
+    if notes:
+        tables.show("notes", ("operator", "backend", "note"), notes)
+    return 0
+
+
+def _coverage(operator: str, backend: str) -> dict[str, Any]:
+    try:
+        kernel = registry.find(operator, backend)
+    except Unsupported as reason:
+        return {"kernel": False, "written": registry.written(operator, backend), "reason": str(reason)}
+    backward = "own" if kernel.backward else ""
+    if not backward:
+        try:
+            backward = "torch" if registry.find(operator, "torch").backward else ""
+        except Unsupported:
+            backward = ""
+    return {
+        "kernel": True,
+        "deterministic": kernel.deterministic,
+        "batch_invariant": kernel.batch_invariant,
+        "backward": backward,
+        "forwards_to": kernel.forwards_to,
+        "note": kernel.note,
+    }
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    if not cell["kernel"]:
+        return "(not usable here)" if cell["written"] else "-"
+    facts = {
+        "det": cell["deterministic"],
+        "inv": cell["batch_invariant"],
+        "grad": cell["backward"] == "own",
+        "grad=torch": cell["backward"] == "torch",
+        f"calls {cell['forwards_to']}": cell["forwards_to"],
+    }
+    return ", ".join(["yes", *(word for word, holds in facts.items() if holds)])
+
+
+def check(args: argparse.Namespace) -> int:
+    """The parity suite: every kernel against its reference on freshly drawn cases."""
+    from flagops import testing
+
+    chosen = [registry.operator(name) for name in args.operators] or list(registry.operators().values())
+    names = args.backend or [n for n in registry.backend_names() if registry.backend(n).unavailable() is None]
+    seed = args.seed if args.seed is not None else int(time.time())
+    rows, failures = [], []
+    for name in names:
+        reason = registry.backend(name).unavailable()
+        if reason:
+            failures.append(f"{name}: {reason}")
+            continue
+        interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        examples = args.examples or (20 if interpreted else 100)
+        sizes = testing.SMALL_SIZES if interpreted else testing.SIZES
+        for op in chosen:
+            if not _coverage(op.name, name)["kernel"]:
+                if args.backend and args.operators:
+                    failures.append(f"{op.name} on {name}: {_coverage(op.name, name)['reason']}")
+                continue
+            start = time.perf_counter()
+            print(f"checking {op.name} on {name} ...", file=sys.stderr, flush=True)
+            try:
+                ran, refused = testing.check(op, name, examples, seed, sizes)
+                result = "ok" if ran else "NO CASE RAN"
+                if not ran:
+                    failures.append(f"{op.name} on {name}: no case ran: {refused}")
+            except AssertionError as error:
+                ran, refused, result = 0, {}, "WRONG"
+                failures.append(f"{op.name} on {name}:\n{error}")
+            seconds = f"{time.perf_counter() - start:.1f} s"
+            rows.append((op.name, name, result, ran, sum(refused.values()) or "", seconds))
+    tables.show(f"parity, seed {seed}", ("operator", "backend", "result", "cases", "refused", "time"), rows)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures or not rows else 0
+
+
+def warmup(args: argparse.Namespace) -> int:
+    """Compile every kernel for every dtype now, into the cache folder."""
+    from flagops import testing
+
+    names = args.backend or [
+        n for n in registry.backend_names() if n not in ("numpy", "torch") and not registry.backend(n).unavailable()
+    ]
+    for name in names:
+        reason = registry.backend(name).unavailable()
+        if reason:
+            print(f"{name}: {reason}", file=sys.stderr)
+            return 1
+        for op in registry.operators().values():
+            start = time.perf_counter()
+            calls = sum(testing.touch(op, name))
+            if calls:
+                print(f"{name}: {op.name}, {calls} variants, {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"compiled kernels are kept in {config.cache_folder()}")
+    return 0
+
+
+def _forward(module: str, function: str) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        import importlib
+
+        found = getattr(importlib.import_module(f"flagops.{module}"), function)
+        return int(found(args.rest) or 0)
+
+    return run
+
+
+FORWARDED = {
+    "demo": ("demo", "run", "a real language model, and a small DeepSeek-V4, generating on replaced operators"),
+    "bench": ("bench", "run", "speeds by named workload, verified before they are timed"),
+    "bisect": ("bisect", "bisect", "name the replacement that changed a script's result"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="flagops", description="Operators of transformer models, replaced and proved.")
+    top.add_argument("--version", action="version", version=f"flagops {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(function: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        text = function.__doc__ or ""
+        added = commands.add_parser(function.__name__, help=text, description=text)
+        added.set_defaults(run=function)
+        return added
+
+    command(doctor).add_argument("--json", action="store_true", help="machine-readable")
+    group = command(ops).add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="machine-readable")
+    group.add_argument("--markdown", action="store_true", help="the table of the README")
+    checking = command(check)
+    checking.add_argument("operators", nargs="*", metavar="OP", help="operators (default: all)")
+    checking.add_argument("--backend", action="append", metavar="B", help="backend, repeatable (default: all usable)")
+    checking.add_argument("--examples", type=int, metavar="N", help="cases each (default 100; Triton's interpreter 20)")
+    checking.add_argument("--seed", type=int, metavar="S", help="repeat a run (default: the time)")
+    command(warmup).add_argument("--backend", action="append", metavar="B", help="backend, repeatable")
+    for name, (module, function, text) in FORWARDED.items():
+        forwarded = commands.add_parser(name, help=text, add_help=False)
+        forwarded.add_argument("rest", nargs=argparse.REMAINDER)
+        forwarded.set_defaults(run=_forward(module, function))
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; an error in what the user asked for is one line and exit code 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in FORWARDED:  # argparse would take the options of a forwarded command for its own
+        args = argparse.Namespace(run=_forward(*FORWARDED[words[0]][:2]), rest=words[1:])
+    else:
+        args = parser().parse_args(words)
+    try:
+        return int(args.run(args))
+    except (ValueError, ModuleNotFoundError) as error:
+        if os.environ.get("FLAGOPS_LOG", "").upper() == "DEBUG":
+            raise
+        print(f"flagops: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
