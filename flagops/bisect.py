@@ -101,9 +101,8 @@ def bisect(argv: Sequence[str]) -> int:
             bad, culprit = middle, outcome
         else:
             good = middle
-    culprit = _outcome(argv, bad)
-    if bad < 1 or culprit.last is None or culprit.same(plain):
-        print("the change does not follow the replaced calls: it is not reproducible, or happens before the first")
+    if culprit.last is None or culprit.last["call"] != bad:
+        print("the change does not follow the replaced calls, whose number differs from run to run")
         return 2
     found = culprit.last
     print(f"call {bad} of {full.calls} changes the result: aten::{found['op']}({', '.join(found['arguments'])})")

@@ -57,7 +57,7 @@ class _Fuel:
 
     def take(self, plan: _Plan, tensors: Iterable[Tensor | None]) -> bool:
         number = self.asked.add() + 1
-        if number == self.limit:
+        if number <= self.limit:
             shapes = [f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in tensors if x is not None]
             self.last = {"call": number, "op": plan.op, "by": plan.by, "arguments": shapes}
         return number <= self.limit
