@@ -191,7 +191,7 @@ def _outer(start, stop, tag, m, n, k, mc, nc, span, a, am, ak, b, bk, bn, c, cm,
 
 
 class View(NamedTuple):
-    """A block of memory with named extent: element address, shape, strides in elements; two axes or more."""
+    """Memory seen as an array of two or more axes: address, shape, strides in elements. Holds no reference to it."""
 
     address: int
     shape: tuple[int, ...]
