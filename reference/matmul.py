@@ -72,7 +72,8 @@ def matmul(a: Array, b: Array) -> Array:
 
     Source: ``numpy.matmul`` for two or more dimensions; ``k = 0`` gives zeros.
     """
-    return np.matmul(wide(a), wide(b))
+    with np.errstate(invalid="ignore"):
+        return np.matmul(wide(a), wide(b))
 
 
 def matmul_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
@@ -113,7 +114,8 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
     Source: ``torch.nn.functional.linear``.
     """
-    product = np.matmul(wide(x), wide(weight).T)
+    with np.errstate(invalid="ignore"):
+        product = np.matmul(wide(x), wide(weight).T)
     return product if bias is None else product + wide(bias)
 
 

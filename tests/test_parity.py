@@ -1,0 +1,83 @@
+"""Every kernel against its reference, on cases that hypothesis draws from the operator's card."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import flagops
+from flagops import registry, testing
+from flagops.errors import Unsupported
+
+
+def _interpreted(backend):
+    return backend == "triton" and not torch.cuda.is_available()
+
+
+def _hold(kernel, judge, examples=100):
+    operator, backend = registry.operator(kernel[0]), kernel[1]
+    sizes = testing.SMALL_SIZES if _interpreted(backend) else testing.SIZES
+    kinds = [k for k in ("torch", "numpy") if not registry.backend(backend).refuses(testing.as_kind(np.zeros(1), k))]
+    ran = 0
+
+    @settings(max_examples=examples // 5 if _interpreted(backend) else examples, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def run(data):
+        nonlocal ran
+        case = testing.draw_case(operator, lambda options: data.draw(st.sampled_from(options)), sizes, kinds)
+        try:
+            judge(operator, backend, case)
+            ran += 1
+        except Unsupported:
+            return
+
+    run()
+    assert ran > 0, f"{kernel} refused every case"
+
+
+def test_kernel_equals_its_reference(kernel):
+    _hold(kernel, testing.assert_parity)
+
+
+def test_kernel_keeps_what_it_declares(kernel):
+    _hold(kernel, testing.assert_facts, examples=20)
+
+
+@pytest.mark.operators("matmul", "linear")
+def test_exact_products_of_small_integers_are_equal_bit_for_bit(kernel):
+    """Sums of small integers are exact in every order: any wrong index, mask or stride shows without a tolerance."""
+    operator, backend = kernel
+    rng = np.random.default_rng()
+    m, n, k = (33, 17, 65) if _interpreted(backend) else (130, 65, 257)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        a, b = (torch.from_numpy(rng.integers(-1, 2, shape)).to(dtype) for shape in ((m, k), (n, k)))
+        got = flagops.matmul(a, b.T, backend=backend) if operator == "matmul" else flagops.linear(a, b, backend=backend)
+        expected = (a.double() @ b.double().T).to(dtype)
+        assert torch.equal(got, expected), f"{dtype} differs at {torch.nonzero(got != expected)[:3].tolist()}"
+
+
+@pytest.mark.operators("fp4_dequantize")
+def test_every_fp4_byte_with_every_scale_byte(kernel):
+    operator, backend = kernel
+    packed = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
+    scale = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 16, axis=1)
+    _exhaustive(registry.operator(operator), backend, {"packed": packed, "scale": scale})
+
+
+@pytest.mark.operators("fp8_dequantize")
+def test_every_fp8_byte_with_every_scale_byte(kernel):
+    operator, backend = kernel
+    weight = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
+    scale = np.arange(256, dtype=np.uint8)[:, None]
+    _exhaustive(registry.operator(operator), backend, {"weight": weight, "scale": scale, "block": (1, 256)})
+
+
+def _exhaustive(operator, backend, arguments):
+    from flagops.arrays import as_numpy
+
+    for dtype in ("bfloat16", "float16", "float32"):
+        inputs = {**arguments, "dtype": dtype}
+        given_ = [testing.as_kind(x, "torch") for x in inputs.values()]
+        got = as_numpy(operator.public(*given_, backend=backend))
+        testing.assert_bits(got, operator.reference(*inputs.values()), f"{operator.name} on {backend}, {dtype}")
