@@ -31,6 +31,14 @@ FORMS = {"": tuple(OPERATORS), ".out": tuple(OPERATORS), "_": ("addmm", "baddbmm
 
 _RANKS = {"mm": (2, 2), "bmm": (3, 3), "baddbmm": (3, 3), "mv": (2, 1), "dot": (1, 1), "addmm": (2, 2), "addmv": (2, 1)}
 
+_ARGUMENTS: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "addmm": lambda a, b, row, out: (a, b.t(), row, out),
+    "addmv": lambda a, b, row, out: (b.unsqueeze(0), a, row, out.unsqueeze(0)),
+    "mv": lambda a, b, row, out: (b.unsqueeze(0), a.t(), out.unsqueeze(0)),
+    "dot": lambda a, b, row, out: (a.unsqueeze(0), b.unsqueeze(1), out.view(1, 1)),
+} | dict.fromkeys(("mm", "bmm", "baddbmm"), lambda a, b, row, out: (a, b, out))
+"""The arguments of the kernel: a matrix of one row times a matrix where torch has a vector."""
+
 Run = Callable[["Tensor | None", "Tensor", "Tensor", "Tensor | None"], "Tensor"]
 Choose = Callable[[str, Sequence[Any]], Callable[..., None]]
 
@@ -55,17 +63,17 @@ def recipe(
     """
     shape = _result(op, added, a, b, out)
     target = a.new_empty(shape) if out is None else out
-    if added is None or (beta == 0 and alpha == 1):
-        return _product(op, choose(OPERATORS[op], _arguments(op, a, b, None, target)), shape)
     for name, value in (("beta", beta), ("alpha", alpha)):
         if not isinstance(value, (int, float)):
             raise Pass(f"{name} is a {type(value).__name__}")
+    if added is None or (beta == 0 and alpha == 1):
+        return _product(op, choose(OPERATORS[op], _ARGUMENTS[op](a, b, None, target)), shape)
     if alpha == 0:
         raise Pass("alpha is 0, which torch does not multiply")
     if OPERATORS[op] == "linear" and beta == alpha == 1 and out is not added:
         row = _row(added)
         if row is not None:
-            args = _arguments(op, a, b, row.expand(shape[-1]), target)
+            args = _ARGUMENTS[op](a, b, row.expand(shape[-1]), target)
             return _biased(op, choose("linear", args), shape, added)
     return _scaled(op, added, a, b, float(beta), float(alpha), out, shape, choose)
 
@@ -105,19 +113,6 @@ def _overlaps_itself(x: Tensor) -> bool:
     return False
 
 
-def _arguments(op: str, a: Tensor, b: Tensor, row: Tensor | None, out: Tensor) -> tuple[Any, ...]:
-    """The arguments of the kernel: a matrix of one row times a matrix where torch has a vector."""
-    if op == "addmm":
-        return a, b.t(), row, out
-    if op == "addmv":
-        return b.unsqueeze(0), a, row, out.unsqueeze(0)
-    if op == "mv":
-        return b.unsqueeze(0), a.t(), out.unsqueeze(0)
-    if op == "dot":
-        return a.unsqueeze(0), b.unsqueeze(1), out.view(1, 1)
-    return a, b, out
-
-
 def _row(added: Tensor) -> Tensor | None:
     """What is added to every row of the result, if it is the same to all."""
     if added.dim() < 2:
@@ -135,21 +130,23 @@ def _product(op: str, kernel: Callable[..., None], shape: tuple[int, ...]) -> Ru
     def viewed(added: Tensor | None, a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
         if out is None:
             out = a.new_empty(shape)
-        kernel(*_arguments(op, a, b, None, out))
+        kernel(*arguments(a, b, None, out))
         return out
 
+    arguments = _ARGUMENTS[op]
     return plain if op in ("mm", "bmm", "baddbmm") else viewed
 
 
 def _biased(op: str, kernel: Callable[..., None], shape: tuple[int, ...], added: Tensor) -> Run:
     columns = shape[-1]
     vector = tuple(added.shape) == (columns,)
+    arguments = _ARGUMENTS[op]
 
     def run(added: Any, a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
         if out is None:
             out = a.new_empty(shape)
         row = added if vector else (added if added.dim() < 2 else added[0]).expand(columns)
-        kernel(*_arguments(op, a, b, row, out))
+        kernel(*arguments(a, b, row, out))
         return out
 
     return run
@@ -178,11 +175,12 @@ def _scaled(
     if copies * wide.itemsize > config.budget():
         raise Pass("its temporaries are beyond the budget")
     total = a.new_empty(shape, dtype=wide) if apart or out is None else out
-    kernel = choose(OPERATORS[op], _arguments(op, a.to(wide), b.to(wide), None, total))
+    arguments = _ARGUMENTS[op]
+    kernel = choose(OPERATORS[op], arguments(a.to(wide), b.to(wide), None, total))
 
     def run(added: Any, a: Tensor, b: Tensor, out: Any) -> Tensor:
         total = a.new_empty(shape, dtype=wide) if apart else out
-        kernel(*_arguments(op, a.to(wide), b.to(wide), None, total))
+        kernel(*arguments(a.to(wide), b.to(wide), None, total))
         if alpha != 1:
             total.mul_(alpha)
         if beta != 0:

@@ -74,18 +74,21 @@ class _Plan:
     by: str
     run: aten.Run | None
     count: Callable[[], int]
-    spans: tuple[int, ...] = ()
+    spans: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     def clash(self, added: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> bool:
         """Whether `out` may share memory with an input that is not itself."""
-        start = out.data_ptr()
-        end = start + self.spans[0]
-        for x, span in zip((a, b, None if added is out else added), self.spans[1:], strict=True):
-            if x is not None:
-                pointer = x.data_ptr()
-                if start < pointer + span and pointer < end:
-                    return True
-        return False
+        start, pointer = out.data_ptr(), a.data_ptr()
+        own, first, second, third = self.spans
+        if start < pointer + first and pointer < start + own:
+            return True
+        pointer = b.data_ptr()
+        if start < pointer + second and pointer < start + own:
+            return True
+        if added is None or added is out:
+            return False
+        pointer = added.data_ptr()
+        return start < pointer + third and pointer < start + own
 
 
 class _Site(Registration):
@@ -187,8 +190,9 @@ class _Site(Registration):
         try:
             with torch.no_grad():
                 run = _guarded(aten.recipe(self.op, added, a, b, beta, alpha, out, choose), a)
-            spans = () if out is None else tuple(_span(x) for x in (out, a, b, added))
-            plan = _Plan(self.name, by, run, handle.counter(self, by, ""), spans)
+            plan = _Plan(self.name, by, run, handle.counter(self, by, ""))
+            if out is not None:
+                plan.spans = _span(out), _span(a), _span(b), _span(added)
         except (aten.Pass, Unsupported) as reason:
             plan = _Plan(self.name, "", None, handle.counter(self, "", str(reason)))
         finally:
