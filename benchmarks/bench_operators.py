@@ -17,7 +17,7 @@ import torch
 from flagops import measure, registry
 from flagops.errors import Unsupported
 
-SMOKE = 5e8
+SMOKE = 1e8
 """Floating-point operations of the largest workload that runs when nothing is timed."""
 
 
@@ -33,7 +33,7 @@ def test_speed(benchmark: Any, op: Any, workload: str, backend: str) -> None:
     of = measure.case(op, workload)
     if benchmark.disabled and op.flops(dict(of.dims), of.batch) > SMOKE:
         pytest.skip("too large for a smoke test")
-    trial = measure.prepare(op, workload)
+    trial = measure.prepare(op, workload, cold=not benchmark.disabled)
     turn = iter(trial.sets * 10_000)
 
     def fresh() -> tuple[list[Any], dict[str, Any]]:

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("operators", nargs="*", metavar="OP", help="operators; all if none")
     add("--backend", action="append", metavar="B", help="a backend to run, may be repeated; default: all that are fast")
-    add("--workload", metavar="W", help="only workloads whose name contains W")
+    add("--workload", metavar="W", help="the workload W, or all whose names contain it")
     add("--dtype", metavar="D", help="run the workloads in this dtype instead of their own")
     add("--device", metavar="DEV", help="cpu or a torch device type; default: a GPU if there is one")
     add("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")
@@ -107,7 +107,8 @@ def _selected(options: argparse.Namespace) -> list[tuple[Operator, list[str]]]:
 
     chosen = []
     for op in [registry.operator(name) for name in options.operators] or registry.operators().values():
-        names = [name for name in op.workloads if options.workload is None or options.workload in name]
+        names = [options.workload] if options.workload in op.workloads else [*op.workloads]
+        names = [name for name in names if options.workload is None or options.workload in name]
         if options.quick:
             names = [n for n in names if op.flops(dict((c := testing.workload(op, n)).dims), c.batch) <= QUICK]
         if names:

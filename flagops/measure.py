@@ -201,14 +201,16 @@ def excerpt(op: Operator, named: Mapping[str, Any], out: torch.Tensor) -> tuple[
             limit = 512
         else:
             limit = 64 if len(rows) == 1 else 8
-        axis = 0 if word == "..." else words.index(word) - len(words)
-        keep = _spread(out.shape[axis], limit, out.device)
+        axis = words.index(word) - len(words) if word != "..." else -out.ndim
+        size = out.shape[axis]
+        keep = _spread(size, limit, out.device)
         out = out.index_select(axis, keep)
         for name, tensor in op.tensors.items():
             axes = tensor.axes.split()
             if word in axes and part[name] is not None:
-                at = 0 if word == "..." else axes.index(word) - len(axes)
-                part[name] = part[name].index_select(at, keep)
+                at = axes.index(word) - len(axes) if word != "..." else len(words) - len(axes) - out.ndim
+                if part[name].ndim >= -at and part[name].shape[at] == size:  # else it broadcasts
+                    part[name] = part[name].index_select(at, keep)
         if op.name == "fp8_dequantize":  # each row of the excerpt takes the scales of its block along
             height, width = part["block"]
             part |= {"scale": part["scale"].index_select(0, keep // height), "block": (1, width)}
@@ -308,14 +310,14 @@ class Trial:
         return Row(self.op.name, self.workload, self.dtype, name, baseline, flops=self.flops, bytes=self.bytes)
 
 
-def prepare(op: Operator, workload: str, device: str = "cpu", dtype: str | None = None) -> Trial:
+def prepare(op: Operator, workload: str, device: str = "cpu", dtype: str | None = None, cold: bool = True) -> Trial:
     """Draw as many sets of inputs as it takes to find each cold. Raises Unsupported for a dtype it cannot run in."""
     import torch
 
     of = case(op, workload, dtype)
     sets = [inputs(op, of, 0, device)]
     used = sum(x.nbytes for x in sets[0] if arrays.is_torch(x))
-    if used < LARGE:
+    if cold and used < LARGE:
         sets += [inputs(op, of, seed, device) for seed in range(1, min(64, max(2, -(-COLD // max(used, 1)))))]
     bound = op.bind((*sets[0], None))
     out = torch.empty(bound.shape, dtype=getattr(torch, bound.dtype), device=device)

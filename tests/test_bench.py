@@ -1,0 +1,245 @@
+"""`flagops bench`: a wrong result gets no speed, whatever it pretends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flagops import arrays, bench, measure, registry, testing
+from flagops.errors import Unsupported
+
+FAST = measure.Settings(seconds=0.01, rounds=3, most=4)
+WORKLOAD = "v4-flash.indexer.weights_proj.1"
+
+
+@pytest.fixture(scope="module")
+def trial() -> measure.Trial:
+    return measure.prepare(registry.operator("matmul"), WORKLOAD, cold=False)
+
+
+def correct(a: Any, b: Any, out: Any) -> None:
+    registry.operator("matmul").public(a, b, out, backend="torch")
+
+
+class Late:
+    """Right while it is looked at for the first time."""
+
+    calls = 0
+
+    def __call__(self, a: Any, b: Any, out: Any) -> None:
+        self.calls += 1
+        if self.calls < 4:
+            correct(a, b, out)
+        else:
+            out.zero_()
+
+
+def unfinished(a: Any, b: Any, out: Any) -> None:
+    out[..., :-1] = a @ b[..., :-1]
+
+
+def last_column(a: Any, b: Any, out: Any) -> None:
+    correct(a, b, out)
+    out[..., -1] += 1
+
+
+def raises(a: Any, b: Any, out: Any) -> None:
+    raise RuntimeError("no such instruction")
+
+
+def refuses(a: Any, b: Any, out: Any) -> None:
+    raise Unsupported("needs a GPU")
+
+
+def test_a_correct_kernel_is_timed_against_the_baseline(trial: measure.Trial) -> None:
+    row, baseline = measure.compare(trial, {"mine": correct}, {"theirs": correct}, FAST)
+    assert row.match == "bound"
+    assert len(row.times) == len(baseline.times) >= FAST.rounds
+    assert not row.wrong
+    assert row.ratio is not None
+    assert row.ratio > 0
+    assert baseline.ratio == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [Late(), unfinished, last_column, raises], ids=lambda x: getattr(x, "__name__", "late")
+)
+def test_a_wrong_kernel_gets_no_speed(trial: measure.Trial, wrong: Any) -> None:
+    row, good = measure.compare(trial, {"mine": wrong, "good": correct}, {}, FAST)
+    assert row.wrong
+    assert row.problem
+    assert not row.times
+    assert row.ratio is None
+    assert good.times
+
+
+def test_a_refusal_is_no_error(trial: measure.Trial) -> None:
+    (row,) = measure.compare(trial, {"mine": refuses}, {}, FAST)
+    assert not row.wrong
+    assert not row.times
+    assert row.problem == "needs a GPU"
+
+
+def test_the_command_exits_with_1_for_a_wrong_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "candidates", lambda op, backends: {"mine": last_column})
+    monkeypatch.setattr(measure, "roofline", lambda settings: measure.Roofline(1e10, 1e11))
+    path = tmp_path / "bench.json"
+    assert bench.run(["matmul", "--workload", WORKLOAD, "--quick", "--device", "cpu", "--json", str(path)]) == 1
+    assert "WRONG" in capsys.readouterr().out
+    mine, *baselines = json.loads(path.read_text())["benchmarks"]
+    assert mine["stats"] is None
+    assert mine["extra_info"]["wrong"]
+    assert all(entry["stats"] for entry in baselines)
+
+
+def test_json_markdown_and_plot(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "roofline", lambda settings: measure.Roofline(1e10, 1e11))
+    written = {name: tmp_path / name for name in ("bench.json", "bench.md", "bench.svg")}
+    command = ["matmul", "--workload", WORKLOAD, "--backend", "torch", "--quick", "--device", "cpu"]
+    command += ["--json", str(written["bench.json"]), "--markdown", str(written["bench.md"])]
+    pytest.importorskip("matplotlib")
+    assert bench.run([*command, "--plot", str(written["bench.svg"])]) == 0
+    found = json.loads(written["bench.json"].read_text())
+    assert {"machine_info", "benchmarks", "datetime", "version"} <= found.keys()
+    entry = found["benchmarks"][0]
+    assert entry["params"] == {"workload": WORKLOAD, "dtype": "bfloat16", "by": "torch"}
+    assert {"min", "max", "mean", "median", "stddev", "rounds", "iqr", "q1", "q3", "ops", "data"} == entry[
+        "stats"
+    ].keys()
+    assert entry["stats"]["rounds"] == len(entry["stats"]["data"])
+    assert entry["extra_info"]["match"] == "bound"
+    assert WORKLOAD in written["bench.md"].read_text()
+    assert written["bench.svg"].read_text().startswith("<?xml")
+    assert "roofline" in capsys.readouterr().out
+
+
+def test_unknown_names_are_errors() -> None:
+    with pytest.raises(ValueError, match="did you mean 'matmul'"):
+        bench.run(["matmull", "--device", "cpu"])
+    with pytest.raises(ValueError, match="no workload contains"):
+        bench.run(["--workload", "v5-flash", "--device", "cpu"])
+
+
+def test_only_a_fresh_process_can_do_without_bf16() -> None:
+    with pytest.raises(RuntimeError, match="before torch is loaded"):
+        bench.run(["--no-native-bf16"])
+    code = "from flagops import bench; bench._targets = lambda *_: 0; bench.run(['--no-native-bf16', '--targets'])"
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert bench.NO_BF16 in ran.stdout
+    assert "emulated" in ran.stdout
+
+
+def test_candidates_alternate_on_rotating_inputs_into_nan() -> None:
+    seen: list[tuple[str, int]] = []
+
+    def note(name: str) -> Any:
+        def call(i: int, out: torch.Tensor) -> None:
+            assert out.isnan().all()
+            seen.append((name, i))
+
+        return call
+
+    out = torch.empty(1 << 22)  # filling it takes no time that counts, but each call is one round
+    measure.alternate({"a": note("a"), "b": note("b")}, [(0,), (1,), (2,)], out, measure.Settings(0, 4, 4))
+    rounds: list[str] = [seen[0][0]]
+    for name, _ in seen[1:]:
+        if name != rounds[-1]:
+            rounds.append(name)
+    assert rounds == ["a", "b", "a", "b", "a", "b"]  # ab ba ab ba ab
+    assert [i for _, i in seen] == [n % 3 for n in range(len(seen))]
+
+
+@pytest.mark.parametrize("name", registry.operators())
+def test_an_excerpt_of_the_result_is_the_result_of_the_excerpt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = registry.operator(name)
+    whole = measure._spread
+    monkeypatch.setattr(measure, "_spread", lambda size, limit, device: whole(size, min(limit, 3), device))
+    rng = np.random.default_rng(5)
+    for _ in range(15):
+        drawn = testing.draw_case(
+            op, lambda options: options[int(rng.integers(len(options)))], (1, 2, 7, 16), ("torch",)
+        )
+        given = [arrays.as_torch(np.array(x)) if isinstance(x, np.ndarray) else x for x in drawn.arguments().values()]
+        bound = op.bind((*given, None))
+        out = torch.empty(bound.shape, dtype=getattr(torch, bound.dtype))
+        op.public(*given, out=out, backend="numpy")
+        if op.exact or not out.isnan().any():
+            assert measure.verify(op, given, out) == ("bits" if op.exact else "bound")
+
+
+def test_inputs_are_those_of_the_workload() -> None:
+    op = registry.operator("sparse_attention")
+    q, kv, sink, indices, scale = measure.inputs(op, measure.case(op, "v4-flash.decode-1"))
+    assert q.shape == (1, 1, 64, 512)
+    assert q.dtype == kv.dtype == torch.bfloat16
+    assert sink.dtype == torch.float32
+    assert scale == 512**-0.5
+    assert indices.unique().numel() == indices.numel() == 640
+    assert 0 <= int(indices.min()) <= int(indices.max()) < kv.shape[1]
+
+
+def test_a_workload_in_another_dtype() -> None:
+    matmul, fp4 = registry.operator("matmul"), registry.operator("fp4_dequantize")
+    assert dict(measure.case(matmul, WORKLOAD, "float64").dtypes) == {"a": "float64", "b": "float64"}
+    assert dict(measure.case(fp4, "4096x7168", "float16").scalars)["dtype"] == "float16"
+    with pytest.raises(Unsupported):
+        measure.case(fp4, "4096x7168", "float64")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_extra_memory_sees_a_temporary() -> None:
+    assert (measure.extra_memory(lambda: None) or 0) < 4 << 20
+    found = measure.extra_memory(lambda: torch.ones(16 << 20).sum())
+    assert found is not None
+    assert 60 << 20 < found < 80 << 20
+
+
+def test_the_order_is_written_for_this_device_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "order.json"
+    path.write_text(json.dumps({"cuda": {"*": ["triton", "torch"]}}))
+    speeds = {"fast": correct, "slow": lambda a, b, out: [correct(a, b, out) for _ in range(20)]}
+    monkeypatch.setattr(measure, "candidates", lambda op, backends: speeds)
+    command = ["matmul", "--workload", WORKLOAD, "--backend", "slow", "--backend", "fast", "--quick", "--device", "cpu"]
+    assert bench.run([*command, "--dtype", "float32", "--order", str(path)]) == 0
+    table = json.loads(path.read_text())
+    kind = arrays.device_class(torch.empty(0))
+    assert table["cuda"] == {"*": ["triton", "torch"]}
+    assert table[kind] == {"*": ["slow", "fast"], "matmul.float32": ["fast", "slow"]}
+    assert "matmul float32: fast" in capsys.readouterr().out
+
+
+def test_targets_pass_or_miss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    targets = bench.companion("targets")
+    if targets is None:
+        pytest.skip("benchmarks/ is not here")
+    assert targets.Result("a", 1.0, 0.9).reached
+    assert not targets.Result("a", 1.0, 0.9, most=True).reached
+    assert targets.Result("a", 0.0).reached
+    every = ("import_time", "overhead", "dequantize", "product", "attention", "weights")
+    for name in every:
+        function = lambda settings: iter([targets.Result("a promise", 0.5, 0.9)])  # noqa: E731
+        function.__name__ = name
+        monkeypatch.setattr(targets, name, function)
+    path = tmp_path / "targets.json"
+    assert bench.run(["--targets", "--device", "cpu", "--json", str(path)]) == 1
+    found = json.loads(path.read_text())["targets"]
+    assert [entry["reached"] for entry in found] == [False] * len(every)
+
+
+def test_without_a_checkout_there_are_no_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "companion", lambda name: None)
+    assert bench.run(["--targets", "--device", "cpu"]) == 2
+    assert bench.baselines(registry.operator("matmul")) == {}
