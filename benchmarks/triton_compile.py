@@ -49,14 +49,23 @@ class Entry:
     constants: dict[str, Any] = field(default_factory=dict)
     scalars: dict[str, str] = field(default_factory=dict)
     label: str = ""
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """The one tile of a kernel that has no table."""
+    widest: int = 1 << 30
+    """Leave out tiles whose SLICE is wider."""
 
     def tiles(self, kind: str, dtype: str) -> Iterable[dict[str, Any]]:
         """The kernel's own tables: ``TILES[device][dtype class]``, each a list, of meta-parameters and launch options."""
+        if self.fixed:
+            return [self.fixed]
         tables = importlib.import_module(f"flagops.kernels.{self.module}").TILES[kind]
         tables = tables.get(self.kernel, tables)
-        return tables["half" if dtype in HALF and "half" in tables else dtype]
+        tiles = tables["half" if dtype in HALF and "half" in tables else dtype]
+        return [tile for tile in tiles if tile.get("SLICE", 0) <= self.widest]
 
 
+ATTENTION = dict.fromkeys(("q", "kv", "out"), "dtype") | dict.fromkeys(("sink", "maxima", "sums"), "acc") | {"indices": "i32"}
+ATTENTION_UNITS = ("q_d", "kv_d", "sink_h", "index_k", "out_d")
 ENTRIES = [
     Entry(
         "matmul_triton", "product_kernel", dict.fromkeys(("a", "b", "bias", "out"), "dtype"), FLOATS,
@@ -67,6 +76,31 @@ ENTRIES = [
         "matmul_triton", "product_kernel", dict.fromkeys(("a", "b", "bias", "out"), "dtype"), FLOATS,
         units=("a_k", "b_n", "out_n"), label="ragged k",
         constants={"GROUP": 8, "BIAS": False, "EVEN": False, "PRECISION": "ieee"},
+    ),
+    Entry(
+        "matmul_triton", "sum_kernel", {"parts": "acc", "bias": "dtype", "out": "dtype"}, FLOATS,
+        units=("out_n", "bias_n"), scalars={"size": "i64"}, label="split k",
+        constants={"BIAS": True}, fixed={"BLOCK": 256, "num_warps": 4},
+    ),
+    Entry(
+        "attention_triton", "attention_kernel", ATTENTION, HALF,
+        units=ATTENTION_UNITS, scalars={"scale_bits": "i64"}, label="one pass",
+        constants={"WHOLE": True, "FULL": True, "SINK": True, "PARTIAL": False, "PRECISION": "ieee"},
+    ),
+    Entry(
+        "attention_triton", "attention_kernel", ATTENTION | {"out": "acc"}, HALF,
+        units=ATTENTION_UNITS, scalars={"scale_bits": "i64"}, label="split keys, odd width",
+        constants={"WHOLE": True, "FULL": False, "SINK": True, "PARTIAL": True, "PRECISION": "ieee"},
+    ),
+    Entry(
+        "attention_triton", "attention_kernel", ATTENTION, FLOATS,
+        units=ATTENTION_UNITS, scalars={"scale_bits": "i64"}, label="in pieces", widest=256,
+        constants={"WHOLE": False, "FULL": False, "SINK": True, "PARTIAL": False, "PRECISION": "ieee"},
+    ),
+    Entry(
+        "attention_triton", "combine_kernel", {"out": "dtype"} | dict.fromkeys(("parts", "maxima", "sums", "sink"), "acc"), FLOATS,
+        units=("sink_h", "out_d"), label="split keys",
+        constants={"SINK": True}, fixed={"P": 32, "BLOCK": 128, "num_warps": 4},
     ),
     Entry(
         "dequantize_triton", "fp4_kernel", {"packed": "u8", "scale": "u8", "out": "dtype"}, FLOATS[:3],
@@ -142,7 +176,9 @@ def _ptxas(ptx: str) -> tuple[int, int]:
 
 
 def _amdgcn(text: str) -> tuple[int, int]:
-    value = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)}
+    value = {
+        k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
+    }
     return value["vgpr_count"], max(4 * value["vgpr_spill_count"], value["private_segment_fixed_size"])
 
 
@@ -159,7 +195,15 @@ def compile_row(entry: Entry, dtype: str, target: str, tile: dict[str, Any]) -> 
         found = re.search(r"v_mfma_\w+", compiled.asm["amdgcn"])
     matrix = found.group(0).replace(".sync.aligned", "") if found else "-"
     return Row(
-        f"{entry.module}.{entry.kernel}", entry.label, dtype, target, tile, registers, spilled, compiled.metadata.shared, matrix
+        f"{entry.module}.{entry.kernel}",
+        entry.label,
+        dtype,
+        target,
+        tile,
+        registers,
+        spilled,
+        compiled.metadata.shared,
+        matrix,
     ), compiled
 
 
@@ -205,7 +249,10 @@ def main() -> int:
     for row in rows(arguments.only):
         table.append(row)
         bad += bool(faults(row))
-        print(f"{row.name}: {row.registers} registers, {row.spilled} spilled, {row.shared} shared, {row.matrix} {faults(row)}", flush=True)
+        print(
+            f"{row.name}: {row.registers} registers, {row.spilled} spilled, {row.shared} shared, {row.matrix} {faults(row)}",
+            flush=True,
+        )
     if arguments.write:
         RESULTS.mkdir(exist_ok=True)
         content = {"triton": triton.__version__, "rows": [vars(row) for row in table]}
