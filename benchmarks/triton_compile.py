@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for GPUs that need not be here, and report registers, spills, shared memory and matrix instructions.
+"""Compile every Triton kernel for GPUs that need not be here: registers, spills, shared memory, matrix instructions.
 
     python benchmarks/triton_compile.py [--only PART] [--write]
 
@@ -25,6 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+FP4_TILE, FP8_TILE = (
+    getattr(importlib.import_module("flagops.kernels.dequantize_triton"), f"FP{n}_TILE") for n in (4, 8)
+)
 TARGETS = {
     "sm_90": (GPUTarget("cuda", 90, 32), "cuda", 227 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "hip", 64 << 10),
@@ -50,21 +53,22 @@ class Entry:
     scalars: dict[str, str] = field(default_factory=dict)
     label: str = ""
     fixed: dict[str, Any] = field(default_factory=dict)
-    """The one tile of a kernel that has no table."""
+    """The one tile of a kernel without a table."""
     widest: int = 1 << 30
     """Leave out tiles whose SLICE is wider."""
 
     def tiles(self, kind: str, dtype: str) -> Iterable[dict[str, Any]]:
-        """The kernel's own tables: ``TILES[device][dtype class]``, each a list, of meta-parameters and launch options."""
+        """The module's own table: ``TILES[device][dtype class]``, a list of meta-parameters and launch options."""
         if self.fixed:
             return [self.fixed]
         tables = importlib.import_module(f"flagops.kernels.{self.module}").TILES[kind]
-        tables = tables.get(self.kernel, tables)
-        tiles = tables["half" if dtype in HALF and "half" in tables else dtype]
+        tiles = tables["half" if dtype in HALF else dtype]
         return [tile for tile in tiles if tile.get("SLICE", 0) <= self.widest]
 
 
-ATTENTION = dict.fromkeys(("q", "kv", "out"), "dtype") | dict.fromkeys(("sink", "maxima", "sums"), "acc") | {"indices": "i32"}
+ATTENTION = dict.fromkeys(("q", "kv", "out"), "dtype") | dict.fromkeys(("sink", "maxima", "sums"), "acc")
+ATTENTION |= {"indices": "i32"}
+COMBINE = dict.fromkeys(("parts", "maxima", "sums", "sink"), "acc") | {"out": "dtype"}
 ATTENTION_UNITS = ("q_d", "kv_d", "sink_h", "index_k", "out_d")
 ENTRIES = [
     Entry(
@@ -98,29 +102,29 @@ ENTRIES = [
         constants={"WHOLE": False, "FULL": False, "SINK": True, "PARTIAL": False, "PRECISION": "ieee"},
     ),
     Entry(
-        "attention_triton", "combine_kernel", {"out": "dtype"} | dict.fromkeys(("parts", "maxima", "sums", "sink"), "acc"), FLOATS,
+        "attention_triton", "combine_kernel", COMBINE, FLOATS,
         units=("sink_h", "out_d"), label="split keys",
         constants={"SINK": True}, fixed={"P": 32, "BLOCK": 128, "num_warps": 4},
     ),
     Entry(
         "dequantize_triton", "fp4_kernel", {"packed": "u8", "scale": "u8", "out": "dtype"}, FLOATS[:3],
-        units=("packed_c", "scale_c", "out_c"), label="contiguous", constants={"FLAT": True},
+        units=("packed_c", "scale_c", "out_c"), label="contiguous", constants={"FLAT": True}, fixed=FP4_TILE,
     ),
     Entry(
         "dequantize_triton", "fp4_kernel", {"packed": "u8", "scale": "u8", "out": "dtype"}, ("bfloat16",),
-        units=("packed_c", "scale_c", "out_c"), label="rows", constants={"FLAT": False},
+        units=("packed_c", "scale_c", "out_c"), label="rows", constants={"FLAT": False}, fixed=FP4_TILE,
     ),
     Entry(
         "dequantize_triton", "fp8_kernel", {"weight": "u8", "scale": "u8", "out": "dtype"}, FLOATS[:3],
-        units=("weight_c", "scale_c", "out_c"), label="e8m0", constants={"SHARED": True},
+        units=("weight_c", "scale_c", "out_c"), label="e8m0", constants={"SHARED": True}, fixed=FP8_TILE,
     ),
     Entry(
         "dequantize_triton", "fp8_kernel", {"weight": "u8", "scale": "fp32", "out": "dtype"}, ("bfloat16",),
-        units=("weight_c", "scale_c", "out_c"), label="float32 scales", constants={"SHARED": True},
+        units=("weight_c", "scale_c", "out_c"), label="float32 scales", constants={"SHARED": True}, fixed=FP8_TILE,
     ),
     Entry(
         "dequantize_triton", "fp8_kernel", {"weight": "u8", "scale": "u8", "out": "dtype"}, ("bfloat16",),
-        units=("weight_c", "scale_c", "out_c"), label="odd blocks", constants={"SHARED": False},
+        units=("weight_c", "scale_c", "out_c"), label="odd blocks", constants={"SHARED": False}, fixed=FP8_TILE,
     ),
 ]  # fmt: skip
 
@@ -249,10 +253,8 @@ def main() -> int:
     for row in rows(arguments.only):
         table.append(row)
         bad += bool(faults(row))
-        print(
-            f"{row.name}: {row.registers} registers, {row.spilled} spilled, {row.shared} shared, {row.matrix} {faults(row)}",
-            flush=True,
-        )
+        numbers = f"{row.registers} registers, {row.spilled} spilled, {row.shared} shared, {row.matrix}"
+        print(f"{row.name}: {numbers} {faults(row)}", flush=True)
     if arguments.write:
         RESULTS.mkdir(exist_ok=True)
         content = {"triton": triton.__version__, "rows": [vars(row) for row in table]}

@@ -1,7 +1,8 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """What the Triton kernels share: launching on a tensor's own device, exact casts, and the device's measure."""
 
 import threading
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""The interpreter multiplies raw bits of bfloat16 in ``dot`` and truncates float32 to bfloat16; the helpers below do not."""
+"""The interpreter multiplies raw bits of bfloat16 in ``dot`` and truncates float32 to bfloat16; the helpers do not."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -65,19 +66,19 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
             kernel[grid](*arguments, **options)
 
 
-@lru_cache(maxsize=None)
+@cache
 def target(device: torch.device) -> str:
     """The column of the tile tables: ``"hip"`` on AMD, ``"cuda"`` elsewhere and under the interpreter."""
     return "hip" if torch.version.hip and device.type == "cuda" else "cuda"
 
 
-@lru_cache(maxsize=None)
+@cache
 def processors(device: torch.device) -> int:
     """How many programs the device runs at once; 1 under the interpreter, where splitting a sum gains nothing."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
-@lru_cache(maxsize=None)
+@cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory one program may take."""
     if device.type != "cuda":

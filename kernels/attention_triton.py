@@ -1,4 +1,5 @@
-"""Sparse attention on Triton: a program per token and block of heads gathers the keys it was told to, with an online softmax."""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+"""Sparse attention on Triton: a program gathers the keys of one token for a block of heads; the softmax is online."""
 
 import numpy as np
 import torch
@@ -49,8 +50,8 @@ TILES: dict[str, dict[str, list[Tile]]] = {
         **_FINE,
     },
 }
-"""Tiles by device and dtype, narrow and short first. Where CHUNK is SLICE, a head no wider than that is one piece and its
-keys are read once; any other head is cut into pieces, and each sums the scores anew, CHUNK channels at a time."""
+"""Tiles by device and dtype, narrow and short first. Where CHUNK is SLICE, a head no wider than that is one piece and
+its keys are read once; any other head is cut into pieces, and each sums the scores anew, CHUNK channels at a time."""
 
 WIDEST = 128
 """The slice for heads that no tile holds whole; beyond it the pieces would not fit beside the chunks."""
@@ -79,7 +80,8 @@ def attention_kernel(
     kv += b * kv_b
     indices += b * index_b + s * index_s
     number: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
-    scale = tl.cast(scale_bits, tl.int64).to(tl.float64, bitcast=True).to(number)  # a float argument would come as float32
+    # a float argument would come as float32
+    scale = tl.cast(scale_bits, tl.int64).to(tl.float64, bitcast=True).to(number)
     if WHOLE:
         query = tl.load(q + channel.to(tl.int64)[None, :] * q_d, here[:, None] & wide[None, :], other=0.0)
     top = tl.full((BH,), float("-inf"), number)
@@ -183,7 +185,7 @@ def sparse_attention(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """Keys are read once per block of heads; few tokens share their keys out among programs whose results are combined."""
+    """Keys are read once per block of heads; the keys of few tokens are shared out among programs, then combined."""
     if out.numel() == 0:
         return
     batch, tokens, heads, width = q.shape
@@ -207,7 +209,8 @@ def sparse_attention(
         attention_kernel, (programs, parts, pieces), device,
         q, kv, sink, indices, to, maxima, sums, int(np.float64(scale).view(np.int64)),
         tokens, heads, width, kv.shape[1], keys, span, *q.stride(), *kv.stride(), sink_h, *indices.stride(), *steps,
-        WHOLE=pieces == 1 and tile["CHUNK"] == tile["SLICE"], FULL=width % tile["SLICE"] == 0, SINK=sink is not None, PARTIAL=parts > 1, PRECISION=precision(), **tile,
+        WHOLE=pieces == 1 and tile["CHUNK"] == tile["SLICE"], FULL=width % tile["SLICE"] == 0,
+        SINK=sink is not None, PARTIAL=parts > 1, PRECISION=precision(), **tile,
     )  # fmt: skip
     if parts > 1:
         launch(

@@ -1,4 +1,5 @@
-"""FP4 and FP8 dequantisation on Triton, bit for bit: codes become float32 by their bits, every product is exact before its rounding."""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+"""FP4 and FP8 dequantisation on Triton: codes become float32 by their bits; products are exact before rounding."""
 
 from typing import Any
 
@@ -10,13 +11,8 @@ from flagops.registry import kernel
 
 from ._triton import launch, narrow, too_long
 
-_FP4: dict[str, Any] = {"BLOCK": 128, "num_warps": 8}
-_FP8: dict[str, Any] = {"BR": 32, "BC": 128, "num_warps": 8}
-_DTYPES = ("half", "float32")
-TILES = dict.fromkeys(
-    ("cuda", "hip"), {"fp4_kernel": dict.fromkeys(_DTYPES, [_FP4]), "fp8_kernel": dict.fromkeys(_DTYPES, [_FP8])}
-)
-"""Tiles by device, kernel and output dtype; both kernels only wait for memory."""
+FP4_TILE: dict[str, Any] = {"BLOCK": 128, "num_warps": 8}
+FP8_TILE: dict[str, Any] = {"BR": 32, "BC": 128, "num_warps": 8}
 
 
 @triton.jit
@@ -81,22 +77,26 @@ def fp4_dequantize(packed: torch.Tensor, scale: torch.Tensor, dtype: str, out: t
     if size:
         flat = packed.is_contiguous() and scale.is_contiguous() and out.is_contiguous()
         steps = (*packed.stride(), *scale.stride(), *out.stride())
-        grid = (triton.cdiv(size, _FP4["BLOCK"]),)
-        launch(fp4_kernel, grid, out.device, packed, scale, out, scale.shape[1], size, *steps, FLAT=flat, **_FP4)
+        grid = (triton.cdiv(size, FP4_TILE["BLOCK"]),)
+        launch(fp4_kernel, grid, out.device, packed, scale, out, scale.shape[1], size, *steps, FLAT=flat, **FP4_TILE)
 
 
-def fp8_dequantize_unsupported(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], dtype: str) -> str | None:
+def fp8_dequantize_unsupported(
+    weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], dtype: str
+) -> str | None:
     return too_long(weight)
 
 
 @kernel(deterministic=True, batch_invariant=True)
-def fp8_dequantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], dtype: str, out: torch.Tensor) -> None:
+def fp8_dequantize(
+    weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], dtype: str, out: torch.Tensor
+) -> None:
     """Tiles of 32 rows; narrow or odd blocks read a scale for every element."""
     rows, columns = weight.shape
     if out.numel():
         width = block[1] & -block[1]
         shared = width >= 16
-        tile = _FP8 | {"BC": min(width, 128) if shared else 128}
+        tile = FP8_TILE | {"BC": min(width, 128) if shared else 128}
         steps = (*weight.stride(), *scale.stride(), *out.stride())
         grid = (triton.cdiv(rows, tile["BR"]) * triton.cdiv(columns, tile["BC"]),)
         launch(fp8_kernel, grid, out.device, weight, scale, out, rows, columns, *block, *steps, SHARED=shared, **tile)

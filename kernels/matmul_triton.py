@@ -1,4 +1,5 @@
-"""Matrix products on Triton: tiles in grouped order, split sums where one output has too few tiles to fill the device."""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+"""Matrix products on Triton: tiles in grouped order, and split sums where too few tiles would fill the device."""
 
 from typing import Any
 
@@ -152,7 +153,7 @@ def _axes(a: Any, b: Any, out: Any) -> tuple[list[tuple[int, int, int, int]], in
 
 
 def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """``out[..., m, n] = a[..., m, k] @ b[..., k, n] + bias[n]`` for any layout; leading axes broadcast to those of out."""
+    """``out[..., m, n] = a[..., m, k] @ b[..., k, n] + bias[n]`` in any layout; leading axes broadcast to out's."""
     (m, n), k, device = out.shape[-2:], a.shape[-1], out.device
     if out.numel() == 0:
         return

@@ -27,6 +27,7 @@ def grouped_output_projection(
         o, out = o[None], out[None]
     tokens, rank, width = o.shape[:-2], wo_a.shape[0] // groups, wo_a.shape[1]
     z = o.new_empty((*tokens, groups * rank))
-    by_group = o.reshape(math.prod(tokens), groups, width).transpose(0, 1)
-    product(by_group, wo_a.unflatten(0, (groups, rank)).mT, None, z.view(math.prod(tokens), groups, rank).transpose(0, 1))
+    rows = math.prod(tokens)
+    inner = o.reshape(rows, groups, width).transpose(0, 1)
+    product(inner, wo_a.unflatten(0, (groups, rank)).mT, None, z.view(rows, groups, rank).transpose(0, 1))
     product(z, wo_b.t(), None, out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from flagops.arrays import is_torch
@@ -14,7 +14,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device(interpreting: bool) -> tuple[str, str | None]:
     """The kind of device whose tensors the kernels take, and why there is none."""
     try:
