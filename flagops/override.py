@@ -37,7 +37,7 @@ WATCHED = {
 }
 """Operators that multiply matrices and bypass the replaced ones; their calls are counted and not changed."""
 
-COMPILED = "graphs of torch.compile, where inductor leaves no product to aten"
+COMPILED = "graphs compiled by torch.compile, but for the products that inductor leaves to aten"
 UNSEEN = (
     "linear layers that oneDNN holds prepacked (torch.utils.mkldnn, frozen graphs)",
     "convolutions",

@@ -54,8 +54,11 @@ class Report:
         return cells
 
     def _notes(self) -> list[str]:
-        notes = [f"{self.replaced} of {self.calls} calls replaced ({self.share:.0%})", "not among them:"]
-        return notes + [f"  {name}{'' if n is None else f': {n} calls'}" for name, n in self.bypassed.items()]
+        notes = [
+            f"{self.replaced} of {self.calls} calls replaced ({self.share:.0%})",
+            "matrix products elsewhere, calls where they can be counted:",
+        ]
+        return notes + [f"  {name}{'' if n is None else f': {n}'}" for name, n in self.bypassed.items()]
 
     def __str__(self) -> str:
         lines: list[tuple[str, ...]] = [_HEAD]
