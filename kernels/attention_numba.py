@@ -1,4 +1,4 @@
-"""Sparse attention on the CPU: gathered rows stay in L2 while scores, softmax and values of all heads pass over them."""
+"""Sparse attention on the CPU: gathered rows stay in L2 while scores and values of all heads pass over them."""
 
 from __future__ import annotations
 
