@@ -7,6 +7,7 @@ break the kernel that library saved, so such a function stays, idle, until it is
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import warnings
 from collections import deque
@@ -23,6 +24,8 @@ class Thread(threading.local):
 
 thread = Thread()
 lock = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child must not inherit the lock from a thread that it does not have
+    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
 
 class Counter:
@@ -66,7 +69,7 @@ class Registration:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", _WARNING, UserWarning)
             self.library.impl(  # type: ignore[no-untyped-call]
-                self.name, self.function, self.key, with_keyset=True
+                self.name, self.function, self.key, with_keyset=True, allow_override=True
             )
         self.own = torch.library.get_kernel(f"aten::{self.name}", self.key)
 

@@ -95,9 +95,9 @@ def case(draw, op, suffix):
     shape = [dims[axis] for axis in result]
     added, beta, alpha = None, 0, 1
     if "add" in op:
-        beta, alpha = draw(st.sampled_from((1, 0, 0.5, -2, 3.0))), draw(st.sampled_from((1, 0.5, -2)))
-        start = 0 if suffix == "_" else draw(st.integers(0, len(shape)))
-        narrow = [n if suffix == "_" or draw(st.booleans()) else 1 for n in shape[start:]]
+        beta, alpha = draw(st.sampled_from(((1, 1), (1, 1), (0, 1), (0, -2), (0.5, 1), (1, 0.5), (-2, 0.5), (3.0, 1))))
+        shapes = (shape, shape, shape[1:], shape[-1:], [], [*shape[:-1], 1], [1] * len(shape), [1, *shape[1:]])
+        narrow = shape if suffix == "_" else draw(st.sampled_from(shapes))
         added = own(draw(tensor(narrow, dtype))) if suffix == "_" else draw(tensor(narrow, dtype))
         if beta == 0 and added.numel() and draw(st.booleans()):
             added = torch.full_like(added, float("nan"))
@@ -508,7 +508,7 @@ class Theirs:
         self.library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.library.impl("mm", self.mm, "CPU", with_keyset=True)
+            self.library.impl("mm", self.mm, "CPU", with_keyset=True, allow_override=True)
 
     def mm(self, keyset, a, b):
         self.calls += 1
@@ -770,6 +770,25 @@ def test_threads_while_handles_come_and_go():
         thread.join()
     assert replaced >= 100
     assert all(seen)
+
+
+def test_a_forked_child():
+    code = (
+        "import os, threading, flagops, torch\n"
+        "from flagops import interpose\n"
+        "x = torch.randn(5, 5)\n"
+        "plain = x @ x\n"
+        "flagops.enable(backend='numpy')\n"
+        "held, done = threading.Event(), threading.Event()\n"
+        "def hold():\n"
+        "    with interpose.lock:\n"
+        "        held.set(); done.wait(1)\n"
+        "threading.Thread(target=hold).start(); held.wait()\n"
+        "child = os.fork()\n"
+        "if not child: os._exit(42 if torch.allclose(x @ x, plain) else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    assert script(code).stdout == "42\n"
 
 
 def test_privateuse1_device_in_python():
