@@ -195,6 +195,7 @@ def coverage(operator: str | None = None) -> dict[str, dict[str, Any]]:
 
 
 def _choose(operator: Operator, args: Sequence[Any], wish: Any, grad: Any, refusals: dict[str, str]) -> Plan:
+    settings = config.current()
     bound = operator.bind(args)
     tensors = {operator.parameters[p]: args[p] for p in operator.tensor_positions if args[p] is not None}
     torch = sys.modules.get("torch")
@@ -233,7 +234,7 @@ def _choose(operator: Operator, args: Sequence[Any], wish: Any, grad: Any, refus
             ),
             on_torch=arrays.is_torch(first),
             through_torch=wrapped or needs_grad,
-            check_values=operator.values is not None and (on_cpu or config.current().check),
+            check_values=operator.values is not None and (on_cpu or settings.check),
             refusals=refusals,
         )
     reasons = "".join(f"\n  {name}: {reason}" for name, reason in refusals.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +18,9 @@ V4_PRO = {"h": 128, "d": 512, "dtype": "bfloat16"}
 
 
 def _scale(value: Any) -> float:
-    if isinstance(value, bool) or not np.isscalar(value) or not np.isfinite(float(value)):  # type: ignore[arg-type]
+    if isinstance(value, (bool, str)) or not math.isfinite(value):
         raise ValueError(f"must be a finite number, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def _listed(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, dims: Dims) -> Array:

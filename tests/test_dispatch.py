@@ -1,0 +1,232 @@
+"""Which kernel runs, why another did not, and how to say what is wanted."""
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+import flagops
+from flagops import dispatch, registry
+from flagops.errors import Unsupported
+
+A, B = torch.randn(3, 4), torch.randn(4, 5)
+
+
+def ran(before):
+    after = flagops.coverage("matmul")["calls"]
+    return {name: calls - before.get(name, 0) for name, calls in after.items() if calls != before.get(name, 0)}
+
+
+def counted(call):
+    before = dict(flagops.coverage("matmul")["calls"])
+    call()
+    return ran(before)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch", "numpy"])
+def test_a_name_runs_that_backend(backend):
+    assert counted(lambda: flagops.matmul(A, B, backend=backend)) == {backend: 1}
+
+
+def test_an_explicit_name_never_falls_back():
+    a, b = np.ones((3, 4)), np.ones((4, 5))
+    with pytest.raises(Unsupported, match=r"torch: a: takes torch tensors"):
+        flagops.matmul(a, b, backend="torch")
+    with flagops.using(backend="torch"), pytest.raises(Unsupported):
+        flagops.matmul(a, b)
+
+
+def test_a_sequence_takes_the_first_that_works():
+    a, b = np.ones((3, 4)), np.ones((4, 5))
+    assert counted(lambda: flagops.matmul(a, b, backend=["torch", "numpy", "numba"])) == {"numpy": 1}
+    assert counted(lambda: flagops.matmul(a, b, backend=("torch", "numba"))) == {"numba": 1}
+    refused = flagops.coverage("matmul")["refused"]["torch"]
+    assert refused["a: takes torch tensors"] >= 1
+
+
+def test_nothing_fits_lists_every_reason():
+    with pytest.raises(Unsupported) as caught:
+        flagops.matmul(np.ones((3, 4)), np.ones((4, 5)), backend=["torch", "triton"])
+    assert "torch: " in str(caught.value)
+    assert "triton: " in str(caught.value)
+
+
+def test_argument_beats_context_beats_environment():
+    script = """
+        import numpy as np, flagops
+        a = np.ones((2, 2))
+        flagops.matmul(a, a)
+        with flagops.using(backend="numba"):
+            flagops.matmul(a, a)
+            flagops.matmul(a, a, backend="numpy")
+        print(flagops.coverage("matmul")["calls"])
+    """
+    assert _python(script, FLAGOPS_BACKEND="numpy").stdout.strip() == "{'numpy': 2, 'numba': 1}"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("FLAGOPS_BACKNED", "torch", "did you mean 'backend'"),
+        ("FLAGOPS_BUDGET", "lots", "FLAGOPS_BUDGET: expected bytes"),
+        ("FLAGOPS_CHECK", "yes", "FLAGOPS_CHECK: expected 0 or 1"),
+        ("FLAGOPS_BACKEND", "nunba", "did you mean 'numba'"),
+        ("FLAGOPS_LOG", "LOUD", "FLAGOPS_LOG: expected DEBUG"),
+    ],
+)
+def test_an_unknown_setting_raises(variable, value, words):
+    script = "import numpy as np, flagops; flagops.matmul(np.ones((2, 2)), np.ones((2, 2)))"
+    done = _python(script, **{variable: value})
+    assert done.returncode != 0
+    assert words in done.stderr
+
+
+def test_using_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="did you mean 'backend'"), flagops.using(backed="torch"):
+        pass
+    with pytest.raises(ValueError, match="expected bytes"), flagops.using(budget="1 banana"):
+        pass
+
+
+def test_using_is_undone():
+    before = flagops.config.current()
+    with pytest.raises(RuntimeError), flagops.using(backend="numpy", budget="1MiB"):
+        assert flagops.config.budget() == 1 << 20
+        raise RuntimeError
+    assert flagops.config.current() is before
+
+
+def test_a_kernel_that_refuses_while_running_is_replaced(monkeypatch):
+    def refuse(a, b, out):
+        raise Unsupported("out of resources")
+
+    kernel = registry.Kernel(refuse)
+    find = registry.find
+    monkeypatch.setattr(registry, "find", lambda op, name: kernel if name == "numba" else find(op, name))
+    monkeypatch.setattr(dispatch, "_plans", {})
+    a, b = torch.randn(7, 3), torch.randn(3, 2)
+    assert torch.allclose(flagops.matmul(a, b, backend=["numba", "torch"]), a @ b)
+    with pytest.raises(Unsupported, match="out of resources"):
+        flagops.matmul(a, b, backend="numba")
+
+
+def test_a_kernel_with_other_parameters_is_refused_when_it_is_found():
+    def matmul(a, c, out): ...
+
+    with pytest.raises(TypeError, match=r"takes \(a, c, out\), but the operator's card says \(a, b, out\)"):
+        registry.describe(registry.operator("matmul"), matmul, None)
+
+
+def test_choices_are_logged_once():
+    script = """
+        import numpy as np, flagops
+        a = np.ones((2, 2))
+        for n in range(3):
+            flagops.matmul(a[:n], a, backend=["torch", "numpy"])
+    """
+    lines = [line for line in _python(script, FLAGOPS_LOG="DEBUG").stderr.splitlines() if "matmul" in line]
+    assert lines == ["flagops: matmul: torch refused (a: takes torch tensors)", "flagops: matmul: numpy runs (float64)"]
+
+
+def test_plans_are_forgotten_but_counts_are_kept(monkeypatch):
+    monkeypatch.setattr(dispatch, "_PLANS_KEPT", 3)
+    before = dict(flagops.coverage("matmul")["calls"])
+    for n in range(8):
+        flagops.matmul(np.ones((n, 2)), np.ones((2, 2)), backend="numpy")
+    assert ran(before) == {"numpy": 8}
+    assert len(dispatch._plans) <= 3
+
+
+def test_outputs_have_the_kind_and_device_of_the_inputs():
+    assert isinstance(flagops.matmul(A.numpy(), B.numpy()), np.ndarray)
+    got = flagops.matmul(A.bfloat16(), B.bfloat16())
+    assert isinstance(got, torch.Tensor)
+    assert got.dtype == torch.bfloat16
+
+
+def test_dispatched_equals_direct(kernel):
+    from flagops import testing
+
+    op, backend = registry.operator(kernel[0]), kernel[1]
+    case = testing.draw_case(op, lambda options: options[-1] if len(options) == 7 else options[0], (3, 16))
+    given = [testing.as_kind(x, "torch", dict(case.dtypes).get(n)) for n, x in case.arguments().items()]
+    result = op.public(*given, backend=backend)
+    out = torch.empty_like(result)
+    plan = dispatch.plan(op, (*given, out), backend)
+    plan.run(*plan.clean((*given, out)))
+    assert torch.equal(out.nan_to_num(), result.nan_to_num())
+
+
+TOY = '''
+from types import SimpleNamespace
+import torch
+
+def matmul(a, b, out):
+    """A correct kernel of somebody else's backend."""
+    out.copy_((a.double() @ b.double()).to(out.dtype))
+
+def linear(x, weight, bias, out):
+    """A wrong one: it forgets the bias."""
+    out.copy_((x.double() @ weight.double().T).to(out.dtype))
+
+class Backend:
+    name = "toy"
+    dispatch_keys = ("CPU",)
+    def kernels(self, operator):
+        return globals().get(operator.name)
+    def unavailable(self):
+        return None
+    def refuses(self, array):
+        return None if isinstance(array, torch.Tensor) else "takes torch tensors"
+    def facts(self):
+        return {"version": "1"}
+    def synchronize(self):
+        pass
+
+backend = Backend()
+'''
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """An installed package, outside of this one, that offers a backend."""
+    (tmp_path / "flagops_toy.py").write_text(TOY)
+    info = tmp_path / "flagops_toy-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flagops-toy\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[flagops.backends]\ntoy = flagops_toy\nbroken = flagops_absent\n")
+    return tmp_path
+
+
+def test_a_backend_from_another_package(toy):
+    script = """
+        import torch, flagops
+        a, b = torch.randn(3, 4), torch.randn(4, 5)
+        assert torch.allclose(flagops.matmul(a, b, backend="toy"), a @ b)
+        print(flagops.coverage("matmul")["calls"])
+        flagops.matmul(a, b, backend="broken")
+    """
+    done = _python(script, PYTHONPATH=str(toy))
+    assert done.stdout.strip() == "{'toy': 1}"
+    assert "its descriptor failed to load: ModuleNotFoundError: No module named 'flagops_absent'" in done.stderr
+
+
+def test_it_gets_the_parity_suite(toy):
+    right = _python("from flagops.__main__ import main; raise SystemExit(main(['check', 'matmul', '--backend', 'toy']))", PYTHONPATH=str(toy))
+    assert right.returncode == 0, right.stderr
+    wrong = _python("from flagops.__main__ import main; raise SystemExit(main(['check', 'linear', '--backend', 'toy']))", PYTHONPATH=str(toy))
+    assert wrong.returncode == 1
+    assert "linear on toy" in wrong.stderr
+    assert "Case(operator='linear'" in wrong.stderr
+
+
+def _python(script, **environment):
+    import os
+
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("FLAGOPS_")}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=clean | environment
+    )

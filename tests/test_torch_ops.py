@@ -1,0 +1,150 @@
+"""Gradients, and torch.ops.flagops.* under tracing."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import flagops
+from flagops import registry, torch_ops
+
+F64 = {"dtype": torch.float64}
+
+
+def calls(grad=True, dtype=torch.float64):
+    """One call of every operator, by name."""
+
+    def t(*shape):
+        return torch.randn(*shape, dtype=dtype, requires_grad=grad)
+
+    def codes(*shape):
+        return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+    sink = torch.randn(2, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=grad)
+    indices = torch.tensor([[[0, 3, -1], [4, -1, 1]], [[-1, -1, -1], [2, 2, 0]]])
+    return {
+        "matmul": (t(2, 1, 3, 4), t(3, 4, 5)),
+        "linear": (t(2, 3, 4), t(5, 4), t(5)),
+        "grouped_output_projection": (t(2, 3, 4, 3), t(6, 6), t(5, 6), 2),
+        "sparse_attention": (t(2, 2, 2, 4), t(2, 5, 4), sink, indices, 0.7),
+        "fp4_dequantize": (codes(3, 32), codes(3, 2)),
+        "fp8_dequantize": (codes(3, 5), codes(1, 1)),
+    }
+
+
+def test_every_operator_is_here():
+    assert set(calls()) == set(registry.operators())
+
+
+@pytest.mark.parametrize("name", registry.operators())
+def test_opcheck(name):
+    opcheck(getattr(torch.ops.flagops, name).default, calls()[name])
+
+
+@pytest.mark.operators("matmul", "linear", "grouped_output_projection", "sparse_attention")
+def test_gradcheck(kernel):
+    name, backend = kernel
+    args = calls()[name]
+    tensors = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def call(*given):
+        given = iter(given)
+        full = [next(given) if isinstance(x, torch.Tensor) and x.requires_grad else x for x in args]
+        return getattr(flagops, name)(*full, backend=backend)
+
+    assert torch.autograd.gradcheck(call, tensors)
+
+
+@pytest.mark.operators("matmul", "linear", "grouped_output_projection", "sparse_attention")
+def test_gradients_reach_only_what_asks(kernel):
+    name, backend = kernel
+    full = calls()[name]
+    everything = getattr(flagops, name)(*full, backend=backend)
+    wanted = torch.autograd.grad(everything.sum(), [x for x in full if isinstance(x, torch.Tensor) and x.requires_grad])
+    for position, x in enumerate(x for x in full if isinstance(x, torch.Tensor) and x.requires_grad):
+        args = [y if y is x or not isinstance(y, torch.Tensor) else y.detach() for y in full]
+        (got,) = torch.autograd.grad(getattr(flagops, name)(*args, backend=backend).sum(), [x])
+        assert torch.allclose(got, wanted[position], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.operators("matmul", "linear", "grouped_output_projection", "sparse_attention")
+def test_half_gradients_have_the_inputs_dtype_and_are_near(kernel):
+    name, backend = kernel
+    torch.manual_seed(0)
+    args = calls(dtype=torch.bfloat16)[name]
+    wide = [
+        x.detach().double().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args
+    ]
+    getattr(flagops, name)(*args, backend=backend).float().square().sum().backward()
+    getattr(flagops, name)(*wide, backend="torch").square().sum().backward()
+    for x, y in zip(args, wide, strict=True):
+        if isinstance(x, torch.Tensor) and x.requires_grad:
+            assert x.grad.dtype == x.dtype
+            assert torch.allclose(x.grad.double(), y.grad, rtol=0.1, atol=0.1 * float(y.grad.abs().max()))
+
+
+def test_a_second_derivative_raises():
+    a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    (grad,) = torch.autograd.grad(flagops.matmul(a, b).square().sum(), a, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"flagops\.matmul has no second derivative"):
+        grad.sum().backward()
+
+
+def test_what_has_no_gradient_raises_before_running():
+    scale = torch.ones(1, 1, requires_grad=True)
+    with pytest.raises(flagops.Unsupported, match="no backward"):
+        flagops.fp8_dequantize(torch.zeros(3, 3, dtype=torch.uint8), scale)
+    with torch.no_grad():
+        assert flagops.fp8_dequantize(torch.zeros(3, 3, dtype=torch.uint8), scale).shape == (3, 3)
+
+
+def test_out_is_refused_where_a_gradient_is_recorded():
+    a, out = torch.randn(3, 3, requires_grad=True), torch.empty(3, 3)
+    with pytest.raises(ValueError, match="out= cannot be used where a gradient is recorded"):
+        flagops.matmul(a, a, out=out)
+    with torch.no_grad():
+        flagops.matmul(a, a, out=out)
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize("name", registry.operators())
+def test_compile_keeps_the_call_in_one_graph(name):
+    args = calls(grad=False, dtype=torch.float32)[name]
+
+    def call(*args):
+        return getattr(flagops, name)(*args) * 1
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*args).nan_to_num(), call(*args).nan_to_num())
+
+
+def test_compile_trains():
+    a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    torch.compile(lambda a, b: flagops.matmul(a, b).sum(), fullgraph=True, backend="aot_eager")(a, b).backward()
+    assert torch.allclose(a.grad, b.detach().sum(1).expand(3, 4))
+
+
+def test_inductor_runs_our_kernel():
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    before = flagops.coverage("matmul")["calls"].get("numba", 0)
+    with flagops.using(backend="numba"):
+        got = torch.compile(lambda a, b: flagops.matmul(a, b) + 1, fullgraph=True)(a, b)
+    assert torch.allclose(got, a @ b + 1, atol=1e-5)
+    assert flagops.coverage("matmul")["calls"]["numba"] == before + 1
+
+
+def test_transforms_and_subclasses_go_through_torch():
+    a, b = torch.randn(6, 3, 4), torch.randn(4, 5)
+    assert torch.allclose(torch.func.vmap(lambda x: flagops.matmul(x, b))(a), a @ b, atol=1e-5)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        fake = flagops.matmul(mode.from_tensor(a), mode.from_tensor(b))
+    assert fake.shape == (6, 3, 5)
+    assert flagops.matmul(a.to("meta"), b.to("meta")).device.type == "meta"
+
+
+def test_schema_names_what_the_card_names():
+    for op in registry.operators().values():
+        arguments = getattr(torch.ops.flagops, op.name).default._schema.arguments
+        assert [argument.name for argument in arguments] == [*op.inputs, "backend"]
+        assert torch_ops.schema(op).endswith("-> Tensor")
