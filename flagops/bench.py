@@ -15,12 +15,10 @@ from statistics import geometric_mean, mean, quantiles, stdev
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from flagops import tables
 from flagops.errors import Unsupported, suggestion
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from flagops.measure import Call, Roofline, Row, Settings
     from flagops.operator import Operator
 
@@ -36,13 +34,11 @@ def run(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     if options.no_native_bf16:
         if "torch" in sys.modules:
-            raise RuntimeError("--no-native-bf16 must be set before torch is loaded: run `flagops bench` by itself")
+            raise ValueError("--no-native-bf16 must be set before torch is loaded: run `flagops bench` by itself")
         os.environ["ONEDNN_MAX_CPU_ISA"] = NO_BF16
     if importlib.util.find_spec("torch") is None:
-        print("flagops bench compares with torch, which is not installed (pip install torch)", file=sys.stderr)
-        return 2
+        raise ModuleNotFoundError("flagops bench compares with torch, which is not installed (pip install torch)")
     import torch
-    from rich.console import Console
 
     from flagops import measure
 
@@ -52,14 +48,13 @@ def run(argv: Sequence[str]) -> int:
     settings = measure.Settings(device=device)
     if options.quick:
         settings = measure.Settings(seconds=0.2, rounds=3, most=20, device=device)
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(facts(measure.machine()))
+    tables.show("", ("", ""), measure.machine().items())
     if options.targets:
-        return _targets(options, console, settings)
+        return _targets(options, settings)
     if options.order:
-        write_order(options, console, settings)
+        write_order(options, settings)
         return 0
-    return _bench(options, console, settings)
+    return _bench(options, settings)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,61 +114,46 @@ def _selected(options: argparse.Namespace) -> list[tuple[Operator, list[str]]]:
     return chosen
 
 
-def _bench(options: argparse.Namespace, console: Console, settings: Settings) -> int:
+HEAD = ("workload", "dtype", "by", "time", "spread", "GB/s", "GFLOP/s", "roofline", "x baseline", "extra", "match")
+
+
+def _bench(options: argparse.Namespace, settings: Settings) -> int:
     from flagops import measure
 
     selected = _selected(options)
     backends = options.backend or measure.usable(settings.device)
+    progress("roofline")
     roofline = measure.roofline(settings)
-    console.print(f"roofline: copy {roofline.copy / 1e9:.1f} GB/s, float32 2048^3 {roofline.matmul / 1e9:.0f} GFLOP/s")
+    print(f"roofline: copy {roofline.copy / 1e9:.1f} GB/s, float32 2048^3 {roofline.matmul / 1e9:.0f} GFLOP/s")
     rows: list[Row] = []
     for op, names in selected:
-        table = _table(op.name)
+        shown = len(rows)
         for name in names:
-            with console.status(f"{op.name} {name}"):
-                try:
-                    trial = measure.prepare(op, name, settings.device, options.dtype)
-                except Unsupported as reason:
-                    console.print(str(reason))
-                    continue
-                found = measure.compare(trial, measure.candidates(op, backends), baselines(op), settings)
-            for row in found:
-                table.add_row(*cells(row, roofline), style="dim" if row.baseline else "red" if row.wrong else "")
-            table.add_section()
-            rows += found
-        console.print(table)
+            progress(f"{op.name} {name}")
+            try:
+                trial = measure.prepare(op, name, settings.device, options.dtype)
+            except Unsupported as reason:
+                print(reason)
+                break
+            rows += measure.compare(trial, measure.candidates(op, backends), baselines(op), settings)
+        if rows[shown:]:
+            tables.show(op.name, HEAD, [cells(row, roofline) for row in rows[shown:]])
     if options.json:
         write_json(options.json, rows, roofline)
     if options.markdown:
-        write_markdown(options.markdown, HEAD, [cells(row, roofline) for row in rows], roofline)
+        write_markdown(options.markdown, HEAD, [cells(row, roofline) for row in rows], str(roofline))
     if options.plot:
         plot(options.plot, rows)
     wrong = [row for row in rows if row.wrong]
     for row in wrong:
-        console.print(f"WRONG: {row.operator} {row.workload} on {row.name}: {row.problem}", style="red", markup=False)
+        print(f"WRONG: {row.operator} {row.workload} on {row.name}: {row.problem}")
     return 1 if wrong else 0
 
 
-def facts(found: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for name, value in found.items():
-        table.add_row(name, str(value))
-    return table
-
-
-HEAD = ("workload", "dtype", "by", "time", "spread", "GB/s", "GFLOP/s", "roofline", "x baseline", "extra", "match")
-
-
-def _table(title: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in HEAD:
-        table.add_column(name, justify="left" if name in HEAD[:3] else "right", no_wrap=name != "match")
-    return table
+def progress(text: str) -> None:
+    """What is being measured, on a terminal's last line."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}\r", end="", file=sys.stderr, flush=True)
 
 
 def cells(row: Row, roofline: Roofline) -> list[str]:
@@ -245,18 +225,17 @@ def write_json(path: Path, rows: Iterable[Row], roofline: Roofline) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def write_markdown(path: Path, head: Sequence[str], rows: Sequence[Sequence[str]], note: object) -> None:
+def write_markdown(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]], note: str) -> None:
     from flagops import measure
 
-    lines = [", ".join(f"{name} {value}" for name, value in measure.machine().items()), "", str(note), ""]
-    lines += ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-    path.write_text("\n".join(lines) + "\n")
+    facts = ", ".join(f"{name} {value}" for name, value in measure.machine().items())
+    path.write_text(f"{facts}\n\n{note}\n\n{tables.markdown(head, rows)}\n")
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
     """The ratios to the baseline, one bar a workload and backend."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise RuntimeError("--plot needs matplotlib (pip install flagops[bench])")
+        raise ModuleNotFoundError("--plot needs matplotlib (pip install flagops[bench])")
     from matplotlib.figure import Figure
 
     shown = [row for row in rows if row.ratio is not None and not row.baseline][::-1]
@@ -272,7 +251,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     figure.savefig(path)
 
 
-def write_order(options: argparse.Namespace, console: Console, settings: Settings) -> None:
+def write_order(options: argparse.Namespace, settings: Settings) -> None:
     """Measure the backends for each operator and dtype, and write the order that dispatch then follows here."""
     import torch
 
@@ -285,20 +264,19 @@ def write_order(options: argparse.Namespace, console: Console, settings: Setting
         for dtype in [options.dtype] if options.dtype else arrays.FLOATS:
             times: dict[str, list[float]] = defaultdict(list)
             for name in names:
-                with console.status(f"{op.name} {dtype} {name}"):
-                    try:
-                        trial = measure.prepare(op, name, settings.device, dtype)
-                    except Unsupported:
-                        break
-                    found = measure.compare(trial, measure.candidates(op, backends), {}, settings)
-                for row in found:
+                progress(f"{op.name} {dtype} {name}")
+                try:
+                    trial = measure.prepare(op, name, settings.device, dtype)
+                except Unsupported:
+                    break
+                for row in measure.compare(trial, measure.candidates(op, backends), {}, settings):
                     if row.times:
                         times[row.name].append(row.median)
             if times:
                 ranked = sorted(times, key=lambda n: (-len(times[n]), geometric_mean(times[n])))
                 rows[f"{op.name}.{dtype}"] = ranked
                 speeds = ", ".join(f"{n} {seconds(geometric_mean(times[n]))}" for n in ranked)
-                console.print(f"{op.name} {dtype}: {speeds}")
+                print(f"{op.name} {dtype}: {speeds}")
     table = json.loads(options.order.read_text()) if options.order.is_file() else {}
     last = [n for n in table.get(kind, {}).get("*", ()) if n not in backends]
     entries = {key: [*ranked, *last] for key, ranked in rows.items()}
@@ -310,16 +288,11 @@ def write_order(options: argparse.Namespace, console: Console, settings: Setting
         for name, row in table.items()
     )
     options.order.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    console.print(f"wrote the order for {kind} to {options.order}")
+    print(f"wrote the order for {kind} to {options.order}")
 
 
-def _targets(options: argparse.Namespace, console: Console, settings: Settings) -> int:
+def _targets(options: argparse.Namespace, settings: Settings) -> int:
     module = companion("targets")
     if module is None:
-        console.print("--targets needs a checkout: the targets and baselines lie in its benchmarks/ folder")
-        return 2
-    return int(module.run(console, settings, options.json, options.markdown))
-
-
-if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+        raise ModuleNotFoundError("--targets needs a checkout: targets and baselines lie in its benchmarks/ folder")
+    return int(module.run(settings, options.json, options.markdown))

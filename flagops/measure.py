@@ -385,7 +385,7 @@ def usable(device: str) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on: processor, threads, versions, and the instructions that torch's libraries may use."""
+    """What the numbers depend on: processor, threads, load, versions, and the instructions that torch's libraries may use."""
     import torch
 
     facts: dict[str, Any] = {
@@ -398,6 +398,8 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
+    if hasattr(os, "getloadavg"):
+        facts["load"] = f"{os.getloadavg()[0]:.1f}"
     for package in ("torch", "numba", "llvmlite", "triton", "numpy", "flagops"):
         try:
             facts[package] = version(package)
