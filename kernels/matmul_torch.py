@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flagops.registry import kernel
+
 _HALF = (torch.float16, torch.bfloat16)
 _TILE = 4 << 20  # elements of one step's float32 operands and result
 
@@ -14,11 +16,13 @@ def tiled(x: Tensor) -> bool:
     return x.dtype in _HALF and x.device.type == "cpu"
 
 
+@kernel(forwards_to="aten")
 def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
     """`torch.matmul`, except that half types on a CPU are multiplied in float32 and rounded once."""
     product(a, b, out)
 
 
+@kernel(forwards_to="aten")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """`x @ weight.T + bias`, the bias added before the one rounding."""
     if x.dim() == 1:
@@ -29,9 +33,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, matrix(x), weight.mT, out=matrix(out))
     else:
         out.copy_(torch.addmm(bias, matrix(x), weight.mT).view(out.shape))
-
-
-matmul.forwards_to = linear.forwards_to = "aten"  # type: ignore[attr-defined]
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
