@@ -88,20 +88,16 @@ class Registration:
         return _HERE in repr(torch.library.get_kernel(f"aten::{self.name}", self.key))
 
     def torch(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        """The kernel that was there before us: torch's own, or another library's."""
-        busy, thread.busy = thread.busy, True
+        """The kernel that was there before us, torch's own or another library's."""
         try:
-            try:
-                return self.below.call_boxed(keyset, *args, **kwargs)
-            except RuntimeError as error:
-                if "SafeKernelFunction has been invalidated" not in str(error) or not self.on_top():
-                    raise
-            with lock:  # the override below was removed: find what is there now
-                self.uninstall()
-                self.install()
             return self.below.call_boxed(keyset, *args, **kwargs)
-        finally:
-            thread.busy = busy
+        except RuntimeError as error:
+            if "SafeKernelFunction has been invalidated" not in str(error) or not self.on_top():
+                raise
+        with lock:  # the override below was removed: find what is there now
+            self.uninstall()
+            self.install()
+        return self.below.call_boxed(keyset, *args, **kwargs)
 
 
 _HERE = Registration.install.__code__.co_filename

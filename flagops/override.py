@@ -35,7 +35,9 @@ WATCHED = {
     "_int_mm": "products of int8 matrices",
     "mkldnn_rnn_layer": "LSTM layers in oneDNN",
 }
-"""Operators that multiply matrices and bypass the replaced ones; their calls are counted and not changed."""
+"""Operators that, where a device has kernels for them, multiply matrices and bypass the replaced ones.
+
+Their calls are counted and not changed."""
 
 COMPILED = "graphs compiled by torch.compile, but for the products that inductor leaves to aten"
 UNSEEN = (
@@ -135,9 +137,13 @@ class _Site(Registration):
         self, keyset: Any, added: Tensor | None, a: Tensor, b: Tensor, beta: Any, alpha: Any, out: Tensor | None
     ) -> Any:
         target = {"out": out} if self.suffix == ".out" else {}
-        if added is None:
-            return self.torch(keyset, a, b, **target)
-        return self.torch(keyset, added, a, b, beta=beta, alpha=alpha, **target)
+        busy, thread.busy = thread.busy, True
+        try:
+            if added is None:
+                return self.torch(keyset, a, b, **target)
+            return self.torch(keyset, added, a, b, beta=beta, alpha=alpha, **target)
+        finally:
+            thread.busy = busy
 
     def run(
         self, plan: _Plan, keyset: Any, added: Any, a: Tensor, b: Tensor, beta: Any, alpha: Any, out: Tensor | None
@@ -236,7 +242,7 @@ class _Watch(Registration):
     def call(self) -> Callable[..., Any]:
         def watch(keyset: Any, *args: Any, **kwargs: Any) -> Any:
             self.calls.add()
-            return self.below.call_boxed(keyset, *args, **kwargs)
+            return self.torch(keyset, *args, **kwargs)
 
         return watch
 
@@ -263,13 +269,16 @@ class Handle:
             self._before[registration] = registration.calls.value()
 
     def _install(self, keys: Iterable[str]) -> None:
+        import torch
+
         for key in keys:
             for suffix, ops in aten.FORMS.items():
                 for op in ops:
                     if op in self.ops:
                         self._acquire(op + suffix, key, functools.partial(_Site, op, suffix, key))
             for name in WATCHED:
-                self._acquire(name, key, functools.partial(_Watch, name, key))
+                if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):
+                    self._acquire(name, key, functools.partial(_Watch, name, key))
 
     def counter(self, site: _Site, by: str, reason: str) -> Callable[[], int]:
         key = (site.name, site.key, by, reason)

@@ -232,10 +232,12 @@ def test_half_precision_training_step():
         ("tensordot", "mm"),
         ("multi_dot", "mm"),
         ("addbmm", "addmm_"),
+        ("grouped", "mm.out"),
     ],
 )
 def test_what_torch_builds_on_them(name, reached):
     x, w, b = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5)
+    grouped = torch.randn(8, 16).bfloat16(), torch.randn(2, 16, 8).bfloat16()
     calls = {
         "linear": lambda: F.linear(x[0], w, b),
         "linear of a stack": lambda: F.linear(x, w, b),
@@ -250,6 +252,7 @@ def test_what_torch_builds_on_them(name, reached):
         "einsum": lambda: torch.einsum("bik,bjk->bij", x, x),
         "tensordot": lambda: torch.tensordot(x, w, ([2], [1])),
         "multi_dot": lambda: torch.linalg.multi_dot([x[0], w.t(), w]),
+        "grouped": lambda: torch._grouped_mm(*grouped, offs=torch.tensor([4, 8], dtype=torch.int32)),
         "addbmm": lambda: torch.addbmm(torch.ones(3, 3), x, x.mT),
     }
     plain = calls[name]()
@@ -298,6 +301,7 @@ LEFT_TO_TORCH = {
         "out has another shape than the result",
     ),
     "out is an input": (lambda: mm_into_itself(), "mm.out", "out may share memory with an input"),
+    "out over a row that is added": (lambda: add_row_of_out(), "addmm.out", "out may share memory with an input"),
     "in place of an input": (lambda: addmm_of_itself(), "addmm_", "out may share memory with an input"),
 }
 
@@ -310,6 +314,11 @@ def mm_into_itself():
 def add_shifted():
     x = torch.arange(12.0)
     return torch.addmm(x[1:10].view(3, 3), torch.eye(3), torch.ones(3, 3), out=x[:9].view(3, 3))
+
+
+def add_row_of_out():
+    x = torch.arange(12.0)
+    return torch.addmm(x[1:4], torch.eye(3), torch.ones(3, 3), out=x[:9].view(3, 3))
 
 
 def addmm_of_itself():
@@ -334,6 +343,42 @@ def test_added_in_place_may_be_what_is_added():
         torch.addmm(x, a, a, out=x)
         assert column(handle.report(), "addmm.out") == (1, {})
     assert torch.equal(x, 1 + a @ a)
+
+
+def test_calls_that_look_alike():
+    """One handle remembers what it chose; nothing that matters may be missing from what it remembers it by."""
+    a, b = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    dense = torch.randn(3, 3, dtype=torch.float64)
+    columns = dense[:, :1].expand(3, 3)
+    cases = [
+        (added, beta, alpha, own)
+        for added in (dense, dense[:1].expand(3, 3), columns, dense[0], dense[:1])
+        for beta, alpha in ((1, 1), (2, 1), (1, 2), (0, 1), (0, 2))
+        for own in (False, True)
+        if not own or (added.is_contiguous() and added.shape == (3, 3))
+    ]
+    with flagops.enable(backend="numpy") as handle:
+        for _ in range(2):
+            for added, beta, alpha, own in cases:
+                added = added.clone() if own else added
+                exact = beta * added + alpha * (a @ b)
+                out = added if own else torch.empty(3, 3, dtype=torch.float64)
+                torch.testing.assert_close(torch.addmm(added, a, b, beta=beta, alpha=alpha), exact)
+                torch.testing.assert_close(torch.addmm(added, a, b, beta=beta, alpha=alpha, out=out), exact)
+        assert handle.report().share == 1
+
+
+def test_outs_that_look_alike():
+    x = torch.arange(12.0)
+    with flagops.enable(backend="numpy") as handle:
+        torch.mm(x[4:8].view(2, 2), torch.eye(2), out=x[:4].view(2, 2))
+        assert column(handle.report(), "mm.out") == (1, {})
+        torch.mm(x[4:8].view(2, 2), torch.eye(2), out=x.as_strided((2, 2), (4, 1)))
+        assert column(handle.report(), "mm.out") == (1, {"out may share memory with an input": 1})
+        torch.mm(x[4:8].view(2, 2), torch.eye(2), out=x[:4].view(2, 2))
+        torch.mm(torch.eye(2), x[3:7].view(2, 2), out=x[:4].view(2, 2))
+        torch.addmm(x[3:5], torch.eye(2), torch.eye(2), out=x[4:8].view(2, 2).clone())
+        assert column(handle.report(), "mm.out") == (2, {"out may share memory with an input": 2})
 
 
 INVALID = {
@@ -680,7 +725,7 @@ def test_report():
     assert (report.calls, report.replaced, report.share) == (2, 1, 0.5)
     assert report.bypassed["scaled_dot_product_attention, fused"] == 1
     assert report.bypassed["LSTM layers in oneDNN"] == 1
-    assert report.bypassed["grouped products (mixture of experts)"] == 0
+    assert report.bypassed["products of int8 matrices"] == 0
     console = Console(width=120)
     with console.capture() as capture:
         console.print(report)
