@@ -385,7 +385,7 @@ def usable(device: str) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on: processor, threads, load, versions, and the instructions that torch's libraries may use."""
+    """What the numbers depend on: processor, load, threads, versions, and what instructions torch may use."""
     import torch
 
     facts: dict[str, Any] = {

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="untyped-decorator"
 """LLVM intrinsics for block formats: a code is an index into a small table of results that vector shuffles look up."""
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _lookup_bytes(builder: ir.IRBuilder, target: tuple[str, set[str]], table: An
     return result
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def decode_fp4(typingctx: Any, codes: Any, out: Any, table: Any, streaming: Any, tag: Any) -> Any:
     """Write the 32 results for the 16 bytes at `codes`; streaming stores need `out` aligned to 16 bytes.
 
@@ -103,7 +104,7 @@ def decode_fp4(typingctx: Any, codes: Any, out: Any, table: Any, streaming: Any,
     return types.void(types.int64, types.int64, types.int64, types.boolean, tag), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def decode_fp8(typingctx: Any, codes: Any, out: Any, count: Any, table: Any, streaming: Any, tag: Any) -> Any:
     """Write the results for `count` sign-magnitude bytes; streaming stores need `out` aligned to 64 bytes.
 
@@ -148,7 +149,7 @@ def decode_fp8(typingctx: Any, codes: Any, out: Any, count: Any, table: Any, str
     return types.void(types.int64, types.int64, types.int64, types.int64, types.boolean, tag), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def byte(typingctx: Any, address: Any) -> Any:
     """The byte at an address."""
 
@@ -158,7 +159,7 @@ def byte(typingctx: Any, address: Any) -> Any:
     return types.uint8(types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def fence(typingctx: Any) -> Any:
     """Order streaming stores before whatever tells another thread that they are done."""
 

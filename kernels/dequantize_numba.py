@@ -1,7 +1,11 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """FP4 and FP8 block formats on the CPU: all results of a scale stand in a table, and vector shuffles look them up."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -35,6 +39,8 @@ def fp4_dequantize(packed: Any, scale: Any, dtype: str, out: Any) -> None:
     out_row, out_column = (size * step for step in strides(out))
     target = pointer(out)
     streaming = out_column == size and rows * columns * size > _CACHED and not (target | out_row) % 16
+    if streaming:
+        _use_large_pages(target, rows * out_row)
     parallel(
         _fp4_rows, rows if columns else 0, pointer(packed), *strides(packed), pointer(scale), *strides(scale),
         target, out_row, out_column, columns // 32, pointer(_fp4_products(dtype)), size, streaming, tag,
@@ -50,6 +56,8 @@ def fp8_dequantize(weight: Any, scale: Any, block: tuple[int, int], dtype: str, 
     out_row, out_column = (size * step for step in strides(out))
     target = pointer(out)
     streaming = out_column == size and rows * columns * size > _CACHED and not (target | out_row | block[1] * size) % 64
+    if streaming:
+        _use_large_pages(target, rows * out_row)
     if dtype_name(scale) == "float32":
         coded, tables, unit = False, pointer(_E4M3), 4
     else:
@@ -60,6 +68,23 @@ def fp8_dequantize(weight: Any, scale: Any, block: tuple[int, int], dtype: str, 
         target, out_row, out_column, columns, coded, tables, size, streaming, tag,
         minimum=-(-_GRAIN // max(columns, 1)),
     )  # fmt: skip
+
+
+def _use_large_pages(address: int, size: int) -> None:
+    """Where a result is not in memory yet, fault it in by large pages: else that takes longer than the decoding."""
+    madvise = _madvise()
+    if madvise:
+        start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        madvise(start, max(0, address + size - start), mmap.MADV_HUGEPAGE)
+
+
+@cache
+def _madvise() -> Callable[..., int] | None:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
 
 
 @cache
