@@ -31,6 +31,7 @@ from ._simd import (
     store,
     vadd,
     vload,
+    vsplat,
     vstore,
     wide,
 )
@@ -39,6 +40,16 @@ TAGS = {"float16": np.int16(0), "bfloat16": np.uint16(0), "float32": np.float32(
 DOT_DEPTH, OUTER_DEPTH, STREAM_DEPTH = 512, 256, 16
 _L2, _WIDTH, _SERIAL = 512 << 10, 384, 1 << 19
 _ORIGIN = np.zeros((1, 3), np.int64)
+
+
+@jit
+def _clear(float_tag, target, count):
+    width, step = size(float_tag), lanes(float_tag)
+    zeros, whole = vsplat(float_tag), count - count % step
+    for i in range(0, whole, step):
+        vstore(float_tag, target + i * width, zeros)
+    for i in range(whole, count):
+        store(float_tag, target + i * width, float_tag)
 
 
 @jit
@@ -60,11 +71,9 @@ def pack(tag, source, row, column, rows, columns, target, ld, padded_rows, padde
                 store(float_tag, target + (r * ld + c) * width, load(tag, source + (r * row + c * column) * item))
     if padded_columns > columns:
         for r in range(rows):
-            for c in range(columns, padded_columns):
-                store(float_tag, target + (r * ld + c) * width, float_tag)
+            _clear(float_tag, target + (r * ld + columns) * width, padded_columns - columns)
     for r in range(rows, padded_rows):
-        for c in range(padded_columns):
-            store(float_tag, target + (r * ld + c) * width, float_tag)
+        _clear(float_tag, target + r * ld * width, padded_columns)
 
 
 @jit
@@ -85,12 +94,6 @@ def unpack(tag, source, ld, rows, columns, target, row, column, bias, bias_strid
             if bias != 0:
                 scalar += load(tag, bias + c * bias_stride * item)
             store(tag, goal + c * column * item, scalar)
-
-
-@jit
-def _clear(float_tag, target, count):
-    for i in range(count):
-        store(float_tag, target + i * size(float_tag), float_tag)
 
 
 @jit
@@ -116,7 +119,8 @@ def _dot(start, stop, tag, m, n, k, mc, nc, span, a, am, ak, b, bk, bn, c, cm, c
             left = a + (offsets[term, 0] + row * am + first * ak) * item
             right = b + (offsets[term, 1] + column * bn + first) * item
             padded = -(-depth // step) * step
-            pack(tag, left, am, ak, rows, depth, x, span, -(-rows // DOT_ROWS) * DOT_ROWS, padded)
+            padded_rows = -(-rows // DOT_ROWS) * DOT_ROWS if rows > 1 else 1
+            pack(tag, left, am, ak, rows, depth, x, span, padded_rows, padded)
             for j in range(0, columns, across):
                 valid = min(across, columns - j)
                 for at in range(0, depth, DOT_DEPTH):
@@ -166,7 +170,8 @@ def _outer(start, stop, tag, m, n, k, mc, nc, span, a, am, ak, b, bk, bn, c, cm,
             d = min(span, k - first)
             left = a + (offsets[term, 0] + row * am + first * ak) * item
             right = b + (offsets[term, 1] + column * bn + first * bk) * item
-            pack(tag, left, am, ak, rows, d, x, span, -(-rows // OUTER_ROWS) * OUTER_ROWS, d)
+            padded_rows = -(-rows // OUTER_ROWS) * OUTER_ROWS if rows > 1 else 1
+            pack(tag, left, am, ak, rows, d, x, span, padded_rows, d)
             for j in range(0, columns, wide_step):
                 valid = min(wide_step, columns - j)
                 w, into, add = right + j * bn * item, sums + j * width, part > 0
