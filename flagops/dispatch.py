@@ -92,7 +92,7 @@ def _signature(x: Any) -> Any:
     """What a plan may depend on; cheap, since every call computes it."""
     try:
         return type(x), x.dtype, x.shape, x.stride(), x.device, x.requires_grad, x.is_neg()
-    except AttributeError:
+    except (AttributeError, RuntimeError):  # no tensor, or one without strides
         if arrays.is_numpy(x):
             return type(x), x.dtype, x.shape, x.strides, x.flags.writeable, x.flags.aligned
         return tuple(x) if isinstance(x, list) else x

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
+
+from flagops.backends import missing
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table. Cells may hold several lines."""
     cells = [[str(cell) for cell in row] for row in rows]
-    if find_spec("rich") is not None:
+    if missing("rich") is None:
         from rich import box
         from rich.console import Console
         from rich.table import Table

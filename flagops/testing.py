@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flagops import arrays, registry
+from flagops.backends import missing
 from flagops.errors import Unsupported
 from flagops.operator import Dims, Operator, Tensor
 
@@ -382,9 +383,7 @@ def check(
     def choose(options: Sequence[T]) -> T:
         return options[int(rng.integers(0, len(options)))]
 
-    kinds = [k for k in ("torch", "numpy") if registry.backend(backend).refuses(_sample(k)) is None]
-    if not kinds:
-        raise Unsupported(registry.backend(backend).refuses(_sample("torch")) or "takes neither kind of array")
+    kinds = kinds_of(backend)
     ran, refused = 0, dict[str, int]()
     for _ in range(examples):
         case = draw_case(op, choose, sizes, kinds)
@@ -396,6 +395,15 @@ def check(
         except Unsupported as reason:
             refused[str(reason)] = refused.get(str(reason), 0) + 1
     return ran, refused
+
+
+def kinds_of(backend: str) -> list[str]:
+    """The kinds of array that a backend takes on the CPU."""
+    present = ("numpy",) if missing("torch") else ("torch", "numpy")
+    taken = [k for k in present if registry.backend(backend).refuses(as_kind(np.zeros(1, np.float32), k)) is None]
+    if not taken:
+        raise Unsupported(f"{backend} takes no array on the CPU")
+    return taken
 
 
 def touch(op: Operator, backend: str) -> Iterator[int]:
@@ -416,10 +424,6 @@ def touch(op: Operator, backend: str) -> Iterator[int]:
                 yield 1
             except Unsupported:
                 continue
-
-
-def _sample(kind: str) -> Any:
-    return as_kind(np.zeros(1, np.float32), kind)
 
 
 __all__ = ["Case", "assert_bits", "assert_facts", "assert_parity", "check", "compare", "draw_case", "workload"]

@@ -18,7 +18,7 @@ def _interpreted(backend):
 def _hold(kernel, judge, examples=100):
     operator, backend = registry.operator(kernel[0]), kernel[1]
     sizes = testing.SMALL_SIZES if _interpreted(backend) else testing.SIZES
-    kinds = [k for k in ("torch", "numpy") if not registry.backend(backend).refuses(testing.as_kind(np.zeros(1), k))]
+    kinds = testing.kinds_of(backend)
     ran = 0
 
     @settings(max_examples=examples // 5 if _interpreted(backend) else examples, suppress_health_check=list(HealthCheck))

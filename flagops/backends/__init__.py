@@ -6,8 +6,22 @@ library only inside its methods: asking for `flagops doctor` must not load, or f
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
+
+
+@cache
+def missing(library: str) -> str | None:
+    """Why a library cannot be used, or None once it is imported. A broken installation may raise anything."""
+    try:
+        importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        return f"{error.name or library} is not installed (pip install {error.name or library})"
+    except Exception as error:
+        return f"{library} does not import: {type(error).__name__}: {error}"
+    return None
 
 
 class Backend(Protocol):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arrays import is_numpy, is_torch
+from . import missing
 
 log = logging.getLogger("flagops")
 
@@ -34,10 +35,10 @@ class _Numba:
 
     @cache  # noqa: B019  (one instance per process)
     def unavailable(self) -> str | None:
-        try:
-            available = features()
-        except Exception as error:
-            return f"numba cannot be imported: {error}"
+        reason = missing("numba")
+        if reason:
+            return reason
+        available = features()
         if "+sse2" in available and "+f16c" not in available:
             return "the processor has no float16 conversions (F16C)"
         return None

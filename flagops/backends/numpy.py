@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from flagops import arrays
+from flagops.backends import missing
 
 if TYPE_CHECKING:
     from flagops.operator import Operator
@@ -30,16 +29,15 @@ class _Numpy:
         )
         return kernel
 
-    @functools.cache  # noqa: B019 - one instance, for the life of the process
     def unavailable(self) -> str | None:
-        for library in ("numpy", "ml_dtypes"):
-            if find_spec(library) is None:
-                return f"{library} is not installed (pip install {library})"
-        return None
+        return missing("numpy") or missing("ml_dtypes")
 
     def refuses(self, array: Any) -> str | None:
-        on_cpu = arrays.is_numpy(array) or array.device.type == "cpu"
-        return None if on_cpu else f"the tensor is on {array.device}, NumPy works on the CPU"
+        if arrays.is_numpy(array):
+            return None
+        if array.device.type != "cpu":
+            return f"the tensor is on {array.device}, NumPy works on the CPU"
+        return None if str(array.layout) == "torch.strided" else f"takes strided tensors, not {array.layout}"
 
     def facts(self) -> dict[str, str]:
         import ml_dtypes

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from importlib.util import find_spec
 from typing import Any
 
 from flagops import arrays
+from flagops.backends import missing
 
 
 class _Torch:
@@ -14,18 +13,13 @@ class _Torch:
     kernels = "flagops.kernels"
     dispatch_keys = ("CPU", "CUDA", "PrivateUse1")
 
-    @functools.cache  # noqa: B019 - one instance, for the life of the process
     def unavailable(self) -> str | None:
-        if find_spec("torch") is None:
-            return "torch is not installed (pip install torch)"
-        try:
-            import torch  # noqa: F401
-        except Exception as error:  # a broken installation raises anything; it is the reason that doctor shows
-            return f"torch failed to import: {type(error).__name__}: {error}"
-        return None
+        return missing("torch")
 
     def refuses(self, array: Any) -> str | None:
-        return None if arrays.is_torch(array) else "takes torch tensors"
+        if not arrays.is_torch(array):
+            return "takes torch tensors"
+        return None if str(array.layout) == "torch.strided" else f"takes strided tensors, not {array.layout}"
 
     def facts(self) -> dict[str, str]:
         import torch

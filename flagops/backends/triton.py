@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from functools import cache
 from typing import Any
 
 from flagops.arrays import is_torch
+from flagops.backends import missing
 
 
 def _interpreting() -> bool:
@@ -17,20 +17,19 @@ def _interpreting() -> bool:
 @cache
 def _device(interpreting: bool) -> tuple[str, str | None]:
     """The kind of device whose tensors the kernels take, and why there is none."""
-    try:
-        if importlib.util.find_spec("triton") is None:
-            return "", "triton is not installed"
-        if importlib.util.find_spec("torch") is None:
-            return "", "torch is not installed"
-        import triton
+    reason = missing("torch") or missing("triton")
+    if reason:
+        return "", reason
+    import triton
 
-        if interpreting:
-            return "cpu", None
-        if not triton.backends.backends or not any(b.driver.is_active() for b in triton.backends.backends.values()):
+    if interpreting:
+        return "cpu", None
+    try:
+        if not any(b.driver.is_active() for b in triton.backends.backends.values()):
             return "", "triton needs a GPU, or TRITON_INTERPRET=1 to run its interpreter on the CPU"
         return str(triton.runtime.driver.active.get_active_torch_device().type), None
-    except Exception as error:  # a broken installation is a reason, whatever it raises
-        return "", f"triton does not load: {type(error).__name__}: {error}"
+    except Exception as error:  # a broken driver is a reason, whatever it raises
+        return "", f"triton finds no device: {type(error).__name__}: {error}"
 
 
 class _Triton:

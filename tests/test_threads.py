@@ -1,0 +1,127 @@
+"""Kernels in forked children, under concurrent callers, and on as many threads as torch allows. In subprocesses: a crash
+must be a failed test, not the end of the run."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+SETUP = """
+import os, sys, threading
+import torch, flagops
+a, b = torch.randn(257, 300), torch.randn(300, 129)
+packed, scale = (torch.randint(0, 127, s, dtype=torch.uint8) for s in ((300, 64), (300, 4)))
+q, kv, indices = torch.randn(1, 40, 4, 32), torch.randn(1, 64, 32), torch.randint(-1, 64, (1, 40, 50))
+calls = {
+    "matmul": lambda: flagops.matmul(a, b, backend="numba"),
+    "linear": lambda: flagops.linear(a, b.T, backend="numba"),
+    "fp4_dequantize": lambda: flagops.fp4_dequantize(packed, scale, backend="numba"),
+    "fp8_dequantize": lambda: flagops.fp8_dequantize(packed, scale[:3, :1], backend="numba"),
+    "sparse_attention": lambda: flagops.sparse_attention(q, kv, None, indices, 0.2, backend="numba"),
+}
+expected = {name: call() for name, call in calls.items()}
+def same(name):
+    return torch.equal(calls[name](), expected[name])
+"""
+
+
+def run(script, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP + textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_computes():
+    run("""
+        pid = os.fork()
+        if pid == 0:
+            ok = all(same(name) for name in calls)
+            alone = threading.active_count() == 1
+            os._exit(0 if ok and alone else 1)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert all(same(name) for name in calls)
+    """)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_data_loader_workers_compute():
+    run("""
+        class Set(torch.utils.data.Dataset):
+            def __len__(self): return 8
+            def __getitem__(self, i): return calls["matmul"]()
+        for batch in torch.utils.data.DataLoader(Set(), batch_size=4, num_workers=2, multiprocessing_context="fork"):
+            assert torch.equal(batch[0], expected["matmul"])
+    """)
+
+
+def test_four_concurrent_threads():
+    run("""
+        wrong = []
+        def work():
+            for _ in range(25):
+                wrong.extend(name for name in calls if not same(name))
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        [t.start() for t in threads]; [t.join() for t in threads]
+        assert not wrong, wrong
+    """)
+
+
+def test_the_first_calls_may_be_concurrent():
+    """No call has compiled anything yet, and the cache is empty."""
+    run(
+        """
+        wrong = []
+        fresh = torch.randn(33, 65, dtype=torch.float64), torch.randn(65, 17, dtype=torch.float64)
+        def work():
+            got = flagops.matmul(*fresh, backend="numba")
+            wrong.extend([] if torch.allclose(got, fresh[0] @ fresh[1]) else [1])
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        [t.start() for t in threads]; [t.join() for t in threads]
+        assert not wrong
+        """
+    )
+
+
+def test_set_num_threads_is_obeyed():
+    run("""
+        torch.set_num_threads(1)
+        before = threading.active_count()
+        from flagops.backends import numba
+        used = set()
+        def note(start, stop):
+            used.add(threading.get_ident())
+        numba.parallel(note, 64)
+        assert used == {threading.get_ident()}, used
+        assert all(same(name) for name in calls)
+        torch.set_num_threads(2)
+        assert all(same(name) for name in calls)
+    """)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    run("""
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert all(same(name) for name in calls), threads
+    """)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    folder = tmp_path / "file"
+    folder.write_text("in the way")
+    run("assert all(same(name) for name in calls)", FLAGOPS_CACHE=str(folder))
+
+
+def test_the_cache_is_where_it_is_said_to_be(tmp_path):
+    run("assert same('matmul')", FLAGOPS_CACHE=str(tmp_path))
+    assert list(tmp_path.rglob("*.nbi"))
