@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from flagops import config
 from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
@@ -51,10 +52,10 @@ def sparse_attention(q: Any, kv: Any, sink: Any, indices: Any, scale: float, out
     tasks, count = batch * length, threads()
     if not tasks * heads * width:
         return
+    room = config.budget() // (4 * count) // (16 * width + 1) - _KEYS
+    together = min(_HEADS, heads, max(OUTER_ROWS, room))
     if tasks < count:
-        together = min(_HEADS, -(-heads * tasks // (count * OUTER_ROWS)) * OUTER_ROWS)
-    else:
-        together = min(_HEADS, heads)
+        together = min(together, -(-heads * tasks // (count * OUTER_ROWS)) * OUTER_ROWS)
     splits = -(-heads // together)
     parallel(
         _queries, tasks * splits, TAGS[dtype_name(q)], length, heads, width, kv.shape[1], indices.shape[2], together,
