@@ -13,15 +13,14 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from flagops import registry
 from flagops.config import names
 from flagops.errors import Unsupported, suggestion
 from flagops.report import Report, Row
-
-if TYPE_CHECKING:
-    import torch
 
 OPS = ("sparse_attention", "grouped_output_projection")
 NAME = "flagops"
@@ -41,14 +40,16 @@ def patch(model: Any, ops: str | Sequence[str] = OPS, backend: str | Sequence[st
     What flagops cannot take (a mask that is more than visible or not, dropout, a recorded attention) runs as before
     and is counted with its reason. Training works; a deep copy stays patched until the same handle is disabled.
 
-    Raises TypeError for a model that holds no DeepSeek-V4 attention, ValueError for an unknown operator or backend.
+    Raises TypeError for a model that holds no DeepSeek-V4 attention, ValueError for an unknown operator or backend, and
+    Unsupported for a backend that cannot run here.
     """
     chosen = names(ops)
     for op in chosen:
         if op not in OPS:
             raise ValueError(f"patch: {op!r} is no operator of DeepSeek-V4 that can be replaced{suggestion(op, OPS)}")
-    for name in () if backend is None else names(backend):
-        registry.backend(name)
+    reasons = {name: registry.backend(name).unavailable() for name in names(backend or ())}
+    if reasons and all(reasons.values()):
+        raise Unsupported("patch: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
     modeling = sys.modules.get(_MODELING)  # not loaded: the model cannot be one of its classes
     modules = getattr(model, "modules", tuple)
     layers = [m for m in modules() if isinstance(m, modeling.DeepseekV4Attention)] if modeling else []
@@ -166,13 +167,11 @@ class _Layer:
     def foreign(self) -> str | None:
         """Why the output projection is not transformers' own plain one, or None."""
         modeling = sys.modules[_MODELING]
-        from torch import nn
-
         for module, plain, ours in (
             (self.first, modeling.DeepseekV4GroupedLinear, self.hand_on),
-            (self.second, nn.Linear, self.project),
+            (self.second, torch.nn.Linear, self.project),
         ):
-            if type(module) is not plain or type(module.weight) is not nn.Parameter or module.bias is not None:
+            if type(module) is not plain or type(module.weight) is not torch.nn.Parameter or module.bias is not None:
                 return f"the output projection holds a {type(module).__name__} that is no plain {plain.__name__}"
             if module.__dict__.get("forward", ours) != ours:
                 return f"somebody else has bound the forward of a {plain.__name__}"
@@ -182,6 +181,7 @@ class _Layer:
         """Stands for o_a_proj: `project` computes both products."""
         return grouped
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def project(self, o: torch.Tensor) -> Any:
         """Stands for o_b_proj, on the attention output with its heads flattened."""
         first, second = self.first, self.second
@@ -210,8 +210,6 @@ def visible_indices(mask: torch.Tensor) -> torch.Tensor | None:
 
     None when the mask holds anything but 0 and, for a hidden key, -inf or the least finite number.
     """
-    import torch
-
     visible = mask == 0
     if not bool((visible | (mask <= torch.finfo(mask.dtype).min)).all()):
         return None
@@ -222,6 +220,7 @@ def visible_indices(mask: torch.Tensor) -> torch.Tensor | None:
     return indices
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention_forward(
     module: Any,
     query: torch.Tensor,
@@ -264,18 +263,18 @@ def _arguments(
         return "no mask came (is the mask function registered under the same name?)"
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[-1] != key.shape[2]:
         return f"a mask of shape {tuple(mask.shape)} for keys of shape {tuple(key.shape)}"
+    if query.dtype != key.dtype:
+        return f"query and keys mix {query.dtype} and {key.dtype}"
     indices = visible_indices(mask[:, 0])
     if indices is None:
         return "the mask is more than visible or hidden"
     q = query.transpose(1, 2)
-    sink = module.sinks.double() if "float64" in str(q.dtype) else module.sinks.float()
+    sink = module.sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     return q, key[:, 0], sink, indices.expand(q.shape[0], -1, -1), scaling
 
 
 def _backend(op: str, arguments: tuple[Any, ...], backend: str | Sequence[str] | None) -> str:
     """The backend that a call just made has run on: its plan is remembered."""
-    import torch
-
     from flagops import dispatch
 
     operator = registry.operator(op)

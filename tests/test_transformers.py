@@ -260,10 +260,37 @@ def test_autocast_is_left_to_transformers_where_it_casts_weights(model):
         expected = logits(model, ids)
         with flagops.patch(model, ops="grouped_output_projection") as handle:
             got = logits(model, ids)
+        with flagops.patch(model, ops="sparse_attention", backend="torch") as attention:
+            logits(model, ids)
     assert torch.equal(got, expected)
     (reason,) = rows(handle)["grouped_output_projection"].passed
     assert "torch.bfloat16" in reason
     assert "torch.float32" in reason
+    assert rows(attention)["sparse_attention"].replaced == {"torch": LAYERS}
+
+
+def test_compiled(model):
+    """The compiler leaves the replaced operators out of its graphs, and sees a patch come and go."""
+    ids = tokens(24)
+    expected = logits(model, ids)
+    twin = small_deepseek_v4()
+    twin.model.layers[1].self_attn.compile(backend="eager")
+    with flagops.patch(twin, backend="torch") as handle:
+        torch.testing.assert_close(logits(twin, ids, use_cache=False), expected, rtol=0, atol=BOUND)
+        assert handle.report().replaced == 2 * LAYERS
+    assert torch.equal(logits(twin, ids, use_cache=False), expected)
+    assert handle.report().calls == 2 * LAYERS
+
+
+def test_a_backend_that_cannot_run(model, monkeypatch):
+    from flagops import registry
+
+    monkeypatch.setattr(type(registry.backend("triton")), "unavailable", lambda self: "no GPU today")
+    before = state(model)
+    with pytest.raises(flagops.Unsupported, match="triton: no GPU today"):
+        flagops.patch(model, backend="triton")
+    assert state(model) == before
+    flagops.patch(model, backend=("triton", "torch")).disable()
 
 
 def test_a_backend_without_a_kernel_is_counted(model, monkeypatch):
