@@ -23,6 +23,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # it would turn the kernels into Pytho
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 FP4_TILE, FP8_TILE = (
@@ -56,6 +57,10 @@ class Entry:
     """The one tile of a kernel without a table."""
     widest: int = 1 << 30
     """Leave out tiles whose SLICE is wider."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.kernel}"
 
     def tiles(self, kind: str, dtype: str) -> Iterable[dict[str, Any]]:
         """The module's own table: ``TILES[device][dtype class]``, a list of meta-parameters and launch options."""
@@ -173,7 +178,7 @@ def _ptxas(ptx: str) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={architecture}", file.name, "-o", os.devnull]
+        command = [get_ptxas(90).path, "-v", f"--gpu-name={architecture}", file.name, "-o", os.devnull]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     return int(re.search(r"Used (\d+) registers", log).group(1)), max(map(int, spilled.groups()))
@@ -199,7 +204,7 @@ def compile_row(entry: Entry, dtype: str, target: str, tile: dict[str, Any]) -> 
         found = re.search(r"v_mfma_\w+", compiled.asm["amdgcn"])
     matrix = found.group(0).replace(".sync.aligned", "") if found else "-"
     return Row(
-        f"{entry.module}.{entry.kernel}",
+        entry.name,
         entry.label,
         dtype,
         target,
@@ -216,7 +221,7 @@ def rows(only: str = "") -> Iterator[Row]:
         for target, (_, kind, _) in TARGETS.items():
             for dtype in entry.dtypes:
                 for tile in entry.tiles(kind, dtype):
-                    blank = Row(f"{entry.module}.{entry.kernel}", entry.label, dtype, target, tile, 0, 0, 0, "")
+                    blank = Row(entry.name, entry.label, dtype, target, tile, 0, 0, 0, "")
                     if only in blank.name:
                         yield compile_row(entry, dtype, target, tile)[0]
 

@@ -1,0 +1,160 @@
+"""What only Triton can get wrong: the interpreter's raw bits of bfloat16, the compiled code's registers, launching."""
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flagops import registry
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter has this trap")
+ROUNDOFF = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24, torch.float64: 2**-53}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _kernel(name):
+    return importlib.import_module(f"flagops.kernels.{registry.operator(name).family}_triton")
+
+
+COMPILE = """
+import json, sys
+sys.path.insert(0, "benchmarks")
+import triton_compile as compiler
+
+primary = {
+    "product_kernel linear bfloat16 sm_90 BM=128 BN=256": "wgmma",
+    "product_kernel linear bfloat16 sm_90 BM=16": "mma",
+    "attention_kernel one pass bfloat16 sm_90 BH=64 BK=32 CHUNK=512": "wgmma",
+    "fp4_kernel contiguous bfloat16 sm_90": "",
+    "fp8_kernel e8m0 bfloat16 sm_90": "",
+}
+found = []
+for entry in compiler.ENTRIES:
+    for dtype in entry.dtypes:
+        for tile in entry.tiles("cuda", dtype):
+            name = compiler.Row(entry.name, entry.label, dtype, "sm_90", tile, 0, 0, 0, "").name
+            for part, instruction in primary.items():
+                if part in name:
+                    row, compiled = compiler.compile_row(entry, dtype, "sm_90", tile)
+                    found.append({**vars(row), "expected": instruction, "flushes": ".ftz.f32" in compiled.asm["ptx"]})
+print(json.dumps(found))
+"""
+
+
+def test_compiled_for_sm_90_products_run_on_bf16_tensor_cores_and_nothing_spills():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = json.loads(run.stdout.splitlines()[-1])
+    assert len(rows) == 5
+    for row in rows:
+        assert row["spilled"] == 0, row
+        assert row["shared"] <= 227 << 10, row
+        if row["expected"]:
+            assert row["matrix"].startswith(row["expected"]), row
+            assert ".bf16.bf16" in row["matrix"], row
+        else:
+            assert not row["flushes"], f"a dequantised subnormal would become zero: {row}"
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", ROUNDOFF, ids=str)
+def test_interpreter_multiplies_values_not_bits(dtype):
+    generator = torch.Generator().manual_seed(7)
+    a = torch.randn(33, 65, generator=generator, dtype=torch.float64).to(dtype)
+    b = torch.randn(65, 17, generator=generator, dtype=torch.float64).to(dtype)
+    out = torch.empty(33, 17, dtype=dtype)
+    _kernel("matmul").matmul(a, b, out)
+    exact, sums = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    accumulator = min(ROUNDOFF[dtype], 2**-24)
+    assert ((out.double() - exact).abs() <= ROUNDOFF[dtype] * exact.abs() + 66 * accumulator * sums).all()
+
+
+@interpreted
+def test_interpreter_rounds_to_nearest_even():
+    """Halfway cases, subnormals, overflow, NaN and both zeros through one product with 1."""
+    bits = [0x3F808000, 0x3F818000, 0x3F808001, 0x00008000, 0x00018000, 0x7F7FFFFF, 0x80000000, 0x7FC00001]
+    bits = np.array(bits, np.uint32)
+    scale = torch.from_numpy(np.concatenate([bits, bits ^ 0x80000000]).view(np.float32))[None]
+    weight = torch.full((1, 16), 0x38, dtype=torch.uint8)  # 1 in e4m3
+    out = torch.empty(1, 16, dtype=torch.bfloat16)
+    _kernel("fp8_dequantize").fp8_dequantize(weight, scale, (1, 1), "bfloat16", out)
+    expected = scale.to(torch.bfloat16)
+    same = (out.view(torch.int16) == expected.view(torch.int16)) | (out.isnan() & expected.isnan())
+    assert same.all(), (out, expected)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_a_split_sum_equals_the_whole_one(dtype, monkeypatch):
+    module = _kernel("linear")
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randint(-1, 2, (2, 3, 2100), generator=generator).to(DEVICE, dtype)
+    weight = torch.randint(-1, 2, (17, 2100), generator=generator).to(DEVICE, dtype)
+    bias = torch.arange(17).to(dtype).to(DEVICE)
+    parts = []
+    launch = module.launch
+
+    def noting(kernel, grid, *rest, **options):
+        parts.append(grid)
+        launch(kernel, grid, *rest, **options)
+
+    monkeypatch.setattr(module, "launch", noting)
+    monkeypatch.setattr(module, "processors", lambda device: 64)
+    out = torch.empty(17, 3, 2, dtype=dtype, device=DEVICE).permute(2, 1, 0)
+    module.linear(x, weight, bias, out)
+    assert len(parts) == 2
+    assert parts[0][1] > 1, "the sum was not split"
+    assert torch.equal(out, (x.double() @ weight.double().T + bias.double()).to(dtype))
+
+
+@pytest.mark.parametrize("sink", (None, 0.5, float("-inf"), float("inf")), ids=str)
+def test_attention_over_split_keys_equals_attention_in_one_pass(sink, monkeypatch):
+    module = _kernel("sparse_attention")
+    generator = torch.Generator().manual_seed(5)
+    q = torch.randn(1, 2, 3, 33, generator=generator, dtype=torch.float64).to(DEVICE)
+    kv = torch.randn(1, 130, 33, generator=generator, dtype=torch.float64).to(DEVICE)
+    indices = torch.randint(-1, 130, (1, 2, 520), generator=generator).to(DEVICE)
+    indices[:, 1] = -1
+    sinks = None if sink is None else torch.full((3,), sink, dtype=torch.float64, device=DEVICE)
+    whole, split = torch.empty_like(q), torch.empty_like(q)
+    monkeypatch.setattr(module, "processors", lambda device: 1)
+    module.sparse_attention(q, kv, sinks, indices, 0.17, whole)
+    monkeypatch.setattr(module, "processors", lambda device: 64)
+    module.sparse_attention(q, kv, sinks, indices, 0.17, split)
+    assert torch.allclose(whole, split, rtol=1e-13, atol=1e-15)
+    assert not split[:, 1].any()
+    assert bool(split[:, 0].any()) is (sink != float("inf"))
+
+
+def test_absent_and_foreign_rows_are_never_read():
+    """Rows that no index names hold NaN; one reads them only by mistake."""
+    module = _kernel("sparse_attention")
+    q = torch.ones(1, 1, 2, 17, device=DEVICE)
+    kv = torch.full((1, 5, 17), float("nan"), device=DEVICE)
+    kv[0, 3] = 2.0
+    indices = torch.tensor([[[-1, 3, 9, -7, 2**31 - 1, -1]]], dtype=torch.int32, device=DEVICE)
+    out = torch.empty_like(q)
+    module.sparse_attention(q, kv, None, indices, 1.0, out)
+    assert torch.equal(out, torch.full_like(out, 2.0))
+
+
+def test_the_descriptor_names_a_reason_and_loads_nothing():
+    code = (
+        "import sys; from flagops.backends.triton import backend; assert 'triton' not in sys.modules; "
+        "reason = backend.unavailable(); import torch, numpy; "
+        "assert (reason is None) == torch.cuda.is_available(), reason; "
+        "assert reason is None or 'TRITON_INTERPRET' in reason; "
+        "assert backend.refuses(numpy.zeros(1)) == 'takes torch tensors'; assert backend.refuses(torch.zeros(1))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
