@@ -352,7 +352,7 @@ def test_calls_that_look_alike():
     columns = dense[:, :1].expand(3, 3)
     cases = [
         (added, beta, alpha, own)
-        for added in (dense, dense[:1].expand(3, 3), columns, dense[0], dense[:1])
+        for added in (dense[:1].expand(3, 3), dense, columns, dense[0], dense[:1])
         for beta, alpha in ((1, 1), (2, 1), (1, 2), (0, 1), (0, 2))
         for own in (False, True)
         if not own or (added.is_contiguous() and added.shape == (3, 3))
@@ -366,6 +366,9 @@ def test_calls_that_look_alike():
                 torch.testing.assert_close(torch.addmm(added, a, b, beta=beta, alpha=alpha), exact)
                 torch.testing.assert_close(torch.addmm(added, a, b, beta=beta, alpha=alpha, out=out), exact)
         assert handle.report().share == 1
+        for dtype in (torch.float64, torch.float32, torch.long):
+            assert torch.mm(a.to(dtype), b.to(dtype)).dtype == dtype
+        assert column(handle.report(), "mm")[1] == {"dtype int64": 1}
 
 
 def test_outs_that_look_alike():
@@ -496,13 +499,13 @@ def test_temporaries_stay_in_the_budget():
 def test_settings_of_a_block_choose_the_backend():
     x = torch.randn(3, 4).bfloat16()
     with flagops.enable() as handle:
-        with flagops.using(backend="numpy"):
-            x @ x.t()
-        with flagops.using(backend="torch"):
-            x @ x.t()
-        (row,) = handle.report().rows
-    assert row.replaced == {"matmul/numpy": 1}
-    assert row.passed == {"torch's own kernel is the choice": 1}
+        for backend in ("numpy", "torch"):
+            with flagops.using(backend=backend):
+                x @ x.t()
+                F.linear(x, x, x[:, 0])
+        rows = handle.report().rows
+    assert [row.replaced for row in rows] == [{"matmul/numpy": 1}, {"linear/numpy": 1}]
+    assert [row.passed for row in rows] == [{"torch's own kernel is the choice": 1}] * 2
 
 
 # handles
@@ -526,6 +529,23 @@ def test_handles_end_in_any_order(order):
     assert kernels() == PLAIN
     assert torch.equal(x @ y, plain)
     assert sum(handle.report().calls for handle in handles) == 3
+
+
+def test_the_newest_handle_decides_at_once():
+    x = torch.eye(2)
+    with flagops.enable(backend="numpy") as first:
+        x @ x
+        with flagops.enable(backend=BACKENDS[0]) as second:
+            x @ x
+        x @ x
+    assert (first.report().calls, second.report().calls) == (2, 1)
+
+
+def test_what_torchs_kernels_call_is_not_counted():
+    integers = torch.eye(2, dtype=torch.long)
+    with flagops.enable(backend="numpy") as handle:
+        torch.mv(integers, integers[0])
+        assert [(row.op, row.calls) for row in handle.report().rows] == [("aten::mv", 1)]
 
 
 def test_handles_of_different_operators():
