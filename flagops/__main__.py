@@ -20,7 +20,7 @@ LIBRARIES = ("numpy", "ml_dtypes", "torch", "numba", "triton", "transformers", "
 
 def doctor(args: argparse.Namespace) -> int:
     """Versions, devices, and each backend available or why not."""
-    backends = {}
+    backends: dict[str, dict[str, Any]] = {}
     for name in registry.backend_names():
         reason = registry.backend(name).unavailable()
         facts = registry.backend(name).facts() if reason is None else {}
@@ -30,7 +30,7 @@ def doctor(args: argparse.Namespace) -> int:
         for name, value in vars(config.current()).items()
         if f"FLAGOPS_{name.upper()}" in os.environ
     }
-    report = {
+    report: dict[str, Any] = {
         "flagops": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -44,7 +44,7 @@ def doctor(args: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
         return 0
     print(f"flagops {__version__}, Python {report['python']}, {report['platform']}, {report['cpu']}")
-    print("libraries: " + ", ".join(f"{n} {v or 'missing'}" for n, v in report["libraries"].items()))  # type: ignore[attr-defined]
+    print("libraries: " + ", ".join(f"{n} {v or 'missing'}" for n, v in report["libraries"].items()))
     print(f"compiled kernels are kept in {report['cache']}")
     print("settings: " + (", ".join(f"{n}={v}" for n, v in settings.items()) or "none in the environment"))
     rows = [
@@ -73,7 +73,7 @@ def _cpu() -> str:
 
 def ops(args: argparse.Namespace) -> int:
     """The coverage table: operator x backend, what its kernel declares and what is tested."""
-    names = [name for name in registry.backend_names()]
+    names = registry.backend_names()
     table = {op: {name: _coverage(op, name) for name in names} for op in registry.operators()}
     if args.json:
         print(json.dumps(table, indent=2))

@@ -1,7 +1,7 @@
 """Picks a kernel for a call and can always say why.
 
 A call whose dtypes, shapes, strides and devices were seen before runs a remembered plan; otherwise the operator binds
-and validates the arguments, and the backends are asked in order. What was chosen and refused is counted and logged once.
+and validates the arguments, and the backends are asked in order. Choices and refusals are counted, and logged once.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def execute(plan: Plan, args: Sequence[Any]) -> Any:
         from flagops import torch_ops
 
         return torch_ops.invoke(operator, args, plan.backend)
-    if plan.check_values:
+    if plan.check_values and operator.values:
         problem = operator.values(*args[:-1])
         if problem:
             raise ValueError(f"{operator.name}: {problem}")
@@ -298,7 +298,7 @@ def _log_once(level: int, *event: str) -> None:
 @functools.cache
 def _order_table() -> Mapping[str, Mapping[str, Sequence[str]]]:
     table = json.loads((Path(__file__).parent / "order.json").read_text())
-    return table  # type: ignore[no-any-return]
+    return table
 
 
 def default_order(operator: Operator, bound: Bound, x: Any) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Lists of the keys that each query sees, for `sparse_attention` in DeepSeek-V4's layers.
 
-Keys of a prefill are the raw rows of all its tokens, then the compressed entries. Keys of a decode step are the ring of
-the last ``window`` positions (position p in slot ``p % window``), then the compressed entries. Source: the index builders
-of DeepSeek-V4's inference code.
+Keys of a prefill are the raw rows of all its tokens, then the compressed entries. Keys of a decode step are the ring
+of the last ``window`` positions (position p in slot ``p % window``), then the compressed entries. Source: the index
+builders of DeepSeek-V4's inference code.
 """
 
 from __future__ import annotations

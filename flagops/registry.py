@@ -11,7 +11,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,7 +66,7 @@ def kernel(
     return declare
 
 
-@lru_cache(maxsize=1)
+@cache
 def operators() -> Mapping[str, Operator]:
     """Every operator by name."""
     from flagops.operator import Operator
@@ -86,7 +86,7 @@ def operator(name: str) -> Operator:
     return operators()[name]
 
 
-@lru_cache(maxsize=1)
+@cache
 def backend_names() -> tuple[str, ...]:
     """The built-in backends, then those that installed packages offer."""
     others = {entry.name for entry in entry_points(group="flagops.backends")} - set(BUILT_IN)
@@ -96,7 +96,7 @@ def backend_names() -> tuple[str, ...]:
 class _Broken:
     """Stands for a backend whose descriptor cannot be loaded; the error is its reason."""
 
-    kernels = ""
+    kernels: str | Callable[[Any], Callable[..., None] | None] = ""
     dispatch_keys: tuple[str, ...] = ()
 
     def __init__(self, name: str, reason: str) -> None:
@@ -115,7 +115,7 @@ class _Broken:
         pass
 
 
-@lru_cache(maxsize=None)
+@cache
 def backend(name: str) -> Backend:
     """The descriptor of a backend; a ValueError that suggests the right name if there is none."""
     if name not in backend_names():
@@ -129,12 +129,12 @@ def backend(name: str) -> Backend:
             found = getattr(loaded, "backend", loaded)
         if found.name != name:
             return _Broken(name, f"its descriptor calls itself {found.name!r}")
-        return found  # type: ignore[no-any-return]
+        return found
     except Exception as error:  # somebody else's package: whatever it raises is the reason that doctor shows
         return _Broken(name, f"its descriptor failed to load: {type(error).__name__}: {error}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def find(operator_name: str, backend_name: str) -> Kernel:
     """The kernel of an operator for a backend. Raises Unsupported with the reason if there is none."""
     op, owner = operator(operator_name), backend(backend_name)
@@ -185,7 +185,7 @@ def _same_parameters(function: Callable[..., Any], expected: tuple[str, ...]) ->
         )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _module(name: str) -> ModuleType | None:
     try:
         if find_spec(name) is None:

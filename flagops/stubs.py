@@ -1,4 +1,7 @@
-"""Writes ``flagops/__init__.pyi`` from the cards, so that lazily loaded names stay typed: ``python -m flagops.stubs``."""
+"""Writes ``flagops/__init__.pyi`` from the cards, so that lazily loaded names stay typed.
+
+``python -m flagops.stubs`` does it.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,8 @@ def declaration(operator: Operator) -> str:
             kind = "Array | None" if optional else "Array"
         default = "" if parameter.default is parameter.empty else " = ..."
         words.append(f"    {name}: {kind}{default},")
-    return "\n".join([f"def {operator.name}(", *words, "    *,", "    backend: str | Sequence[str] | None = ...,", ") -> Array: ..."])
+    words += ["    *,", "    backend: str | Sequence[str] | None = ...,"]
+    return "\n".join([f"def {operator.name}(", *words, ") -> Array: ..."])
 
 
 def text() -> str:

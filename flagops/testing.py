@@ -189,7 +189,7 @@ def _special(dtype: str) -> Array:
         "-subnormal": -info.smallest_subnormal,
         "tiny": info.tiny,
     }
-    return np.array([named.get(v, v) for v in SPECIAL], dtype=arrays.numpy_dtype(dtype))  # type: ignore[call-overload]
+    return np.array([named.get(str(v), v) for v in SPECIAL], dtype=arrays.numpy_dtype(dtype))
 
 
 def lay_out(x: Array, layout: str) -> Array:
@@ -413,14 +413,12 @@ def touch(op: Operator, backend: str) -> Iterator[int]:
         for variant in range(4):
 
             def choose(options: Sequence[T], dtype: str = dtype, variant: int = variant) -> T:
-                return options[options.index(dtype)] if dtype in options else options[variant % len(options)]  # type: ignore[arg-type]
+                return options[options.index(dtype)] if dtype in options else options[variant % len(options)]
 
             case = draw_case(op, choose, (33, 65))
             try:
                 given = case.arguments()
-                op.public(
-                    *(as_kind(x, "torch", dict(case.dtypes).get(n)) for n, x in given.items()), backend=backend
-                )
+                op.public(*(as_kind(x, "torch", dict(case.dtypes).get(n)) for n, x in given.items()), backend=backend)
                 yield 1
             except Unsupported:
                 continue

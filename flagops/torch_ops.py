@@ -14,7 +14,7 @@ import torch
 from flagops import arrays, dispatch, registry
 from flagops.operator import Operator
 
-_library = torch.library.Library("flagops", "DEF")  # noqa: TOR901 - lives as long as the process
+_library: Any = torch.library.Library("flagops", "DEF")  # type: ignore[no-untyped-call]
 
 
 def invoke(operator: Operator, args: Sequence[Any], backend: str | Sequence[str] | None) -> Any:

@@ -36,7 +36,7 @@ def round_to(x: Array, dtype: str) -> Array:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one rounding costs in a format: u relative, tiny absolute (its smallest subnormal), and its largest value."""
+    """What one rounding costs in a format: u relative, tiny absolute (smallest subnormal); and its largest value."""
 
     u: float
     tiny: float
@@ -66,8 +66,8 @@ def magnitude(x: Array) -> Array:
 def contraction_bound(exact: Array, absolute: Array, terms: int, dtype: str) -> Array:
     """How far a sum of ``terms`` products in any order, rounded once, may lie from the exact one.
 
-    absolute: the sum of the products' magnitudes. The accumulator's worst case, plus one rounding of the result; infinite
-    where the accumulator may overflow on the way.
+    absolute: the sum of the products' magnitudes. The accumulator's worst case, plus one rounding of the result;
+    infinite where the accumulator may overflow on the way.
     """
     acc, out = unit(accumulator(dtype)), unit(dtype)
     error = terms * acc.u * absolute + terms * acc.tiny

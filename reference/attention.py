@@ -95,6 +95,11 @@ def sparse_attention_values(q: Any, kv: Any, sink: Any, indices: Any, scale: flo
     return f"indices reach from {low} to {high}, expected -1 (absent) or a row of kv below {n}"
 
 
+def _seen(valid: Array) -> Array:
+    """Whether a query has a key at all, ``[b, s, 1, 1]``."""
+    return np.asarray(valid.any(-1))[:, :, None, None]
+
+
 def _logits(q: Array, kv: Array, indices: Array, scale: float) -> tuple[Array, Array, Array]:
     valid = (indices >= 0) & (indices < kv.shape[1])
     if kv.shape[1] == 0:
@@ -108,7 +113,7 @@ def _logits(q: Array, kv: Array, indices: Array, scale: float) -> tuple[Array, A
 def _probabilities(logits: Array, sink: Array | None, valid: Array) -> tuple[Array, Array]:
     logits = np.where(valid[:, :, None], logits, -np.inf)
     top = logits.max(axis=-1, keepdims=True, initial=-np.inf)
-    top = np.where(valid.any(-1)[:, :, None, None], top, 0)
+    top = np.where(_seen(valid), top, 0)
     p = np.where(valid[:, :, None], np.exp(logits - top), 0)
     total = p.sum(-1, keepdims=True)
     return p, total if sink is None else total + np.exp(wide(sink)[:, None] - top)
@@ -119,7 +124,7 @@ def _attend(q: Array, kv: Array, sink: Array | None, indices: Array, scale: floa
         logits, rows, valid = _logits(wide(q), wide(kv), indices, scale)
         p, total = _probabilities(logits, sink, valid)
         o = np.einsum("bshk,bskd->bshd", rounding(p), rows)
-        return np.where(valid.any(-1)[:, :, None, None], o / total, 0)
+        return np.where(_seen(valid), o / total, 0)
 
 
 def sparse_attention_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
@@ -142,6 +147,4 @@ def sparse_attention_bound(exact: Array, arguments: Mapping[str, Any], dtype: st
         bound = error + out.u * (magnitude(exact) + error) + out.tiny
         bound += np.where(total < acc.largest / 2, 0, magnitude(exact))  # a sink that dwarfs all logits may give 0
         bound = np.where(magnitude(rows).sum(-2)[:, :, None] < acc.largest / 2, bound, np.inf)
-        return np.where(valid.any(-1)[:, :, None, None], bound, 0)
-
-
+        return np.where(_seen(valid), bound, 0)

@@ -35,7 +35,12 @@ def _block(value: Any) -> tuple[int, int]:
 
 DTYPE = Scalar(_output, OUTPUTS, torch="str")
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-EXPERTS = {"v4-flash.w1": (2048, 4096), "v4-flash.w2": (4096, 2048), "v4-pro.w1": (3072, 7168), "v4-pro.w2": (7168, 3072)}
+EXPERTS = {
+    "v4-flash.w1": (2048, 4096),
+    "v4-flash.w2": (4096, 2048),
+    "v4-pro.w1": (3072, 7168),
+    "v4-pro.w2": (7168, 3072),
+}
 
 
 def _one_multiply(dims: Dims, batch: tuple[int, ...]) -> float:
@@ -122,9 +127,7 @@ def _fp8_blocks(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
     },
     check=_fp8_blocks,
 )
-def fp8_dequantize(
-    weight: Array, scale: Array, block: tuple[int, int] = (128, 128), dtype: str = "bfloat16"
-) -> Array:
+def fp8_dequantize(weight: Array, scale: Array, block: tuple[int, int] = (128, 128), dtype: str = "bfloat16") -> Array:
     """FP8 weights expanded: e4m3 values times one scale for each block.
 
     Args:
@@ -148,4 +151,3 @@ def fp8_dequantize(
     scales = np.repeat(np.repeat(e8m0(scale), block[0], axis=0)[:rows], block[1], axis=1)[:, :columns]
     values = weight.view(ml_dtypes.float8_e4m3fn).astype(np.float64) * scales
     return round_to(round_to(values, "float32"), dtype)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +46,7 @@ def _workloads(layout: str) -> dict[str, dict[str, Any]]:
 
 
 def _flops(dims: Dims, batch: tuple[int, ...]) -> float:
-    return 2.0 * np.prod(batch, dtype=float) * dims.get("m", 1) * dims["n"] * dims["k"]
+    return 2.0 * math.prod(batch) * dims.get("m", 1) * dims["n"] * dims["k"]
 
 
 @operator(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ def _groups(value: Any) -> int:
 
 def _flops(dims: Dims, batch: tuple[int, ...]) -> float:
     rank = dims["g"] * dims["r"]
-    return 2.0 * np.prod(batch, dtype=float) * rank * (dims["p"] * dims["c"] + dims["d"])
+    return 2.0 * math.prod(batch) * rank * (dims["p"] * dims["c"] + dims["d"])
 
 
 @operator(

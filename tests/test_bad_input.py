@@ -1,4 +1,4 @@
-"""A caller's mistake is a ValueError or TypeError that names the operator and the argument, before any kernel starts."""
+"""A caller's mistake is a ValueError or TypeError that names the operator and the argument; no kernel starts."""
 
 import numpy as np
 import pytest
@@ -32,9 +32,17 @@ CASES = {
     "twice": (lambda: flagops.matmul(T(3, 4), T(4, 2), a=T(1, 1)), TypeError, "multiple values for argument 'a'"),
     "too many": (lambda: flagops.matmul(T(3, 4), T(4, 2), None, 1), TypeError, "too many positional arguments"),
     "bias": (lambda: flagops.linear(T(3, 4), T(2, 4), T(3)), ValueError, "linear: bias has shape (3,)"),
-    "out shape": (lambda: flagops.matmul(T(3, 4), T(4, 2), out=T(2, 3)), ValueError, "out has shape (2, 3), expected (3, 2)"),
+    "out shape": (
+        lambda: flagops.matmul(T(3, 4), T(4, 2), out=T(2, 3)),
+        ValueError,
+        "out has shape (2, 3), expected (3, 2)",
+    ),
     "out dtype": (lambda: flagops.matmul(T(3, 4), T(4, 2), out=T(3, 2).half()), TypeError, "out is float16"),
-    "out kind": (lambda: flagops.matmul(T(3, 4), T(4, 2), out=np.ones((3, 2))), TypeError, "out must be a torch tensor"),
+    "out kind": (
+        lambda: flagops.matmul(T(3, 4), T(4, 2), out=np.ones((3, 2))),
+        TypeError,
+        "out must be a torch tensor",
+    ),
     "out expanded": (
         lambda: flagops.matmul(T(3, 4), T(4, 2), out=T(1, 2).expand(3, 2)),
         ValueError,
@@ -73,7 +81,11 @@ CASES = {
     ),
     "high index": (lambda: attention(indices=INDICES + 5), ValueError, "sparse_attention: indices reach from 5 to 5"),
     "low index": (lambda: attention(indices=INDICES - 2), ValueError, "sparse_attention: indices reach from -2"),
-    "index dtype": (lambda: attention(indices=INDICES.float()), TypeError, "indices is float32, expected int32 or int64"),
+    "index dtype": (
+        lambda: attention(indices=INDICES.float()),
+        TypeError,
+        "indices is float32, expected int32 or int64",
+    ),
     "sink dtype": (lambda: attention(sink=SINK.half()), TypeError, "sink is float16, expected float32"),
     "sink size": (lambda: attention(sink=T(4)), ValueError, "sparse_attention: sink has shape (4,)"),
     "scale": (lambda: attention(scale=float("nan")), ValueError, "scale must be a finite number"),

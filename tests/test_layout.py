@@ -25,7 +25,7 @@ def python(script, cwd=None, **environment):
 
 
 def test_import_loads_no_framework_and_prints_nothing(tmp_path):
-    heavy = "numpy ml_dtypes torch numba triton llvmlite transformers rich safetensors".split()
+    heavy = ["numpy", "ml_dtypes", "torch", "numba", "triton", "llvmlite", "transformers", "rich", "safetensors"]
     script = f"import sys, flagops; print([m for m in {heavy!r} if m in sys.modules])"
     assert python(script, cwd=tmp_path) == "[]"
     assert not list(tmp_path.iterdir())
@@ -88,7 +88,18 @@ def test_transformers_imports_from_the_root():
 def test_a_wheel_holds_one_package_with_everything(tmp_path):
     if not IN_CHECKOUT:
         pytest.skip("not a checkout")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     shipped = set(zipfile.ZipFile(wheel).namelist())
@@ -99,7 +110,10 @@ def test_a_wheel_holds_one_package_with_everything(tmp_path):
     assert {"flagops/py.typed", "flagops/__init__.pyi", "flagops/order.json"} <= shipped
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    script = "import flagops; assert 'site' in flagops.__file__; from flagops.__main__ import main; raise SystemExit(main(['check', 'matmul', '--backend', 'numpy', '--backend', 'torch', '--examples', '5']))"
+    script = (
+        "import flagops; assert 'site' in flagops.__file__; from flagops.__main__ import main;"
+        "raise SystemExit(main(['check', 'matmul', '--backend', 'numpy', '--backend', 'torch', '--examples', '5']))"
+    )
     assert "WRONG" not in python(script, cwd=tmp_path, PYTHONPATH=str(site))
 
 

@@ -21,7 +21,9 @@ def _hold(kernel, judge, examples=100):
     kinds = testing.kinds_of(backend)
     ran = 0
 
-    @settings(max_examples=examples // 5 if _interpreted(backend) else examples, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples // 5 if _interpreted(backend) else examples, suppress_health_check=list(HealthCheck)
+    )
     @given(st.data())
     def run(data):
         nonlocal ran

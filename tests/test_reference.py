@@ -5,12 +5,12 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
+from flagops.reference._rounding import round_to, unit
 from hypothesis import given
 from hypothesis import strategies as st
 
 import flagops
 from flagops import registry, testing
-from flagops.reference._rounding import round_to, unit
 
 fp4 = registry.operators()["fp4_dequantize"].reference
 fp8 = registry.operators()["fp8_dequantize"].reference
@@ -84,9 +84,12 @@ def test_attention_vector():
 
 def _inputs(seed, n=9, k=5):
     rng = np.random.default_rng(seed)
-    return rng.standard_normal((2, 3, 2, 4)), rng.standard_normal((2, n, 4)), rng.standard_normal(2), rng.permuted(
-        np.tile(np.arange(n), (2, 3, 1)), axis=-1
-    )[..., :k]
+    return (
+        rng.standard_normal((2, 3, 2, 4)),
+        rng.standard_normal((2, n, 4)),
+        rng.standard_normal(2),
+        rng.permuted(np.tile(np.arange(n), (2, 3, 1)), axis=-1)[..., :k],
+    )
 
 
 @given(st.integers(0, 2**32))
@@ -107,7 +110,14 @@ def test_attention_laws(seed):
 
 def test_window_indices():
     w = flagops.window_indices
-    assert w(6, 4).tolist() == [[0, -1, -1, -1], [0, 1, -1, -1], [0, 1, 2, -1], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
+    assert w(6, 4).tolist() == [
+        [0, -1, -1, -1],
+        [0, 1, -1, -1],
+        [0, 1, 2, -1],
+        [0, 1, 2, 3],
+        [1, 2, 3, 4],
+        [2, 3, 4, 5],
+    ]
     assert w(1, 8, 3).tolist() == [[0, 1, 2, 3, -1, -1, -1, -1]]
     assert w(1, 8, 7).tolist() == [list(range(8))]
     assert w(1, 8, 10).tolist() == [[3, 4, 5, 6, 7, 0, 1, 2]]

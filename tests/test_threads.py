@@ -1,5 +1,7 @@
-"""Kernels in forked children, under concurrent callers, and on as many threads as torch allows. In subprocesses: a crash
-must be a failed test, not the end of the run."""
+"""Kernels in forked children, under concurrent callers, and on as many threads as torch allows.
+
+In subprocesses: a crash must be a failed test, not the end of the run.
+"""
 
 import os
 import subprocess

@@ -72,7 +72,8 @@ def test_half_gradients_have_the_inputs_dtype_and_are_near(kernel):
     torch.manual_seed(0)
     args = calls(dtype=torch.bfloat16)[name]
     wide = [
-        x.detach().double().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args
+        x.detach().double().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in args
     ]
     getattr(flagops, name)(*args, backend=backend).float().square().sum().backward()
     getattr(flagops, name)(*wide, backend="torch").square().sum().backward()

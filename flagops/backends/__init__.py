@@ -31,7 +31,7 @@ class Backend(Protocol):
     """One lower-case word without underscore: the suffix of its kernel modules and the value of ``backend=``."""
 
     kernels: str | Callable[[Any], Callable[..., None] | None]
-    """The package that holds its kernel modules, ``<kernels>.<family>_<name>``, or a function from operator to kernel."""
+    """The package of its kernel modules, ``<kernels>.<family>_<name>``, or a function from operator to kernel."""
 
     dispatch_keys: tuple[str, ...]
     """torch dispatch keys at which `flagops.enable` may install its kernels, such as ``("CPU",)``."""

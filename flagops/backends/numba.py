@@ -6,6 +6,7 @@ a digest of the kernel sources, so that an edited helper never meets stale code;
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -56,7 +57,9 @@ class _Numba:
             return None
         if is_numpy(array):
             size = array.itemsize
-            if not array.flags.aligned or any(s % size for s, n in zip(array.strides, array.shape) if n > 1):
+            if not array.flags.aligned or any(
+                s % size for s, n in zip(array.strides, array.shape, strict=True) if n > 1
+            ):
                 return "the array is not aligned to its elements"
             if not array.dtype.isnative:
                 return "the array is not in native byte order"
@@ -153,7 +156,7 @@ def _cache_folder(package: str) -> Path | None:
 def _cache_class() -> Any:
     from numba.core import caching
 
-    class Locator(caching._CacheLocator):  # type: ignore[misc]
+    class Locator(caching._CacheLocator):
         def __init__(self, function: Any, folder: Path) -> None:
             self._py_file = function.__code__.co_filename  # numba names it in a warning
             self._path, self._line = str(folder), str(function.__code__.co_firstlineno)
@@ -167,13 +170,13 @@ def _cache_class() -> Any:
         def get_disambiguator(self) -> str:
             return self._line
 
-    class Store(caching.CompileResultCacheImpl):  # type: ignore[misc]
+    class Store(caching.CompileResultCacheImpl):
         def __init__(self, function: Any, folder: Path) -> None:
             code = function.__code__
             self._lineno, self._locator = code.co_firstlineno, Locator(function, folder)
             self._filename_base = self.get_filename_base(f"{function.__module__}.{code.co_name}", "")
 
-    class Cache(caching.FunctionCache):  # type: ignore[misc]
+    class Cache(caching.FunctionCache):
         """numba's cache in a folder of ours; a failure to read or write costs a compilation, never the call."""
 
         def __init__(self, function: Any, folder: Path) -> None:
@@ -211,7 +214,7 @@ _CHUNKS = 4  # a thread that loses its processor delays the call by one chunk
 class _Job:
     """One call of `parallel`: a row of chunks that its caller and any idle workers take from in turn."""
 
-    __slots__ = ("kernel", "tasks", "args", "chunk", "starts", "active", "closed", "error", "lock", "done")
+    __slots__ = ("active", "args", "chunk", "closed", "done", "error", "kernel", "lock", "starts", "tasks")
 
     def __init__(self, kernel: Any, tasks: int, args: tuple[Any, ...], chunk: int) -> None:
         self.kernel, self.tasks, self.args, self.chunk = kernel, tasks, args, chunk
@@ -294,15 +297,14 @@ def parallel(kernel: Callable[..., Any], tasks: int, *args: Any, minimum: int = 
     Chunks hold at least `minimum` tasks. Serial for few tasks, in a forked child and at interpreter exit.
     """
     pool = _pool
-    count = 1 if tasks < 2 * minimum or pool is None or sys.is_finalizing() else min(threads(), tasks // minimum)
-    if count < 2:
+    alone = tasks < 2 * minimum or sys.is_finalizing()
+    count = 1 if alone else min(threads(), tasks // minimum)
+    if pool is None or count < 2:
         if tasks > 0:
             kernel(0, tasks, *args)
         return
     job = _Job(kernel, tasks, args, max(minimum, -(-tasks // (count * _CHUNKS))))
-    try:
-        pool.post(job, count - 1)  # type: ignore[union-attr]
-    except RuntimeError:  # no thread can be started: the caller does it all
-        pass
+    with contextlib.suppress(RuntimeError):  # no thread can be started: the caller does it all
+        pool.post(job, count - 1)
     job.run()
     job.finish()

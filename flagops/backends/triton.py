@@ -23,13 +23,22 @@ def _device(interpreting: bool) -> tuple[str, str | None]:
     import triton
 
     if interpreting:
-        return "cpu", None
+        return "cpu", _interpreter_fails(triton.__version__)
     try:
         if not any(b.driver.is_active() for b in triton.backends.backends.values()):
             return "", "triton needs a GPU, or TRITON_INTERPRET=1 to run its interpreter on the CPU"
         return str(triton.runtime.driver.active.get_active_torch_device().type), None
     except Exception as error:  # a broken driver is a reason, whatever it raises
         return "", f"triton finds no device: {type(error).__name__}: {error}"
+
+
+def _interpreter_fails(version: str) -> str | None:
+    import numpy
+
+    old, new = (tuple(map(int, v.split(".")[:2])) for v in (version, numpy.__version__))
+    if old < (3, 7) and new >= (2, 4):
+        return f"the interpreter of triton {version} needs numpy < 2.4, not {numpy.__version__}; triton 3.7 takes both"
+    return None
 
 
 class _Triton:

