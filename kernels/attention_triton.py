@@ -87,7 +87,7 @@ def attention_kernel(
     top = tl.full((BH,), float("-inf"), number)
     total = tl.zeros((BH,), number)
     acc = tl.zeros((BH, SLICE), number)
-    seen = 0
+    seen = tl.zeros((BK,), tl.int1)
     end = min(K, (part + 1) * span)
     for start in range(part * span, end, BK):
         place = start + tl.arange(0, BK)
@@ -113,7 +113,7 @@ def attention_kernel(
         total = total * shrink + tl.sum(p, 1)
         acc = dot(narrow(p, value.dtype), value, acc * shrink[:, None], PRECISION)
         top = higher
-        seen += tl.sum(valid.to(tl.int32))
+        seen |= valid
 
     out += part.to(tl.int64) * out_part + b * out_b + s * out_s
     to = out + head.to(tl.int64)[:, None] * out_h + channel.to(tl.int64)[None, :] * out_d
@@ -126,7 +126,7 @@ def attention_kernel(
         if SINK:
             origin = tl.where(top == float("-inf"), 0.0, top)
             total += tl.exp2((tl.load(sink + head * sink_h, here, other=0.0) - origin) * LOG2E)
-        acc = tl.where(seen > 0, acc / total[:, None], 0.0)
+        acc = tl.where(tl.max(seen.to(tl.int32), 0) > 0, acc / total[:, None], 0.0)
     tl.store(to, narrow(acc, out.dtype.element_ty), here[:, None] & wide[None, :])
 
 
