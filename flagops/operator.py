@@ -241,9 +241,9 @@ class Operator:
                     continue
                 if (size % known if known else size) if unknown else size != known:
                     want = f"a multiple of {known}" if unknown else f"{known}"
-                    axes = ", ".join(self.tensors[name].axes.split())
+                    wanted = ", ".join(self.tensors[name].axes.split())
                     raise ValueError(
-                        f"{self.name}: {name} has shape {shape}, expected [{axes}] with {word} = {want}, got {size}"
+                        f"{self.name}: {name} has shape {shape}, expected [{wanted}] with {word} = {want}, got {size}"
                     )
                 if unknown:
                     dims[unknown[0]] = size // known if known else 0
