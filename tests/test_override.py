@@ -369,6 +369,9 @@ def test_calls_that_look_alike():
         for dtype in (torch.float64, torch.float32, torch.long):
             assert torch.mm(a.to(dtype), b.to(dtype)).dtype == dtype
         assert column(handle.report(), "mm")[1] == {"dtype int64": 1}
+        for left, right in ((a.float(), b), (a, b.float())):
+            with pytest.raises(RuntimeError, match="same dtype"):
+                torch.mm(left, right)
 
 
 def test_outs_that_look_alike():
