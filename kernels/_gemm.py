@@ -1,7 +1,7 @@
 """C = A B (+ bias) over any strides. Each sum has one order, fixed by K and the layout of B: never by M, N or threads.
 
-Where B is contiguous along K, as a transposed weight is, rows meet in `dot_tile`: vectors run along K, a bfloat16 weight
-is read once and widened in registers or into a panel in L1. Otherwise vectors run along N (`outer_tile`).
+Where B is contiguous along K, as a transposed weight is, vectors run along K (`dot_tile`), and a bfloat16 weight is read
+once per block of rows and widened in registers or into a panel in L1. Elsewhere vectors run along N (`outer_tile`).
 """
 
 from __future__ import annotations
@@ -219,8 +219,8 @@ def empty(like: Any, shape: tuple[int, ...]) -> Any:
     return like.new_empty(shape) if hasattr(like, "new_empty") else np.empty(shape, like.dtype)
 
 
-_ONES = {"float16": np.uint16(0x3C00), "bfloat16": np.uint16(0x3F80), "float32": np.float32(1), "float64": np.float64(1)}
-_ONES = {name: np.array([one]) for name, one in _ONES.items()}
+_ONE_BITS = {"float16": 0x3C00, "bfloat16": 0x3F80, "float32": 0x3F800000, "float64": 0x3FF0000000000000}
+_ONES = {name: np.array([bits], np.uint64) for name, bits in _ONE_BITS.items()}
 
 
 def ones(name: str, count: int) -> View:

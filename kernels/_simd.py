@@ -5,11 +5,12 @@ or int16 (float16); arithmetic is float32, or float64 for the float64 tag. `load
 `vload(tag, address)` a vector of `lanes(tag)` elements; `store`, `vstore`, `vstream` round to nearest even.
 
 The tiles take row-major blocks with leading dimensions in elements and mask nothing: the caller pads.
-`outer_tile(tag, a, lda, b, ldb, k, c, ldc, add)`: C[OUTER_ROWS, OUTER_VECTORS * lanes] = A[.., k] B[k, ..] (+ C if add),
-each sum in the order of k. `dot_tile(tag, x, ldx, w, ldw, rows, k, c, ldc, add)`: C[DOT_ROWS, DOT_WIDTH] =
-X[.., k] W[rows <= DOT_COLUMNS, k]^T (+ C), zero past DOT_COLUMNS; k a multiple of lanes. `outer_row` and `dot_row` do one
-row, ROW_VECTORS * lanes or DOT_ROW_COLUMNS wide, with the same sums. A, X and C are in the arithmetic dtype; B and W in
-the tag's, so that a bfloat16 matrix used once is widened in registers (pass `wide(tag)` for a B or W widened before).
+`outer_tile(tag, a, lda, b, ldb, k, c, ldc, add)`: C[OUTER_ROWS, OUTER_VECTORS * lanes] = A[.., k] B[k, ..], plus C if
+add, each sum in the order of k. `dot_tile(tag, x, ldx, w, ldw, rows, k, c, ldc, add)`: C[DOT_ROWS, DOT_WIDTH] =
+X[.., k] W[rows <= DOT_COLUMNS, k]^T, plus C if add; zero past DOT_COLUMNS, W's last row repeated past `rows`; k is a
+multiple of lanes. `outer_row`, `dot_row` do one row, ROW_VECTORS * lanes or DOT_ROW_COLUMNS wide, with the same sums.
+A, X and C are in the arithmetic dtype, B and W in the tag's: a bfloat16 matrix used once is widened in registers (pass
+`wide(tag)` for a B or W widened before).
 """
 
 from llvmlite import ir
@@ -27,7 +28,12 @@ DOT_ROWS, DOT_COLUMNS, DOT_ROW_COLUMNS, DOT_WIDTH = (4, 6, 8, 8) if _MANY else (
 
 _i16, _i32, _i64 = (ir.IntType(bits) for bits in (16, 32, 64))
 _SIZE = {ir.DoubleType(): 8, ir.FloatType(): 4, ir.HalfType(): 2, _i16: 2}
-_MEMORY = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.uint16: _i16, types.int16: ir.HalfType()}
+_MEMORY = {
+    types.float32: ir.FloatType(),
+    types.float64: ir.DoubleType(),
+    types.uint16: _i16,
+    types.int16: ir.HalfType(),
+}
 
 
 class Vector(types.Type):

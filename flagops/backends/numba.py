@@ -7,6 +7,7 @@ a digest of the kernel sources, so that an edited helper never meets stale code;
 from __future__ import annotations
 
 import contextlib
+import contextlib
 import hashlib
 import itertools
 import logging
