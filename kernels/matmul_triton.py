@@ -138,7 +138,8 @@ def _parts(tiles: int, k: int, rows: int, tile: Tile, device: torch.device) -> i
 
 def _axes(a: Any, b: Any, out: Any) -> tuple[list[tuple[int, int, int, int]], int]:
     """The batch axes as (size, strides of a, b, out), merged where all three allow, and how many rows merge into m."""
-    m, axes = out.shape[-2], []
+    m = out.shape[-2]
+    axes: list[tuple[int, int, int, int]] = []
     for axis in range(out.dim() - 2):
         entry = (out.shape[axis], a.stride(axis), b.stride(axis), out.stride(axis))
         if entry[0] == 1:

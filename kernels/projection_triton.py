@@ -29,5 +29,5 @@ def grouped_output_projection(
     z = o.new_empty((*tokens, groups * rank))
     rows = math.prod(tokens)
     inner = o.reshape(rows, groups, width).transpose(0, 1)
-    product(inner, wo_a.unflatten(0, (groups, rank)).mT, None, z.view(rows, groups, rank).transpose(0, 1))
+    product(inner, wo_a.view(groups, rank, width).mT, None, z.view(rows, groups, rank).transpose(0, 1))
     product(z, wo_b.t(), None, out)
