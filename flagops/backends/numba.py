@@ -7,7 +7,6 @@ a digest of the kernel sources, so that an edited helper never meets stale code;
 from __future__ import annotations
 
 import contextlib
-import contextlib
 import hashlib
 import itertools
 import logging
