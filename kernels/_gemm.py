@@ -1,6 +1,6 @@
 """C = A B (+ bias) over any strides. Each sum has one order, fixed by K and the layout of B: never by M, N or threads.
 
-Where B is contiguous along K, as a transposed weight is, vectors run along K (`dot_tile`); a bfloat16 weight is then read
+Where B is contiguous along K, as a transposed weight is, vectors run along K (`dot_tile`): a bfloat16 weight is read
 once per block of rows and widened in registers or into a panel in L1. Elsewhere vectors run along N (`outer_tile`).
 """
 
