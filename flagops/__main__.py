@@ -113,7 +113,7 @@ def _coverage(operator: str, backend: str) -> dict[str, Any]:
         "deterministic": kernel.deterministic,
         "batch_invariant": kernel.batch_invariant,
         "backward": backward,
-        "forwards_to": kernel.forwards_to,
+        "forwards_to": "aten, for some dtypes" if callable(kernel.forwards_to) else kernel.forwards_to,
         "note": kernel.note,
     }
 
@@ -204,6 +204,7 @@ def _forward(module: str, function: str) -> Callable[[argparse.Namespace], int]:
 FORWARDED = {
     "demo": ("demo", "run", "a real language model, and a small DeepSeek-V4, generating on replaced operators"),
     "bench": ("bench", "run", "speeds by named workload, verified before they are timed"),
+    "run": ("bisect", "run", "run a script with torch's operators replaced, FLAGOPS_OPS of them"),
     "bisect": ("bisect", "bisect", "name the replacement that changed a script's result"),
 }
 

@@ -345,7 +345,7 @@ class _Run:
 
     def forwards(self, backend: str) -> bool:
         """Whether all that a backend does for these operators is to call torch's own kernels."""
-        return all(registry.find(op, backend).forwards_to for op in self.ops)
+        return all(bool(registry.find(op, backend).forwards_to) for op in self.ops)
 
 
 def generate(model: Any, prompt: torch.Tensor, tokens: int, advance: Callable[[], None] = lambda: None) -> Answer:

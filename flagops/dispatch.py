@@ -50,6 +50,7 @@ class Plan:
     on_torch: bool
     through_torch: bool
     check_values: bool
+    forwards_to: str
     refusals: dict[str, str]
     calls: int = field(default=0)
 
@@ -235,6 +236,7 @@ def _choose(operator: Operator, args: Sequence[Any], wish: Any, grad: Any, refus
             on_torch=arrays.is_torch(first),
             through_torch=wrapped or needs_grad,
             check_values=operator.values is not None and (on_cpu or settings.check),
+            forwards_to=kernel.forwards_to(*args[:-1]) if callable(kernel.forwards_to) else kernel.forwards_to,
             refusals=refusals,
         )
     reasons = "".join(f"\n  {name}: {reason}" for name, reason in refusals.items())
@@ -301,10 +303,19 @@ def _order_table() -> Mapping[str, Mapping[str, Sequence[str]]]:
     return table
 
 
+def _order_row(x: Any) -> Mapping[str, Sequence[str]]:
+    rows = _order_table()
+    return rows.get(arrays.device_class(x)) or rows["other"]
+
+
+def left_to_torch(operator: str, x: Any) -> bool:
+    """Whether `flagops.enable` leaves an operator's calls to torch where no backend is named: measured as faster."""
+    return f"{operator}.{arrays.dtype_name(x)}" in _order_row(x).get("left to torch", ())
+
+
 def default_order(operator: Operator, bound: Bound, x: Any) -> tuple[str, ...]:
     """Backends from the measured table for the device class, then the others, the reference last."""
-    rows = _order_table()
-    row = rows.get(arrays.device_class(x)) or rows["other"]
+    row = _order_row(x)
     listed = row.get(f"{operator.name}.{bound.dtype}") or row.get(operator.name) or row["*"]
     others = [name for name in registry.backend_names() if name not in listed and name not in registry.BUILT_IN]
     return (*others, *listed)

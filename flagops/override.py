@@ -184,8 +184,11 @@ class _Site(Registration):
 
         def choose(operator: str, args: Sequence[Any]) -> Callable[..., None]:
             nonlocal by
+            wish = handle.backend or config.current().backend
+            if not wish and dispatch.left_to_torch(operator, args[0]):
+                raise aten.Pass("torch's own kernel is faster on this device")
             chosen = dispatch.plan(registry.operator(operator), args, handle.backend)
-            if chosen.kernel.forwards_to == "aten":
+            if chosen.forwards_to == "aten":
                 raise aten.Pass("torch's own kernel is the choice")
             if chosen.through_torch:
                 raise aten.Pass(f"{type(args[0]).__name__} keeps no elements of its own")

@@ -38,18 +38,23 @@ class Kernel:
     backward: Callable[..., tuple[Any, ...]] | None = None
     deterministic: bool = False
     batch_invariant: bool = False
-    forwards_to: str = ""
+    forwards_to: str | Callable[..., str] = ""
     note: str = ""
 
 
 def kernel(
-    *, deterministic: bool = False, batch_invariant: bool = False, forwards_to: str = "", note: str = ""
+    *,
+    deterministic: bool = False,
+    batch_invariant: bool = False,
+    forwards_to: str | Callable[..., str] = "",
+    note: str = "",
 ) -> Callable[[Function], Function]:
     """Declare facts about a kernel.
 
     deterministic: repeats on the same arguments are equal bit by bit.
     batch_invariant: a row of a batch is bit by bit what the row alone gives.
-    forwards_to: the library whose operator the kernel merely calls; reports then do not count it as a replacement.
+    forwards_to: the library whose operator the kernel merely calls, or a function of the inputs that gives it ("" for
+        none); reports then do not count it as a replacement.
     note: what a reader of ``flagops ops`` should know, such as why it is slow.
     """
 

@@ -16,13 +16,17 @@ def tiled(x: Tensor) -> bool:
     return x.dtype in _HALF and x.device.type == "cpu"
 
 
-@kernel(forwards_to="aten")
+def _forwards(x: Tensor, *others: Tensor | None) -> str:
+    return "" if tiled(x) else "aten"
+
+
+@kernel(forwards_to=_forwards)
 def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
     """`torch.matmul`, except that half types on a CPU are multiplied in float32 and rounded once."""
     product(a, b, out)
 
 
-@kernel(forwards_to="aten")
+@kernel(forwards_to=_forwards)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """`x @ weight.T + bias`, the bias added before the one rounding."""
     if x.dim() == 1:

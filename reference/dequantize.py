@@ -65,6 +65,7 @@ def e8m0(scale: Array) -> Array:
     | {"4096x7168": {"r": 4096, "g": 7168 // 32}},
     flops=_one_multiply,
     exact=True,
+    sizes={"g": (1, 2, 3, 0, 7, 16, 65)},
 )
 def fp4_dequantize(packed: Array, scale: Array, dtype: str = "bfloat16") -> Array:
     """MXFP4 weights expanded: e2m1 values times one power of two for each 32 of a row.

@@ -441,7 +441,7 @@ def test_kernels_of_torch_are_no_replacement():
 
 
 def stub(monkeypatch, run):
-    plan = SimpleNamespace(run=run, backend="stub", kernel=SimpleNamespace(forwards_to=""), through_torch=False)
+    plan = SimpleNamespace(run=run, backend="stub", forwards_to="", through_torch=False)
     monkeypatch.setattr(dispatch, "plan", lambda *args: plan)
 
 

@@ -51,12 +51,19 @@ def test_exact_products_of_small_integers_are_equal_bit_for_bit(kernel):
     """Sums of small integers are exact in every order: any wrong index, mask or stride shows without a tolerance."""
     operator, backend = kernel
     rng = np.random.default_rng()
-    m, n, k = (33, 17, 65) if _interpreted(backend) else (130, 65, 257)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        a, b = (torch.from_numpy(rng.integers(-1, 2, shape)).to(dtype) for shape in ((m, k), (n, k)))
-        got = flagops.matmul(a, b.T, backend=backend) if operator == "matmul" else flagops.linear(a, b, backend=backend)
-        expected = (a.double() @ b.double().T).to(dtype)
-        assert torch.equal(got, expected), f"{dtype} differs at {torch.nonzero(got != expected)[:3].tolist()}"
+    shapes = [(33, 17, 65)] if _interpreted(backend) else [(130, 65, 257), (1, 1030, 2100), (300, 2100, 3000)]
+    for m, n, k in shapes:
+        a, b = (torch.from_numpy(rng.integers(-1, 2, shape)) for shape in ((m, k), (n, k)))
+        exact = a.double() @ b.double().T
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            x, y = a.to(dtype), b.to(dtype)
+            got = (
+                flagops.matmul(x, y.T, backend=backend)
+                if operator == "matmul"
+                else flagops.linear(x, y, backend=backend)
+            )
+            wrong = torch.nonzero(got != exact.to(dtype))
+            assert not len(wrong), f"{dtype} {(m, n, k)} differs at {wrong[:3].tolist()}"
 
 
 @pytest.mark.operators("fp4_dequantize")

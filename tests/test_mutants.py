@@ -1,0 +1,59 @@
+"""The suite must notice small edits of the real kernels. CI runs a sample of each file, ``--slow`` all of them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("mutants.py")
+_spec = importlib.util.spec_from_file_location("mutants", SCRIPT)
+mutants = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(mutants)
+
+QUICK = {"projection_numba.py": (0, 2), "dequantize_triton.py": (0, 1, 2), "attention_torch.py": (0, 2, 3)}
+
+
+def verdicts(file, chosen):
+    """The lines of as many processes as it takes: a mutant may end the one that runs it, which is noticing it too."""
+    found = {}
+    todo = list(chosen)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FLAGOPS_", "TRITON_"))}
+    while todo:
+        command = [sys.executable, "-W", "ignore", str(SCRIPT), file, *map(str, todo)]
+        done = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=1500)
+        for line in done.stdout.splitlines():
+            index, _, said = line.partition(": ")
+            found[int(index)] = said or f"crashed ({done.returncode})"
+        assert todo[0] in found, done.stderr
+        todo = [index for index in todo if index not in found]
+    return found
+
+
+def hold(file, chosen):
+    survivors = {
+        index: said
+        for index, said in verdicts(file, chosen).items()
+        if not said.startswith(("killed", "crashed")) and (file, index) not in mutants.EQUIVALENT
+    }
+    assert not survivors, {mutants.MUTANTS[file][index][:3]: said for index, said in survivors.items()}
+
+
+@pytest.mark.parametrize("file", QUICK)
+def test_sampled_mutants_are_killed(file):
+    hold(file, QUICK[file])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", mutants.MUTANTS)
+def test_all_mutants_are_killed(file):
+    hold(file, range(len(mutants.MUTANTS[file])))
+
+
+def test_every_kernel_file_has_mutants():
+    kernels = Path(importlib.util.find_spec("flagops.kernels.matmul_numba").origin).parent
+    # _simd, _attention_simd: every numba kernel runs through them; they are compiled by machine code tests of their own
+    without = {"_simd.py", "_attention_simd.py", "matmul_numba.py"}
+    assert {path.name for path in kernels.glob("*.py")} - without == set(mutants.MUTANTS)
