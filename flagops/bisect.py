@@ -45,11 +45,14 @@ class _AfterTorch(importlib.abc.MetaPathFinder):
         return spec
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> int:
     """Run a script, ``[script, *arguments]``, as ``python script`` would, with `flagops.enable` in force.
 
     torch is not imported on the script's behalf: what the script does before its own import still comes first.
     """
+    if not argv:
+        print("usage: flagops run SCRIPT [ARGUMENT...]", file=sys.stderr)
+        return 2
     from flagops import override
 
     if "torch" in sys.modules:
@@ -59,6 +62,7 @@ def run(argv: Sequence[str]) -> None:
     sys.argv[:] = argv
     sys.path[0] = os.path.dirname(os.path.abspath(argv[0]))
     runpy.run_path(argv[0], run_name="__main__")
+    return 0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from flagops import arrays, registry
+from flagops import arrays, config, registry
 from flagops.backends import missing
 from flagops.errors import Unsupported
 from flagops.operator import Dims, Operator, Tensor
@@ -46,6 +46,7 @@ class Case:
     layouts: tuple[tuple[str, str], ...] = ()
     values: str = "normal"
     kind: str = "torch"
+    budget: int = 256 << 20
     seed: int = 0
 
     def arguments(self) -> dict[str, Any]:
@@ -119,6 +120,7 @@ def draw_case(
         layouts=tuple((name, choose(tuple(layouts))) for name in (*dtypes, "out")),
         values=choose(VALUES),
         kind=kind,
+        budget=choose((256 << 20, 1 << 16)),
         seed=choose(range(2**16)),
     )
 
@@ -249,7 +251,8 @@ def assert_parity(op: Operator, backend: str, case: Case) -> None:
     before = {n: x.tobytes() for n, x in arguments.items() if isinstance(x, np.ndarray)}
     outside = room.view(f"u{room.dtype.itemsize}").copy()
     out = as_kind(view, case.kind, dtype)
-    op.public(*given.values(), out=out, backend=backend)
+    with config.using(budget=case.budget):
+        op.public(*given.values(), out=out, backend=backend)
     for name, raw in before.items():
         assert arguments[name].tobytes() == raw, f"{op.name} on {backend} changed its input {name}\n{case}"
     compare(op, arguments, view, str(case))

@@ -1,4 +1,6 @@
-"""Small edits of the real kernels, each a bug that the parity suite must find: ``python tests/mutants.py FILE [INDEX...]``.
+"""Small edits of the real kernels, each a bug that the parity suite must find.
+
+``python tests/mutants.py FILE [INDEX...]`` tries those of one kernel file.
 
 One line is printed for each mutant. A mutant may read or write anywhere, so the caller runs this as a process of its own
 and goes on behind a mutant that ended it.
@@ -154,9 +156,9 @@ def verdict(file: str, index: int, folder: Path) -> str:
     from flagops.errors import Unsupported
 
     name, old, new, occurrence = MUTANTS[file][index]
-    real = Path(importlib.util.find_spec(f"flagops.kernels.{file[:-3]}").origin)
     for module in [m for m in sys.modules if m.startswith("flagops.kernels.")]:
         del sys.modules[module]
+    real = Path(importlib.util.find_spec(f"flagops.kernels.{file[:-3]}").origin)
     edited = folder / f"{file[:-3]}_{index}.py"
     edited.write_text(mutate(real.read_text(), old, new, occurrence))
     spec = importlib.util.spec_from_file_location(f"flagops.kernels.{file[:-3]}", edited)

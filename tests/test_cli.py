@@ -1,0 +1,134 @@
+"""The commands, as a new user types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flagops import registry
+from flagops.__main__ import main
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def flagops(*words, **environment):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FLAGOPS_", "TRITON_"))}
+    command = [sys.executable, "-m", "flagops", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=clean | environment)
+
+
+def test_doctor_names_every_backend(capsys):
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["backends"]) >= {"numba", "torch", "triton", "numpy"}
+    for backend in report["backends"].values():
+        assert backend["available"] == (backend["reason"] is None)
+    assert report["libraries"]["numpy"]
+
+
+def test_doctor_says_why_triton_cannot_run():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("it can")
+    report = json.loads(flagops("doctor", "--json").stdout)
+    assert "TRITON_INTERPRET=1" in report["backends"]["triton"]["reason"]
+
+
+def test_doctor_shows_settings():
+    report = json.loads(flagops("doctor", "--json", FLAGOPS_BUDGET="1MiB").stdout)
+    assert report["settings"] == {"FLAGOPS_BUDGET": 1 << 20}
+
+
+def test_ops_covers_every_operator_and_backend(capsys):
+    assert main(["ops", "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert set(table) == set(registry.operators())
+    for row in table.values():
+        assert all(row[name]["kernel"] for name in ("numba", "torch", "numpy"))
+
+
+def test_the_readme_shows_the_coverage_of_today():
+    table = flagops("ops", "--markdown", TRITON_INTERPRET="1").stdout.strip()
+    assert table in README.read_text(), "copy the output of TRITON_INTERPRET=1 flagops ops --markdown"
+
+
+def test_check_passes_and_can_be_repeated(capsys):
+    assert main(["check", "matmul", "--backend", "numpy", "--examples", "5", "--seed", "7"]) == 0
+    assert "seed 7" in capsys.readouterr().out
+
+
+def test_check_fails_on_a_wrong_kernel(monkeypatch, capsys):
+    def matmul(a, b, out):
+        out.copy_(a.double() @ b.double())
+        out += 1
+
+    find = registry.find
+    wrong = registry.Kernel(matmul)
+    monkeypatch.setattr(registry, "find", lambda op, name: wrong if name == "torch" else find(op, name))
+    monkeypatch.setattr("flagops.dispatch._plans", {})
+    assert main(["check", "matmul", "--backend", "torch"]) == 1
+    shown = capsys.readouterr()
+    assert "WRONG" in shown.out
+    assert "Case(operator='matmul'" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["check", "matmull"], "did you mean 'matmul'"),
+        (["check", "--backend", "nunba"], "did you mean 'numba'"),
+        (["bench", "matmull"], "did you mean 'matmul'"),
+        (["run"], "usage"),
+        (["bisect"], "usage"),
+        (["bench", "--workload", "no-such-load"], "no-such-load"),
+    ],
+)
+def test_a_wrong_command_says_what_is_wrong(words, said):
+    done = flagops(*words)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_check_without_a_usable_backend_fails():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("triton is usable")
+    done = flagops("check", "matmul", "--backend", "triton")
+    assert done.returncode == 1
+    assert "TRITON_INTERPRET=1" in done.stderr
+
+
+def test_run_replaces_what_the_settings_say(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch, flagops\n"
+        "a = torch.randn(4, 4)\n"
+        "a @ a\n"
+        "print(sys.argv[1:], flagops.coverage('matmul')['calls'])\n"
+    )
+    done = flagops("run", str(script), "-x", "1", FLAGOPS_BACKEND="numba")
+    assert done.stdout.split("\n")[0].startswith("['-x', '1']")
+    done = flagops("run", str(script), FLAGOPS_BACKEND="numba", FLAGOPS_OPS="all,-mm")
+    assert done.returncode == 0, done.stderr
+    assert flagops("run", str(script), FLAGOPS_OPS="mmm").returncode != 0
+
+
+def test_warmup_fills_the_cache(tmp_path):
+    assert flagops("warmup", "--backend", "numba", FLAGOPS_CACHE=str(tmp_path)).returncode == 0
+    compiled = set(tmp_path.rglob("*.nbc"))
+    assert compiled
+    script = (
+        "import torch, flagops\n"
+        "for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):\n"
+        "    a = torch.randn(33, 65).to(dtype); b = torch.randn(65, 17).to(dtype)\n"
+        "    flagops.matmul(a, b, backend='numba'); flagops.linear(a, b.T, backend='numba')\n"
+    )
+    environment = os.environ | {"FLAGOPS_CACHE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    assert set(tmp_path.rglob("*.nbc")) == compiled, "a call compiled what warmup should have"
