@@ -57,7 +57,9 @@ def run(settings: Settings, json_file: Path | None = None, markdown: Path | None
     with torch.no_grad():
         for measured in (import_time, overhead, dequantize, product, attention, weights):
             bench.progress(measured.__name__)
-            results += measured(settings)
+            for result in measured(settings):
+                print("; ".join(result.cells()), file=sys.stderr)
+                results.append(result)
     tables.show("targets", HEAD, [result.cells() for result in results])
     if json_file:
         found = [asdict(result) | {"reached": result.reached} for result in results]
