@@ -77,7 +77,9 @@ def public(operator: Operator) -> Callable[..., Any]:
             return torch_ops.invoke(operator, operator.fill(args, kwargs), backend)
         if kwargs or len(args) != arity:
             args = operator.fill(args, kwargs)
-        grad = torch is not None and (torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack())
+        grad = torch is not None and (
+            torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
+        )
         return execute(plan(operator, args, backend, grad), args)
 
     call.__name__ = call.__qualname__ = operator.name
@@ -92,7 +94,9 @@ def public(operator: Operator) -> Callable[..., Any]:
 def _signature(x: Any) -> Any:
     """What a plan may depend on; cheap, since every call computes it."""
     try:
-        return type(x), x.dtype, x.shape, x.stride(), x.device, x.requires_grad, x.is_neg()
+        if x.is_cpu:  # a device takes longer to hash than to ask for
+            return type(x), x.dtype, x.shape, x.stride(), x.requires_grad, x.is_neg()
+        return type(x), x.dtype, x.shape, x.stride(), x.requires_grad, x.is_neg(), x.device
     except (AttributeError, RuntimeError):  # no tensor, or one without strides
         if arrays.is_numpy(x):
             return type(x), x.dtype, x.shape, x.strides, x.flags.writeable, x.flags.aligned
@@ -107,15 +111,18 @@ def plan(
     grad: whether autograd may be recording; below it, pass False. Raises ValueError or TypeError for arguments that do
     not fit, and Unsupported, with every backend's reason, when none can run the call.
     """
-    if backend is not None and not isinstance(backend, str):
-        backend = tuple(backend)
-    wish = config.current().backend if backend is None else backend
-    key = (operator.name, wish, bool(grad), *map(_signature, args))
+    if backend is None:
+        wish: Any = config.current().backend
+    else:
+        wish = backend if isinstance(backend, str) else tuple(backend)
+    key = (operator.name, wish, grad, *[_signature(x) for x in args])
     try:
-        found = _plans.get(key)
+        return _plans[key]
+    except KeyError:
+        pass
     except TypeError:  # an unhashable argument: binding says what is wrong with it
         return _choose(operator, args, wish, grad, {})
-    return found or _remember(key, _choose(operator, args, wish, grad, {}))
+    return _remember(key, _choose(operator, args, wish, grad, {}))
 
 
 def execute(plan: Plan, args: Sequence[Any]) -> Any:
@@ -147,10 +154,10 @@ def execute(plan: Plan, args: Sequence[Any]) -> Any:
 
 def _refuse_overlap(plan: Plan, args: Sequence[Any]) -> None:
     address = _data_ptr if plan.on_torch else arrays.address
-    (*_, (last, low, high)) = plan.spans
-    start = address(args[last])
-    stop, start = start + high, start + low
-    for position, low, high in plan.spans[:-1]:
+    position, low, high = plan.spans[0]
+    start = address(args[position])
+    start, stop = start + low, start + high
+    for position, low, high in plan.spans[1:]:
         first = address(args[position])
         if first + low < stop and start < first + high:
             operator = plan.operator
@@ -195,14 +202,14 @@ def coverage(operator: str | None = None) -> dict[str, dict[str, Any]]:
     return seen if operator is None else seen.get(registry.operator(operator).name, {"calls": {}, "refused": {}})
 
 
-def _choose(operator: Operator, args: Sequence[Any], wish: Any, grad: Any, refusals: dict[str, str]) -> Plan:
+def _choose(operator: Operator, args: Sequence[Any], wish: Any, grad: bool, refusals: dict[str, str]) -> Plan:
     settings = config.current()
     bound = operator.bind(args)
     tensors = {operator.parameters[p]: args[p] for p in operator.tensor_positions if args[p] is not None}
     torch = sys.modules.get("torch")
     wrapped = torch is not None and torch._C._functorch.peek_interpreter_stack() is not None
     wrapped = wrapped or any(_is_wrapper(x) for x in tensors.values())
-    needs_grad = bool(grad) and any(getattr(x, "requires_grad", False) for x in tensors.values())
+    needs_grad = grad and any(getattr(x, "requires_grad", False) for x in tensors.values())
     if needs_grad and args[-1] is not None:
         raise ValueError(f"{operator.name}: out= cannot be used where a gradient is recorded; drop out= or use no_grad")
     explicit = isinstance(wish, str)
@@ -230,7 +237,7 @@ def _choose(operator: Operator, args: Sequence[Any], wish: Any, grad: Any, refus
             views=_views(operator, args),
             spans=tuple(
                 (p, *arrays.span(args[p]))
-                for p in (*operator.tensor_positions, len(args) - 1)
+                for p in (len(args) - 1, *operator.tensor_positions)
                 if not wrapped and args[p] is not None
             ),
             on_torch=arrays.is_torch(first),

@@ -76,6 +76,7 @@ class Operator:
     workloads: dict[str, dict[str, Any]]
     flops: Callable[..., float]
     exact: bool = False
+    integral: bool = False
     sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     derived: Callable[[Dims, Mapping[str, Any]], Dims] | None = None
     check: Callable[[Dims, Mapping[str, Any]], str | None] | None = None
@@ -279,6 +280,7 @@ def operator(
     flops: Callable[..., float],
     scalars: dict[str, Scalar] | None = None,
     exact: bool = False,
+    integral: bool = False,
     sizes: Mapping[str, Sequence[int]] | None = None,
     derived: Callable[[Dims, Mapping[str, Any]], Dims] | None = None,
     check: Callable[[Dims, Mapping[str, Any]], str | None] | None = None,
@@ -289,6 +291,7 @@ def operator(
     workloads: dimensions (and dtypes, scalars) at real model sizes by name, for benchmarks and the default order.
     flops: useful floating-point operations, ``flops(dims, batch)``.
     exact: kernels must agree bit for bit; else beside ``f`` stands ``f_bound(exact, arguments, dtype)``.
+    integral: on small integers, whose sums are exact in any order, kernels must give the rounded reference itself.
     sizes: what tests draw for a dimension, where the general choice would not do.
     derived: dimensions that follow from others and the scalars when a case is drawn, ``derived(dims, scalars)``.
     check: what the axes cannot say, ``check(dims, arguments) -> problem | None``; metadata only.
@@ -309,6 +312,7 @@ def operator(
             workloads=workloads,
             flops=flops,
             exact=exact,
+            integral=integral,
             sizes=sizes or {},
             derived=derived,
             check=check,

@@ -55,6 +55,7 @@ def _flops(dims: Dims, batch: tuple[int, ...]) -> float:
     workloads=_workloads("b")
     | {f"square-2048.{dtype}": {"m": 2048, "n": 2048, "k": 2048, "dtype": dtype} for dtype in ("bfloat16", "float32")},
     flops=_flops,
+    integral=True,
 )
 def matmul(a: Array, b: Array) -> Array:
     """Matrix product over the last two axes.
@@ -95,6 +96,7 @@ def matmul_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Arra
         if name.startswith("v4-flash.wq_b") or name.startswith("v4-pro")
     },
     flops=_flops,
+    integral=True,
 )
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """``x @ weight.T + bias``.

@@ -39,6 +39,7 @@ def _flops(dims: Dims, batch: tuple[int, ...]) -> float:
     workloads={f"v4-flash.{rows}": {"batch": (rows,), **V4_FLASH} for rows in (1, 16, 128, 1024)}
     | {f"v4-pro.{rows}": {"batch": (rows,), **V4_PRO} for rows in (1, 64)},
     flops=_flops,
+    integral=True,
     sizes={"g": (1, 2, 3, 4)},
 )
 def grouped_output_projection(o: Array, wo_a: Array, wo_b: Array, groups: int) -> Array:
