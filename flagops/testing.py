@@ -7,6 +7,7 @@ numbers come out. Nothing here needs a test framework; the helpers raise.
 from __future__ import annotations
 
 import dataclasses
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,18 @@ Array = NDArray[Any]
 T = TypeVar("T")
 Choose = Callable[[Sequence[T]], T]
 
-SIZES = (1, 2, 3, 0, 7, 16, 17, 33, 64, 65, 130, 520, 1030)
-SMALL_SIZES = (1, 2, 3, 0, 16, 17, 33, 130)
-VOLUME = 1 << 20  # at most this many elementary products in a case, so that the reference stays quick
+
+@dataclass(frozen=True)
+class Scope:
+    """How large drawn cases are: sizes of an axis, elementary products in all, and how many examples."""
+
+    sizes: tuple[int, ...]
+    volume: int
+    examples: int
+
+
+FULL = Scope((1, 2, 3, 0, 7, 16, 17, 33, 64, 65, 130, 520, 1030), 1 << 20, 100)
+INTERPRETED = Scope((1, 2, 3, 0, 16, 17, 33, 130), 1 << 13, 20)
 BATCHES = ((), (1,), (3,), (2, 3), (0,), (2, 1, 2))
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded", "reversed")
 VALUES = ("normal", "large range", "special", "integers")
@@ -81,16 +91,19 @@ class Case:
         return f"Case({', '.join(f'{k}={v!r}' for k, v in fields.items() if v)})"
 
 
-def draw_case(
-    op: Operator, choose: Choose[Any], sizes: Sequence[int] = SIZES, kinds: Sequence[str] = ("torch",)
-) -> Case:
+def scope(backend: str) -> Scope:
+    """The scope for a backend here: Triton's interpreter is slow."""
+    return INTERPRETED if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1" else FULL
+
+
+def draw_case(op: Operator, choose: Choose[Any], within: Scope = FULL, kinds: Sequence[str] = ("torch",)) -> Case:
     """A case of an operator, every decision made by ``choose(options)``; early options are the simple ones."""
     names = {f for t in op.tensors.values() for w in t.axes.split() if w != "..." for f in w.split("*")}
     ordered = sorted(n for n in names if not n.isdecimal())
-    first, room = choose(range(len(ordered))), VOLUME
+    first, room = choose(range(len(ordered))), within.volume
     dims: Dims = {}
     for name in ordered[first:] + ordered[:first]:
-        options = op.sizes.get(name, sizes)
+        options = op.sizes.get(name, within.sizes)
         dims[name] = choose(tuple(size for size in options if size <= room) or (options[0],))
         room //= max(dims[name], 1)
     batched = any(t.axes.startswith("...") for t in op.tensors.values())
@@ -385,10 +398,8 @@ def rows(op: Operator, given: dict[str, Any]) -> Iterator[tuple[Any, dict[str, A
             yield slice(i, i + 1), given | {n: given[n][i : i + 1] for n in shared}
 
 
-def check(
-    op: Operator, backend: str, examples: int = 100, seed: int = 0, sizes: Sequence[int] = SIZES
-) -> tuple[int, dict[str, int]]:
-    """The parity suite without a test framework: ``examples`` cases, drawn afresh from the seed.
+def check(op: Operator, backend: str, examples: int = 0, seed: int = 0) -> tuple[int, dict[str, int]]:
+    """The parity suite without a test framework: ``examples`` cases (0: as the scope says), drawn from the seed.
 
     Returns how many ran and why others were refused. Raises AssertionError at the first wrong result.
     """
@@ -398,9 +409,10 @@ def check(
         return options[int(rng.integers(0, len(options)))]
 
     kinds = kinds_of(backend)
+    within = scope(backend)
     ran, refused = 0, dict[str, int]()
-    for _ in range(examples):
-        case = draw_case(op, choose, sizes, kinds)
+    for _ in range(examples or within.examples):
+        case = draw_case(op, choose, within, kinds)
         try:
             assert_parity(op, backend, case)
             if ran % 10 == 0:
@@ -429,7 +441,7 @@ def touch(op: Operator, backend: str) -> Iterator[int]:
             def choose(options: Sequence[T], dtype: str = dtype, variant: int = variant) -> T:
                 return options[options.index(dtype)] if dtype in options else options[variant % len(options)]
 
-            case = draw_case(op, choose, (33, 65))
+            case = draw_case(op, choose, Scope((33, 65), 1 << 20, 1))
             try:
                 given = case.arguments()
                 op.public(*(as_kind(x, "torch", dict(case.dtypes).get(n)) for n, x in given.items()), backend=backend)

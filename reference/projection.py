@@ -73,8 +73,8 @@ def grouped_output_projection_rounded(o: Array, wo_a: Array, wo_b: Array, groups
 
 
 def _project(o: Array, wo_a: Array, wo_b: Array, groups: int, rounding: Any) -> Array:
-    z = rounding(_inner(wide(o), wide(wo_a), groups))
-    return np.matmul(z, wide(wo_b).T)
+    with np.errstate(invalid="ignore"):
+        return np.matmul(rounding(_inner(wide(o), wide(wo_a), groups)), wide(wo_b).T)
 
 
 def _inner(o: Array, wo_a: Array, groups: int) -> Array:

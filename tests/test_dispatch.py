@@ -152,7 +152,7 @@ def test_dispatched_equals_direct(kernel):
     from flagops import testing
 
     op, backend = registry.operator(kernel[0]), kernel[1]
-    case = testing.draw_case(op, lambda options: options[-1] if len(options) == 7 else options[0], (3, 16))
+    case = testing.draw_case(op, lambda options: options[-1] if len(options) == 7 else options[0], testing.INTERPRETED)
     given = [testing.as_kind(x, "torch", dict(case.dtypes).get(n)) for n, x in case.arguments().items()]
     result = op.public(*given, backend=backend)
     out = torch.empty_like(result)

@@ -11,23 +11,17 @@ from flagops import registry, testing
 from flagops.errors import Unsupported
 
 
-def _interpreted(backend):
-    return backend == "triton" and not torch.cuda.is_available()
-
-
-def _hold(kernel, judge, examples=100):
+def _hold(kernel, judge, share=1):
     operator, backend = registry.operator(kernel[0]), kernel[1]
-    sizes = testing.SMALL_SIZES if _interpreted(backend) else testing.SIZES
+    within = testing.scope(backend)
     kinds = testing.kinds_of(backend)
     ran = 0
 
-    @settings(
-        max_examples=examples // 5 if _interpreted(backend) else examples, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=within.examples // share, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def run(data):
         nonlocal ran
-        case = testing.draw_case(operator, lambda options: data.draw(st.sampled_from(options)), sizes, kinds)
+        case = testing.draw_case(operator, lambda options: data.draw(st.sampled_from(options)), within, kinds)
         try:
             judge(operator, backend, case)
             ran += 1
@@ -43,7 +37,7 @@ def test_kernel_equals_its_reference(kernel):
 
 
 def test_kernel_keeps_what_it_declares(kernel):
-    _hold(kernel, testing.assert_facts, examples=20)
+    _hold(kernel, testing.assert_facts, share=5)
 
 
 @pytest.mark.operators("matmul", "linear")
@@ -51,7 +45,8 @@ def test_exact_products_of_small_integers_are_equal_bit_for_bit(kernel):
     """Sums of small integers are exact in every order: any wrong index, mask or stride shows without a tolerance."""
     operator, backend = kernel
     rng = np.random.default_rng()
-    shapes = [(33, 17, 65)] if _interpreted(backend) else [(130, 65, 257), (1, 1030, 2100), (300, 2100, 3000)]
+    large = [(130, 65, 257), (1, 1030, 2100), (300, 2100, 3000)]
+    shapes = [(33, 17, 65)] if testing.scope(backend) is testing.INTERPRETED else large
     for m, n, k in shapes:
         a, b = (torch.from_numpy(rng.integers(-1, 2, shape)) for shape in ((m, k), (n, k)))
         exact = a.double() @ b.double().T
