@@ -500,7 +500,7 @@ def test_temporaries_stay_in_the_budget():
 
 
 def test_settings_of_a_block_choose_the_backend():
-    x = torch.randn(3, 4).bfloat16()
+    x = torch.randn(3, 4)
     with flagops.enable() as handle:
         for backend in ("numpy", "torch"):
             with flagops.using(backend=backend):
@@ -509,6 +509,22 @@ def test_settings_of_a_block_choose_the_backend():
         rows = handle.report().rows
     assert [row.replaced for row in rows] == [{"matmul/numpy": 1}, {"linear/numpy": 1}]
     assert [row.passed for row in rows] == [{"torch's own kernel is the choice": 1}] * 2
+
+
+def test_what_torch_computes_faster_is_left_to_it_unless_a_backend_is_named(monkeypatch):
+    monkeypatch.setattr("flagops.dispatch.left_to_torch", lambda operator, x: operator == "matmul")
+    x = torch.randn(5, 4)
+    with flagops.enable() as handle:
+        x @ x.t()
+        with flagops.using(backend="numba"):
+            x @ x.t()
+        (row,) = handle.report().rows
+    assert row.passed == {"torch's own kernel is faster on this device": 1}
+    assert row.replaced == {"matmul/numba": 1}
+    with flagops.enable(backend="numba") as handle:
+        x @ x.t()
+        (row,) = handle.report().rows
+    assert row.replaced == {"matmul/numba": 1}
 
 
 # handles

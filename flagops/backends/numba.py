@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .. import config
 from ..arrays import is_numpy, is_torch
 from . import missing
 
@@ -118,16 +119,6 @@ def jit(function: Any) -> Any:
     return dispatcher
 
 
-def _cache_root() -> Path:
-    if folder := os.environ.get("FLAGOPS_CACHE"):
-        return Path(folder)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "flagops" / "cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "flagops"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flagops"
-
-
 @cache
 def _cache_folder(package: str) -> Path | None:
     """The folder for one package of kernels, made if need be; None where none can be written."""
@@ -142,7 +133,7 @@ def _cache_folder(package: str) -> Path | None:
         for source in sorted(files(package).iterdir(), key=lambda file: file.name):
             if source.name.endswith("_numba.py") or (source.name.startswith("_") and source.name.endswith(".py")):
                 digest.update(source.name.encode() + b"\0" + source.read_bytes())
-        folder = _cache_root() / "numba" / digest.hexdigest()[:20]
+        folder = Path(config.cache_folder()) / "numba" / digest.hexdigest()[:20]
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(f"{folder} is read-only")
