@@ -78,6 +78,7 @@ class Operator:
     exact: bool = False
     integral: bool = False
     sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    cases: Sequence[Dims] = ()
     derived: Callable[[Dims, Mapping[str, Any]], Dims] | None = None
     check: Callable[[Dims, Mapping[str, Any]], str | None] | None = None
     public: Callable[..., Any] = field(init=False, repr=False)
@@ -282,6 +283,7 @@ def operator(
     exact: bool = False,
     integral: bool = False,
     sizes: Mapping[str, Sequence[int]] | None = None,
+    cases: Sequence[Dims] = (),
     derived: Callable[[Dims, Mapping[str, Any]], Dims] | None = None,
     check: Callable[[Dims, Mapping[str, Any]], str | None] | None = None,
 ) -> Callable[[Callable[..., Any]], Operator]:
@@ -293,6 +295,7 @@ def operator(
     exact: kernels must agree bit for bit; else beside ``f`` stands ``f_bound(exact, arguments, dtype)``.
     integral: on small integers, whose sums are exact in any order, kernels must give the rounded reference itself.
     sizes: what tests draw for a dimension, where the general choice would not do.
+    cases: whole sets of dimensions that tests draw besides, for what small ones do not reach.
     derived: dimensions that follow from others and the scalars when a case is drawn, ``derived(dims, scalars)``.
     check: what the axes cannot say, ``check(dims, arguments) -> problem | None``; metadata only.
 
@@ -314,6 +317,7 @@ def operator(
             exact=exact,
             integral=integral,
             sizes=sizes or {},
+            cases=cases,
             derived=derived,
             check=check,
         )

@@ -78,13 +78,12 @@ class Case:
         return made
 
     def _batch_of(self, name: str, rng: np.random.Generator) -> tuple[int, ...]:
-        """The batch axes of one argument; where several have them, some are dropped or 1, to broadcast."""
+        """The batch axes of one argument; where several have them, some are 1 or left out, to broadcast."""
         op = registry.operator(self.operator)
-        batched = [n for n, tensor in op.tensors.items() if tensor.axes.startswith("...")]
-        if name == batched[0] if batched else True:
+        if sum(tensor.axes.startswith("...") for tensor in op.tensors.values()) < 2:
             return self.batch
         lead = tuple(1 if rng.random() < 0.3 else size for size in self.batch)
-        return lead[rng.integers(0, len(lead) + 1) :]
+        return lead[rng.integers(0, len(lead) + 1) if rng.random() < 0.3 else 0 :]
 
     def __str__(self) -> str:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -101,8 +100,8 @@ def draw_case(op: Operator, choose: Choose[Any], within: Scope = FULL, kinds: Se
     names = {f for t in op.tensors.values() for w in t.axes.split() if w != "..." for f in w.split("*")}
     ordered = sorted(n for n in names if not n.isdecimal())
     first, room = choose(range(len(ordered))), within.volume
-    dims: Dims = {}
-    for name in ordered[first:] + ordered[:first]:
+    dims: Dims = dict(choose(({}, {}, {}, *op.cases)))
+    for name in () if dims else ordered[first:] + ordered[:first]:
         options = op.sizes.get(name, within.sizes)
         dims[name] = choose(tuple(size for size in options if size <= room) or (options[0],))
         room //= max(dims[name], 1)

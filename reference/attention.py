@@ -49,6 +49,8 @@ def _sink_dtypes(dtypes: Mapping[str, str]) -> tuple[str, ...]:
         "v4-flash.decode-64": {"b": 64, "s": 1, "n": 1280, "k": 640, **V4_FLASH},
         "v4-pro.decode-64": {"b": 64, "s": 1, "n": 1280, "k": 1152, **V4_PRO},
     },
+    sizes={"n": (7, 1, 0, 33, 130)},
+    cases=({"b": 1, "s": 2, "h": 3, "d": 17, "n": 300, "k": 300},),  # several blocks of keys, whose maxima differ
     flops=lambda dims, batch: 4.0 * dims["b"] * dims["s"] * dims["k"] * dims["h"] * dims["d"],
 )
 def sparse_attention(q: Array, kv: Array, sink: Array | None, indices: Array, scale: float) -> Array:
