@@ -331,7 +331,7 @@ def compare(op: Operator, arguments: dict[str, Any], got: Array, label: str = ""
         wrong = finite & ~overflowed & ~(np.abs(value - exact) <= bound)
         wrong |= np.isnan(exact) & ~np.isnan(value)
         wrong |= np.isinf(exact) & (value != exact)
-    _report(op, wrong & ~np.isinf(bound) & ~(np.isnan(bound) & finite), value, exact, bound, label)
+    _report(op, wrong & np.isfinite(bound), value, exact, bound, label)
 
 
 def _are_integers(inputs: Sequence[Any]) -> bool:

@@ -148,5 +148,8 @@ def sparse_attention_bound(exact: Array, arguments: Mapping[str, Any], dtype: st
         error = (np.expm1(2 * delta) + u_p + (terms + 8) * acc.u) * weighted + lost
         bound = error + out.u * (magnitude(exact) + error) + out.tiny
         bound += np.where(total < acc.largest / 2, 0, magnitude(exact))  # a sink that dwarfs all logits may give 0
+        vanishing = ((p <= 4 * tiny_p) & valid[:, :, None]) * 1.0
+        unclear = np.einsum("bshk,bskd->bshd", vanishing, ~np.isfinite(rows) * 1.0) > 0  # perhaps 0 times infinity
+        bound = np.where(unclear, np.inf, bound)
         bound = np.where(magnitude(rows).sum(-2)[:, :, None] < acc.largest / 2, bound, np.inf)
         return np.where(_seen(valid), bound, 0)

@@ -80,7 +80,7 @@ def _project(o: Array, wo_a: Array, wo_b: Array, groups: int, rounding: Any) -> 
 def _inner(o: Array, wo_a: Array, groups: int) -> Array:
     per_group = o.reshape(*o.shape[:-2], groups, wo_a.shape[1])
     factors = wo_a.reshape(groups, wo_a.shape[0] // groups, wo_a.shape[1])
-    z = np.einsum("...gk,grk->...gr", per_group, factors)
+    z = np.matmul(per_group[..., None, :], np.swapaxes(factors, 1, 2))  # einsum leaves an empty sum undefined
     return z.reshape(*o.shape[:-2], wo_a.shape[0])
 
 
@@ -92,4 +92,6 @@ def grouped_output_projection_bound(exact: Array, arguments: Mapping[str, Any], 
     z_error = np.where(magnitude(z) + z_error < unit(dtype).largest, z_error, np.inf)
     absolute = np.matmul(magnitude(z) + z_error, magnitude(wo_b).T)
     second = contraction_bound(exact, absolute, wo_b.shape[1], dtype)
-    return second + np.matmul(z_error, magnitude(wo_b).T) * (1 + 2 * unit(dtype).u)
+    bound = second + np.matmul(z_error, magnitude(wo_b).T) * (1 + 2 * unit(dtype).u)
+    unclear = np.matmul((magnitude(z) <= z_error) * 1.0, ~np.isfinite(wo_b.T) * 1.0) > 0  # perhaps 0 times infinity
+    return np.where(np.isnan(bound) | unclear, np.inf, bound)
