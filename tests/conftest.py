@@ -22,15 +22,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the long sweeps")
     parser.addoption("--backend", action="append", help="hold only these backends to the parity suite")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        slow = [item for item in items if "slow" in item.keywords]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if "slow" not in item.keywords]
 
 
 def pytest_generate_tests(metafunc):
