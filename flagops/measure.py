@@ -114,10 +114,7 @@ def case(op: Operator, workload: str, dtype: str | None = None) -> testing.Case:
         except ValueError as error:
             raise Unsupported(f"{op.name}: {source} {error}") from None
     else:
-        dtypes = {}
-        for name in op.tensors:
-            allowed = op.dtype_choices(name, dtypes)
-            dtypes[name] = dtype if dtype in allowed else allowed[0]
+        dtypes = testing.dtypes_near(op, dtype)
         if op.result_dtype(dtypes, scalars) != dtype:
             raise Unsupported(f"{op.name} does not run in {dtype}")
     return dataclasses.replace(found, dtypes=tuple(dtypes.items()), scalars=tuple(scalars.items()))

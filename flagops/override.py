@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flagops import aten, config, dispatch, interpose, registry
+from flagops import arrays, aten, config, dispatch, interpose, registry
 from flagops.errors import Unsupported, suggestion
 from flagops.interpose import Counter, Registration, lock, thread
 from flagops.report import Report, Row
@@ -218,7 +218,7 @@ def _span(x: Tensor | None) -> int:
         return 0
     if not x.data_ptr():
         raise aten.Pass("a tensor without memory as out")
-    return (1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))) * x.element_size()
+    return arrays.span(x)[1]
 
 
 def _guarded(run: aten.Run, x: Tensor) -> aten.Run:

@@ -137,6 +137,15 @@ def draw_case(op: Operator, choose: Choose[Any], within: Scope = FULL, kinds: Se
     )
 
 
+def dtypes_near(op: Operator, dtype: str | None) -> dict[str, str]:
+    """The dtype of each tensor: the one asked for where the card allows it, else its first."""
+    dtypes: dict[str, str] = {}
+    for tensor in op.tensors:
+        allowed = op.dtype_choices(tensor, dtypes)
+        dtypes[tensor] = dtype if dtype in allowed else allowed[0]
+    return dtypes
+
+
 def workload(op: Operator, name: str, seed: int = 0) -> Case:
     """A named workload of the card as a case."""
     load = dict(op.workloads[name])
@@ -151,10 +160,7 @@ def workload(op: Operator, name: str, seed: int = 0) -> Case:
             scalars[scalar_name] = (scalar.choices(dims) if callable(scalar.choices) else scalar.choices)[0]
     if op.derived:
         dims |= op.derived(dims, scalars)
-    dtypes: dict[str, str] = {}
-    for tensor in op.tensors:
-        allowed = op.dtype_choices(tensor, dtypes)
-        dtypes[tensor] = dtype if dtype in allowed else allowed[0]
+    dtypes = dtypes_near(op, dtype)
     return Case(
         operator=op.name,
         dims=tuple(dims.items()),
