@@ -7,7 +7,6 @@ Without ``--benchmark-enable`` each case runs once, as a smoke test, and only wh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +36,7 @@ def test_speed(benchmark: Any, op: Any, workload: str, backend: str) -> None:
     turn = iter(trial.sets * 10_000)
 
     def fresh() -> tuple[list[Any], dict[str, Any]]:
-        trial.out.fill_(math.nan)
+        measure.poison(trial.out)
         return [*next(turn), trial.out], {"backend": backend}
 
     benchmark.group = f"{op.name} {workload}"

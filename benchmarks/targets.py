@@ -140,7 +140,7 @@ def overhead(settings: Settings) -> Iterator[Result]:
     }
     many = Settings(settings.seconds, max(settings.rounds, 15), settings.most)
     with flagops.enable("matmul", backend=backend):
-        times = measure.alternate(calls, [()], out, many, poison=False)
+        times = measure.alternate(calls, [()], out, many, poisoned=False)
     for name, limit in (("explicit", 5.0), ("aten", 8.0)):
         extra = median(t - k for t, k in _pairs(times, name, "kernel")) * 1e6
         label = "an explicit call" if name == "explicit" else "an overridden torch.mm"

@@ -47,6 +47,7 @@ class Plan:
     run: Callable[..., None]
     views: tuple[int, ...]
     spans: tuple[tuple[int, int, int], ...]
+    out_spans: tuple[tuple[int, int, int], ...]
     on_torch: bool
     through_torch: bool
     check_values: bool
@@ -62,6 +63,10 @@ class Plan:
         for position in self.views:
             x = clean[position]
             clean[position] = arrays.codes(x.resolve_neg() if arrays.is_torch(x) else x)
+        coded = self.operator.coded_results
+        if coded and clean[-1] is not None:
+            outs = [arrays.codes(x) if i in coded else x for i, x in enumerate(self.operator.each(clean[-1]))]
+            clean[-1] = tuple(outs) if self.operator.several else outs[0]
         return clean
 
 
@@ -100,7 +105,7 @@ def _signature(x: Any) -> Any:
     except (AttributeError, RuntimeError):  # no tensor, or one without strides
         if arrays.is_numpy(x):
             return type(x), x.dtype, x.shape, x.strides, x.flags.writeable, x.flags.aligned
-        return tuple(x) if isinstance(x, list) else x
+        return tuple(map(_signature, x)) if isinstance(x, (tuple, list)) else x
 
 
 def plan(
@@ -136,32 +141,47 @@ def execute(plan: Plan, args: Sequence[Any]) -> Any:
         problem = operator.values(*args[:-1])
         if problem:
             raise ValueError(f"{operator.name}: {problem}")
-    if plan.views or plan.bound.scalars:
-        args = plan.clean(args)
     out = args[-1]
     if out is None:
-        out = arrays.empty(plan.bound.shape, plan.bound.dtype, args[operator.tensor_positions[0]])
+        out = allocate(plan, args)
         args = (*args[:-1], out)
     else:
         _refuse_overlap(plan, args)
     try:
-        plan.run(*args)
+        if plan.views or plan.bound.scalars or operator.coded_results:
+            plan.run(*plan.clean(args))
+        else:
+            plan.run(*args)
     except Unsupported as error:
         return execute(_without(plan, args, str(error)), args)
     plan.calls += 1
     return out
 
 
+def allocate(plan: Plan, args: Sequence[Any]) -> Any:
+    """Uninitialised results for a plan, where its first tensor lies."""
+    like = args[plan.operator.tensor_positions[0]]
+    bound = plan.bound
+    if not plan.operator.several:
+        return arrays.empty(bound.shape, bound.dtype, like)
+    return tuple(arrays.empty(shape, dtype, like) for shape, dtype in zip(bound.shapes, bound.results, strict=True))
+
+
 def _refuse_overlap(plan: Plan, args: Sequence[Any]) -> None:
+    """Results may share no memory with an input, but for the very tensor that the card lets them take the place of."""
     address = _data_ptr if plan.on_torch else arrays.address
-    position, low, high = plan.spans[0]
-    start = address(args[position])
-    start, stop = start + low, start + high
-    for position, low, high in plan.spans[1:]:
-        first = address(args[position])
-        if first + low < stop and start < first + high:
-            operator = plan.operator
-            raise ValueError(f"{operator.name}: out shares memory with {operator.parameters[position]}")
+    operator = plan.operator
+    taken: list[tuple[int, int]] = []
+    for out, (same, low, high) in zip(operator.each(args[-1]), plan.out_spans, strict=False):
+        origin = address(out)
+        start, stop = origin + low, origin + high
+        for position, first, last in plan.spans:
+            there = address(args[position])
+            if there + first < stop and start < there + last and not (position == same and there == origin):
+                raise ValueError(f"{operator.name}: out shares memory with {operator.parameters[position]}")
+        if any(first < stop and start < last for first, last in taken):
+            raise ValueError(f"{operator.name}: results share memory with each other")
+        taken.append((start, stop))
 
 
 def _without(plan: Plan, args: Sequence[Any], reason: str) -> Plan:
@@ -236,10 +256,9 @@ def _choose(operator: Operator, args: Sequence[Any], wish: Any, grad: bool, refu
             run=kernel.function,
             views=_views(operator, args),
             spans=tuple(
-                (p, *arrays.span(args[p]))
-                for p in (len(args) - 1, *operator.tensor_positions)
-                if not wrapped and args[p] is not None
+                (p, *arrays.span(args[p])) for p in operator.tensor_positions if not wrapped and args[p] is not None
             ),
+            out_spans=_out_spans(operator, args) if not wrapped and args[-1] is not None else (),
             on_torch=arrays.is_torch(first),
             through_torch=wrapped or needs_grad,
             check_values=operator.values is not None and (on_cpu or settings.check),
@@ -260,7 +279,8 @@ def _supported(
 ) -> registry.Kernel:
     kernel = registry.find(operator.name, name)
     if not wrapped:
-        for argument, x in {**tensors, **({} if args[-1] is None else {"out": args[-1]})}.items():
+        outs = () if args[-1] is None else operator.each(args[-1])
+        for argument, x in (*tensors.items(), *zip(operator.results, outs, strict=False)):
             reason = registry.backend(name).refuses(x)
             if reason:
                 raise Unsupported(f"{argument}: {reason}")
@@ -286,6 +306,19 @@ def _is_wrapper(x: Any) -> bool:
         return False
     torch = sys.modules["torch"]
     return x.device.type == "meta" or type(x).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+
+
+def _out_spans(operator: Operator, args: Sequence[Any]) -> tuple[tuple[int, int, int], ...]:
+    """For each result the position of the input it may be, -1 if none, and the bytes it spans."""
+
+    def steps(x: Any) -> Any:
+        return x.stride() if arrays.is_torch(x) else x.strides
+
+    spans = []
+    for out, same in zip(operator.each(args[-1]), operator.aliases, strict=True):
+        like = same >= 0 and args[same] is not None and steps(args[same]) == steps(out)
+        spans.append((same if like else -1, *arrays.span(out)))
+    return tuple(spans)
 
 
 def _views(operator: Operator, args: Sequence[Any]) -> tuple[int, ...]:

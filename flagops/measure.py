@@ -96,7 +96,7 @@ def roofline(settings: Settings) -> Roofline:
         [()],
         torch.empty_like(source),
         settings,
-        poison=False,
+        poisoned=False,
     )
     return Roofline(2 * source.nbytes / median(times["copy"]), 2 * 2048**3 / median(times["matmul"]))
 
@@ -107,8 +107,8 @@ def case(op: Operator, workload: str, dtype: str | None = None) -> testing.Case:
     if dtype is None:
         return found
     scalars, dtypes = dict(found.scalars), dict(found.dtypes)
-    source = str(op.result.dtypes)
-    if source in op.scalars:
+    source = op.result.dtypes
+    if isinstance(source, str) and source in op.scalars:
         try:
             scalars[source] = op.scalars[source].parse(dtype)
         except ValueError as error:
@@ -134,14 +134,22 @@ def inputs(op: Operator, of: testing.Case, seed: int = 0, device: str = "cpu") -
         shape = op.shape(op.tensors[name], dims, of.batch if name == batched else ())
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
         dtype = getattr(torch, dtypes[name])
-        if dtypes[name] in ("int32", "int64"):
+        if name == "indices" and "n" in dims:
             x = _listed(shape, dims["n"], generator).to(dtype)
+        elif op.tensors[name].draw and dtypes[name] not in arrays.ONE_BYTE:
+            x = arrays.as_torch(_drawn(op.tensors[name], shape, dtypes[name], dims, seed))
         elif layouts.get(name) == "transposed":
             x = _random(shape[::-1], dtype, generator).permute(*reversed(range(len(shape))))
         else:
             x = _random(shape, dtype, generator)
         made.append(x.to(device))
     return made
+
+
+def _drawn(tensor: Any, shape: tuple[int, ...], dtype: str, dims: dict[str, int], seed: int) -> Any:
+    import numpy
+
+    return numpy.ascontiguousarray(tensor.draw(numpy.random.default_rng(seed), shape, dtype, dims))
 
 
 def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -171,22 +179,29 @@ def _listed(shape: Sequence[int], rows: int, generator: torch.Generator) -> torc
     return torch.cat((near, scores.topk(k - window).indices), 1).view(*shape)
 
 
-def verify(op: Operator, given: Sequence[Any], out: torch.Tensor) -> str:
+def verify(op: Operator, given: Sequence[Any], out: Any) -> str:
     """Hold a result to the reference on rows and columns spread over all of it; returns how they matched.
 
     Raises AssertionError, also where anything is left of the NaN that the output was full of.
     """
     if not op.exact:
-        left = int(out.isnan().sum())
-        assert not left, f"{left} of {out.numel()} elements are NaN or were not written"
-    named, part = excerpt(op, dict(zip(op.inputs, given, strict=True)), out)
+        left = sum(int(x.isnan().sum()) for x in op.each(out) if x.is_floating_point() and x.dtype.itemsize > 1)
+        assert not left, f"{left} elements are NaN or were not written"
+    named = dict(zip(op.inputs, given, strict=True))
+    parts = op.each(out)
+    if op.separable:
+        named, parts = excerpt(op, named, parts)
     held = {n: arrays.as_numpy(x.cpu()) if arrays.is_torch(x) else x for n, x in named.items()}
-    testing.compare(op, held, arrays.as_numpy(part.cpu()))
+    got = tuple(arrays.as_numpy(x.cpu()) for x in parts)
+    testing.compare(op, held, got if op.several else got[0])
     return "bits" if op.exact else "bound"
 
 
-def excerpt(op: Operator, named: Mapping[str, Any], out: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
-    """A smaller call whose result is a part of ``out``: some of its rows and, where each is its own sum, columns."""
+def excerpt(
+    op: Operator, named: Mapping[str, Any], outs: tuple[torch.Tensor, ...]
+) -> tuple[dict[str, Any], tuple[torch.Tensor, ...]]:
+    """A smaller call whose results are parts of ``outs``: some rows and, where each is its own sum, columns."""
+    out, *others = outs
     words = op.result.axes.split()
     first = next(iter(op.tensors))
     rows = [word for word in words[:-1] if out.ndim >= len(words) or word != "..."]
@@ -202,6 +217,10 @@ def excerpt(op: Operator, named: Mapping[str, Any], out: torch.Tensor) -> tuple[
         size = out.shape[axis]
         keep = _spread(size, limit, out.device)
         out = out.index_select(axis, keep)
+        for i, tensor in enumerate(list(op.results.values())[1:]):
+            axes = tensor.axes.split()
+            if word in axes:
+                others[i] = others[i].index_select(axes.index(word) - len(axes) if word != "..." else 0, keep)
         for name, tensor in op.tensors.items():
             axes = tensor.axes.split()
             if word in axes and part[name] is not None:
@@ -211,7 +230,7 @@ def excerpt(op: Operator, named: Mapping[str, Any], out: torch.Tensor) -> tuple[
         if op.name == "fp8_dequantize":  # each row of the excerpt takes the scales of its block along
             height, width = part["block"]
             part |= {"scale": part["scale"].index_select(0, keep // height), "block": (1, width)}
-    return part, out
+    return part, (out, *others)
 
 
 def _spread(size: int, limit: int, device: Any) -> torch.Tensor:
@@ -234,7 +253,7 @@ def synchronizer(device: str) -> Callable[[], Any]:
 
 
 def alternate(
-    calls: Mapping[str, Call], sets: Sequence[Sequence[Any]], out: torch.Tensor, settings: Settings, poison: bool = True
+    calls: Mapping[str, Call], sets: Sequence[Sequence[Any]], out: Any, settings: Settings, poisoned: bool = True
 ) -> dict[str, list[float]]:
     """Seconds a call of each candidate, ``call(*set, out)``, one number for each round; forwards, then backwards."""
     wait = synchronizer(settings.device)
@@ -245,8 +264,8 @@ def alternate(
     begun = math.inf
     for count in range(-1, settings.most):  # the first round warms up and is thrown away
         for name in names if count % 2 else reversed(names):
-            if poison:
-                out.fill_(math.nan)
+            if poisoned:
+                poison(out)
             call, given = calls[name], [next(turn) for _ in range(repeats[name])]
             wait()
             start = time.perf_counter()
@@ -262,6 +281,13 @@ def alternate(
         if count + 1 >= settings.rounds and time.perf_counter() - begun > settings.seconds * len(names):
             break
     return times
+
+
+def poison(out: Any) -> None:
+    """Fill an output, or a tuple of them, with NaN; one-byte formats and integers with bytes of 0x5A."""
+    for x in out if isinstance(out, tuple) else (out,):
+        whole = x.dtype.itemsize == 1 or not x.is_floating_point()
+        (arrays.codes(x) if x.dtype.itemsize == 1 else x).fill_(0x5A if whole else math.nan)
 
 
 def extra_memory(call: Callable[[], Any], device: str = "cpu") -> int | None:
@@ -299,7 +325,7 @@ class Trial:
     workload: str
     dtype: str
     sets: list[list[Any]]
-    out: torch.Tensor
+    out: Any
     flops: float
     bytes: int
 
@@ -317,9 +343,13 @@ def prepare(op: Operator, workload: str, device: str = "cpu", dtype: str | None 
     if cold and used < LARGE:
         sets += [inputs(op, of, seed, device) for seed in range(1, min(64, max(2, -(-COLD // max(used, 1)))))]
     bound = op.bind((*sets[0], None))
-    out = torch.empty(bound.shape, dtype=getattr(torch, bound.dtype), device=device)
+    outs = tuple(
+        torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        for shape, dtype in zip(bound.shapes, bound.results, strict=True)
+    )
     work = float(op.flops(bound.dims, bound.batch))
-    return Trial(op, workload, bound.dtype, sets, out, work, used + out.nbytes)
+    moved = used + sum(x.nbytes for x in outs)
+    return Trial(op, workload, bound.dtype, sets, outs if op.several else outs[0], work, moved)
 
 
 def compare(trial: Trial, calls: Mapping[str, Call], baselines: Mapping[str, Call], settings: Settings) -> list[Row]:
@@ -351,7 +381,7 @@ def compare(trial: Trial, calls: Mapping[str, Call], baselines: Mapping[str, Cal
 
 def _attempt(trial: Trial, row: Row, call: Call, which: int) -> None:
     given, out = trial.sets[which], trial.out
-    out.fill_(math.nan)
+    poison(out)
     try:
         call(*given, out)
         row.match = verify(trial.op, given, out)

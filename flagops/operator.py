@@ -24,7 +24,8 @@ class Tensor:
     """A tensor argument.
 
     axes: one word per axis, each a product of names and numbers (``"g*p c"``); a leading ``...`` stands for batch axes.
-    dtypes: the names allowed, the name of the argument whose dtype it shares, or a function of the dtypes so far.
+    dtypes: the names allowed, the name of the argument whose dtype it shares, or a function of the dtypes so far. Of a
+        result: the name of the tensor or scalar that gives it, a function of the dtypes, or a tuple of its one dtype.
     codes: the kernel gets the bytes of a one-byte format as uint8.
     draw: test values, ``draw(rng, shape, dtype, dims)``; standard normal or random bytes if not given.
     """
@@ -59,8 +60,18 @@ class Bound:
     batch: tuple[int, ...]
     dtypes: Mapping[str, str]
     scalars: tuple[Any, ...]
-    shape: tuple[int, ...]
-    dtype: str
+    shapes: tuple[tuple[int, ...], ...]
+    results: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the first result."""
+        return self.shapes[0]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the first result."""
+        return self.results[0]
 
 
 @dataclass(eq=False)
@@ -72,9 +83,12 @@ class Operator:
     reference: Callable[..., Any]
     tensors: dict[str, Tensor]
     scalars: dict[str, Scalar]
-    result: Tensor
+    results: dict[str, Tensor]
     workloads: dict[str, dict[str, Any]]
     flops: Callable[..., float]
+    several: bool = False
+    inplace: Mapping[str, str] = field(default_factory=dict)
+    separable: bool = True
     exact: bool = False
     integral: bool = False
     sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -94,6 +108,8 @@ class Operator:
         self.positions = {name: i for i, name in enumerate(self.parameters)}
         self.tensor_positions = tuple(self.positions[name] for name in self.tensors)
         self.scalar_positions = tuple(self.positions[name] for name in self.scalars)
+        self.coded_results = tuple(i for i, tensor in enumerate(self.results.values()) if tensor.codes)
+        self.aliases = tuple(self.positions.get(self.inplace.get(name, ""), -1) for name in self.results)
         self.defaults = tuple(p.default for p in self.signature.parameters.values())
         self.required = self.defaults.count(inspect.Parameter.empty)
         from flagops.dispatch import public
@@ -101,9 +117,19 @@ class Operator:
         self.public = public(self)
 
     @property
+    def result(self) -> Tensor:
+        """The first result, in most operators the only one."""
+        return next(iter(self.results.values()))
+
+    @property
     def bound(self) -> Callable[..., Any]:
         """``f_bound(exact, arguments, dtype)``: how far a kernel's result may lie from the exact one."""
         return self._beside("bound")  # type: ignore[return-value]
+
+    @functools.cached_property
+    def judge(self) -> Callable[..., None] | None:
+        """``f_judge(got, arguments)``: raises AssertionError for a wrong result, where distance says nothing."""
+        return self._beside("judge")
 
     @functools.cached_property
     def values(self) -> Callable[..., str | None] | None:
@@ -159,10 +185,13 @@ class Operator:
             problem = self.check(dims, named)
             if problem:
                 raise ValueError(f"{self.name}: {problem}")
-        shape = self.shape(self.result, dims, batch)
-        dtype = self.result_dtype(dtypes, dict(zip(self.scalars, scalars, strict=True)))
-        self._check_out(args[-1], present, shape, dtype)
-        return Bound(dims, batch, dtypes, tuple(scalars), shape, dtype)
+        by_name = dict(zip(self.scalars, scalars, strict=True))
+        if self.derived:
+            dims |= {name: size for name, size in self.derived(dims, by_name).items() if name not in dims}
+        shapes = tuple(self.shape(tensor, dims, batch) for tensor in self.results.values())
+        results = tuple(self.result_dtype(dtypes, by_name, tensor) for tensor in self.results.values())
+        self._check_outs(args[-1], present, shapes, results)
+        return Bound(dims, batch, dtypes, tuple(scalars), shapes, results)
 
     def shape(self, tensor: Tensor, dims: Dims, batch: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a tensor of the card for given dimensions."""
@@ -170,10 +199,19 @@ class Operator:
         lead = batch if words[:1] == ["..."] else ()
         return (*lead, *(_product(word, dims) for word in words if word != "..."))
 
-    def result_dtype(self, dtypes: Mapping[str, str], scalars: Mapping[str, Any]) -> str:
-        source = self.result.dtypes
-        assert isinstance(source, str)
+    def result_dtype(self, dtypes: Mapping[str, str], scalars: Mapping[str, Any], result: Tensor | None = None) -> str:
+        """The dtype of a result, of the first if none is given, from those of the tensors and the scalars."""
+        source = (result or self.result).dtypes
+        if callable(source):
+            source = source(dtypes)
+        if not isinstance(source, str):
+            (dtype,) = source
+            return dtype
         return dtypes[source] if source in dtypes else str(scalars[source])
+
+    def each(self, value: Any) -> tuple[Any, ...]:
+        """What an operator takes or gives as results, as a tuple also where there is only one."""
+        return tuple(value) if self.several else (value,)
 
     def dtype_choices(self, name: str, dtypes: Mapping[str, str]) -> tuple[str, ...]:
         """The dtypes that an argument may have, given those of the arguments before it."""
@@ -222,8 +260,8 @@ class Operator:
         for name, shape in shapes.items():
             words = self.tensors[name].axes.split()
             axes = [word for word in words if word != "..."]
-            if len(shape) < len(axes) or (len(shape) > len(axes) and words[0] != "..."):
-                rank = f"at least {len(axes)}" if words[0] == "..." else str(len(axes))
+            if len(shape) < len(axes) or (len(shape) > len(axes) and words[:1] != ["..."]):
+                rank = f"at least {len(axes)}" if words[:1] == ["..."] else str(len(axes))
                 raise ValueError(
                     f"{self.name}: {name} has shape {shape}, expected {rank} dimensions [{', '.join(words)}]"
                 )
@@ -254,9 +292,18 @@ class Operator:
             equations = deferred
         return batch
 
-    def _check_out(self, out: Any, present: Mapping[str, Any], shape: tuple[int, ...], dtype: str) -> None:
+    def _check_outs(
+        self, out: Any, present: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str]
+    ) -> None:
         if out is None:
             return
+        if self.several and (not isinstance(out, (tuple, list)) or len(out) != len(shapes)):
+            got = f"{len(out)}" if isinstance(out, (tuple, list)) else f"a {_kind(out)}"
+            raise TypeError(f"{self.name}: out must be {len(shapes)} arrays ({', '.join(self.results)}), got {got}")
+        for one, shape, dtype in zip(self.each(out), shapes, dtypes, strict=True):
+            self._check_out(one, present, shape, dtype)
+
+    def _check_out(self, out: Any, present: Mapping[str, Any], shape: tuple[int, ...], dtype: str) -> None:
         like = next(iter(present.values()))
         if is_torch(out) != is_torch(like) or not (is_torch(out) or is_numpy(out)):
             raise TypeError(f"{self.name}: out must be a {_kind(like)} like the inputs, got {_kind(out)}")
@@ -276,10 +323,12 @@ class Operator:
 def operator(
     *,
     tensors: dict[str, Tensor],
-    result: Tensor,
+    result: Tensor | dict[str, Tensor],
     workloads: dict[str, dict[str, Any]],
     flops: Callable[..., float],
     scalars: dict[str, Scalar] | None = None,
+    inplace: Mapping[str, str] | None = None,
+    separable: bool = True,
     exact: bool = False,
     integral: bool = False,
     sizes: Mapping[str, Sequence[int]] | None = None,
@@ -289,19 +338,24 @@ def operator(
 ) -> Callable[[Callable[..., Any]], Operator]:
     """Make a NumPy function the reference of an operator of its own name, which then also takes ``out=None``.
 
-    tensors, result, scalars: the arguments and the result, see `Tensor` and `Scalar`.
+    tensors, result, scalars: the arguments and the result, see `Tensor` and `Scalar`. An operator with several results
+        names them in a dict; its reference returns a tuple, and ``out`` is one.
     workloads: dimensions (and dtypes, scalars) at real model sizes by name, for benchmarks and the default order.
     flops: useful floating-point operations, ``flops(dims, batch)``.
-    exact: kernels must agree bit for bit; else beside ``f`` stands ``f_bound(exact, arguments, dtype)``.
+    inplace: results by name (``"out"`` if there is one) that may be given as the very tensor of an input, by name.
+    separable: a part of the result along an axis is the result of that part of the inputs; else a benchmark verifies
+        the whole of a workload.
+    exact: kernels must agree bit for bit; else beside ``f`` stands ``f_bound(exact, arguments, dtype)``, of several
+        results a tuple of bounds for the tuple of exact values and of dtypes, None where bits must agree.
     integral: on small integers, whose sums are exact in any order, kernels must give the rounded reference itself.
     sizes: what tests draw for a dimension, where the general choice would not do.
     cases: whole sets of dimensions that tests draw besides, for what small ones do not reach.
-    derived: dimensions that follow from others and the scalars when a case is drawn, ``derived(dims, scalars)``.
+    derived: dimensions that follow from others and the scalars, ``derived(dims, scalars)``.
     check: what the axes cannot say, ``check(dims, arguments) -> problem | None``; metadata only.
 
     Beside ``f`` its module may hold ``f_rounded`` (the reference with the roundings of intermediates that the
-    specification asks for) and ``f_values(*inputs) -> problem | None``
-    (checks of values).
+    specification asks for), ``f_values(*inputs) -> problem | None`` (checks of values) and ``f_judge(got, arguments)``,
+    which raises AssertionError for a wrong result where no distance can tell, as for indices; it replaces the bound.
     """
 
     def declare(reference: Callable[..., Any]) -> Operator:
@@ -311,9 +365,12 @@ def operator(
             reference=reference,
             tensors=tensors,
             scalars=scalars or {},
-            result=result,
+            results=result if isinstance(result, dict) else {"out": result},
             workloads=workloads,
             flops=flops,
+            several=isinstance(result, dict),
+            inplace=inplace or {},
+            separable=separable,
             exact=exact,
             integral=integral,
             sizes=sizes or {},

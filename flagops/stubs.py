@@ -41,17 +41,19 @@ SCALARS = {"str": "DType", "float": "float", "int": "int", "int[2]": "tuple[int,
 
 def declaration(operator: Operator) -> str:
     """The typed declaration of one operator."""
+    results = f"tuple[{', '.join(['Array'] * len(operator.results))}]" if operator.several else "Array"
     words = []
     for name, parameter in operator.signature.parameters.items():
         if name in operator.scalars:
             kind = SCALARS[operator.scalars[name].torch]
         else:
-            optional = name == "out" or operator.tensors[name].optional
-            kind = "Array | None" if optional else "Array"
+            kind = results if name == "out" else "Array"
+            if name == "out" or operator.tensors[name].optional:
+                kind += " | None"
         default = "" if parameter.default is parameter.empty else " = ..."
         words.append(f"    {name}: {kind}{default},")
     words += ["    *,", "    backend: str | Sequence[str] | None = ...,"]
-    return "\n".join([f"def {operator.name}(", *words, ") -> Array: ..."])
+    return "\n".join([f"def {operator.name}(", *words, f") -> {results}: ..."])
 
 
 def text() -> str:

@@ -57,6 +57,7 @@ class Case:
     values: str = "normal"
     kind: str = "torch"
     budget: int = 256 << 20
+    inplace: bool = False
     seed: int = 0
 
     def arguments(self) -> dict[str, Any]:
@@ -133,6 +134,7 @@ def draw_case(op: Operator, choose: Choose[Any], within: Scope = FULL, kinds: Se
         values=choose(VALUES),
         kind=kind,
         budget=choose((256 << 20, 1 << 16)),
+        inplace=bool(op.inplace) and choose((False, True)),
         seed=choose(range(2**16)),
     )
 
@@ -247,8 +249,8 @@ def writable(shape: tuple[int, ...], dtype: str, layout: str) -> tuple[Array, Ar
     else:
         room = np.empty(shape[::-1] if layout == "transposed" else shape, to)
         view = room.T if layout == "transposed" else room[..., ::-1] if shape else room
-    room.view(f"u{to.itemsize}")[...] = 0x5A5A5A5A5A5A5A5A & (2 ** (8 * to.itemsize) - 1)
-    if np.issubdtype(to, np.floating) or dtype == "bfloat16":
+    _raw(room)[...] = 0x5A5A5A5A5A5A5A5A & (2 ** (8 * to.itemsize) - 1)
+    if dtype in arrays.FLOATS:
         room[...] = np.nan
     return view, room
 
@@ -262,22 +264,35 @@ def assert_parity(op: Operator, backend: str, case: Case) -> None:
     arguments = case.arguments()
     dims = dict(case.dims)
     bound_batch = np.broadcast_shapes(*_leads(op, arguments)) if _leads(op, arguments) else ()
-    shape = op.shape(op.result, dims, bound_batch)
-    dtype = op.result_dtype(dict(case.dtypes), dict(case.scalars))
-    view, room = writable(shape, dtype, dict(case.layouts).get("out", "contiguous"))
     given = {n: as_kind(x, case.kind, dict(case.dtypes).get(n)) for n, x in arguments.items()}
+    views, outs, rooms = [], [], []
+    for name, tensor in op.results.items():
+        shape = op.shape(tensor, dims, bound_batch)
+        dtype = op.result_dtype(dict(case.dtypes), dict(case.scalars), tensor)
+        view, room = writable(shape, dtype, dict(case.layouts).get("out", "contiguous"))
+        out = as_kind(view, case.kind, dtype)
+        source = op.inplace.get(name)
+        if case.inplace and source and view.shape == arguments[source].shape and view.dtype == arguments[source].dtype:
+            view[...] = arguments[source]
+            given[source] = out
+        views.append(view)
+        outs.append(out)
+        rooms.append((room, _raw(room).copy()))
     before = {n: x.tobytes() for n, x in arguments.items() if isinstance(x, np.ndarray)}
-    outside = room.view(f"u{room.dtype.itemsize}").copy()
-    out = as_kind(view, case.kind, dtype)
     with config.using(budget=case.budget):
-        op.public(*given.values(), out=out, backend=backend)
+        op.public(*given.values(), out=tuple(outs) if op.several else outs[0], backend=backend)
     for name, raw in before.items():
         assert arguments[name].tobytes() == raw, f"{op.name} on {backend} changed its input {name}\n{case}"
-    compare(op, arguments, view, str(case))
-    written = np.zeros(room.shape, bool)
-    _same_view(written, room, view)[...] = True
-    untouched = room.view(outside.dtype)[~written] == outside[~written]
-    assert untouched.all(), f"{op.name} on {backend} wrote outside of out\n{case}"
+    compare(op, arguments, tuple(views) if op.several else views[0], str(case))
+    for view, (room, outside) in zip(views, rooms, strict=True):
+        written = np.zeros(room.shape, bool)
+        _same_view(written, room, view)[...] = True
+        untouched = _raw(room)[~written] == outside[~written]
+        assert untouched.all(), f"{op.name} on {backend} wrote outside of out\n{case}"
+
+
+def _raw(x: Array) -> Array:
+    return x.view(f"u{x.dtype.itemsize}")
 
 
 def _same_view(mask: Array, room: Array, view: Array) -> Array:
@@ -309,15 +324,34 @@ def as_kind(x: Any, kind: str, dtype: str | None = None) -> Any:
     return made
 
 
-def compare(op: Operator, arguments: dict[str, Any], got: Array, label: str = "") -> None:
-    """Hold a result to the reference: bit for bit, or within the operator's bound. Raises AssertionError."""
+def compare(op: Operator, arguments: dict[str, Any], got: Any, label: str = "") -> None:
+    """Hold a result to the reference: bit for bit, within the operator's bound, or as its judge says.
+
+    got: the array, of an operator with several results a tuple of them. Raises AssertionError.
+    """
+    if op.judge:
+        try:
+            op.judge(got, arguments)
+        except AssertionError as error:
+            raise AssertionError(f"{op.name}: {error}\n{label}") from None
+        return
     inputs = [arguments[name] for name in op.inputs]
     with np.errstate(all="ignore"):
         exact = op.reference(*inputs)
+    if op.several:
+        dtypes = tuple(x.dtype.name for x in got)
+        with np.errstate(all="ignore"):
+            bounds = (None,) * len(got) if op.exact else op.bound(exact, arguments, dtypes)
+        for result, x, value, bound in zip(op.results, got, exact, bounds, strict=True):
+            if bound is None:
+                assert_bits(x, value, f"{result}, {label}")
+            else:
+                _near(op, x, value, bound, f"{result}, {label}")
+        return
     if op.exact:
         assert_bits(got, exact, label)
         return
-    from flagops.reference._rounding import round_to, unit
+    from flagops.reference._rounding import round_to
 
     dtype = got.dtype.name
     if op.integral and _are_integers(inputs):
@@ -329,9 +363,17 @@ def compare(op: Operator, arguments: dict[str, Any], got: Array, label: str = ""
             return
     with np.errstate(all="ignore"):
         bound = op.bound(exact, arguments, dtype)
+    _near(op, got, exact, bound, label)
+
+
+def _near(op: Operator, got: Array, exact: Array, bound: Array, label: str) -> None:
+    from flagops.reference._rounding import unit
+
+    assert got.shape == exact.shape, f"{op.name}: got shape {got.shape}, expected {exact.shape}\n{label}"
+    with np.errstate(all="ignore"):
         value = got.astype(exact.dtype)
         finite = np.isfinite(exact)
-        largest = unit(dtype).largest
+        largest = unit(got.dtype.name).largest
         near_overflow = finite & (np.abs(exact) + bound >= largest)
         overflowed = near_overflow & ~np.isfinite(value)
         wrong = finite & ~overflowed & ~(np.abs(value - exact) <= bound)
@@ -359,8 +401,7 @@ def assert_bits(got: Array, expected: Array, label: str = "") -> None:
     """Equal bit for bit, -0 apart from 0; any NaN equals any NaN."""
     assert got.dtype == expected.dtype, f"got {got.dtype}, expected {expected.dtype}\n{label}"
     assert got.shape == expected.shape, f"got shape {got.shape}, expected {expected.shape}\n{label}"
-    raw = f"u{got.dtype.itemsize}"
-    same = np.ascontiguousarray(got).view(raw) == np.ascontiguousarray(expected).view(raw)
+    same = _raw(np.ascontiguousarray(got)) == _raw(np.ascontiguousarray(expected))
     same |= np.isnan(got.astype(np.float64)) & np.isnan(expected.astype(np.float64))
     if not same.all():
         where = tuple(int(i) for i in np.argwhere(~same)[0])
@@ -375,15 +416,19 @@ def assert_facts(op: Operator, backend: str, case: Case, repeats: int = 20) -> N
     kernel = registry.find(op.name, backend)
     given = {n: as_kind(x, case.kind, dict(case.dtypes).get(n)) for n, x in case.arguments().items()}
     with np.errstate(all="ignore"):
-        first = arrays.as_numpy(op.public(*given.values(), backend=backend))
+        first = _run(op, backend, given)
         if kernel.deterministic:
             for _ in range(repeats - 1):
-                again = arrays.as_numpy(op.public(*given.values(), backend=backend))
-                assert_bits(again, first, f"{op.name} on {backend} differs between repeats\n{case}")
+                for x, again in zip(first, _run(op, backend, given), strict=True):
+                    assert_bits(again, x, f"{op.name} on {backend} differs between repeats\n{case}")
         if kernel.batch_invariant and not op.exact:
             for index, row in rows(op, given):
-                alone = arrays.as_numpy(op.public(*row.values(), backend=backend))
-                assert_bits(first[index], alone, f"{op.name} on {backend}: row {index} differs alone\n{case}")
+                for x, alone in zip(first, _run(op, backend, row), strict=True):
+                    assert_bits(x[index], alone, f"{op.name} on {backend}: row {index} differs alone\n{case}")
+
+
+def _run(op: Operator, backend: str, given: dict[str, Any]) -> list[Array]:
+    return [arrays.as_numpy(x) for x in op.each(op.public(*given.values(), backend=backend))]
 
 
 def rows(op: Operator, given: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:

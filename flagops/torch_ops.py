@@ -26,7 +26,11 @@ def invoke(operator: Operator, args: Sequence[Any], backend: str | Sequence[str]
     ]
     wish = "" if backend is None else backend if isinstance(backend, str) else ",".join(backend)
     result = getattr(torch.ops.flagops, operator.name).default(*inputs, wish)
-    return result if out is None else out.copy_(result)
+    if out is None:
+        return result
+    for place, one in zip(operator.each(out), operator.each(result), strict=True):
+        place.copy_(one)
+    return out
 
 
 def schema(operator: Operator) -> str:
@@ -43,7 +47,8 @@ def schema(operator: Operator) -> str:
             words[-1] += f"={list(parameter.default)}"
         elif name in operator.inputs and parameter.default is None:
             words[-1] += "=None"
-    return f"({', '.join(words)}, str backend='') -> Tensor"
+    results = f"({', '.join(['Tensor'] * len(operator.results))})" if operator.several else "Tensor"
+    return f"({', '.join(words)}, str backend='') -> {results}"
 
 
 def _wish(backend: str) -> str | tuple[str, ...] | None:
@@ -72,23 +77,24 @@ def _define(operator: Operator) -> None:
 
     def fake(*arguments: Any) -> Any:
         inputs, _ = _split(operator, arguments)
-        bound = operator.bind((*inputs, None))
-        return arrays.empty(bound.shape, bound.dtype, _tensors(operator, inputs)[0])
+        bound, like = operator.bind((*inputs, None)), _tensors(operator, inputs)[0]
+        made = [arrays.empty(*result, like) for result in zip(bound.shapes, bound.results, strict=True)]
+        return tuple(made) if operator.several else made[0]
 
     def run_backward(grad: Any, *arguments: Any) -> list[Any]:
         *inputs, needs, backend = arguments
         chosen = dispatch.plan(operator, (*inputs, None), _wish(backend))
         backward = dispatch.backward(operator, chosen.kernel)
-        grads = backward(grad, *chosen.clean((*inputs, None))[:-1], tuple(needs))
+        grads = backward(tuple(grad) if operator.several else grad, *chosen.clean((*inputs, None))[:-1], tuple(needs))
         return [
-            grad.new_empty(0) if gradient is None else gradient.to(x.dtype)
+            _nothing(grad) if gradient is None else gradient.to(x.dtype)
             for gradient, x in zip(grads, _tensors(operator, inputs), strict=True)
         ]
 
     def fake_backward(grad: Any, *arguments: Any) -> list[Any]:
         *inputs, needs, _ = arguments
         present = zip(_tensors(operator, inputs), needs, strict=True)
-        return [torch.empty(x.shape, dtype=x.dtype, device=x.device) if n else grad.new_empty(0) for x, n in present]
+        return [torch.empty(x.shape, dtype=x.dtype, device=x.device) if n else _nothing(grad) for x, n in present]
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         inputs, ctx.backend = _split(operator, inputs)
@@ -97,11 +103,13 @@ def _define(operator: Operator) -> None:
         ctx.others = [None if isinstance(x, torch.Tensor) else x for x in inputs]
         ctx.needs = [x is not None and x.is_floating_point() and x.requires_grad for x in tensors]
 
-    def differentiate(ctx: Any, grad: Any) -> tuple[Any, ...]:
+    def differentiate(ctx: Any, *grad: Any) -> tuple[Any, ...]:
         inputs = list(ctx.others)
         for position, x in zip(operator.tensor_positions, ctx.saved_tensors, strict=True):
             inputs[position] = x
-        grads = getattr(torch.ops.flagops, f"{name}_backward").default(grad, *inputs, ctx.needs, ctx.backend)
+        grads = getattr(torch.ops.flagops, f"{name}_backward").default(
+            list(grad) if operator.several else grad[0], *inputs, ctx.needs, ctx.backend
+        )
         result: list[Any] = [None] * (len(inputs) + 1)
         for position, gradient, needed in zip(operator.tensor_positions, grads, ctx.needs, strict=True):
             result[position] = gradient if needed else None
@@ -115,11 +123,17 @@ def _define(operator: Operator) -> None:
     _library.define(name + text)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flagops::{name}", fake, lib=_library)
-    _library.define(f"{name}_backward(Tensor grad, {_without_defaults(inner)}, bool[] needs, str backend) -> Tensor[]")
+    grad = "Tensor[] grad" if operator.several else "Tensor grad"
+    _library.define(f"{name}_backward({grad}, {_without_defaults(inner)}, bool[] needs, str backend) -> Tensor[]")
     _library.impl(f"{name}_backward", run_backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flagops::{name}_backward", fake_backward, lib=_library)
     torch.library.register_autograd(f"flagops::{name}", differentiate, setup_context=setup, lib=_library)
     torch.library.register_autograd(f"flagops::{name}_backward", refuse, lib=_library)
+
+
+def _nothing(grad: Any) -> Any:
+    """Stands for a gradient that nobody asked for: an operator's list of tensors holds no None."""
+    return (grad[0] if isinstance(grad, (list, tuple)) else grad).new_empty(0)
 
 
 def _without_defaults(words: str) -> str:

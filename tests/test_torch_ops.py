@@ -148,4 +148,5 @@ def test_schema_names_what_the_card_names():
     for op in registry.operators().values():
         arguments = getattr(torch.ops.flagops, op.name).default._schema.arguments
         assert [argument.name for argument in arguments] == [*op.inputs, "backend"]
-        assert torch_ops.schema(op).endswith("-> Tensor")
+        assert len(getattr(torch.ops.flagops, op.name).default._schema.returns) == len(op.results)
+        assert torch_ops.schema(op).endswith(")" if op.several else "-> Tensor")

@@ -18,11 +18,16 @@ class _Numpy:
 
     def kernels(self, operator: Operator) -> Callable[..., None]:
         """The operator's reference, its result rounded once into ``out``."""
+        import numpy as np
+
         from flagops.reference._rounding import round_to
 
         def kernel(*args: Any) -> None:
-            *inputs, out = (arrays.as_numpy(x) if arrays.is_torch(x) else x for x in args)
-            out[...] = round_to(operator.rounded(*inputs), arrays.dtype_name(out))
+            *inputs, out = args
+            results = operator.each(operator.rounded(*(arrays.as_numpy(x) for x in inputs)))
+            for place, result in zip(map(arrays.as_numpy, operator.each(out)), results, strict=True):
+                codes = place.dtype == np.uint8
+                place[...] = result.view(np.uint8) if codes else round_to(result, arrays.dtype_name(place))
 
         vars(kernel).update(
             __name__=operator.name, __module__=__name__, __signature__=operator.signature, deterministic=True
