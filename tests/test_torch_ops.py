@@ -1,5 +1,8 @@
 """Gradients, and torch.ops.flagops.* under tracing."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -7,7 +10,7 @@ from torch.library import opcheck
 import flagops
 from flagops import registry, torch_ops
 
-F64 = {"dtype": torch.float64}
+TABLES = [runpy.run_path(str(path)) for path in sorted(Path(__file__).with_name("families").glob("*.py"))]
 
 
 def calls(grad=True, dtype=torch.float64):
@@ -19,16 +22,24 @@ def calls(grad=True, dtype=torch.float64):
     def codes(*shape):
         return torch.randint(0, 127, shape, dtype=torch.uint8)  # no NaN: opcheck compares with ==
 
-    sink = torch.randn(2, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=grad)
-    indices = torch.tensor([[[0, 3, -1], [4, -1, 1]], [[-1, -1, -1], [2, 2, 0]]])
-    return {
-        "matmul": (t(2, 1, 3, 4), t(3, 4, 5)),
-        "linear": (t(2, 3, 4), t(5, 4), t(5)),
-        "grouped_output_projection": (t(2, 3, 4, 3), t(6, 6), t(5, 6), 2),
-        "sparse_attention": (t(2, 2, 2, 4), t(2, 5, 4), sink, indices, 0.7),
-        "fp4_dequantize": (codes(3, 32), codes(3, 2)),
-        "fp8_dequantize": (codes(3, 5), codes(1, 1)),
-    }
+    return {name: call for table in TABLES for name, call in table["calls"](t, codes).items()}
+
+
+def _has_backward(name):
+    return registry.find(name, "torch").backward is not None
+
+
+DIFFERENTIABLE = [name for name in registry.operators() if _has_backward(name)]
+
+
+def _floats(name, result):
+    """The results that carry a gradient."""
+    return [x for x in registry.operator(name).each(result) if x.is_floating_point()]
+
+
+def _total(name, result):
+    """A number that depends on every result, and on each element differently."""
+    return sum((x.double() * torch.linspace(0.5, 1.5, x.numel()).view(x.shape)).sum() for x in _floats(name, result))
 
 
 def test_every_operator_is_here():
@@ -40,7 +51,7 @@ def test_opcheck(name):
     opcheck(getattr(torch.ops.flagops, name).default, calls()[name])
 
 
-@pytest.mark.operators("matmul", "linear", "grouped_output_projection", "sparse_attention")
+@pytest.mark.operators(*DIFFERENTIABLE)
 def test_gradcheck(kernel):
     name, backend = kernel
     args = calls()[name]
@@ -49,24 +60,24 @@ def test_gradcheck(kernel):
     def call(*given):
         given = iter(given)
         full = [next(given) if isinstance(x, torch.Tensor) and x.requires_grad else x for x in args]
-        return getattr(flagops, name)(*full, backend=backend)
+        return tuple(_floats(name, getattr(flagops, name)(*full, backend=backend)))
 
     assert torch.autograd.gradcheck(call, tensors)
 
 
-@pytest.mark.operators("matmul", "linear", "grouped_output_projection", "sparse_attention")
+@pytest.mark.operators(*DIFFERENTIABLE)
 def test_gradients_reach_only_what_asks(kernel):
     name, backend = kernel
     full = calls()[name]
-    everything = getattr(flagops, name)(*full, backend=backend)
-    wanted = torch.autograd.grad(everything.sum(), [x for x in full if isinstance(x, torch.Tensor) and x.requires_grad])
+    everything = _total(name, getattr(flagops, name)(*full, backend=backend))
+    wanted = torch.autograd.grad(everything, [x for x in full if isinstance(x, torch.Tensor) and x.requires_grad])
     for position, x in enumerate(x for x in full if isinstance(x, torch.Tensor) and x.requires_grad):
         args = [y if y is x or not isinstance(y, torch.Tensor) else y.detach() for y in full]
-        (got,) = torch.autograd.grad(getattr(flagops, name)(*args, backend=backend).sum(), [x])
+        (got,) = torch.autograd.grad(_total(name, getattr(flagops, name)(*args, backend=backend)), [x])
         assert torch.allclose(got, wanted[position], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.operators("matmul", "linear", "grouped_output_projection", "sparse_attention")
+@pytest.mark.operators(*DIFFERENTIABLE)
 def test_half_gradients_have_the_inputs_dtype_and_are_near(kernel):
     name, backend = kernel
     torch.manual_seed(0)
@@ -75,8 +86,8 @@ def test_half_gradients_have_the_inputs_dtype_and_are_near(kernel):
         x.detach().double().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for x in args
     ]
-    getattr(flagops, name)(*args, backend=backend).float().square().sum().backward()
-    getattr(flagops, name)(*wide, backend="torch").square().sum().backward()
+    _total(name, getattr(flagops, name)(*args, backend=backend)).backward()
+    _total(name, getattr(flagops, name)(*wide, backend="torch")).backward()
     for x, y in zip(args, wide, strict=True):
         if isinstance(x, torch.Tensor) and x.requires_grad:
             assert x.grad.dtype == x.dtype
@@ -110,12 +121,15 @@ def test_out_is_refused_where_a_gradient_is_recorded():
 @pytest.mark.parametrize("name", registry.operators())
 def test_compile_keeps_the_call_in_one_graph(name):
     args = calls(grad=False, dtype=torch.float32)[name]
+    function, several = getattr(flagops, name), registry.operator(name).several
 
     def call(*args):
-        return getattr(flagops, name)(*args) * 1
+        results = function(*args)
+        return [x.float() * 1 for x in (results if several else (results,))]
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*args).nan_to_num(), call(*args).nan_to_num())
+    for got, expected in zip(compiled(*args), call(*args), strict=True):
+        assert torch.equal(got.nan_to_num(), expected.nan_to_num())
 
 
 def test_compile_trains():

@@ -1,0 +1,47 @@
+"""The attention family: one call of each operator, and edits of its kernels that the suite must notice."""
+
+import torch
+
+
+def calls(t, codes):
+    sink = t(2) if t(0).dtype == torch.float64 else t(2).float().detach().requires_grad_(t(0).requires_grad)
+    indices = torch.tensor([[[0, 3, -1], [4, -1, 1]], [[-1, -1, -1], [2, 2, 0]]])
+    return {"sparse_attention": (t(2, 2, 2, 4), t(2, 5, 4), sink, indices, 0.7)}
+
+
+MUTANTS = {
+    "attention_numba.py": [
+        ("sparse_attention", "if 0 <= row < rows:", "if 0 < row < rows:", 0),
+        ("sparse_attention", "if 0 <= row < rows:", "if 0 <= row < rows - 1:", 0),
+        ("sparse_attention", "t * index_steps[1]", "t", 0),
+        ("sparse_attention", "at * index_steps[2]", "at", 0),
+        ("sparse_attention", "row * kv_steps[1]", "row * width", 0),
+        ("sparse_attention", "first * q_steps[2]", "first", 0),
+        ("sparse_attention", "width, sums, seen > 0)", "width, sums, False)", 0),
+        ("sparse_attention", "mass += math.exp(", "mass -= math.exp(", 0),
+        ("sparse_attention", "(first + i) * sink_step * unit", "i * sink_step * unit", 0),
+        ("sparse_attention", "vmul(vload(real, p + j * unit), factor)", "vload(real, p + j * unit)", 0),
+        ("sparse_attention", "load(real, mass) * fade + vsum(total)", "load(real, mass) + vsum(total)", 0),
+        ("sparse_attention", "if not fresh and fade != 1:", "if False:", 0),
+        ("sparse_attention", "if seen == 0:", "if seen == -1:", 0),
+        ("sparse_attention", "store(real, p + j * unit, cast(real, -np.inf))", "store(real, p + j * unit, real)", 0),
+        ("sparse_attention", "target + i * out_steps[2] * item", "target + i * width * item", 0),
+    ],
+    "attention_torch.py": [
+        ("sparse_attention", "(indices >= 0) & (indices < count)", "(indices > 0) & (indices < count)", 0),
+        ("sparse_attention", "mul_(scale)", "mul_(1)", 0),
+        ("sparse_attention", "mass = mass * fade + p.sum(-1, keepdim=True)", "mass = mass + p.sum(-1, keepdim=True)", 0),
+        ("sparse_attention", "total.mul_(fade), p, values", "total, p, values", 0),
+        ("sparse_attention", "mass.double() + torch.exp(", "mass.double() - torch.exp(", 0),
+        ("sparse_attention", ".masked_fill_(~valid.any(-1)[:, None, None], 0)", "", 0),
+    ],
+    "attention_triton.py": [
+        ("sparse_attention", "(index >= 0) & (index < N)", "(index > 0) & (index < N)", 0),
+        ("sparse_attention", "score * scale", "score", 0),
+        ("sparse_attention", "total = total * shrink + tl.sum(p, 1)", "total = total + tl.sum(p, 1)", 0),
+        ("sparse_attention", "acc * shrink[:, None], PRECISION", "acc, PRECISION", 0),
+        ("sparse_attention", "total += tl.exp2((tl.load(sink + head * sink_h, here", "total -= tl.exp2((tl.load(sink + head * sink_h, here", 0),
+        ("sparse_attention", "head.to(tl.int64)[:, None] * q_h", "head.to(tl.int64)[:, None] * q_d", 0),
+        ("sparse_attention", "tl.max(seen.to(tl.int32), 0) > 0, acc / total[:, None], 0.0", "True, acc / total[:, None], 0.0", 0),
+    ],
+}  # fmt: skip

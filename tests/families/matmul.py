@@ -1,0 +1,50 @@
+"""The matmul family: one call of each operator, and edits of its kernels that the suite must notice."""
+
+
+def calls(t, codes):
+    return {
+        "matmul": (t(2, 1, 3, 4), t(3, 4, 5)),
+        "linear": (t(2, 3, 4), t(5, 4), t(5)),
+    }
+
+
+MUTANTS = {
+    "_gemm.py": [
+        ("matmul", "row * am + first * ak", "row * am", 0),
+        ("matmul", "row * am + first * ak", "row * am", 1),
+        ("matmul", "column * bn + first) * item", "column * bn) * item", 0),
+        ("matmul", "column * bn + first * bk", "column * bn", 0),
+        ("matmul", "depth = min(span, k - first)", "depth = min(span, k - first, 512)", 0),
+        ("matmul", "add = right + (j * bn + at) * item, part + at > 0", "add = right + (j * bn + at) * item, at > 0", 0),
+        ("matmul", "sums + j * width, part > 0", "sums + j * width, part > 1", 0),
+        ("matmul", "padded_rows, padded)", "padded_rows, depth)", 0),
+        ("matmul", "row * cm + column * cn", "row * cm + column", 0),
+        ("matmul", "row * cm + column * cn", "row * cn + column * cm", 1),
+        ("matmul", "store(tag, goal + c * column * item, scalar)", "store(tag, goal + c * item, scalar)", 0),
+        ("matmul", "elif sb == 0 and", "elif True and", 0),
+        ("matmul", "extent = extent_b if extent_a == 1 else extent_a", "extent = extent_a", 0),
+        ("matmul", "if k == 0:", "if k == -1:", 0),
+        ("matmul", "direct = rows <= OUTER_ROWS and bn == 1", "direct = rows <= OUTER_ROWS", 0),
+        ("linear", "scalar += load(tag, bias + c * bias_stride * item)", "scalar += load(tag, bias + c * item)", 0),
+        ("linear", "value = vadd(value, vload(tag, bias + c * item))", "value = vload(float_tag, origin + c * width)", 0),
+        ("linear", "column * bias_stride * item if bias != 0", "0 if bias != 0", 0),
+    ],
+    "matmul_torch.py": [
+        ("linear", "total += bias", "total += 0", 0),
+        ("linear", "torch.addmm(bias, matrix(x), weight.mT, out=", "torch.mm(matrix(x), weight.mT, out=", 0),
+        ("matmul", "a[..., :step].float()", "a[..., :step].bfloat16()", 0),
+    ],
+    "matmul_triton.py": [
+        ("matmul", "depth.to(tl.int64)[None, :] * a_k", "depth.to(tl.int64)[None, :]", 0),
+        ("matmul", "inside_m[:, None] & inside_n[None, :]", "inside_m[:, None] | inside_n[None, :]", 0),
+        ("matmul", "left = tl.arange(0, BK) < end - k", "left = tl.arange(0, BK) <= end - k", 0),
+        ("matmul", "EVEN=k % tile[\"BK\"] == 0", "EVEN=True", 0),
+        ("matmul", "within * b_inner", "within * a_inner", 0),
+        ("linear", "columns.to(tl.int64) * bias_n", "columns.to(tl.int64)", 0),
+    ],
+    "_triton.py": [
+        ("matmul", "a, b = widen(a), widen(b)", "a, b = a, b", 0),
+        ("matmul", "+ 0x7FFF + (kept & 1)", "+ 0x8000", 0),
+        ("matmul", "+ 0x7FFF + (kept & 1)", "", 0),
+    ],
+}  # fmt: skip

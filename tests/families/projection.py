@@ -1,0 +1,21 @@
+"""The projection family: one call of each operator, and edits of its kernels that the suite must notice."""
+
+
+def calls(t, codes):
+    return {"grouped_output_projection": (t(2, 3, 4, 3), t(6, 6), t(5, 6), 2)}
+
+
+MUTANTS = {
+    "projection_numba.py": [
+        ("grouped_output_projection", "(per_group * by_head, by_head,", "(by_head, per_group * by_head,", 0),
+        ("grouped_output_projection", "(r * by_row, c * by_column,", "(r * by_row, by_column,", 0),
+        ("grouped_output_projection", "(r * step, 0, *steps, step)", "(step, 0, *steps, step)", 0),
+    ],
+    "projection_torch.py": [
+        ("grouped_output_projection", "(groups, rank)).mT", "(groups, rank)).flip(0).mT", 0),
+        ("grouped_output_projection", "x.transpose(0, 1), down", "x.flip(1).transpose(0, 1), down", 0),
+    ],
+    "projection_triton.py": [
+        ("grouped_output_projection", "wo_a.view(groups, rank, width).mT", "wo_a.view(groups, rank, width).flip(0).mT", 0),
+    ],
+}  # fmt: skip
