@@ -11,7 +11,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -23,29 +23,11 @@ import flagops
 from flagops import bench, measure, registry, tables
 from flagops.measure import Call, Settings, Trial
 
+promise, targets_v4 = bench.companion("promise"), bench.companion("targets_v4")
+Result, ratio_of, times_of = promise.Result, promise.ratio, promise.times_of
+
 V4_FLASH_ROWS = (1, 16, 128, 1024)
 IMPORT = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
-
-
-@dataclass(frozen=True)
-class Result:
-    """A measured number and its limit, the least or, with `most`, the greatest; None where it is for information."""
-
-    target: str
-    value: float
-    limit: float | None = None
-    most: bool = False
-    unit: str = "x"
-    detail: str = ""
-
-    @property
-    def reached(self) -> bool:
-        return self.limit is None or (self.value <= self.limit if self.most else self.value >= self.limit)
-
-    def cells(self) -> list[str]:
-        limit = "" if self.limit is None else f"{'<=' if self.most else '>='} {self.limit:g} {self.unit}"
-        verdict = "" if self.limit is None else "pass" if self.reached else "MISS"
-        return [self.target, limit, f"{self.value:.3g} {self.unit}", verdict, self.detail]
 
 
 HEAD = ("target", "promised", "measured", "", "detail")
@@ -55,7 +37,7 @@ def run(settings: Settings, json_file: Path | None = None, markdown: Path | None
     """Measure every target; returns 1 if one was missed."""
     results: list[Result] = []
     with torch.no_grad():
-        for measured in (import_time, overhead, dequantize, product, attention, weights):
+        for measured in TARGETS:
             bench.progress(measured.__name__)
             for result in measured(settings):
                 print("; ".join(result.cells()), file=sys.stderr)
@@ -97,7 +79,7 @@ def dequantize(settings: Settings) -> Iterator[Result]:
         source, moved = torch.ones_like(out), 2 * out.nbytes
         calls: dict[str, Call] = {"ours": call, "copy": lambda *args, source=source: args[-1].copy_(source)}
         times = _checked(trial, calls, settings)
-        rate, detail = _ratio(times, "ours", "copy", trial.bytes / moved)
+        rate, detail = ratio_of(times, "ours", "copy", trial.bytes / moved)
         yield Result(f"{name} 4096x7168 with out, bytes/s to copy_", rate, 0.7, detail=detail)
 
         fresh: dict[str, Call] = {
@@ -105,12 +87,12 @@ def dequantize(settings: Settings) -> Iterator[Result]:
             "fill": lambda *args: torch.empty(args[-1].shape, dtype=args[-1].dtype).fill_(1),
         }
         times = measure.alternate(fresh, trial.sets, out, settings)
-        ratio, detail = _ratio(times, "ours", "fill")
+        ratio, detail = ratio_of(times, "ours", "fill")
         yield Result(f"{name} 4096x7168 without out to empty().fill_()", ratio, 0.8, detail=detail)
 
         idiom, baseline = next(iter(bench.baselines(trial.op).items()))
         times = _checked(trial, {"ours": call, idiom: baseline}, settings)
-        ratio, detail = _ratio(times, "ours", idiom)
+        ratio, detail = ratio_of(times, "ours", idiom)
         yield Result(f"{name} 4096x7168 to {idiom}", ratio, detail=detail)
 
 
@@ -119,7 +101,7 @@ def attention(settings: Settings) -> Iterator[Result]:
     a, b, c = (torch.rand(2048, 2048) for _ in range(3))
     calls: dict[str, Call] = {"ours": trial.op.public, "product": lambda *args: torch.matmul(a, b, out=c)}
     times = _checked(trial, calls, settings)
-    share, detail = _ratio(times, "ours", "product", trial.flops / (2 * 2048**3))
+    share, detail = ratio_of(times, "ours", "product", trial.flops / (2 * 2048**3))
     detail += f", {trial.flops / median(times['ours']) / 1e9:.0f} GFLOP/s"
     yield Result("sparse_attention V4-Flash prefill 4k, rate to float32 2048^3", share, 0.55, detail=detail)
     extra = measure.extra_memory(lambda: trial.op.public(*trial.sets[0], trial.out))
@@ -142,9 +124,11 @@ def overhead(settings: Settings) -> Iterator[Result]:
     with flagops.enable("matmul", backend=backend):
         times = measure.alternate(calls, [()], out, many, poisoned=False)
     for name, limit in (("explicit", 5.0), ("aten", 8.0)):
-        extra = median(t - k for t, k in _pairs(times, name, "kernel")) * 1e6
+        extra = median(t - k for t, k in promise.pairs(times, name, "kernel")) * 1e6
         label = "an explicit call" if name == "explicit" else "an overridden torch.mm"
-        yield Result(f"{label} beyond the kernel's function", extra, limit, most=True, unit="us", detail=_times(times))
+        yield Result(
+            f"{label} beyond the kernel's function", extra, limit, most=True, unit="us", detail=times_of(times)
+        )
 
 
 def import_time(settings: Settings) -> Iterator[Result]:
@@ -183,19 +167,8 @@ def _checked(trial: Trial, calls: Mapping[str, Call], settings: Settings) -> dic
     return times
 
 
-def _pairs(times: Mapping[str, list[float]], one: str, two: str) -> Iterator[tuple[float, float]]:
-    return zip(times[one], times[two], strict=True)
-
-
-def _ratio(times: Mapping[str, list[float]], ours: str, theirs: str, work: float = 1.0) -> tuple[float, str]:
-    """How many times as fast as theirs ours did `work` times as much; beside it the ratio of the fastest of each."""
-    fastest = work * min(times[theirs]) / min(times[ours])
-    return work * median(t / o for o, t in _pairs(times, ours, theirs)), f"{_times(times)}; fastest {fastest:.3g} x"
-
-
-def _times(times: Mapping[str, list[float]]) -> str:
-    return ", ".join(f"{name} {bench.seconds(median(found))}" for name, found in times.items())
-
-
 def _middle(found: Mapping[str, tuple[float, str]]) -> float:
     return median(ratio for ratio, _ in found.values())
+
+
+TARGETS = (import_time, overhead, dequantize, product, attention, weights, *targets_v4.TARGETS)
