@@ -36,7 +36,7 @@ Array = TypeVar("Array", Tensor, NDArray[Any])
 DType = str | np.dtype[Any] | Any
 '''
 
-SCALARS = {"str": "DType", "float": "float", "int": "int", "int[2]": "tuple[int, int]"}
+SCALARS = {"bool": "bool", "str": "DType", "float": "float", "int": "int", "int[2]": "tuple[int, int]"}
 
 
 def declaration(operator: Operator) -> str:
