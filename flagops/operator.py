@@ -42,7 +42,7 @@ class Scalar:
     """An argument that is no tensor.
 
     parse: checks and normalises; raises ValueError or TypeError saying what was expected.
-    choices: what tests draw from, a sequence or a function of the dimensions.
+    choices: what tests draw from, a sequence or a function of the dimensions and of the scalars before it.
     axis: the dimension that the value gives, if it is one.
     """
 

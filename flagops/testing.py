@@ -110,7 +110,7 @@ def draw_case(op: Operator, choose: Choose[Any], within: Scope = FULL, kinds: Se
     batch = choose(BATCHES) if batched else ()
     scalars = {}
     for name, scalar in op.scalars.items():
-        options = scalar.choices(dims) if callable(scalar.choices) else scalar.choices
+        options = scalar.choices({**dims, **scalars}) if callable(scalar.choices) else scalar.choices
         scalars[name] = dims[scalar.axis] if scalar.axis else choose(tuple(options))
     if op.derived:
         dims |= op.derived(dims, scalars)
