@@ -23,7 +23,9 @@ _HOMES = {
     "enable": "override",
     "patch": "transformers",
 }
-_MODULES = frozenset({"arrays", "backends", "bench", "config", "dispatch", "operator", "registry", "testing"})
+_MODULES = frozenset(
+    {"arrays", "backends", "bench", "checkpoint", "config", "dispatch", "operator", "registry", "testing"}
+)
 
 
 def __getattr__(name):

@@ -1,4 +1,4 @@
-"""The command line: ``flagops doctor | ops | check | demo | warmup | bisect | bench``."""
+"""The command line: ``flagops doctor | ops | check | demo | warmup | bisect | bench | convert | verify``."""
 
 from __future__ import annotations
 
@@ -202,6 +202,8 @@ FORWARDED = {
     "demo": ("demo", "run", "a real language model, and a small DeepSeek-V4, generating on replaced operators"),
     "bench": ("bench", "run", "speeds by named workload, verified before they are timed"),
     "run": ("bisect", "run", "run a script with torch's operators replaced, FLAGOPS_OPS of them"),
+    "convert": ("checkpoint.command", "convert", "write a checkpoint of FP4 and FP8 weights in BF16 or FP8"),
+    "verify": ("checkpoint.command", "verify", "make a conversion again and compare it, bit by bit"),
     "bisect": ("bisect", "bisect", "name the replacement that changed a script's result"),
 }
 

@@ -1,0 +1,14 @@
+"""Checkpoints of FP4 and FP8 weights converted to BF16 (or FP8), verified, or loaded tensor by tensor.
+
+`convert` writes a folder that transformers and others load as it is, within a bound of memory, and goes on after any
+interruption; `verify` makes it again and compares; `load` yields named tensors. What is not safetensors is not read,
+nothing is unpickled and no code of a checkpoint is run.
+"""
+
+from .conversion import NoSpace, Summary, convert
+from .loading import load
+from .source import Refused
+from .verification import Difference, verify
+from .work import Progress
+
+__all__ = ["Difference", "NoSpace", "Progress", "Refused", "Summary", "convert", "load", "verify"]

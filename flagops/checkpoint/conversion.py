@@ -1,0 +1,290 @@
+"""A plan carried out: shards first, then configuration, manifest and, last, the index that makes it a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flagops.config import size as parse_size
+
+from . import store, work
+from .plan import Plan, Shard
+from .source import INDEX, JOURNAL, MANIFEST, Refused, Source
+from .store import Entry, Journal, Writer
+from .stream import Kernels, Stream
+from .work import Progress, Silent, Team
+
+PIECE = 1 << 20  # bytes copied, hashed or compared together
+
+
+class NoSpace(OSError):
+    """The disk is too small for what is planned."""
+
+
+@dataclass
+class Summary:
+    """What was planned or done. Sizes are in bytes, `rate` in bytes written or compared a second of wall time."""
+
+    source: str
+    destination: str
+    to: str
+    tensors: dict[str, int]
+    dropped_scales: int
+    shards: int
+    output_bytes: int
+    total_size: dict[str, int | None]
+    free_disk: int
+    needed_disk: int
+    memory: int
+    planned_memory: int
+    workers: int
+    backend: str
+    config_changes: list[str]
+    copied: list[str]
+    left_out: list[str]
+    state: str = "planned"
+    resumed_shards: int = 0
+    compared_tensors: int = 0
+    notes: list[str] = field(default_factory=list)
+    bytes_read: int = 0
+    seconds: float = 0.0
+    rate: float = 0.0
+    peak_memory: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def convert(
+    src: Any,
+    dst: Any,
+    *,
+    to: str = "bf16",
+    shard_size: str | int = "5GiB",
+    memory: str | int = "4GiB",
+    workers: int | None = None,
+    backend: str | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Write a checkpoint of FP4 and FP8 weights in BF16, or its FP4 weights in FP8, into another folder.
+
+    Calling it again with the same arguments goes on after an interruption of any kind. The files depend on `src`, `to`
+    and `shard_size` alone. Tensors that are neither FP4 nor FP8 are copied bit by bit, draft layers (``mtp.*``) are
+    converted like all others.
+
+    Args:
+        src: a folder with safetensors and their index.
+        dst: the folder to write; missing, empty, or left by the same conversion.
+        to: ``"bf16"``, or ``"fp8"`` for FP4 weights to FP8 in 128 x 128 blocks without loss.
+        shard_size: bytes of tensors in a file, such as ``"5GiB"``; a larger tensor has a file of its own.
+        memory: the most bytes of memory that the process may take.
+        workers: threads; None for one a processor, as far as memory goes.
+        backend: of the kernels; None for the fastest.
+        dry_run: plan and check, write nothing.
+        progress: is told how far it is, see `Progress`.
+
+    Returns:
+        A `Summary`.
+
+    Raises:
+        Refused: (a ValueError) the source, the destination or an option cannot be used; names it and the remedy.
+        NoSpace: (an OSError) the disk is too small.
+        OSError: reading or writing failed; what is finished stays, and the same call goes on.
+        Unsupported: no backend can run.
+    """
+    return Conversion(src, dst, to, shard_size, memory, workers, backend, progress or Silent()).convert(dry_run)
+
+
+class Conversion:
+    """One source, one destination and their plan."""
+
+    def __init__(
+        self,
+        src: Any,
+        dst: Any,
+        to: str,
+        shard_size: str | int,
+        memory: str | int,
+        workers: int | None,
+        backend: str | None,
+        progress: Progress,
+    ) -> None:
+        self.clock = work.Clock()
+        if workers is not None and workers < 1:
+            raise Refused(f"--workers {workers}: expected at least 1")
+        self.memory, self.dst = parse_size(memory), Path(dst).resolve()
+        work.folders(Path(src).resolve(), self.dst)
+        self.plan = Plan(Source(src), to, parse_size(shard_size))
+        self.kernels = Kernels(backend)
+        self.kernels.warm(self.plan)
+        self.tasks: list[str | Shard] = [*self.plan.source.others, *self.plan.shards]
+        self.total = self.plan.total  # also makes the texts, before memory is divided
+        self.share = work.share(self.plan, self.kernels, self.memory, workers, len(self.tasks))
+        self.progress = progress
+        self.team = Team(self.plan, self.kernels, self.share, progress)
+
+    def summary(self) -> Summary:
+        plan, source = self.plan, self.plan.source
+        return Summary(
+            source=str(source.folder),
+            destination=str(self.dst),
+            to=plan.to,
+            tensors=plan.counts,
+            dropped_scales=plan.dropped,
+            shards=len(plan.shards),
+            output_bytes=self.total,
+            total_size={"source": source.declared_size, "output": plan.data},
+            free_disk=_free(self.dst),
+            needed_disk=self.total,
+            memory=self.memory,
+            planned_memory=self.share.bytes,
+            workers=self.share.workers,
+            backend=self.kernels.backend,
+            config_changes=plan.changes,
+            copied=source.others,
+            left_out=source.left_out,
+            notes=self._notes(),
+        )
+
+    def _notes(self) -> list[str]:
+        source = self.plan.source
+        notes = [f"{len(source.left_out)} files left out: {', '.join(source.left_out[:8])}"] if source.left_out else []
+        if source.config is None:
+            notes.append("SRC has no config.json: blocks of 128 x 128 are assumed, and the output has none either")
+        if work.peak() > self.memory:
+            notes.append("the process took more than --memory before the conversion began (compilation, or the caller)")
+        return notes
+
+    def convert(self, dry_run: bool) -> Summary:
+        plan, summary = self.plan, self.summary()
+        if self._finished():
+            summary.state, summary.needed_disk = "already finished", 0
+            return summary
+        strangers = store.foreign(self.dst)
+        if strangers:
+            raise Refused(
+                f"DST {self.dst} holds other files ({', '.join(strangers[:4])}) and no conversion to go on with; "
+                "choose an empty folder"
+            )
+        identity = plan.identity | {"stamps": {name: list(s) for name, s in sorted(plan.source.stamps.items())}}
+        if dry_run:
+            self._room(summary, {})
+            return summary
+        self.dst.mkdir(parents=True, exist_ok=True)
+        with Journal(self.dst, identity) as journal:
+            for partial in self.dst.rglob(f"*{store.PARTIAL}"):
+                partial.unlink()
+            self._room(summary, journal.done)
+            before = set(journal.done)
+            self.progress.begin(self.total, "write")
+            try:
+                self.team.run(self.tasks, lambda task, stream: self._make(task, stream, journal))
+                self._finish(journal)
+            finally:
+                self.progress.end()
+        summary.state = "converted"
+        summary.resumed_shards = sum(shard.name in before for shard in plan.shards)
+        return self.measured(summary, self.total)
+
+    def _finished(self) -> bool:
+        found = store.read_manifest(self.dst)
+        if found is None or (self.dst / JOURNAL).exists():
+            return False
+        identity, entries = found
+        store.same_made(self.dst, identity, self.plan.identity)
+        for name, entry in entries.items():
+            path = self.dst / name
+            if not path.is_file() or path.stat().st_size != entry.bytes:
+                raise Refused(f"{path} is missing or not whole, in a finished conversion; empty DST and convert again")
+        return True
+
+    def _room(self, summary: Summary, done: dict[str, Entry]) -> None:
+        present = {name for name in done if (self.dst / name).is_file()}
+        summary.needed_disk = self.total - sum(done[name].bytes for name in present)
+        summary.free_disk = _free(self.dst)
+        if summary.needed_disk > summary.free_disk:
+            raise NoSpace(
+                f"the disk of {self.dst} has {summary.free_disk:,} bytes free, {summary.needed_disk:,} are needed; "
+                "make room or choose another DST"
+            )
+
+    def _make(self, task: str | Shard, stream: Stream, journal: Journal) -> None:
+        name = task if isinstance(task, str) else task.name
+        entry = journal.done.get(name)
+        if entry is not None:
+            if self.hash(name, count=True) == entry:
+                return
+            self.team.note(f"{name} is not what the journal says; it is made again")
+        with Writer(self.dst, name) as writer:
+            if isinstance(task, str):
+                self._copy(task, stream, writer)
+            else:
+                writer.write(task.header)
+                self.team.advance(len(task.header), name)
+                for out, piece in stream.shard(task):
+                    writer.write(piece)
+                    self.team.advance(len(piece), out.name)
+            made = writer.finish()
+        journal.record(name, made)
+        self.team.note(f"{name} written, {made.bytes:,} bytes")
+
+    def _copy(self, name: str, stream: Stream, writer: Writer) -> None:
+        size = self.plan.source.stamps[name][0]
+        for start in range(0, size, PIECE):
+            piece = bytearray(min(PIECE, size - start))
+            stream.reader.read(name, start, memoryview(piece))
+            writer.write(piece)
+            self.team.advance(len(piece), name)
+
+    def _finish(self, journal: Journal) -> None:
+        """Configuration, manifest, and the index last: without it nothing loads the folder."""
+        texts = self.plan.texts
+        entries = dict(journal.done) | {name: entry_of(text) for name, text in texts.items()}
+        for name, text in (texts | {MANIFEST: store.manifest(self.plan.identity, entries)}).items():
+            if name != INDEX:
+                self._write(name, text)
+        self._write(INDEX, texts[INDEX])
+        journal.remove()
+        for name, text in texts.items():
+            self.progress.advance(len(text), name)
+
+    def _write(self, name: str, text: bytes) -> None:
+        with Writer(self.dst, name) as writer:
+            writer.write(text)
+            writer.finish()
+
+    def hash(self, name: str, count: bool = False) -> Entry | None:
+        """Size and hash of a finished file, None where there is none."""
+        path = self.dst / name
+        if not path.is_file():
+            return None
+        digest, size = hashlib.sha256(), 0
+        with open(path, "rb", buffering=0) as file:
+            while piece := file.read(PIECE):
+                digest.update(piece)
+                size += len(piece)
+                if count:
+                    self.team.advance(len(piece), name)
+        return Entry(size, digest.hexdigest())
+
+    def measured(self, summary: Summary, count: int) -> Summary:
+        summary.seconds = self.clock()
+        summary.rate = count / summary.seconds
+        summary.bytes_read, summary.peak_memory = self.team.read, work.peak()
+        return summary
+
+
+def entry_of(text: bytes) -> Entry:
+    """Size and hash of a small file."""
+    return Entry(len(text), hashlib.sha256(text).hexdigest())
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

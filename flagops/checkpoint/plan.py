@@ -1,0 +1,307 @@
+"""What becomes of each tensor, and where it will lie: from the source and the options alone, before anything is read.
+
+A weight of one byte is converted only if name, dtypes and the shape of its scale agree; every other one-byte tensor is
+refused, for a guess would give a model that loads and is wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from .source import BITS, CONFIG, INDEX, Refused, Source, Stored
+
+LAYOUT = 1  # raised when the same source and options are laid out otherwise
+TARGETS = ("bf16", "fp8")
+COPY, FP4, FP8, RECODE, RECODED_SCALE, KEEP, KEPT_SCALE = (
+    "copied", "FP4 to BF16", "FP8 to BF16", "FP4 to FP8", "scale of FP4 to FP8", "FP8 kept", "scale of FP8 kept",
+)  # fmt: skip
+_FP4_DTYPES = ("I8", "U8", "F4")
+_METHODS = ("fp8", "deepseek_v4_fp8")
+_REMEDY = "flagops knows FP4 and FP8 blocks of DeepSeek checkpoints; exclude or convert the tensor by other means"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A tensor to write, and what it is made of."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    action: str
+    weight: Stored
+    scale: Stored | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return _count(self.shape) * BITS[self.dtype] // 8
+
+    @property
+    def matrix(self) -> tuple[int, int, int]:
+        """Matrices, rows and columns, in elements."""
+        *lead, rows, columns = self.shape
+        return _count(lead), rows, columns
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file to write: the header and then the tensors, in order."""
+
+    name: str
+    outputs: tuple[Output, ...]
+
+    @property
+    def header(self) -> bytes:
+        """Length and JSON, padded to 8 bytes."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for out in self.outputs:
+            entries[out.name] = {"dtype": out.dtype, "shape": out.shape, "data_offsets": (end, end + out.size)}
+            end += out.size
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + self.data
+
+    @cached_property
+    def data(self) -> int:
+        """Bytes of the tensors."""
+        return sum(out.size for out in self.outputs)
+
+
+class Plan:
+    """The files that a conversion writes. Raises Refused for what cannot be converted, naming it."""
+
+    def __init__(self, source: Source, to: str = "bf16", shard_size: int = 5 << 30) -> None:
+        if to not in TARGETS:
+            raise Refused(f"--to {to}: expected {' or '.join(TARGETS)}")
+        self.source, self.to, self.shard_size = source, to, shard_size
+        self.block = _block(source.config)
+        self.config, self.changes = _config(source.config, to)
+        self.outputs = outputs(source.tensors, to, self.block)
+        wanted = (FP4, FP8) if to == "bf16" else (RECODE,)
+        if not any(out.action in wanted for out in self.outputs):
+            raise Refused(f"{source.folder} holds no tensor to convert from {' or '.join(wanted)}; use it as it is")
+        groups = _groups(self.outputs, shard_size)
+        names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+        self.shards = [Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
+        self.data = sum(shard.data for shard in self.shards)
+        self.counts = dict(Counter(out.action for out in self.outputs))
+        self.dropped = len(source.tensors) - len({out.name for out in self.outputs} & source.tensors.keys())
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a finished or interrupted conversion must have been made of to be this one."""
+        return {"source": self.source.fingerprint(), "to": self.to, "shard_size": self.shard_size, "layout": LAYOUT}
+
+    @cached_property
+    def texts(self) -> dict[str, bytes]:
+        """The small files that are written rather than copied; the index comes last."""
+        index = {
+            "metadata": {"total_size": self.data},
+            "weight_map": {name: shard.name for name, shard in sorted(self._places())},
+        }
+        texts = {INDEX: (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()}
+        if self.config is not None:
+            texts = {CONFIG: (json.dumps(self.config, indent=2, ensure_ascii=False) + "\n").encode()} | texts
+        return texts
+
+    @cached_property
+    def total(self) -> int:
+        """Bytes of all files of the output, but for the manifest."""
+        copied = sum(self.source.stamps[name][0] for name in self.source.others)
+        return sum(shard.size for shard in self.shards) + copied + sum(map(len, self.texts.values()))
+
+    def _places(self) -> Iterator[tuple[str, Shard]]:
+        for shard in self.shards:
+            for out in shard.outputs:
+                yield out.name, shard
+
+    def digest(self) -> str:
+        """A digest of the identity, short enough for a message."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+
+def outputs(tensors: dict[str, Stored], to: str, block: tuple[int, int] = (128, 128)) -> list[Output]:
+    """What becomes of each tensor, in the order of the source; a scale that is kept follows its weight."""
+    scales = {t.name: scale for t in tensors.values() if (scale := _scale(t, tensors)) is not None}
+    claimed: dict[str, str] = {}
+    for weight, scale in scales.items():
+        if scale.name in claimed or scale.name in scales:
+            raise Refused(f"{scale} would scale {weight!r} and {claimed.get(scale.name, 'be scaled itself')!r}")
+        claimed[scale.name] = weight
+    made: list[Output] = []
+    for tensor in tensors.values():
+        if tensor.name in claimed:
+            continue
+        if tensor.name in scales:
+            made += _converted(tensor, scales[tensor.name], to, block)
+        elif BITS[tensor.dtype] <= 8 and tensor.dtype != "BOOL":
+            missing = "no weight of one byte" if tensor.dtype == "F8_E8M0" else "no scale"
+            raise Refused(f"{tensor} has one byte for an element or less, and {missing} belongs to it; {_REMEDY}")
+        elif tensor.name.endswith("_scale_inv"):
+            raise Refused(f"{tensor} is a scale, but {tensor.name.removesuffix('_scale_inv')!r} is not of one byte")
+        else:
+            made.append(Output(tensor.name, tensor.dtype, tensor.shape, COPY, tensor))
+    return made
+
+
+def slices(
+    rows: int, columns: int, unit: tuple[int, int], limit: int
+) -> Iterator[tuple[int, int, int, int]]:  # fmt: skip
+    """Rectangles (first row, last row, first column, last column) of at most `limit` elements that cover a matrix.
+
+    Each is contiguous and in order: whole bands of `unit` rows, rows inside one band, or columns of one row, these in
+    whole units. Where one unit of columns is more than `limit`, it is taken whole.
+    """
+    height, width = unit
+    if not rows or not columns:
+        return
+    if columns <= limit:
+        step = limit // columns
+        if step >= height:
+            step -= step % height
+        for band in range(0, rows, max(step, height)):
+            last = min(band + max(step, height), rows)
+            for row in range(band, last, step):
+                yield row, min(row + step, last), 0, columns
+    else:
+        step = max(width, limit - limit % width)
+        for row in range(rows):
+            for column in range(0, columns, step):
+                yield row, row + 1, column, min(column + step, columns)
+
+
+def _scale(tensor: Stored, tensors: dict[str, Stored]) -> Stored | None:
+    """The scale that belongs to a tensor by name, for `X.weight` in either naming and for stacked experts."""
+    if tensor.dtype not in (*_FP4_DTYPES, "F8_E4M3"):
+        return None
+    names = [f"{tensor.name}_scale_inv"]
+    if tensor.name.endswith(".weight"):
+        names.append(f"{tensor.name.removesuffix('.weight')}.scale")
+    found = [tensors[name] for name in names if name in tensors]
+    if len(found) > 1:
+        raise Refused(f"{tensor} has two scales, {found[0]} and {found[1]}; keep one of them")
+    return found[0] if found else None
+
+
+def _converted(weight: Stored, scale: Stored, to: str, block: tuple[int, int]) -> list[Output]:
+    if len(weight.shape) < 2:
+        raise Refused(f"{weight} is no matrix, scaled by {scale}; {_REMEDY}")
+    if weight.dtype == "F8_E4M3":
+        expected = _blocks(weight.shape, block)
+        if scale.dtype not in ("F8_E8M0", "U8", "F32") or scale.shape != expected:
+            raise Refused(
+                f"{weight} is scaled by {scale}, expected F8_E8M0 or F32 {list(expected)}: "
+                f"one scale for each {block[0]} x {block[1]} block; {_REMEDY}"
+            )
+        if to == "bf16":
+            return [Output(weight.name, "BF16", weight.shape, FP8, weight, scale)]
+        return [
+            Output(weight.name, weight.dtype, weight.shape, KEEP, weight, scale),
+            Output(scale.name, scale.dtype, scale.shape, KEPT_SCALE, scale),
+        ]
+    *lead, rows, last = weight.shape
+    columns = last if weight.dtype == "F4" else 2 * last
+    if scale.dtype not in ("F8_E8M0", "U8") or columns % 32 or scale.shape != (*lead, rows, columns // 32):
+        raise Refused(
+            f"{weight} is scaled by {scale}, expected F8_E8M0 {[*lead, rows, columns / 32]}: "
+            f"one scale for 32 of K = {columns}; {_REMEDY}"
+        )
+    shape = (*lead, rows, columns)
+    if to == "bf16":
+        return [Output(weight.name, "BF16", shape, FP4, weight, scale)]
+    if rows % 128 or columns % 128 or block != (128, 128):
+        raise Refused(f"{weight} does not divide into 128 x 128 blocks of FP8 ({block} in {CONFIG}); use --to bf16")
+    return [
+        Output(weight.name, "F8_E4M3", shape, RECODE, weight, scale),
+        Output(scale.name, "F8_E8M0", _blocks(shape, block), RECODED_SCALE, weight, scale),
+    ]
+
+
+def _groups(outputs: list[Output], shard_size: int) -> list[list[Output]]:
+    """Shards filled in order, a kept scale with its weight; in each, wide elements first, which keeps all aligned."""
+    groups: list[list[Output]] = []
+    filled = shard_size
+    for group in _pairs(outputs):
+        size = sum(out.size for out in group)
+        if not groups or filled + size > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1] += group
+        filled += size
+    return [sorted(group, key=lambda out: -BITS[out.dtype]) for group in groups]
+
+
+def _pairs(outputs: Iterable[Output]) -> Iterator[list[Output]]:
+    group: list[Output] = []
+    for out in outputs:
+        if group and out.action not in (RECODED_SCALE, KEPT_SCALE):
+            yield group
+            group = []
+        group.append(out)
+    if group:
+        yield group
+
+
+def _block(config: dict[str, Any] | None) -> tuple[int, int]:
+    quantization = (config or {}).get("quantization_config")
+    if quantization is None:
+        return 128, 128
+    if not isinstance(quantization, dict):
+        raise Refused(f"{CONFIG}: quantization_config is {quantization!r}, expected an object")
+    method = quantization.get("quant_method", "fp8")
+    if method not in _METHODS:
+        raise Refused(f"{CONFIG}: quant_method {method!r} is not known, expected {' or '.join(_METHODS)}")
+    block = quantization.get("weight_block_size", [128, 128])
+    if not isinstance(block, list) or len(block) != 2 or any(type(n) is not int or n < 1 for n in block):
+        raise Refused(f"{CONFIG}: weight_block_size is {block!r}, expected two positive numbers such as [128, 128]")
+    return block[0], block[1]
+
+
+def _config(config: dict[str, Any] | None, to: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """The configuration of the output, and what was changed in words."""
+    if config is None:
+        return None, []
+    made = dict(config)
+    changes = []
+    if to == "fp8":
+        quantization = made.get("quantization_config")
+        if isinstance(quantization, dict) and "expert_dtype" in quantization:
+            made["quantization_config"] = {**quantization, "expert_dtype": "fp8"}
+            changes.append("set quantization_config.expert_dtype to 'fp8'")
+        if "expert_dtype" in made or not changes:
+            made["expert_dtype"] = "fp8"
+            changes.append("set expert_dtype to 'fp8'")
+        return made, changes
+    for name in ("quantization_config", "expert_dtype"):
+        if name in made:
+            del made[name]
+            changes.append(f"remove {name}")
+    for name in [name for name in ("torch_dtype", "dtype") if name in made] or ["torch_dtype"]:
+        if made.get(name) != "bfloat16":
+            made[name] = "bfloat16"
+            changes.append(f"set {name} to 'bfloat16'")
+    return made, changes
+
+
+def _blocks(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    *lead, rows, columns = shape
+    return (*lead, -(-rows // block[0]), -(-columns // block[1]))
+
+
+def _count(shape: Iterable[int]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count

@@ -1,0 +1,254 @@
+"""The bytes of an output, slice by slice: read, dequantised into buffers that are used again, checked, handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from flagops import arrays, config, registry
+from flagops.errors import Unsupported
+
+from .plan import COPY, FP4, FP8, KEEP, KEPT_SCALE, RECODE, RECODED_SCALE, Output, Plan, Shard, slices
+from .source import Reader, Refused
+
+BLOCK = 128  # rows and columns that share a scale in FP8 recoded from FP4
+LARGEST = 2 << 20  # elements of a slice: their bytes stay in a processor's cache from the read to the write
+SMALLEST = 64 << 10
+_CHUNK = 1 << 17  # elements that a check looks at together
+_FINITE = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
+_DAMAGED = "the checkpoint is damaged: copy or download it again"
+
+
+class Kernels:
+    """flagops' operators on NumPy buffers, by one backend: the one named, or the first of the default order.
+
+    Where a backend takes no NumPy arrays, they are handed over as torch tensors of the CPU, or copied to the GPU.
+    Raises Unsupported with the reason of each backend that cannot run here.
+    """
+
+    def __init__(self, backend: str | None = None) -> None:
+        wishes = (backend,) if backend else config.current().backend or ("numba", "torch", "numpy")
+        reasons = {}
+        for name in wishes:
+            reason = registry.backend(name).unavailable()
+            if reason is None:
+                self.backend = name
+                self._device = self._place(name)
+                break
+            reasons[name] = reason
+        else:
+            raise Unsupported("no backend can run here: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
+
+    @property
+    def temporaries(self) -> int:
+        """Bytes for an element that a call may take besides its arguments."""
+        return 0 if self.backend == "numba" else 72
+
+    def warm(self, plan: Plan) -> None:
+        """Load and compile what a plan needs, so that the memory it takes is seen before buffers are made."""
+        codes, out = np.zeros((BLOCK, BLOCK), np.uint8), np.empty((BLOCK, BLOCK), ml_dtypes.bfloat16)
+        for action in plan.counts:
+            if action == FP4:
+                self.fp4(codes[:, :64], np.zeros((BLOCK, 4), np.uint8), out)
+            elif action == RECODE:
+                self.recode(codes[:, :64], np.zeros((BLOCK, 4), np.uint8))
+        for kind in {out.scale.dtype for out in plan.outputs if out.action == FP8 and out.scale}:
+            self.fp8(codes, np.zeros((1, 1), np.float32 if kind == "F32" else np.uint8), (BLOCK, BLOCK), out)
+
+    def fp4(self, packed: Any, scale: Any, out: Any) -> None:
+        """`flagops.fp4_dequantize` into `out`."""
+        self._call("fp4_dequantize", (packed, scale), out, dtype=arrays.dtype_name(out))
+
+    def fp8(self, weight: Any, scale: Any, block: tuple[int, int], out: Any) -> None:
+        """`flagops.fp8_dequantize` into `out`."""
+        self._call("fp8_dequantize", (weight, scale), out, block=block, dtype=arrays.dtype_name(out))
+
+    def recode(self, packed: Any, scale: Any) -> tuple[Any, Any, Any]:
+        """`flagops.fp4_to_fp8`: weight, scale and whether each block kept its values."""
+        results = _operator("fp4_to_fp8")(*map(self._given, (packed, scale)), backend=self.backend)
+        weight, scales, lossless = (arrays.as_numpy(x.cpu() if arrays.is_torch(x) else x) for x in results)
+        return arrays.codes(weight), arrays.codes(scales), lossless
+
+    def _call(self, name: str, inputs: tuple[Any, ...], out: Any, **options: Any) -> None:
+        given = map(self._given, inputs)
+        if self._device in (None, "cpu"):
+            _operator(name)(*given, out=self._given(out), backend=self.backend, **options)
+        else:
+            arrays.as_torch(out).copy_(_operator(name)(*given, backend=self.backend, **options))
+
+    def _given(self, array: Any) -> Any:
+        return array if self._device is None else arrays.as_torch(array).to(self._device)
+
+    def _place(self, name: str) -> str | None:
+        """None for NumPy arrays, else the torch device that the backend takes."""
+        refuses = registry.backend(name).refuses
+        probe = np.zeros(64, np.uint8)
+        if refuses(probe) is None:
+            return None
+        import torch
+
+        tensor = torch.from_numpy(probe)
+        if refuses(tensor) is None:
+            return "cpu"
+        if torch.cuda.is_available() and refuses(tensor.cuda()) is None:
+            return "cuda"
+        raise Unsupported(f"{name}: {refuses(tensor)}")
+
+
+class Stream:
+    """Makes the bytes of outputs for one thread. Use as a context manager.
+
+    limit: elements of a slice; no buffer is larger than that many elements of the output.
+    dtype: what quantised tensors become.
+    """
+
+    def __init__(self, plan: Plan, kernels: Kernels, limit: int = LARGEST, dtype: str = "bfloat16") -> None:
+        self._plan, self._kernels, self._limit, self._dtype = plan, kernels, limit, dtype
+        self._wide = arrays.numpy_dtype(dtype).itemsize
+        self._input = np.empty(limit, np.uint8)
+        self._output = np.empty(limit * self._wide, np.uint8)
+        self._test = np.empty(_CHUNK, np.uint8)
+        self._scales: dict[str, list[Any]] = {}
+        self.reader = Reader(plan.source)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reader.__exit__()
+
+    def shard(self, shard: Shard, wanted: Callable[[Output], bool] = lambda _: True) -> Iterator[tuple[Output, Any]]:
+        """Each output of a shard with its bytes in order, in pieces; nothing for those not wanted."""
+        for out in shard.outputs:
+            if wanted(out):
+                for piece in self.output(out):
+                    yield out, piece
+
+    def output(self, out: Output) -> Iterator[Any]:
+        """The bytes of one output as uint8 arrays, each valid until the next is asked for."""
+        made: dict[str, Callable[[Output], Iterator[Any]]] = {
+            COPY: self._copy, KEPT_SCALE: self._kept_scale, KEEP: self._keep, FP4: self._fp4, FP8: self._fp8,
+            RECODE: self._recode, RECODED_SCALE: self._recoded_scale,
+        }  # fmt: skip
+        return made[out.action](out)
+
+    def _read(self, stored: Any, offset: int, size: int, buffer: Any = None) -> Any:
+        found: Any = np.empty(size, np.uint8) if buffer is None else buffer[:size]
+        self.reader.read(stored.file, stored.offset + offset, memoryview(found))
+        return found
+
+    def _copy(self, out: Output) -> Iterator[Any]:
+        for start in range(0, out.size, len(self._output)):
+            yield self._read(out.weight, start, min(len(self._output), out.size - start), self._output)
+
+    def _kept_scale(self, out: Output) -> Iterator[Any]:
+        for piece in self._copy(out):
+            self._finite_scale(out, piece.view(np.float32) if out.dtype == "F32" else piece, out.weight)
+            yield piece
+
+    def _keep(self, out: Output) -> Iterator[Any]:
+        for piece in self._copy(out):
+            self._numbers(out, piece)
+            yield piece
+
+    def _fp4(self, out: Output) -> Iterator[Any]:
+        matrices, rows, columns = out.matrix
+        for r0, r1, c0, c1 in slices(matrices * rows, columns, (1, 32), self._limit):
+            shape = r1 - r0, c1 - c0
+            first = r0 * columns + c0
+            packed = self._read(out.weight, first // 2, shape[0] * shape[1] // 2, self._input)
+            scale = self._read(out.scale, first // 32, shape[0] * shape[1] // 32)
+            largest = self._finite_scale(out, scale)
+            made = self._made(shape)
+            self._kernels.fp4(packed.reshape(shape[0], -1), scale.reshape(shape[0], -1), made)
+            if largest > 252 or self._dtype != "bfloat16":
+                self._in_range(out, made)
+            yield self._bytes(made)
+
+    def _fp8(self, out: Output) -> Iterator[Any]:
+        assert out.scale is not None
+        matrices, rows, columns = out.matrix
+        height, width = self._plan.block
+        across = -(-columns // width)
+        coded = out.scale.dtype != "F32"
+        for matrix in range(matrices):
+            base = matrix * -(-rows // height) * across
+            for r0, r1, c0, c1 in slices(rows, columns, (height, width), self._limit):
+                shape = r1 - r0, c1 - c0
+                codes = self._read(
+                    out.weight, (matrix * rows + r0) * columns + c0, shape[0] * shape[1], self._input
+                )  # fmt: skip
+                grid = -(-r1 // height) - r0 // height, -(-c1 // width) - c0 // width
+                first = base + r0 // height * across + c0 // width
+                wide = 1 if coded else 4
+                scale = self._read(out.scale, wide * first, wide * grid[0] * grid[1])
+                scale = (scale if coded else scale.view(np.float32)).reshape(grid)
+                largest = self._finite_scale(out, scale)
+                self._numbers(out, codes)
+                made = self._made(shape)
+                self._kernels.fp8(codes.reshape(shape), scale, (height, width), made)
+                if largest > (246 if coded else 1e35) or self._dtype == "float16":
+                    self._in_range(out, made)
+                yield self._bytes(made)
+
+    def _recode(self, out: Output) -> Iterator[Any]:
+        matrices, rows, columns = out.matrix
+        kept = self._scales[out.name] = []
+        for r0, r1, _, _ in slices(matrices * rows, columns, (BLOCK, columns), max(self._limit, BLOCK * columns)):
+            packed = self._read(out.weight, r0 * columns // 2, (r1 - r0) * columns // 2, self._input)
+            scale = self._read(out.scale, r0 * columns // 32, (r1 - r0) * columns // 32)
+            self._finite_scale(out, scale)
+            weight, scales, lossless = self._kernels.recode(
+                packed.reshape(r1 - r0, -1), scale.reshape(r1 - r0, -1)
+            )  # fmt: skip
+            lossy = np.argwhere(np.asarray(lossless) == 0)
+            if len(lossy):
+                row, column = (int(i) * BLOCK for i in lossy[0])
+                raise Refused(
+                    f"{out.weight}: the block from row {r0 + row}, column {column} cannot be FP8 without loss, "
+                    "its scales lie too far apart or too low; use --to bf16"
+                )
+            kept.append(np.array(scales).reshape(-1))
+            yield self._bytes(weight)
+
+    def _recoded_scale(self, out: Output) -> Iterator[Any]:
+        kept = self._scales.pop(out.weight.name)
+        if kept:
+            yield np.concatenate(kept)
+
+    def _made(self, shape: tuple[int, int]) -> Any:
+        size = shape[0] * shape[1] * self._wide
+        return self._output[:size].view(arrays.numpy_dtype(self._dtype)).reshape(shape)
+
+    def _bytes(self, array: Any) -> Any:
+        return array.reshape(-1).view(np.uint8)
+
+    def _finite_scale(self, out: Output, scale: Any, stored: Any = None) -> float:
+        """The largest scale of a slice, as a number or as its code."""
+        coded = scale.dtype == np.uint8
+        largest = scale.max(initial=0) if coded else np.abs(scale).max(initial=0)  # NaN is passed on
+        if largest == 255 if coded else not np.isfinite(largest):
+            what = "byte 0xFF (NaN)" if coded else "value that is not finite"
+            raise Refused(f"{stored or out.scale} has a {what}; {_DAMAGED}")
+        return float(largest)
+
+    def _numbers(self, out: Output, codes: Any) -> None:
+        """Refuse the two codes of e4m3 that are no numbers."""
+        for start in range(0, len(codes), _CHUNK):
+            chunk = codes[start : start + _CHUNK]
+            if np.bitwise_and(chunk, 127, out=self._test[: len(chunk)]).max() == 127:
+                raise Refused(f"{out.weight} has a code 0x7F or 0xFF (NaN); {_DAMAGED}")
+
+    def _in_range(self, out: Output, made: Any) -> None:
+        unsigned, mask = _FINITE[self._dtype]
+        bits = made.reshape(-1).view(unsigned)
+        for start in range(0, len(bits), _CHUNK):
+            if np.any(bits[start : start + _CHUNK] & unsigned(mask) == mask):
+                raise Refused(f"{out.weight} scaled by {out.scale} overflows {self._dtype}; {_DAMAGED}")
+
+
+def _operator(name: str) -> Any:
+    return registry.operator(name).public
