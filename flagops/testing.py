@@ -108,7 +108,7 @@ def draw_case(op: Operator, choose: Choose[Any], within: Scope = FULL, kinds: Se
         room //= max(dims[name], 1)
     batched = any(t.axes.startswith("...") for t in op.tensors.values())
     batch = choose(BATCHES) if batched else ()
-    scalars = {}
+    scalars: dict[str, Any] = {}
     for name, scalar in op.scalars.items():
         options = scalar.choices({**dims, **scalars}) if callable(scalar.choices) else scalar.choices
         scalars[name] = dims[scalar.axis] if scalar.axis else choose(tuple(options))

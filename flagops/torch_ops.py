@@ -45,8 +45,8 @@ def schema(operator: Operator) -> str:
             words[-1] += f'="{parameter.default}"'
         elif isinstance(parameter.default, tuple):
             words[-1] += f"={list(parameter.default)}"
-        elif name in operator.inputs and parameter.default is None:
-            words[-1] += "=None"
+        elif name in operator.inputs and (parameter.default is None or isinstance(parameter.default, (int, float))):
+            words[-1] += f"={parameter.default}"
     results = f"({', '.join(['Tensor'] * len(operator.results))})" if operator.several else "Tensor"
     return f"({', '.join(words)}, str backend='') -> {results}"
 

@@ -397,11 +397,11 @@ def hadamard(x: Array, scale: float | None = None) -> Array:
     """
     d = x.shape[-1]
     with np.errstate(all="ignore"):
-        y = x.astype(np.float64 if x.dtype == np.float64 else np.float32)
+        y: Array = x.astype(np.float64 if x.dtype == np.float64 else np.float32)
         step = 1
         while step < d:
             pairs = y.reshape(*x.shape[:-1], d // (2 * step), 2, step)
             low, high = pairs[..., 0, :], pairs[..., 1, :]
-            y = np.stack([low + high, low - high], axis=-2).reshape(x.shape)
+            y = np.stack([np.add(low, high), np.subtract(low, high)], axis=-2).reshape(x.shape)
             step *= 2
-        return round_to(y * y.dtype.type(d**-0.5 if scale is None else scale), x.dtype.name)
+        return round_to(np.multiply(y, d**-0.5 if scale is None else scale, dtype=y.dtype), x.dtype.name)

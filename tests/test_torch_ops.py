@@ -26,7 +26,7 @@ def calls(grad=True, dtype=torch.float64):
 
 
 def _has_backward(name):
-    return registry.find(name, "torch").backward is not None
+    return bool(registry.written(name, "torch")) and registry.find(name, "torch").backward is not None
 
 
 DIFFERENTIABLE = [name for name in registry.operators() if _has_backward(name)]
