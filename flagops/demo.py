@@ -1,8 +1,8 @@
 """`flagops demo`: language models answer with torch alone and with their operators replaced, and must agree.
 
-SmolLM2-135M-Instruct is a real pretrained model, run under `flagops.enable`; a small random DeepSeek-V4 shows its
-attention core and its output projection under `flagops.patch`. Both decode greedily on every backend usable here; a
-row passes when the tokens are the same and no logit moved by more than the stated bound.
+SmolLM2-135M-Instruct is a real pretrained model, run under `flagops.enable`. Random DeepSeek-V4 models run under
+`flagops.patch`: a small one on every backend usable here, one with V4's own window and ratios on a long prompt. All
+decode greedily; a row passes when the tokens are the same and no logit moved by more than the stated bound.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flagops import registry
+from flagops import measure, registry
 
 if TYPE_CHECKING:
     import torch
 
     from flagops.report import Report
 
-PARTS = ("smollm2", "deepseek-v4")
+PARTS = ("smollm2", "deepseek-v4", "deepseek-v4-long")
 PROMPT = "Describe the sea in one sentence."
 BOUND = 1e-3
 """Largest accepted change of a float32 logit of SmolLM2. Its logits reach 38, and two correct orders of summation move
@@ -40,8 +40,20 @@ BOUND_BFLOAT16 = 1.5
 """A bfloat16 logit may be this many times further from float32 than those of torch's own bfloat16 are."""
 BOUND_DEEPSEEK = 1e-4
 TOKENS = {"float32": 40, "bfloat16": 8, "deepseek-v4": 20}
+LONG_PROMPT = 2048
 EXTRA = "pip install 'flagops[transformers]'"
 ALONE = "torch alone"
+HEADINGS = (
+    "backend",
+    "dtype",
+    "same\ntokens?",
+    "max |Δ\nlogit|",
+    "prefill",
+    "tokens/s",
+    "memory",
+    "calls\nreplaced",
+    "",
+)
 WARM_UP = 2
 SHORT = {"numpy": 4, "triton": 8}
 """Tokens compared where a backend (the NumPy references, Triton's interpreter) is too slow for the whole answer."""
@@ -59,6 +71,7 @@ class Row:
     bound: float | None = None
     rate: float | None = None
     first: float | None = None
+    memory: int | None = None
     replaced: int = 0
     calls: int = 0
     problem: str | None = None
@@ -95,6 +108,7 @@ class Answer:
     first: float
     rate: float | None
     prompt: int
+    memory: int | None = None
 
 
 def run(argv: Sequence[str]) -> int:
@@ -105,9 +119,8 @@ def run(argv: Sequence[str]) -> int:
     parts = []
     for name in options.part or PARTS:
         show = _Progress(quiet=options.json)
-        make = smollm2 if name == "smollm2" else deepseek_v4
         try:
-            part = make(options, show)
+            part = _MAKE[name](options, show)
         except Missing as missing:
             part = Part(name, problem=str(missing))
         except ImportError as error:  # installed, but broken or too old
@@ -125,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="flagops demo", description="Models answer with torch alone and with their operators replaced."
     )
     add = parser.add_argument
-    add("--part", action="append", choices=PARTS, help="only this model (default: both)")
+    add("--part", action="append", choices=PARTS, help="only this model (default: all)")
     add("--backend", action="append", choices=registry.backend_names(), help="only this backend (repeatable)")
     add("--dtype", action="append", choices=("float32", "bfloat16"), help="of SmolLM2 (repeatable; default: both)")
     add("--tokens", type=_positive, metavar="N", help="tokens to decode (default: 40, in bfloat16 8, DeepSeek-V4 20)")
@@ -176,11 +189,12 @@ def smollm2(options: argparse.Namespace, show: _Progress) -> Part:
 
 
 def deepseek_v4(options: argparse.Namespace, show: _Progress) -> Part:
-    """A small random DeepSeek-V4 with all of its layer kinds, two operators under `flagops.patch`."""
+    """A small random DeepSeek-V4 with all of its layer kinds under `flagops.patch`."""
     _require("transformers", EXTRA)
     with show.step("building a small random DeepSeek-V4"):
         import torch
 
+        from flagops.examples import small_deepseek_v4
         from flagops.transformers import OPS, patch
 
         model = small_deepseek_v4()
@@ -199,66 +213,33 @@ def deepseek_v4(options: argparse.Namespace, show: _Progress) -> Part:
     return part
 
 
-def small_deepseek_v4(seed: int = 0) -> Any:
-    """A random float32 `DeepseekV4ForCausalLM` with sliding, CSA and HCA layers, hash and scored routing.
+def deepseek_v4_long(options: argparse.Namespace, show: _Progress) -> Part:
+    """A long prompt: what transformers' dense masks cost in time and memory, beside `flagops.patch`."""
+    _require("transformers", EXTRA)
+    with show.step("building a DeepSeek-V4 for a long prompt"):
+        import torch
 
-    What an untrained model leaves at zero or one (sinks, position and routing biases, norms, the hash table) is random
-    too, so that an error in any of them changes the logits.
-    """
-    import torch
-    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+        from flagops.examples import long_deepseek_v4
+        from flagops.transformers import OPS, patch
 
-    config = DeepseekV4Config(
-        vocab_size=64,
-        hidden_size=32,
-        moe_intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        qk_rope_head_dim=8,
-        q_lora_rank=16,
-        o_groups=2,
-        o_lora_rank=8,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        num_hash_layers=1,
-        index_n_heads=16,
-        index_head_dim=16,
-        index_topk=2,
-        sliding_window=4,
-        hc_mult=4,
-        routed_scaling_factor=1.5,
-        rope_theta=10000.0,
-        compress_rope_theta=160000.0,
-        rope_scaling={
-            "rope_type": "yarn",
-            "factor": 16.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "original_max_position_embeddings": 64,
-        },
-        max_position_embeddings=1024,
-        compress_ratios=[0, 4, 128, 0],
-        compress_rate_hca=8,
-        num_nextn_predict_layers=1,
-        swiglu_limit=10.0,
-        tie_word_embeddings=False,
-        initializer_range=0.3,
-        attn_implementation="eager",
-    )
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        model = DeepseekV4ForCausalLM(config).eval()
-        for name, x in [*model.named_parameters(), *model.named_buffers()]:
-            leaf = name.rpartition(".")[2]
-            if leaf in ("sinks", "position_bias", "base", "hc_base", "e_score_correction_bias"):
-                x.normal_()
-            elif leaf == "tid2eid":
-                x.copy_(torch.rand(x.shape[0], config.n_routed_experts).argsort(-1)[:, : x.shape[1]])
-            elif "norm" in name:
-                x.uniform_(0.5, 1.5)
-    return model
+        model = long_deepseek_v4()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device)
+    generator = torch.Generator().manual_seed(2)
+    prompt = torch.randint(2, model.config.vocab_size, (1, LONG_PROMPT), generator=generator).to(device)
+    part = Part("random DeepSeek-V4, long prompt", f"{prompt.shape[1]} random tokens")
+    backends = _usable(part, options.backend, device)
+    for name in ("numpy", "triton") if device == "cpu" else ("numpy",):
+        if name in backends:
+            backends.remove(name)
+            part.left_out[name] = "too slow for this prompt on a CPU"
+    run = _Run(part, model, prompt, show, lambda name: patch(model, backend=name), OPS)
+    reference = run.compare(options.tokens or TOKENS["deepseek-v4"], "float32", BOUND_DEEPSEEK, backends)
+    part.text = " ".join(map(str, reference.tokens))
+    return part
+
+
+_MAKE = {"smollm2": smollm2, "deepseek-v4": deepseek_v4, "deepseek-v4-long": deepseek_v4_long}
 
 
 def _weights() -> Path:
@@ -317,7 +298,8 @@ class _Run:
         exact: what logits are compared with, if not with torch's of the same dtype; the bound then follows from them.
         """
         reference = self.answer(ALONE, dtype, tokens)
-        alone = Row(ALONE, dtype, len(reference.tokens), rate=reference.rate, first=reference.first)
+        alone = Row(ALONE, dtype, len(reference.tokens))
+        alone.rate, alone.first, alone.memory = reference.rate, reference.first, reference.memory
         if exact:
             alone.same, alone.delta = agreement(reference, reference, exact)
             bound = BOUND_BFLOAT16 * alone.delta
@@ -341,7 +323,15 @@ class _Run:
         with self.show.step(f"{self.part.name}, {dtype}, {label}", tokens + warm_up) as advance:
             if warm_up:
                 generate(self.model, self.prompt, warm_up, advance)
-            return generate(self.model, self.prompt, tokens, advance)
+            found: list[Answer] = []
+
+            def call() -> None:
+                found.append(generate(self.model, self.prompt, tokens, advance))
+
+            memory = measure.extra_memory(call, self.prompt.device.type)
+            if not found:  # the peak of this process cannot be read
+                call()
+            return dataclasses.replace(found[0], memory=memory)
 
     def forwards(self, backend: str) -> bool:
         """Whether all that a backend does for these operators is to call torch's own kernels."""
@@ -374,7 +364,7 @@ def judge(row: Row, reference: Answer, got: Answer, exact: Answer, report: Repor
     """Fill in a row: the tokens must be those of the reference, and no logit further than the bound from `exact`."""
     row.tokens = min(len(reference.tokens), len(got.tokens))
     row.same, row.delta = agreement(reference, got, exact)
-    row.rate, row.first = got.rate, got.first
+    row.rate, row.first, row.memory = got.rate, got.first, got.memory
     row.replaced, row.calls = report.replaced, report.calls
     for seen in report.rows:
         for reason, times in seen.passed.items():
@@ -440,26 +430,28 @@ def _print(part: Part) -> None:
         console.print(f"[red]{escape(part.problem)}[/red]", soft_wrap=True)
         return
     console.print(f"[dim]prompt[/dim]  {escape(part.prompt)}\n[dim]answer[/dim]  {escape(part.text)}", highlight=False)
-    alone = {row.dtype: row.rate for row in part.rows if row.backend == ALONE}
+    alone = {row.dtype: row for row in part.rows if row.backend == ALONE}
     bounds = {row.dtype: row.bound for row in part.rows if row.bound is not None}
     rules = [f"at most {bound:.2g} in {dtype}{_RULE.get(dtype, '')}" for dtype, bound in bounds.items()]
+    rules[-1:] = [f"{rules[-1]}; memory: beyond the model, at the peak"] if rules else []
     table = Table(
         caption=f"ok: the same tokens, and a logit is off by {', '.join(rules)}", caption_justify="left", box=box.SIMPLE
     )
-    for heading in ("backend", "dtype", "same\ntokens?", "max |Δ\nlogit|", "tokens/s", "calls\nreplaced", ""):
+    for heading in HEADINGS:
         table.add_column(heading, no_wrap=True)
     notes = []
     for row in part.rows:
-        base = alone.get(row.dtype)
+        base = alone[row.dtype]
         compared = row.backend != ALONE
-        ratio = f" ({row.rate / base:.2f}x)" if compared and row.rate and base else ""
         verdict = "[red]FAILED[/red]" if row.problem else "[green]ok[/green]" if compared else ""
         table.add_row(
             row.backend,
             row.dtype,
             "" if not compared else f"yes, {row.tokens}" if row.same == row.tokens else f"{row.same} of {row.tokens}",
             "" if row.delta is None else f"{row.delta:.1e}",
-            f"{row.rate:.1f}{ratio}" if row.rate else "",
+            f"{row.first:.2f} s{_times(base.first if compared else None, row.first)}" if row.first else "",
+            f"{row.rate:.1f}{_times(row.rate, base.rate if compared else None)}" if row.rate else "",
+            "" if row.memory is None else f"{row.memory / 2**20:.0f} MiB",
             f"{row.replaced / row.calls:.0%} of {row.calls}" if row.calls else "",
             verdict,
         )
@@ -475,6 +467,10 @@ def _print(part: Part) -> None:
             console.print(f"[dim]{row.backend}: {times} calls left to torch: {escape(text)}[/dim]", highlight=False)
     for name, reason in part.left_out.items():
         console.print(f"[dim]{name} left out: {escape(reason)}[/dim]")
+
+
+def _times(more: float | None, less: float | None) -> str:
+    return f" ({more / less:.2f}x)" if more and less else ""
 
 
 _RULE = {"bfloat16": f" ({BOUND_BFLOAT16} times what torch's own is off from float32)"}

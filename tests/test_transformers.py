@@ -9,7 +9,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import flagops  # noqa: E402
-from flagops.demo import generate, small_deepseek_v4  # noqa: E402
+from flagops.demo import generate  # noqa: E402
+from flagops.examples import small_deepseek_v4  # noqa: E402
 from flagops.transformers import NAME, OPS, visible_indices  # noqa: E402
 
 BACKENDS = ("numba", "torch")
