@@ -5,4 +5,30 @@ def calls(t, codes):
     return {"rms_norm": (t(2, 3, 5), t(5), 1e-6)}
 
 
-MUTANTS = {}
+MUTANTS = {
+    "norm_numba.py": [
+        ("rms_norm", "i * x_steps[0] + j * x_steps[1] + k * x_steps[2]", "i * x_steps[0] + j * x_steps[1] + k * column", 0),
+        ("rms_norm", "load(weight_tag, weight + i * weight_step * size(weight_tag))", "load(weight_tag, weight + i * size(weight_tag))", 0),
+        ("rms_norm", "c, d = fma(p, p, c), fma(q, q, d)", "c, d = fma(p, p, c), fma(p, q, d)", 0),
+        ("rms_norm", "for i in range(four, whole, step):", "for i in range(four + step, whole, step):", 0),
+        ("rms_norm", "total += value * value", "total += value", 0),
+        ("rms_norm", "vmul(vload(real, factors + i * unit), value)", "vmul(vload(real, factors), value)", 0),
+        ("rms_norm", "np.float64(vround(tag, value * value))", "np.float64(value * value)", 0),
+        ("rms_norm", "value = vround(tag, load(kept, source + i * item) * root)", "value = load(kept, source + i * item) * root", 0),
+    ],
+    "_rows.py": [
+        ("rms_norm", "outer == size * inner", "outer >= size * inner", 0),
+        ("rms_norm", "if size == 1:", "if size == 2:", 0),
+    ],
+    "norm_torch.py": [
+        ("rms_norm", "mean(-1, keepdim=True).add_(eps).rsqrt_())", "mean(-1, keepdim=True).rsqrt_())", 0),
+        ("rms_norm", "(mean.float() + eps).to(dtype)", "(mean.float() + eps)", 0),
+        ("rms_norm", "y.to(dtype).float().mul_(weight)", "y.mul_(weight)", 0),
+    ],
+    "norm_triton.py": [
+        ("rms_norm", "square = rounded(square, half).to(tl.float64)", "square = square.to(tl.float64)", 0),
+        ("rms_norm", "row // N2 % N1", "row // N1 % N2", 0),
+        ("rms_norm", "weight + at.to(tl.int64) * weight_n", "weight + at.to(tl.int64)", 0),
+        ("rms_norm", "here = row < count", "here = row <= count", 0),
+    ],
+}  # fmt: skip
