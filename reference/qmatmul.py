@@ -1,0 +1,223 @@
+"""Products of FP8 activations with FP8 or packed FP4 weights, all with block scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from flagops.arrays import numpy_dtype
+from flagops.operator import Dims, Tensor, operator
+
+from ._rounding import Array, magnitude, unit
+from .dequantize import DTYPE, E2M1, EXPERTS, e8m0
+
+BLOCK = 128
+CODES = ("float8_e4m3fn", "uint8")
+SCALES = ("float8_e8m0fnu", "uint8", "float32")
+
+FP8_WEIGHTS = {
+    "v4-flash.wq_a": (1024, 4096),
+    "v4-flash.wq_b": (32768, 1024),
+    "v4-flash.wo_b": (4096, 8192),
+    "v4-pro.wq_b": (65536, 1536),
+}
+
+
+def blocks(size: int) -> int:
+    """How many blocks of 128 an axis has; the last may be cut short."""
+    return -(-size // BLOCK)
+
+
+def codes(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, dims: Dims) -> Array:
+    """Every e4m3 code; in some draws a few NaN, in the others none."""
+    code = rng.integers(0, 256, shape, dtype=np.uint8)
+    code[(code & 0x7F) == 0x7F] = 0x7E
+    if rng.random() < 0.2:
+        code[rng.random(shape) < 0.02] |= 0x7F
+    return code.view(numpy_dtype(dtype))
+
+
+def scales(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, dims: Dims) -> Array:
+    """Scales as in a model, over a wide range, or any at all."""
+    spread = rng.choice([6, 40, 0], p=[0.6, 0.3, 0.1])
+    code = 127 + rng.integers(-spread, spread + 1, shape) if spread else rng.integers(0, 256, shape)
+    if dtype != "float32":
+        return code.astype(np.uint8).view(numpy_dtype(dtype))
+    value = np.ldexp(rng.uniform(0.5, 1, shape), code - 127)
+    if not spread:
+        value *= rng.choice([-1, 0, 1], shape)
+        value[rng.random(shape) < 0.02] = rng.choice([np.nan, np.inf])
+    return value.astype(np.float32)
+
+
+def e4m3(code: Array) -> Array:
+    """Codes as float64."""
+    return code.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+
+
+def e2m1(packed: Array) -> Array:
+    """Packed codes as float64, the low nibble first."""
+    byte = packed.view(np.uint8)
+    return E2M1[np.stack([byte & 15, byte >> 4], axis=-1).reshape(byte.shape[0], 2 * byte.shape[1])]
+
+
+def along(scale: Array, size: int, block: int = BLOCK, axis: int = -1) -> Array:
+    """Scales as float64, each repeated for the elements of its block."""
+    return np.repeat(e8m0(scale), block, axis).take(range(size), axis)
+
+
+def tiled(scale: Array, rows: int, columns: int) -> Array:
+    """Scales of 128 x 128 blocks as float64, each repeated for its block."""
+    return along(np.repeat(scale, BLOCK, 0)[:rows], columns)
+
+
+def scaled_bound(exact: Array, factors: tuple[Array, ...], terms: int, dtype: str) -> Array:
+    """How far a sum of ``a sa b sb`` may lie from the exact one, its factors multiplied in any order in float32.
+
+    factors: a, sa ``[..., k]``, b, sb ``[n, k]``. Each of the sum's ``terms`` roundings and four of the scaling cost u
+    of the sum of the magnitudes; what falls below float32's range, at any step and with a power of two up to 2^8
+    moved to the end, costs its smallest subnormal times the other factors. Infinite where a product of some of the
+    factors, or the sum, may overflow.
+    """
+    acc, out = unit("float32"), unit(dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        a, sa, b, sb = (np.where(np.isnan(x), 0, np.abs(x)) for x in factors)
+        absolute = np.matmul(magnitude(a * sa), magnitude(b * sb).T)
+        reach = np.matmul((1 + a) * (1 + sa), ((1 + b) * (1 + sb)).T)
+        error = (terms + 4) * acc.u * absolute + 256 * acc.tiny * reach
+        rounding = 0.0 if out == acc else out.u * (magnitude(exact) + error) + out.tiny
+        inside = reach <= acc.largest * (1 - (terms + 4) * acc.u)
+    return np.where(inside, error + rounding + acc.tiny, np.inf)
+
+
+def _flops(dims: Dims, batch: tuple[int, ...]) -> float:
+    return 2.0 * math.prod(batch) * dims["n"] * dims.get("k", 32 * dims.get("g", 0))
+
+
+def _fp8_blocks(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
+    n, k, kb = dims["n"], dims["k"], blocks(dims["k"])
+    if dims["kb"] != kb:
+        return f"the scales have {dims['kb']} columns, expected {kb}: one for each 128 of k = {k}"
+    if dims["nb"] != blocks(n):
+        return f"b_scale has {dims['nb']} rows, expected {blocks(n)}: one for each 128 of n = {n}"
+    return None
+
+
+@operator(
+    tensors={
+        "a": Tensor("... k", CODES, codes=True, draw=codes),
+        "a_scale": Tensor("... kb", SCALES, codes=True, draw=scales),
+        "b": Tensor("n k", CODES, codes=True, draw=codes),
+        "b_scale": Tensor("nb kb", SCALES, codes=True, draw=scales),
+    },
+    scalars={"dtype": DTYPE},
+    result=Tensor("... n", "dtype"),
+    workloads={
+        f"{name}.{rows}": {"batch": (rows,), "n": n, "k": k}
+        for name, (n, k) in FP8_WEIGHTS.items()
+        for rows in (1, 16, 128)
+    }
+    | {"v4-flash.wq_a.4096": {"batch": (4096,), "n": 1024, "k": 4096}},
+    flops=_flops,
+    sizes={"k": (128, 1, 32, 0, 130, 256, 520, 1030)},
+    cases=({"n": 130, "k": 257}, {"n": 259, "k": 64}, {"n": 17, "k": 1536}),
+    derived=lambda dims, scalars: {"nb": blocks(dims["n"]), "kb": blocks(dims["k"])},
+    check=_fp8_blocks,
+)
+def fp8_matmul(a: Array, a_scale: Array, b: Array, b_scale: Array, dtype: str = "bfloat16") -> Array:
+    """``(a * a_scale) @ (b * b_scale).T`` of e4m3 codes, one scale for 128 of a row of a and for 128 x 128 of b.
+
+    Args:
+        a: ``[..., k]`` float8_e4m3fn or its bytes, any strides.
+        a_scale: ``[..., ceil(k / 128)]`` float8_e8m0fnu or its bytes, or float32; broadcasts with a.
+        b: ``[n, k]`` float8_e4m3fn or its bytes.
+        b_scale: ``[ceil(n / 128), ceil(k / 128)]`` float8_e8m0fnu or its bytes, or float32.
+        dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``, or the dtype itself.
+        out: ``[..., n]`` of that dtype to write into; allocated if None.
+
+    Returns:
+        ``[..., n]``, accumulated in float32 and rounded once. Codes 0x7F and 0xFF and scales that are NaN make all
+        they take part in NaN, times zero too. An infinite scale, or scaled codes past float32's range, give an infinity
+        or NaN.
+
+    Raises:
+        TypeError: an argument is no array, kinds are mixed, or a dtype does not fit.
+        ValueError: a scale's shape is not that of the blocks, or ranks, sizes, devices or dtype do not fit.
+
+    Source: the block-scaled products of the DeepSeek-V3 and V4 reports (arXiv 2412.19437, section 3.3; 2606.19348).
+    """
+    k = a.shape[-1]
+    with np.errstate(invalid="ignore"):
+        return np.matmul(e4m3(a) * along(a_scale, k), (e4m3(b) * tiled(b_scale, *b.shape)).T)
+
+
+def fp8_matmul_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
+    a, b = arguments["a"], arguments["b"]
+    n, k = b.shape
+    factors = e4m3(a), along(arguments["a_scale"], k), e4m3(b), tiled(arguments["b_scale"], n, k)
+    return scaled_bound(exact, factors, k + blocks(k), dtype)
+
+
+def _fp4_blocks(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
+    k, kb = 32 * dims["g"], blocks(32 * dims["g"])
+    if dims["kb"] == kb:
+        return None
+    return f"a_scale has {dims['kb']} columns, expected {kb}: one for each 128 of k = {k}"
+
+
+@operator(
+    tensors={
+        "a": Tensor("... 32*g", CODES, codes=True, draw=codes),
+        "a_scale": Tensor("... kb", SCALES, codes=True, draw=scales),
+        "b": Tensor("n 16*g", ("uint8", "int8", "float4_e2m1fn_x2"), codes=True),
+        "b_scale": Tensor("n g", SCALES[:2], codes=True, draw=scales),
+    },
+    scalars={"dtype": DTYPE},
+    result=Tensor("... n", "dtype"),
+    workloads={
+        f"{name}.{rows}": {"batch": (rows,), "n": n, "g": k // 32}
+        for name, (n, k) in EXPERTS.items()
+        for rows in (1, 16, 128)
+    },
+    flops=_flops,
+    sizes={"g": (4, 1, 2, 0, 5, 16, 33)},
+    derived=lambda dims, scalars: {"kb": blocks(32 * dims["g"])},
+    check=_fp4_blocks,
+)
+def fp4_matmul(a: Array, a_scale: Array, b: Array, b_scale: Array, dtype: str = "bfloat16") -> Array:
+    """``(a * a_scale) @ (b * b_scale).T`` of e4m3 codes with packed MXFP4 weights, one power of two for 32 of their row.
+
+    Args:
+        a: ``[..., k]`` float8_e4m3fn or its bytes, any strides; k is a multiple of 32.
+        a_scale: ``[..., ceil(k / 128)]`` float8_e8m0fnu or its bytes, or float32; broadcasts with a.
+        b: ``[n, k / 2]`` uint8, int8 or float4_e2m1fn_x2; byte j holds element 2j in its low nibble and 2j+1 in its
+            high one. It is never expanded as a whole.
+        b_scale: ``[n, k / 32]`` float8_e8m0fnu or its bytes.
+        dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``, or the dtype itself.
+        out: ``[..., n]`` of that dtype to write into; allocated if None.
+
+    Returns:
+        ``[..., n]``, accumulated in float32 and rounded once. Codes 0x7F and 0xFF of a and scales that are NaN make all
+        they take part in NaN, times zero too. An infinite scale, or scaled codes past float32's range, give an infinity
+        or NaN.
+
+    Raises:
+        TypeError: an argument is no array, kinds are mixed, or a dtype does not fit.
+        ValueError: k/2 is no multiple of 16, a_scale's shape is not that of the blocks, or ranks, sizes, devices or
+            dtype do not fit.
+
+    Source: OCP Microscaling Formats 1.0; the expert products of the DeepSeek-V4 report (arXiv 2606.19348).
+    """
+    k = a.shape[-1]
+    with np.errstate(invalid="ignore"):
+        return np.matmul(e4m3(a) * along(a_scale, k), (e2m1(b) * along(b_scale, k, 32)).T)
+
+
+def fp4_matmul_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
+    k = arguments["a"].shape[-1]
+    factors = e4m3(arguments["a"]), along(arguments["a_scale"], k), e2m1(arguments["b"])
+    return scaled_bound(exact, (*factors, along(arguments["b_scale"], k, 32)), k + k // 32, dtype)
