@@ -142,8 +142,23 @@ def inputs(op: Operator, of: testing.Case, seed: int = 0, device: str = "cpu") -
             x = _random(shape[::-1], dtype, generator).permute(*reversed(range(len(shape))))
         else:
             x = _random(shape, dtype, generator)
-        made.append(x.to(device))
-    return made
+        made.append(x)
+    if op.fit:
+        made = _fitted(op, made, dims, seed)
+    return [x.to(device) if arrays.is_torch(x) else x for x in made]
+
+
+def _fitted(op: Operator, made: Sequence[Any], dims: dict[str, int], seed: int) -> list[Any]:
+    import numpy
+
+    assert op.fit
+    named = {n: arrays.as_numpy(x) if arrays.is_torch(x) else x for n, x in zip(op.inputs, made, strict=True)}
+    before = dict(named)
+    op.fit(named, dims, numpy.random.default_rng(seed))
+    return [
+        x if named[n] is before[n] else None if named[n] is None else arrays.as_torch(named[n])
+        for n, x in zip(op.inputs, made, strict=True)
+    ]
 
 
 def _drawn(tensor: Any, shape: tuple[int, ...], dtype: str, dims: dict[str, int], seed: int) -> Any:

@@ -95,6 +95,7 @@ class Operator:
     cases: Sequence[Dims] = ()
     derived: Callable[[Dims, Mapping[str, Any]], Dims] | None = None
     check: Callable[[Dims, Mapping[str, Any]], str | None] | None = None
+    fit: Callable[[dict[str, Any], Dims, Any], None] | None = None
     public: Callable[..., Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -335,6 +336,7 @@ def operator(
     cases: Sequence[Dims] = (),
     derived: Callable[[Dims, Mapping[str, Any]], Dims] | None = None,
     check: Callable[[Dims, Mapping[str, Any]], str | None] | None = None,
+    fit: Callable[[dict[str, Any], Dims, Any], None] | None = None,
 ) -> Callable[[Callable[..., Any]], Operator]:
     """Make a NumPy function the reference of an operator of its own name, which then also takes ``out=None``.
 
@@ -352,6 +354,7 @@ def operator(
     cases: whole sets of dimensions that tests draw besides, for what small ones do not reach.
     derived: dimensions that follow from others and the scalars, ``derived(dims, scalars)``.
     check: what the axes cannot say, ``check(dims, arguments) -> problem | None``; metadata only.
+    fit: makes drawn arguments fit each other where the axes cannot say how, ``fit(arguments, dims, rng)``, in place.
 
     Beside ``f`` its module may hold ``f_rounded`` (the reference with the roundings of intermediates that the
     specification asks for), ``f_values(*inputs) -> problem | None`` (checks of values) and ``f_judge(got, arguments)``,
@@ -377,6 +380,7 @@ def operator(
             cases=cases,
             derived=derived,
             check=check,
+            fit=fit,
         )
 
     return declare

@@ -74,9 +74,13 @@ class Case:
                 rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
                 tensor = op.tensors[name]
                 shape = op.shape(tensor, dims, self._batch_of(name, rng))
-                values = _draw(rng, tensor, shape, dtypes[name], dims, self.values)
-                made[name] = lay_out(values, layouts.get(name, "contiguous"))
-        return made
+                made[name] = _draw(rng, tensor, shape, dtypes[name], dims, self.values)
+        if op.fit:
+            op.fit(made, dims, np.random.default_rng([self.seed, 1]))
+        return {
+            name: lay_out(x, layouts.get(name, "contiguous")) if isinstance(x, np.ndarray) else x
+            for name, x in made.items()
+        }
 
     def _batch_of(self, name: str, rng: np.random.Generator) -> tuple[int, ...]:
         """The batch axes of one argument; where several have them, some are 1 or left out, to broadcast."""
@@ -308,7 +312,7 @@ def _leads(op: Operator, arguments: dict[str, Any]) -> list[tuple[int, ...]]:
     return [
         arguments[name].shape[: arguments[name].ndim - len(tensor.axes.split()) + 1]
         for name, tensor in op.tensors.items()
-        if tensor.axes.startswith("...")
+        if tensor.axes.startswith("...") and arguments[name] is not None
     ]
 
 
@@ -317,7 +321,7 @@ def as_kind(x: Any, kind: str, dtype: str | None = None) -> Any:
     if kind == "numpy" or not isinstance(x, np.ndarray):
         return x
     made = arrays.as_torch(x)
-    if dtype == "float4_e2m1fn_x2":
+    if dtype == "float4_e2m1fn_x2" and x.dtype == np.uint8:
         import torch
 
         return made.view(torch.float4_e2m1fn_x2)
