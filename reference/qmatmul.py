@@ -189,7 +189,7 @@ def _fp4_blocks(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
     check=_fp4_blocks,
 )
 def fp4_matmul(a: Array, a_scale: Array, b: Array, b_scale: Array, dtype: str = "bfloat16") -> Array:
-    """``(a * a_scale) @ (b * b_scale).T`` of e4m3 codes with packed MXFP4 weights, one power of two for 32 of their row.
+    """``(a * a_scale) @ (b * b_scale).T`` of e4m3 codes with packed MXFP4 weights, one power of two for 32 of a row.
 
     Args:
         a: ``[..., k]`` float8_e4m3fn or its bytes, any strides; k is a multiple of 32.
