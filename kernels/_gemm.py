@@ -97,7 +97,10 @@ def unpack(tag, source, ld, rows, columns, target, row, column, bias, bias_strid
 
 
 @jit
-def _dot(start, stop, tag, m, n, k, mc, nc, span, a, am, ak, b, bk, bn, c, cm, cn, bias, bias_stride, offsets, terms):
+def _dot(
+    start, stop, tag, out_tag, m, n, k, mc, nc, span,
+    a, am, ak, b, bk, bn, c, cm, cn, bias, bias_stride, offsets, terms,
+):  # fmt: skip
     float_tag = wide(tag)
     item, width, step = size(tag), size(float_tag), lanes(tag)
     m_blocks, n_blocks = -(-m // mc), -(-n // nc)
@@ -141,14 +144,17 @@ def _dot(start, stop, tag, m, n, k, mc, nc, span, a, am, ak, b, bk, bn, c, cm, c
                         for i in range(0, rows, DOT_ROWS):
                             xi, into = x + (i * span + at) * width, sums + (i * ldc + j) * width
                             dot_tile(float_tag, xi, span, panel, DOT_DEPTH, valid, d_padded, into, ldc, add)
-        target = c + (offsets[batch * terms, 2] + row * cm + column * cn) * item
-        shift = bias + column * bias_stride * item if bias != 0 else 0
-        unpack(tag, sums, ldc, rows, columns, target, cm, cn, shift, bias_stride)
+        target = c + (offsets[batch * terms, 2] + row * cm + column * cn) * size(out_tag)
+        shift = bias + column * bias_stride * size(out_tag) if bias != 0 else 0
+        unpack(out_tag, sums, ldc, rows, columns, target, cm, cn, shift, bias_stride)
     return held[0]  # keeps the scratch alive until here
 
 
 @jit
-def _outer(start, stop, tag, m, n, k, mc, nc, span, a, am, ak, b, bk, bn, c, cm, cn, bias, bias_stride, offsets, terms):
+def _outer(
+    start, stop, tag, out_tag, m, n, k, mc, nc, span,
+    a, am, ak, b, bk, bn, c, cm, cn, bias, bias_stride, offsets, terms,
+):  # fmt: skip
     float_tag = wide(tag)
     item, width = size(tag), size(float_tag)
     across, across_row = OUTER_VECTORS * lanes(tag), ROW_VECTORS * lanes(tag)
@@ -189,9 +195,9 @@ def _outer(start, stop, tag, m, n, k, mc, nc, span, a, am, ak, b, bk, bn, c, cm,
                     for i in range(0, rows, OUTER_ROWS):
                         xi, into = x + i * span * width, sums + (i * ldc + j) * width
                         outer_tile(float_tag, xi, span, panel, wide_step, d, into, ldc, add)
-        target = c + (offsets[batch * terms, 2] + row * cm + column * cn) * item
-        shift = bias + column * bias_stride * item if bias != 0 else 0
-        unpack(tag, sums, ldc, rows, columns, target, cm, cn, shift, bias_stride)
+        target = c + (offsets[batch * terms, 2] + row * cm + column * cn) * size(out_tag)
+        shift = bias + column * bias_stride * size(out_tag) if bias != 0 else 0
+        unpack(out_tag, sums, ldc, rows, columns, target, cm, cn, shift, bias_stride)
     return held[0]  # keeps the scratch alive until here
 
 
@@ -228,10 +234,11 @@ def ones(name: str, count: int) -> View:
     return View(pointer(_ONES[name]), (1, count), (0, 0))
 
 
-def contract(name: str, a: View, b: View, out: View, bias: tuple[int, int] = (0, 0)) -> None:
+def contract(name: str, a: View, b: View, out: View, bias: tuple[int, int] = (0, 0), result: str | None = None) -> None:
     """out[.., m, n] = sum a[.., m, k] b[.., k, n] + bias[n], over k and over leading axes that `out` lacks.
 
-    Leading axes broadcast; `bias` is an address, 0 for none, and a stride. One rounding, to the dtype called `name`.
+    Leading axes broadcast; `bias` is an address, 0 for none, and a stride. a and b are of the dtype called `name`, out
+    and bias of `result` if given: that or the accumulator's. One rounding.
     """
     (m, k), n = a.shape[-2:], b.shape[-1]
     (am, ak), (bk, bn), (cm, cn) = a.strides[-2:], b.strides[-2:], out.strides[-2:]
@@ -258,7 +265,7 @@ def contract(name: str, a: View, b: View, out: View, bias: tuple[int, int] = (0,
     groups = len(offsets) // terms
     if not (m and n and groups):
         return
-    tag, width = TAGS[name], 8 if name == "float64" else 4
+    tag, out_tag, width = TAGS[name], TAGS[result or name], 8 if name == "float64" else 4
     if bk == 1 and (bn != 1 or n == 1):
         kernel, unit, mc = _dot, 24, min(m, 128)
         span = min(max(_L2 // (mc * width * DOT_DEPTH), 1), max(-(-k // DOT_DEPTH), 1)) * DOT_DEPTH
@@ -269,8 +276,8 @@ def contract(name: str, a: View, b: View, out: View, bias: tuple[int, int] = (0,
     count = threads() if m * n * max(k, 1) * len(offsets) > _SERIAL else 1
     nc = min(_WIDTH, max(unit, -(-n * blocks // (4 * count * unit)) * unit))
     tasks = blocks * -(-n // nc)
-    where = a.address, am, ak, b.address, bk, bn, out.address, cm, cn, *bias
-    parallel(kernel, tasks, tag, m, n, k, mc, nc, span, *where, offsets, terms, minimum=1 if count > 1 else tasks)
+    where = a.address, am, ak, b.address, bk, bn, out.address, cm, cn, *bias, offsets, terms
+    parallel(kernel, tasks, tag, out_tag, m, n, k, mc, nc, span, *where, minimum=1 if count > 1 else tasks)
 
 
 def _axis(x: View, axis: int) -> tuple[int, int]:

@@ -27,7 +27,7 @@ MUTANTS = {
         ("matmul", "direct = rows <= OUTER_ROWS and bn == 1", "direct = rows <= OUTER_ROWS", 0),
         ("linear", "scalar += load(tag, bias + c * bias_stride * item)", "scalar += load(tag, bias + c * item)", 0),
         ("linear", "value = vadd(value, vload(tag, bias + c * item))", "value = vload(float_tag, origin + c * width)", 0),
-        ("linear", "column * bias_stride * item if bias != 0", "0 if bias != 0", 0),
+        ("linear", "column * bias_stride * size(out_tag) if bias != 0", "0 if bias != 0", 0),
     ],
     "matmul_torch.py": [
         ("linear", "total += bias", "total += 0", 0),
