@@ -131,6 +131,26 @@ ENTRIES = [
         "dequantize_triton", "fp8_kernel", {"weight": "u8", "scale": "u8", "out": "dtype"}, ("bfloat16",),
         units=("weight_c", "scale_c", "out_c"), label="odd blocks", constants={"SHARED": False}, fixed=FP8_TILE,
     ),
+    Entry(
+        "norm_triton", "norm_kernel", {"x": "dtype", "weight": "fp32", "out": "dtype"}, FLOATS[:3],
+        units=("x_n", "weight_n", "out_n"), scalars={"eps_bits": "i64"}, label="hidden states",
+        constants={"WHOLE": True, "WEIGHT": True, "STEPWISE": False},
+        fixed={"ROWS": 1, "BLOCK": 8192, "num_warps": 8},
+    ),
+    Entry(
+        "norm_triton", "norm_kernel", {"x": "dtype", "weight": "fp32", "out": "dtype"}, HALF,
+        units=("x_n", "weight_n", "out_n"), scalars={"eps_bits": "i64"}, label="heads in steps",
+        constants={"WHOLE": True, "WEIGHT": False, "STEPWISE": True}, fixed={"ROWS": 8, "BLOCK": 512, "num_warps": 8},
+    ),
+    Entry(
+        "rotary_triton", "rotary_kernel", {"x": "dtype", "cos": "acc", "sin": "acc", "out": "dtype"}, FLOATS,
+        units=("x_d", "cos_r", "sin_r", "out_d"), scalars={"sign": "i32"}, constants={"COPY": True},
+        fixed={"HEADS": 16, "BLOCK": 128, "num_warps": 4},
+    ),
+    Entry(
+        "rotary_triton", "table_kernel", {"positions": "i32", "theta": "fp32", "cos": "fp32", "sin": "fp32"},
+        ("float32",), units=("cos_r", "sin_r"), fixed={"BLOCK": 256, "num_warps": 4},
+    ),
 ]  # fmt: skip
 
 

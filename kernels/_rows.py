@@ -16,13 +16,13 @@ def rows(shape: Steps, *steps: Steps) -> Iterator[tuple[list[int], tuple[int, ..
     if 0 in shape:
         return
     axes: list[tuple[int, tuple[int, ...]]] = []
-    for size, strides in zip(shape, zip(*steps, strict=True), strict=True):
+    for size, step in zip(shape, zip(*steps, strict=True), strict=True):
         if size == 1:
             continue
-        if axes and all(outer == size * inner for outer, inner in zip(axes[-1][1], strides, strict=True)):
-            axes[-1] = (axes[-1][0] * size, strides)
+        if axes and all(outer == size * inner for outer, inner in zip(axes[-1][1], step, strict=True)):
+            axes[-1] = (axes[-1][0] * size, step)
         else:
-            axes.append((size, strides))
+            axes.append((size, step))
     while len(axes) < 3:
         axes.insert(0, (1, (0,) * len(steps)))
     outer, inner = axes[:-3], axes[-3:]

@@ -23,7 +23,7 @@ _GRAIN = 1 << 15  # elements worth a thread
 
 
 @intrinsic
-def vswap(typingctx, a):  # type: ignore[no-untyped-def]
+def vswap(typingctx, a):
     """Neighbouring lanes exchanged."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> ir.Value:

@@ -114,7 +114,7 @@ def _some_positions(rng: np.random.Generator, shape: tuple[int, ...], dtype: str
     tensors={"positions": Tensor("... s", ("int32", "int64"), draw=_some_positions)},
     scalars={
         "dim": Scalar(_pairs, (64, 8, 2, 0, 130), torch="int"),
-        "base": Scalar(_positive, (160000.0, 10000.0)),
+        "base": Scalar(_positive, (160000.0, 100.0)),
         "factor": Scalar(_positive, (16.0, 1.0, 40.0)),
         "original": Scalar(_positive, (65536.0, 64.0)),
         "beta_fast": Scalar(_positive, (32.0, 1.0)),

@@ -29,6 +29,6 @@ MUTANTS = {
         ("rms_norm", "square = rounded(square, half).to(tl.float64)", "square = square.to(tl.float64)", 0),
         ("rms_norm", "row // N2 % N1", "row // N1 % N2", 0),
         ("rms_norm", "weight + at.to(tl.int64) * weight_n", "weight + at.to(tl.int64)", 0),
-        ("rms_norm", "here = row < count", "here = row <= count", 0),
+        ("rms_norm", "rounded(mean + eps, half)", "rounded(mean, half)", 0),
     ],
 }  # fmt: skip

@@ -27,7 +27,7 @@ MUTANTS = {
     "_rotary.py": [
         ("yarn_table", "min(math.ceil(edges[1]), dim - 1)", "math.ceil(edges[1])", 0),
         ("yarn_table", "math.floor(edges[0])", "math.ceil(edges[0])", 0),
-        ("yarn_table", "high - low or 0.001", "max(high - low, 1)", 0),
+        ("yarn_table", "plain * (one - ramp)", "plain * ramp", 0),
     ],
     "rotary_torch.py": [
         ("rotary_embedding", "s = -s if inverse else s", "s = s", 0),
@@ -38,6 +38,6 @@ MUTANTS = {
         ("rotary_embedding", "x + (at + 1) * x_d", "x + at * x_d", 0),
         ("rotary_embedding", "* sign", "", 0),
         ("rotary_embedding", "head[:, None] * x_h", "head[:, None] * D", 0),
-        ("yarn_table", "row // N2 % N1", "row // N1 % N2", 0),
+        ("yarn_table", "row // N2 % N1", "row // N1 % N2", 1),
     ],
 }  # fmt: skip
