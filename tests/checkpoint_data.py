@@ -165,6 +165,11 @@ def read(folder):
     return tensors, index
 
 
+def read_any(folder):
+    """Every tensor of a folder, with or without an index."""
+    return {name: x for shard in sorted(folder.glob("*.safetensors")) for name, x in load_file(shard).items()}
+
+
 def same(found, expected):
     """Bit by bit, with the name of the first tensor that differs."""
     assert set(found) == set(expected)

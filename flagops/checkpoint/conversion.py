@@ -120,8 +120,8 @@ class Conversion:
         self.memory, self.dst = parse_size(memory), Path(dst).resolve()
         work.folders(Path(src).resolve(), self.dst)
         self.plan = Plan(Source(src), to, parse_size(shard_size))
-        self.kernels = Kernels(backend)
-        self.kernels.warm(self.plan)
+        self.kernels = Kernels(self.plan, backend)
+        self.kernels.warm()
         self.tasks: list[str | Shard] = [*self.plan.source.others, *self.plan.shards]
         self.total = self.plan.total  # also makes the texts, before memory is divided
         self.share = work.share(self.plan, self.kernels, self.memory, workers, len(self.tasks))

@@ -39,7 +39,8 @@ def load(
         raise Refused(f"dtype {name}: expected {', '.join(_OUTPUTS)}")
     if framework not in ("torch", "numpy"):
         raise Refused(f"framework {framework!r}: expected 'torch' or 'numpy'")
-    return _load(Plan(Source(src)), name, framework, Kernels(backend))
+    plan = Plan(Source(src))
+    return _load(plan, name, framework, Kernels(plan, backend))
 
 
 def _load(plan: Plan, dtype: str, framework: str, kernels: Kernels) -> Iterator[tuple[str, Any]]:

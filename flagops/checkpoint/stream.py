@@ -22,18 +22,22 @@ _FINITE = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "flo
 _DAMAGED = "the checkpoint is damaged: copy or download it again"
 
 
+_OPERATORS = {FP4: "fp4_dequantize", FP8: "fp8_dequantize", RECODE: "fp4_to_fp8"}
+
+
 class Kernels:
     """flagops' operators on NumPy buffers, by one backend: the one named, or the first of the default order.
 
     Where a backend takes no NumPy arrays, they are handed over as torch tensors of the CPU, or copied to the GPU.
-    Raises Unsupported with the reason of each backend that cannot run here.
+    Raises Unsupported with the reason of each backend that cannot run here or has no kernel that the plan needs.
     """
 
-    def __init__(self, backend: str | None = None) -> None:
+    def __init__(self, plan: Plan, backend: str | None = None) -> None:
+        self._plan = plan
         wishes = (backend,) if backend else config.current().backend or ("numba", "torch", "numpy")
         reasons = {}
         for name in wishes:
-            reason = registry.backend(name).unavailable()
+            reason = registry.backend(name).unavailable() or self._lacks(name)
             if reason is None:
                 self.backend = name
                 self._device = self._place(name)
@@ -42,20 +46,25 @@ class Kernels:
         else:
             raise Unsupported("no backend can run here: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
 
+    def _lacks(self, name: str) -> str | None:
+        needed = {_OPERATORS[action] for action in self._plan.counts if action in _OPERATORS}
+        absent = [op for op in sorted(needed) if not registry.written(op, name)]
+        return f"has no kernel of {', '.join(absent)}" if absent else None
+
     @property
     def temporaries(self) -> int:
         """Bytes for an element that a call may take besides its arguments."""
         return 0 if self.backend == "numba" else 72
 
-    def warm(self, plan: Plan) -> None:
-        """Load and compile what a plan needs, so that the memory it takes is seen before buffers are made."""
+    def warm(self) -> None:
+        """Load and compile what the plan needs, so that the memory it takes is seen before buffers are made."""
         codes, out = np.zeros((BLOCK, BLOCK), np.uint8), np.empty((BLOCK, BLOCK), ml_dtypes.bfloat16)
-        for action in plan.counts:
+        for action in self._plan.counts:
             if action == FP4:
                 self.fp4(codes[:, :64], np.zeros((BLOCK, 4), np.uint8), out)
             elif action == RECODE:
-                self.recode(codes[:, :64], np.zeros((BLOCK, 4), np.uint8))
-        for kind in {out.scale.dtype for out in plan.outputs if out.action == FP8 and out.scale}:
+                self.recode(codes[:, :64], np.zeros((BLOCK, 4), np.uint8), np.empty_like(codes))
+        for kind in {out.scale.dtype for out in self._plan.outputs if out.action == FP8 and out.scale}:
             self.fp8(codes, np.zeros((1, 1), np.float32 if kind == "F32" else np.uint8), (BLOCK, BLOCK), out)
 
     def fp4(self, packed: Any, scale: Any, out: Any) -> None:
@@ -66,18 +75,25 @@ class Kernels:
         """`flagops.fp8_dequantize` into `out`."""
         self._call("fp8_dequantize", (weight, scale), out, block=block, dtype=arrays.dtype_name(out))
 
-    def recode(self, packed: Any, scale: Any) -> tuple[Any, Any, Any]:
-        """`flagops.fp4_to_fp8`: weight, scale and whether each block kept its values."""
-        results = _operator("fp4_to_fp8")(*map(self._given, (packed, scale)), backend=self.backend)
-        weight, scales, lossless = (arrays.as_numpy(x.cpu() if arrays.is_torch(x) else x) for x in results)
-        return arrays.codes(weight), arrays.codes(scales), lossless
+    def recode(self, packed: Any, scale: Any, out: Any) -> tuple[Any, Any]:
+        """`flagops.fp4_to_fp8` into `out`; returns the scales, and whether each block kept its values."""
+        blocks = packed.shape[0] // BLOCK, 2 * packed.shape[1] // BLOCK
+        scales, lossless = np.empty(blocks, np.uint8), np.empty(blocks, np.bool_)
+        codes = out.view(ml_dtypes.float8_e4m3fn), scales.view(ml_dtypes.float8_e8m0fnu), lossless
+        self._call("fp4_to_fp8", (packed, scale), codes)
+        return scales, lossless
 
     def _call(self, name: str, inputs: tuple[Any, ...], out: Any, **options: Any) -> None:
-        given = map(self._given, inputs)
+        call = registry.operator(name).public
+        given = [self._given(x) for x in inputs]
+        several = isinstance(out, tuple)
         if self._device in (None, "cpu"):
-            _operator(name)(*given, out=self._given(out), backend=self.backend, **options)
-        else:
-            arrays.as_torch(out).copy_(_operator(name)(*given, backend=self.backend, **options))
+            target = tuple(self._given(x) for x in out) if several else self._given(out)
+            call(*given, out=target, backend=self.backend, **options)
+            return
+        made = call(*given, backend=self.backend, **options)
+        for x, result in zip(out if several else (out,), made if several else (made,), strict=True):
+            arrays.as_torch(x).copy_(result)
 
     def _given(self, array: Any) -> Any:
         return array if self._device is None else arrays.as_torch(array).to(self._device)
@@ -197,21 +213,22 @@ class Stream:
     def _recode(self, out: Output) -> Iterator[Any]:
         matrices, rows, columns = out.matrix
         kept = self._scales[out.name] = []
-        for r0, r1, _, _ in slices(matrices * rows, columns, (BLOCK, columns), max(self._limit, BLOCK * columns)):
+        for r0, r1, _, _ in slices(matrices * rows, columns, (BLOCK, columns), self._limit):
             packed = self._read(out.weight, r0 * columns // 2, (r1 - r0) * columns // 2, self._input)
             scale = self._read(out.scale, r0 * columns // 32, (r1 - r0) * columns // 32)
             self._finite_scale(out, scale)
-            weight, scales, lossless = self._kernels.recode(
-                packed.reshape(r1 - r0, -1), scale.reshape(r1 - r0, -1)
+            weight = self._output[: (r1 - r0) * columns].reshape(r1 - r0, columns)
+            scales, lossless = self._kernels.recode(
+                packed.reshape(r1 - r0, -1), scale.reshape(r1 - r0, -1), weight
             )  # fmt: skip
-            lossy = np.argwhere(np.asarray(lossless) == 0)
+            lossy = np.argwhere(~lossless)
             if len(lossy):
                 row, column = (int(i) * BLOCK for i in lossy[0])
                 raise Refused(
                     f"{out.weight}: the block from row {r0 + row}, column {column} cannot be FP8 without loss, "
                     "its scales lie too far apart or too low; use --to bf16"
                 )
-            kept.append(np.array(scales).reshape(-1))
+            kept.append(scales.reshape(-1))
             yield self._bytes(weight)
 
     def _recoded_scale(self, out: Output) -> Iterator[Any]:
@@ -248,7 +265,3 @@ class Stream:
         for start in range(0, len(bits), _CHUNK):
             if np.any(bits[start : start + _CHUNK] & unsigned(mask) == mask):
                 raise Refused(f"{out.weight} scaled by {out.scale} overflows {self._dtype}; {_DAMAGED}")
-
-
-def _operator(name: str) -> Any:
-    return registry.operator(name).public
