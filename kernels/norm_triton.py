@@ -41,6 +41,7 @@ def norm_kernel(
     eps = tl.cast(eps_bits, tl.int64).to(tl.float64, bitcast=True).to(number)  # a float argument would be float32
     column = tl.arange(0, BLOCK)
     total = tl.zeros((ROWS,), summed)
+    value = tl.zeros((ROWS, BLOCK), number)
     for first in range(0, N, BLOCK):
         at = first + column
         value = widen(tl.load(x + at.to(tl.int64)[None, :] * x_n, here[:, None] & (at < N)[None, :], other=0.0))
