@@ -242,7 +242,7 @@ def moe_experts(
         the output of each expert are rounded to the dtype of ``x`` (float16 and bfloat16); the outputs of a token are
         added in float32 in the order of their expert ids, and the sum is rounded once. Where weights are FP8 or FP4, x
         and the rounded h are first quantised to FP8 in blocks of 128 with powers of two as scales; a block that holds
-        a NaN or an infinity is then unspecified.
+        a NaN or an infinity becomes NaN.
 
     Raises:
         TypeError: an argument is no array, kinds are mixed, or a dtype does not fit.
@@ -348,7 +348,8 @@ def _linear(x: Array, x_off: Any, weight: Array, dtype: str, track: bool) -> tup
     absolute = np.matmul(magnitude(x) + x_off, size)
     error = np.matmul(x_off, size) + terms * acc.u * absolute + terms * acc.tiny
     unclear = np.matmul((magnitude(x) <= x_off) * 1.0, ~np.isfinite(weight.T) * 1.0) > 0  # perhaps 0 times infinity
-    error = np.where(unclear | np.isnan(error) | (absolute > acc.largest / 2), np.inf, error)
+    beyond = (magnitude(x) + x_off).max(1, keepdims=True, initial=0) > acc.largest  # rounded up to 2^128 as FP8
+    error = np.where(unclear | np.isnan(error) | (absolute > acc.largest / 2) | beyond, np.inf, error)
     return _rounded(y, error, dtype)
 
 
@@ -383,7 +384,7 @@ def _scale(largest: Array) -> Array:
     """2^ceil(log2(largest / 448)), as float32 arithmetic gives it."""
     ratio = np.maximum(largest, 1e-4).astype(np.float32) * np.float32(1 / 448)
     mantissa, exponent = np.frexp(ratio)
-    return np.ldexp(1.0, exponent - (mantissa == 0.5))
+    return np.where(np.isfinite(ratio), np.ldexp(1.0, exponent - (mantissa == 0.5)), np.nan)
 
 
 def _fp8(x: Array, scale: Array) -> Array:

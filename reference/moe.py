@@ -192,7 +192,7 @@ def moe_gate_judge(got: tuple[Array, Array], arguments: Mapping[str, Any]) -> No
             ranked = np.sort(indices, axis=1)
             assert (ranked[:, 1:] != ranked[:, :-1]).all(), "an expert was selected twice"
             added = 0 if bias is None else wide(bias)
-            shift = 0 if bias is None else u * magnitude(added)
+            shift = 0 if bias is None else u * magnitude(wide(bias))
             first, last = (low + added) - u * low - shift, (high + added) + u * high + shift
             certain &= not np.isnan(added).any()
             _hold_selection(indices, first, last, certain)
@@ -316,10 +316,12 @@ def gated_error(gate: Array, up: Array, gate_error: Any, up_error: Any, weight: 
         arithmetic = arithmetic + np.where(g < 2 - math.log(acc.largest), silu, 0) + 4 * acc.tiny
         w = magnitude(np.asarray(weight))
         silu_error = 1.1 * off_g + arithmetic
-        error = w * (silu_error * (magnitude(u) + off_u) + silu * off_u)
-        error += 4 * acc.u * (silu + silu_error) * (magnitude(u) + off_u) * w + 4 * acc.tiny * (1 + w)
-        fits = (silu + silu_error) * (magnitude(u) + off_u) * np.maximum(w, 1) < acc.largest / 2
-        return np.where(fits, error, np.inf)
+        most = (silu + silu_error) * (magnitude(u) + off_u)
+        error = silu_error * (magnitude(u) + off_u) + silu * off_u + 4 * acc.u * most + 4 * acc.tiny
+        unclear = (silu <= silu_error) & ~np.isfinite(u)  # perhaps 0 times infinity
+        unclear = unclear | ((silu * magnitude(u) <= error) & ~np.isfinite(weight))
+        fits = ~unclear & (most * np.maximum(w, 1) < acc.largest / 2)
+        return np.where(fits, w * error + 4 * acc.tiny, np.inf)
 
 
 def swiglu_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
