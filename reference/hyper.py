@@ -25,8 +25,8 @@ def _whole(value: Any) -> int:
 
 
 def _eps(value: Any) -> float:
-    if isinstance(value, (bool, str)) or not 1e-30 <= value < math.inf:
-        raise ValueError(f"must be a number of at least 1e-30, got {value!r}")
+    if isinstance(value, (bool, str)) or not 1e-12 <= value < math.inf:
+        raise ValueError(f"must be a number of at least 1e-12, got {value!r}")
     return float(value)
 
 
@@ -82,7 +82,7 @@ def hc_split_sinkhorn(
         base: ``[n * (n + 2)]``, dtype of ``mix``.
         mult: n, the number of streams.
         iters: rounds of normalisation, at least 1.
-        eps: added as above, at least 1e-30.
+        eps: added as above, at least 1e-12.
         out: ``(pre, post, comb)`` to write into; allocated if None.
 
     Returns:
@@ -139,7 +139,7 @@ def hc_pre(
         scale: ``[3]``, dtype of ``fn``.
         iters: rounds of normalisation, at least 1.
         eps: as in `hc_split_sinkhorn`.
-        norm_eps: added to the mean of squares, at least 1e-30.
+        norm_eps: added to the mean of squares, at least 1e-12.
         out: ``(y, post, comb)`` to write into; allocated if None.
 
     Returns:
@@ -241,8 +241,8 @@ def hc_head(x: Array, fn: Array, base: Array, scale: Array, eps: float = 1e-6, n
         fn: ``[n, n * d]`` float32 (float64 when ``x`` is).
         base: ``[n]``, dtype of ``fn``.
         scale: ``[1]``, dtype of ``fn``.
-        eps: added to the weights of the streams, at least 1e-30.
-        norm_eps: added to the mean of squares, at least 1e-30.
+        eps: added to the weights of the streams, at least 1e-12.
+        norm_eps: added to the mean of squares, at least 1e-12.
         out: ``[..., d]`` to write into, dtype of ``x``; allocated if None.
 
     Returns:
