@@ -174,6 +174,10 @@ def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator
     block = min(size, (1 << 23) - 3)
     if dtype.itemsize == 1:
         one = torch.randint(0, 256, (block,), dtype=torch.uint8, generator=generator)
+        if dtype == torch.float8_e4m3fn:
+            one[one & 0x7F == 0x7F] = 0  # no NaN
+        elif dtype == torch.float8_e8m0fnu:
+            one = 119 + one % 16  # scales as a model has them
     else:
         one = torch.randn(block, generator=generator).to(dtype)
     whole = torch.empty(size, dtype=one.dtype)

@@ -436,7 +436,7 @@ def _run(op: Operator, backend: str, given: dict[str, Any]) -> list[Array]:
 
 
 def rows(op: Operator, given: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Slices of a call along the rows of its first argument: (index into the result, arguments of the row alone)."""
+    """Slices of a call along its outermost axis: (index into the result, arguments of that row alone)."""
     first = next(iter(op.tensors))
     words = op.tensors[first].axes.split()
     x = given[first]
@@ -444,12 +444,20 @@ def rows(op: Operator, given: dict[str, Any]) -> Iterator[tuple[Any, dict[str, A
         for i in range(x.shape[-2]):
             yield (..., slice(i, i + 1), slice(None)), given | {first: x[..., i : i + 1, :]}
     elif words[0] == "...":
-        for i in range(x.shape[0] if x.ndim >= len(words) else 0):
-            yield slice(i, i + 1), given | {first: x[i : i + 1]}
+        leads = {n: lead for n, t in op.tensors.items() if t.axes.startswith("...") and (lead := _lead(t, given[n]))}
+        longest = max(map(len, leads.values()), default=0)
+        outer = {n: lead[0] for n, lead in leads.items() if len(lead) == longest}
+        for i in range(0 if 0 in outer.values() else max(outer.values(), default=0)):
+            yield slice(i, i + 1), given | {n: given[n][i : i + 1] for n, size in outer.items() if size > 1}
     else:
         shared = [n for n, t in op.tensors.items() if words[0] in t.axes.split()[:1] and given[n] is not None]
         for i in range(x.shape[0]):
             yield slice(i, i + 1), given | {n: given[n][i : i + 1] for n in shared}
+
+
+def _lead(tensor: Tensor, x: Any) -> tuple[int, ...]:
+    """The batch axes of an argument, none if it is absent."""
+    return () if x is None else tuple(x.shape[: len(x.shape) - len(tensor.axes.split()) + 1])
 
 
 def check(op: Operator, backend: str, examples: int = 0, seed: int = 0) -> tuple[int, dict[str, int]]:
