@@ -1,0 +1,23 @@
+"""FP8 activations times FP8 and FP4 weights on the CPU; the loops are in `_qmatmul`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flagops.arrays import dtype_name
+from flagops.registry import kernel
+
+from ._gemm import view
+from ._qmatmul import product, scales
+
+
+@kernel(deterministic=True, batch_invariant=True, note="weights decoded in registers")
+def fp8_matmul(a: Any, a_scale: Any, b: Any, b_scale: Any, dtype: str, out: Any) -> None:
+    """A code shifted by 7 bits is a float16; the scales of both sides go into the row of activations."""
+    product(dtype_name(a), view(a), scales(a_scale), view(b), scales(b_scale), dtype_name(out), view(out))
+
+
+@kernel(deterministic=True, batch_invariant=True, note="weights decoded in registers")
+def fp4_matmul(a: Any, a_scale: Any, b: Any, b_scale: Any, dtype: str, out: Any) -> None:
+    """A nibble is looked up among the 16 products of its scale."""
+    product(dtype_name(a), view(a), scales(a_scale), view(b), scales(b_scale), dtype_name(out), view(out))
