@@ -1,0 +1,111 @@
+"""What `flagops.patch` returns: the calls that a patched model makes, counted, and the way back."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from flagops import dispatch, registry
+from flagops.config import names
+from flagops.errors import Unsupported
+from flagops.report import Report, Row
+
+from ._binding import Binding
+
+log = logging.getLogger("flagops")
+
+
+class Handle:
+    """One `patch`; `disable` undoes it, in any order of several."""
+
+    def __init__(self, ops: tuple[str, ...], backend: str | Sequence[str] | None, numerics: str) -> None:
+        self.ops = frozenset(ops)
+        self.backend = backend
+        self.official = numerics == "official"
+        self.active = True
+        self._wish = ",".join(names(backend or ()))
+        self._counts: Counter[tuple[str, str, str, str]] = Counter()
+        self._untouched: dict[str, int | None] = {}
+        self._bindings: list[Binding] = []
+        self._lock = threading.Lock()
+
+    def install(self, bindings: Iterable[Binding]) -> None:
+        for binding in bindings:
+            binding.add(self)
+            self._bindings.append(binding)
+
+    def leave_alone(self, name: str, reason: str) -> None:
+        """A module that keeps its own code, for the report."""
+        self._untouched[f"{name}: {reason}"] = None
+
+    def disable(self) -> None:
+        """Put the model back as it was; a second call does nothing."""
+        if self.active:
+            self.active = False
+            for binding in self._bindings:
+                binding.remove(self)
+
+    def report(self) -> Report:
+        """Per operator the calls by backend and, by reason, those that ran transformers' own code; below them the
+        modules that could not be patched. Graphs of `torch.compile` call the operators uncounted; `flagops.coverage`
+        sees those calls too."""
+        with self._lock:
+            counts = dict(self._counts)
+        rows = []
+        for op, key in dict.fromkeys(seen[:2] for seen in counts):
+            mine = {seen[2:]: number for seen, number in counts.items() if seen[:2] == (op, key)}
+            replaced = {backend: number for (backend, _), number in mine.items() if backend}
+            rows.append(Row(op, key, replaced, {reason: number for (_, reason), number in mine.items() if reason}))
+        return Report(tuple(rows), self._untouched.copy())
+
+    def call(self, op: str, *args: Any, out: Any = None) -> Any:
+        """One operator; None, counted with the reason, when no backend takes the call."""
+        if torch.compiler.is_compiling():
+            return getattr(torch.ops.flagops, op).default(*args, backend=self._wish)
+        import flagops
+
+        operator = registry.operator(op)
+        args = (*args, *operator.defaults[len(args) : -1], out)
+        public = getattr(flagops, op)
+        try:
+            if public is operator.public:
+                plan = dispatch.plan(operator, args, self.backend, torch.is_grad_enabled())
+                calls = plan.calls
+                result, backend = dispatch.execute(plan, args), plan.backend
+                if plan.calls == calls and not plan.through_torch:  # refused while it ran
+                    backend = dispatch.plan(operator, args, self.backend, torch.is_grad_enabled()).backend
+            else:
+                result = public(*args, backend=self.backend)
+                backend = dispatch.plan(operator, args, self.backend, torch.is_grad_enabled()).backend
+        except Unsupported as error:
+            self.leave(op, args[0], str(error))
+            return None
+        self._count(op, args[0], backend, "")
+        return result
+
+    def leave(self, op: str, like: torch.Tensor, reason: str) -> None:
+        """Count a call that transformers' own code computes."""
+        if torch.compiler.is_compiling():
+            return
+        if self._count(op, like, "", reason) == 1:
+            log.info("%s is left to transformers: %s", op, reason)
+
+    def _count(self, op: str, like: torch.Tensor, backend: str, reason: str) -> int:
+        seen = (op, "CPU" if like.is_cpu else like.device.type.upper(), backend, reason)
+        with self._lock:
+            self._counts[seen] += 1
+            return self._counts[seen]
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.disable()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        return self
