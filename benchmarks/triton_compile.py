@@ -29,6 +29,8 @@ from triton.compiler import ASTSource
 FP4_TILE, FP8_TILE = (
     getattr(importlib.import_module("flagops.kernels.dequantize_triton"), f"FP{n}_TILE") for n in (4, 8)
 )
+QUANTIZE = importlib.import_module("flagops.kernels.quantize_triton")
+QMATMUL = importlib.import_module("flagops.kernels.qmatmul_triton").TILES
 TARGETS = {
     "sm_90": (GPUTarget("cuda", 90, 32), "cuda", 227 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "hip", 64 << 10),
@@ -57,6 +59,8 @@ class Entry:
     """The one tile of a kernel without a table."""
     widest: int = 1 << 30
     """Leave out tiles whose SLICE is wider."""
+    only: str = ""
+    """The one target it is for."""
 
     @property
     def name(self) -> str:
@@ -151,6 +155,56 @@ ENTRIES = [
         "rotary_triton", "table_kernel", {"positions": "i32", "theta": "fp32", "cos": "fp32", "sin": "fp32"},
         ("float32",), units=("cos_r", "sin_r"), fixed={"BLOCK": 256, "num_warps": 4},
     ),
+    Entry(
+        "quantize_triton", "encode_kernel", {"x": "dtype", "codes": "u8", "scales": "u8"}, FLOATS[:3],
+        units=("x_c", "codes_c", "scales_c"), label="FP8, 128", fixed={"GROUPS": 32, "BLOCK": 128, "num_warps": 4},
+        constants={"POWERS": True, "FOUR": False, "FAKE": False, "LONG": False, "FLAT": True},
+    ),
+    Entry(
+        "quantize_triton", "encode_kernel", {"x": "dtype", "codes": "u8", "scales": "fp32"}, ("bfloat16",),
+        units=("x_c", "codes_c", "scales_c"), label="FP8, float32 scales",
+        constants={"POWERS": False, "FOUR": False, "FAKE": False, "LONG": False, "FLAT": True},
+        fixed={"GROUPS": 32, "BLOCK": 128, "num_warps": 4},
+    ),
+    Entry(
+        "quantize_triton", "encode_kernel", {"x": "dtype", "codes": "dtype", "scales": "dtype"}, ("bfloat16",),
+        units=("x_c", "codes_c", "scales_c"), label="FP8 and back, 64",
+        constants={"POWERS": True, "FOUR": False, "FAKE": True, "LONG": False, "FLAT": True},
+        fixed={"GROUPS": 64, "BLOCK": 64, "num_warps": 4},
+    ),
+    Entry(
+        "quantize_triton", "encode_kernel", {"x": "dtype", "codes": "u8", "scales": "u8"}, ("bfloat16",),
+        units=("x_c", "codes_c", "scales_c"), label="FP4, 32", fixed={"GROUPS": 128, "BLOCK": 32, "num_warps": 4},
+        constants={"POWERS": True, "FOUR": True, "FAKE": False, "LONG": False, "FLAT": True},
+    ),
+    Entry(
+        "quantize_triton", "encode_kernel", {"x": "dtype", "codes": "dtype", "scales": "dtype"}, ("bfloat16",),
+        units=("x_c", "codes_c", "scales_c"), label="FP4 and back, 32",
+        constants={"POWERS": True, "FOUR": True, "FAKE": True, "LONG": False, "FLAT": True},
+        fixed={"GROUPS": 128, "BLOCK": 32, "num_warps": 4},
+    ),
+    Entry(
+        "quantize_triton", "recode_kernel",
+        dict.fromkeys(("packed", "scale", "weight", "scales", "lossless"), "u8"), ("float32",),
+        units=("packed_c", "scale_c", "weight_c", "scales_c", "lossless_c"), fixed=QUANTIZE.RECODE_TILE,
+    ),
+    Entry(
+        "quantize_triton", "hadamard_kernel", {"x": "dtype", "out": "dtype"}, FLOATS,
+        units=("x_c", "out_c"), scalars={"scale_bits": "i64"}, label="128",
+        constants={"STAGES": 7, "LONG": False, "FLAT": True}, fixed={"ROWS": 32, "D": 128, "num_warps": 4},
+    ),
+    *(
+        Entry(
+            "qmatmul_triton", f"{kind}_kernel",
+            {"a": "u8", "a_scale": "u8", "b": "u8", "b_scale": "u8", "out": "dtype"}, ("bfloat16",),
+            units=("a_k", "a_scale_k", "b_k", "b_scale_k", "out_n"), label="converted" if converts else "by bits",
+            constants={"GROUP": 8, "EVEN": True, "CONVERT": converts}, fixed=tile,
+            only="sm_90" if converts else "gfx942",
+        )
+        for kind in ("fp8", "fp4")
+        for converts, tiles in ((True, QMATMUL["cuda"]), (False, QMATMUL["hip"]))
+        for tile in tiles
+    ),
 ]  # fmt: skip
 
 
@@ -239,7 +293,7 @@ def compile_row(entry: Entry, dtype: str, target: str, tile: dict[str, Any]) -> 
 def rows(only: str = "") -> Iterator[Row]:
     for entry in ENTRIES:
         for target, (_, kind, _) in TARGETS.items():
-            for dtype in entry.dtypes:
+            for dtype in entry.dtypes if entry.only in ("", target) else ():
                 for tile in entry.tiles(kind, dtype):
                     blank = Row(entry.name, entry.label, dtype, target, tile, 0, 0, 0, "")
                     if only in blank.name:

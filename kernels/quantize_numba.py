@@ -44,7 +44,7 @@ _E2M1 = (np.float32(1 / 6), np.float32(6 * 2.0**-126))
 _INFINITY = 0x7F800000
 _LOST = 13  # 6 * 2^-13 rounds to 0 in e4m3, and all that is smaller
 _NONE = _LOST + 7  # the table of NaN
-_SPAN = 8  # blocks of a task of fp4_to_fp8
+_SPAN = 4  # blocks of a task of fp4_to_fp8
 
 
 @kernel(deterministic=True, batch_invariant=True)

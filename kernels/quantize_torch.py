@@ -50,7 +50,7 @@ def fp4_quantize(x: Tensor, block: int, out: tuple[Tensor, Tensor]) -> None:
         blocks = source.float().unflatten(-1, (-1, block))
         s, byte = _scale(blocks, _E2M1, True)
         quotient = blocks.div(s)
-        codes = torch.bucketize(quotient.abs(), bounds, out_int32=True)
+        codes = torch.bucketize(quotient.abs().contiguous(), bounds, out_int32=True)
         codes = (codes | (quotient.signbit().int() << 3)).masked_fill_(s.isnan(), 7).view(*target.shape, 2)
         target.copy_(codes[..., 0] | codes[..., 1] << 4)
         factors.copy_(byte.squeeze(-1))

@@ -18,9 +18,11 @@ from ._triton import launch, narrow, widen
 
 LONGEST = 8192
 """Elements of a block, or of a row to transform, that a program holds."""
+LONGEST_COUNT = 2**31 - LONGEST
+"""Blocks or rows that 32 bits can number."""
 ENCODE_TILE: dict[str, Any] = {"TILE": 4096, "num_warps": 4}
 HADAMARD_TILE: dict[str, Any] = {"TILE": 4096, "num_warps": 4}
-RECODE_TILE: dict[str, Any] = {"BAND": 32, "num_warps": 4}
+RECODE_TILE: dict[str, Any] = {"BAND": 128, "num_warps": 8}
 NAN = tl.constexpr(0x7F800000)
 
 
@@ -67,19 +69,30 @@ def e2m1_value(code):
 
 
 @triton.jit
+def origins(row, N1, N2, x_0, x_1, x_2, out_0, out_1, out_2, FLAT: tl.constexpr):
+    """Where rows begin in two tensors."""
+    if FLAT:
+        row = row.to(tl.int64)
+        return row * x_2, row * out_2
+    k, j, i = (row % N2).to(tl.int64), (row // N2 % N1).to(tl.int64), (row // N2 // N1).to(tl.int64)
+    return i * x_0 + j * x_1 + k * x_2, i * out_0 + j * out_1 + k * out_2
+
+
+@triton.jit
 def encode_kernel(
     x, codes, scales, count, groups, block, N1, N2,
     x_0, x_1, x_2, x_c, codes_0, codes_1, codes_2, codes_c, scales_0, scales_1, scales_2, scales_c,
-    POWERS: tl.constexpr, FOUR: tl.constexpr, FAKE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    POWERS: tl.constexpr, FOUR: tl.constexpr, FAKE: tl.constexpr, LONG: tl.constexpr, FLAT: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    at = tl.program_id(0).to(tl.int64 if LONG else tl.int32) * GROUPS + tl.arange(0, GROUPS)
     here = at < count
-    group, row = at % groups, at // groups
-    k, j, i = row % N2, row // N2 % N1, row // N2 // N1
+    group, row = (at % groups).to(tl.int64), at // groups
+    source, target = origins(row, N1, N2, x_0, x_1, x_2, codes_0, codes_1, codes_2, FLAT)
     within = tl.arange(0, BLOCK)
     inside = here[:, None] & (within < block)[None, :]
     channel = (group * block)[:, None] + within[None, :]
-    value = widen(tl.load(x + (i * x_0 + j * x_1 + k * x_2)[:, None] + channel * x_c, inside, other=0.0))
+    value = widen(tl.load(x + source[:, None] + channel * x_c, inside, other=0.0))
     top = tl.max(magnitude_of(value), 1)
     finite = top < NAN
     floor: tl.constexpr = 7.052966104933725e-38 if FOUR else 1e-4
@@ -97,12 +110,13 @@ def encode_kernel(
         code = tl.where(finite[:, None], e2m1_code(value), 7)
     else:
         code = tl.where(finite[:, None], e4m3_code(value), 0x7F)
-    codes += (i * codes_0 + j * codes_1 + k * codes_2)[:, None]
+    codes += target[:, None]
     if FAKE:
         rounded = e2m1_value(code) if FOUR else e4m3_value(code)
         tl.store(codes + channel * codes_c, narrow(rounded * scale[:, None], codes.dtype.element_ty), inside)
     else:
-        scales += i * scales_0 + j * scales_1 + k * scales_2 + group * scales_c
+        beside, _ = origins(row, N1, N2, scales_0, scales_1, scales_2, scales_0, scales_1, scales_2, FLAT)
+        scales += beside + group * scales_c
         if scales.dtype.element_ty == tl.uint8:
             tl.store(scales, byte.to(tl.uint8), here)
         else:
@@ -153,21 +167,21 @@ def recode_kernel(
 @triton.jit(do_not_specialize=["scale_bits"])
 def hadamard_kernel(
     x, out, scale_bits, count, N1, N2, x_0, x_1, x_2, x_c, out_0, out_1, out_2, out_c,
-    ROWS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
+    LONG: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    k, j, i = row % N2, row // N2 % N1, row // N2 // N1
+    row = tl.program_id(0).to(tl.int64 if LONG else tl.int32) * ROWS + tl.arange(0, ROWS)
+    source, target = origins(row, N1, N2, x_0, x_1, x_2, out_0, out_1, out_2, FLAT)
     here = (row < count)[:, None]
     column = tl.arange(0, D).to(tl.int64)[None, :]
     half: tl.constexpr = x.dtype.element_ty
     number: tl.constexpr = tl.float64 if half == tl.float64 else tl.float32
-    y = widen(tl.load(x + (i * x_0 + j * x_1 + k * x_2)[:, None] + column * x_c, here, other=0.0))
+    y = widen(tl.load(x + source[:, None] + column * x_c, here, other=0.0))
     for stage in tl.static_range(STAGES):
         pairs = tl.permute(tl.reshape(y, (ROWS, D >> (stage + 1), 2, 1 << stage)), (0, 1, 3, 2))
         low, high = tl.split(pairs)
         y = tl.reshape(tl.permute(tl.join(low + high, low - high), (0, 1, 3, 2)), (ROWS, D))
     y *= tl.cast(scale_bits, tl.int64).to(tl.float64, bitcast=True).to(number)  # a float argument would be float32
-    tl.store(out + (i * out_0 + j * out_1 + k * out_2)[:, None] + column * out_c, narrow(y, half), here)
+    tl.store(out + target[:, None] + column * out_c, narrow(y, half), here)
 
 
 def _too_wide(width: int) -> str | None:
@@ -230,7 +244,7 @@ def _encode(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, b
             encode_kernel, (triton.cdiv(count, together),), x.device,
             _at(x, source), _at(codes, target), _at(beside, aside), count, groups, block, n1, n2,
             *x_steps, x.stride(-1), *codes_steps, codes.stride(-1), *scale_steps, beside.stride(-1),
-            **flags, GROUPS=together, BLOCK=size, num_warps=warps,
+            **flags, LONG=count > LONGEST_COUNT, FLAT=n0 * n1 == 1, GROUPS=together, BLOCK=size, num_warps=warps,
         )  # fmt: skip
 
 
@@ -262,7 +276,8 @@ def hadamard(x: torch.Tensor, scale: float | None, out: torch.Tensor) -> None:
         launch(
             hadamard_kernel, (triton.cdiv(count, together),), x.device,
             _at(x, source), _at(out, target), factor, count, n1, n2, *x_steps, x.stride(-1), *out_steps, out.stride(-1),
-            ROWS=together, D=width, STAGES=width.bit_length() - 1, num_warps=HADAMARD_TILE["num_warps"],
+            LONG=count > LONGEST_COUNT, FLAT=n0 * n1 == 1, ROWS=together, D=width, STAGES=width.bit_length() - 1,
+            num_warps=HADAMARD_TILE["num_warps"],
         )  # fmt: skip
 
 

@@ -324,7 +324,7 @@ def fp4_fake_quantize(x: Array, block: int = 32) -> Array:
     workloads={name: {"p": rows // 128, "q": columns // 128} for name, (rows, columns) in EXPERTS.items()},
     flops=lambda dims, batch: 16384.0 * dims["p"] * dims["q"],
     exact=True,
-    sizes={"p": (1, 2, 0), "q": (1, 2, 3, 0)},
+    sizes={"p": (1, 2, 0), "q": (1, 2, 0, 5)},
 )
 def fp4_to_fp8(packed: Array, scale: Array) -> tuple[Array, Array, Array]:
     """MXFP4 weights recoded as e4m3 with one scale for each 128 x 128 block.
