@@ -37,7 +37,7 @@ class Binding:
         self.forward = forward
         self.implementation = implementation
         self.handles: list[Handle] = []
-        self.config = module.config if implementation else None
+        self.config: Any = module.config if implementation else None
 
     @classmethod
     def of(cls, module: Any, *args: Any) -> Binding:
@@ -176,13 +176,13 @@ class _Viewed:
 
 
 @cache
-def _class(cls: type) -> type:
+def _class(cls: Any) -> Any:
     return type(cls.__name__, (_Viewed, cls), {"__module__": cls.__module__})
 
 
 def view(binding: Binding) -> Any:
     """The configuration of a binding's module, which shares all attributes with it but names flagops."""
-    cls = _class(type(binding.config))
+    cls = _class(binding.config.__class__)
     made = cls.__new__(cls)
     object.__setattr__(made, "__dict__", binding.config.__dict__)
     object.__setattr__(made, "_binding", binding)

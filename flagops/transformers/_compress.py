@@ -1,4 +1,4 @@
-"""The compressors and the indexer of transformers' DeepSeek-V4: entries in its cache format, lists in place of masks."""
+"""The compressors and the indexer of transformers' DeepSeek-V4: entries in its cache format, lists for masks."""
 
 from __future__ import annotations
 
@@ -118,7 +118,8 @@ def _entries(module: Any, binding: Binding, name: str, hidden_states: torch.Tens
         states = fresh_state(batch, bias, overlap, hidden_states.device)
     else:
         closed = layer.entry_count[name]
-        *states, filled = take(layer, name, batch, bias.detach(), overlap)
+        *known, filled = take(layer, name, batch, bias.detach(), overlap)
+        states = known[0], known[1]
     result = handle.call(
         "compress_kv", hidden_states, module.kv_proj.weight, module.gate_proj.weight, bias, *states, filled
     )

@@ -8,7 +8,7 @@ packed sequences and caches.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -62,7 +62,7 @@ def index_mask(
     return torch.where(seen, keys - kv_offset, -1).to(torch.int32).expand(batch_size, -1, -1)
 
 
-def is_lists(mask: Any) -> bool:
+def is_lists(mask: Any) -> TypeGuard[torch.Tensor]:
     return isinstance(mask, torch.Tensor) and not mask.is_floating_point() and mask.dim() == 3
 
 

@@ -12,12 +12,11 @@ from ._binding import NAME, Binding, hooked, mixed
 def moe_block(module: Any, hidden_states: torch.Tensor, input_ids: Any = None) -> torch.Tensor:
     """Stands for DeepseekV4SparseMoeBlock.forward: a router that nobody watches is asked for no logits."""
     gate = module.gate
-    binding: Binding | None = gate.__dict__.get("_flagops")
-    direct = binding is not None and not hooked(gate) and "_hf_hook" not in gate.__dict__
-    found = _route(gate, hidden_states, input_ids if module.is_hash else None) if direct else None
-    if found is None:
+    if "_flagops" not in gate.__dict__ or hooked(gate) or "_hf_hook" in gate.__dict__:
         return type(module).forward(module, hidden_states, input_ids)
-    weights, indices = found
+    ids = (input_ids,) if module.is_hash else ()
+    found = _route(gate, hidden_states, *ids)
+    weights, indices = found or type(gate).forward(gate, hidden_states, *ids)[1:]
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     routed = module.experts(flat, indices, weights).view(hidden_states.shape)
     return routed + module.shared_experts(hidden_states)
@@ -27,14 +26,13 @@ def router(module: Any, hidden_states: torch.Tensor, input_ids: Any = None) -> A
     """Stands for the forward of DeepseekV4TopKRouter and DeepseekV4HashRouter: ``(logits, weights, indices)``."""
     found = _route(module, hidden_states, input_ids)
     if found is None:
-        more = () if input_ids is None else (input_ids,)
-        return type(module).forward(module, hidden_states, *more)
+        return type(module).forward(module, hidden_states, *(() if input_ids is None else (input_ids,)))
     weights, indices = found
     logits = torch.nn.functional.linear(hidden_states.reshape(-1, module.hidden_dim), module.weight)
     return logits, weights.to(logits.dtype), indices
 
 
-def _route(gate: Any, hidden_states: torch.Tensor, input_ids: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _route(gate: Any, hidden_states: torch.Tensor, input_ids: Any = None) -> tuple[torch.Tensor, torch.Tensor] | None:
     handle = gate._flagops.use("moe_gate")
     if handle is None:
         return None
