@@ -37,6 +37,35 @@ def window_indices(tokens: int, window: int = 128, start: int = 0, *, device: An
     return _int32((start + 1 + i) % window)
 
 
+def chunk_window(first: int, tokens: int, window: int, start: int, chunk: int, *, device: Any = None) -> Any:
+    """The sliding window of some tokens of a chunk whose keys lie beside the ring, oldest first, -1 where none is yet.
+
+    Args:
+        first, tokens: positions of these tokens.
+        start: position of the first token of the chunk; those before it are in the ring, position p in ``p % window``.
+        chunk: the row of the chunk's first token.
+
+    Returns:
+        int32 ``[tokens, min(first + tokens, window)]``.
+    """
+    xp, like = _library(device)
+    width = min(first + tokens, window)
+    t, i = first + xp.arange(tokens, **like)[:, None], xp.arange(width, **like)[None]
+    p = (t - window + 1).clip(0) + i
+    if start:
+        p = xp.where(p > t, -1, xp.where(p < start, p % window, p + (chunk - start)))
+    else:
+        p = xp.where(p > t, -1, p + chunk)
+    return _int32(p)
+
+
+def visible_entries(first: int, tokens: int, ratio: int, offset: int, *, device: Any = None) -> Any:
+    """Every compressed entry that each of some tokens sees, counted from a row on: int32 ``[tokens, the most]``, -1."""
+    xp, like = _library(device)
+    t, w = first + xp.arange(tokens, **like)[:, None], xp.arange((first + tokens) // ratio, **like)[None]
+    return _int32(xp.where(w < (t + 1) // ratio, w + offset, -1))
+
+
 def hca_indices(tokens: int, ratio: int = 128, start: int = 0, window: int = 128, *, device: Any = None) -> Any:
     """Every compressed entry that a token of an HCA layer sees: entry w once its ``ratio`` tokens are complete.
 
