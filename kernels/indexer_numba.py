@@ -72,7 +72,7 @@ def _limit(visible, steps, b, t, n):
 @jit
 def _threshold(best, count, k, top, counts):
     """The k-th highest of the first `count` keys, and how many equal to it are among those k: digit by digit."""
-    prefix, shift, remaining = np.int64(0), top, k
+    prefix, shift, remaining = 0, top, k
     while shift >= 0:
         flip = 128 if shift == top else 0
         counts[:] = 0
