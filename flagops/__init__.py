@@ -22,6 +22,14 @@ _HOMES = {
     "hca_indices": "indices",
     "enable": "override",
     "patch": "transformers",
+    "AttentionCache": "cache",
+    "AttentionConfig": "cache",
+    "AttentionWeights": "layers",
+    "CompressorWeights": "layers",
+    "IndexerWeights": "layers",
+    "sliding_window_attention": "layers",
+    "csa_attention": "layers",
+    "hca_attention": "layers",
 }
 _MODULES = frozenset(
     {"arrays", "backends", "bench", "checkpoint", "config", "dispatch", "operator", "registry", "testing"}

@@ -7,10 +7,19 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flagops.cache import AttentionCache as AttentionCache, AttentionConfig as AttentionConfig
 from flagops.config import using as using
 from flagops.dispatch import coverage as coverage
 from flagops.errors import Unsupported as Unsupported
 from flagops.indices import hca_indices as hca_indices, window_indices as window_indices
+from flagops.layers import (
+    AttentionWeights as AttentionWeights,
+    CompressorWeights as CompressorWeights,
+    IndexerWeights as IndexerWeights,
+    csa_attention as csa_attention,
+    hca_attention as hca_attention,
+    sliding_window_attention as sliding_window_attention,
+)
 from flagops.override import enable as enable
 from flagops.registry import kernel as kernel, operators as operators
 from flagops.transformers import patch as patch
@@ -30,6 +39,18 @@ def sparse_attention(
     *,
     backend: str | Sequence[str] | None = ...,
 ) -> Array: ...
+def compress_kv(
+    x: Array,
+    wkv: Array,
+    wgate: Array,
+    bias: Array,
+    kv_state: Array,
+    score_state: Array,
+    filled: int = ...,
+    out: tuple[Array, Array, Array] | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> tuple[Array, Array, Array]: ...
 def fp4_dequantize(
     packed: Array,
     scale: Array,
@@ -43,6 +64,82 @@ def fp8_dequantize(
     scale: Array,
     block: tuple[int, int] = ...,
     dtype: DType = ...,
+    out: Array | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> Array: ...
+def grouped_matmul(
+    a: Array,
+    b: Array,
+    offsets: Array,
+    out: Array | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> Array: ...
+def moe_experts(
+    x: Array,
+    weights: Array,
+    indices: Array,
+    gate_up: Array,
+    down: Array,
+    gate_up_scale: Array | None = ...,
+    down_scale: Array | None = ...,
+    limit: float | None = ...,
+    shared: Array | None = ...,
+    out: Array | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> Array: ...
+def hc_split_sinkhorn(
+    mix: Array,
+    scale: Array,
+    base: Array,
+    mult: int = ...,
+    iters: int = ...,
+    eps: float = ...,
+    out: tuple[Array, Array, Array] | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> tuple[Array, Array, Array]: ...
+def hc_pre(
+    x: Array,
+    fn: Array,
+    base: Array,
+    scale: Array,
+    iters: int = ...,
+    eps: float = ...,
+    norm_eps: float = ...,
+    out: tuple[Array, Array, Array] | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> tuple[Array, Array, Array]: ...
+def hc_post(
+    y: Array,
+    x: Array,
+    post: Array,
+    comb: Array,
+    out: Array | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> Array: ...
+def hc_head(
+    x: Array,
+    fn: Array,
+    base: Array,
+    scale: Array,
+    eps: float = ...,
+    norm_eps: float = ...,
+    out: Array | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> Array: ...
+def lightning_indexer(
+    q: Array,
+    keys: Array,
+    weights: Array,
+    top_k: int,
+    visible: Array | None = ...,
+    offset: int = ...,
     out: Array | None = ...,
     *,
     backend: str | Sequence[str] | None = ...,
@@ -62,11 +159,145 @@ def linear(
     *,
     backend: str | Sequence[str] | None = ...,
 ) -> Array: ...
+def moe_gate(
+    x: Array,
+    weight: Array,
+    bias: Array | None = ...,
+    table: Array | None = ...,
+    tokens: Array | None = ...,
+    top_k: int = ...,
+    scale: float = ...,
+    out: tuple[Array, Array] | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> tuple[Array, Array]: ...
+def swiglu(
+    gate: Array,
+    up: Array,
+    weight: Array | None = ...,
+    limit: float | None = ...,
+    out: Array | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> Array: ...
+def newton_schulz(
+    a: Array,
+    steps: int = ...,
+    out: Array | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> Array: ...
+def rms_norm(
+    x: Array,
+    weight: Array | None = ...,
+    eps: float = ...,
+    stepwise: bool = ...,
+    out: Array | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> Array: ...
 def grouped_output_projection(
     o: Array,
     wo_a: Array,
     wo_b: Array,
     groups: int,
+    out: Array | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> Array: ...
+def fp8_matmul(
+    a: Array,
+    a_scale: Array,
+    b: Array,
+    b_scale: Array,
+    dtype: DType = ...,
+    out: Array | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> Array: ...
+def fp4_matmul(
+    a: Array,
+    a_scale: Array,
+    b: Array,
+    b_scale: Array,
+    dtype: DType = ...,
+    out: Array | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> Array: ...
+def fp8_quantize(
+    x: Array,
+    block: int = ...,
+    power_of_two: bool = ...,
+    scale_dtype: DType = ...,
+    out: tuple[Array, Array] | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> tuple[Array, Array]: ...
+def fp8_fake_quantize(
+    x: Array,
+    block: int = ...,
+    power_of_two: bool = ...,
+    out: Array | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> Array: ...
+def fp4_quantize(
+    x: Array,
+    block: int = ...,
+    out: tuple[Array, Array] | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> tuple[Array, Array]: ...
+def fp4_fake_quantize(
+    x: Array,
+    block: int = ...,
+    out: Array | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> Array: ...
+def fp4_to_fp8(
+    packed: Array,
+    scale: Array,
+    out: tuple[Array, Array, Array] | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> tuple[Array, Array, Array]: ...
+def hadamard(
+    x: Array,
+    scale: float | None = ...,
+    out: Array | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> Array: ...
+def rotary_embedding(
+    x: Array,
+    cos: Array,
+    sin: Array,
+    inverse: bool = ...,
+    out: Array | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> Array: ...
+def yarn_table(
+    positions: Array,
+    dim: int = ...,
+    base: float = ...,
+    factor: float = ...,
+    original: float = ...,
+    beta_fast: float = ...,
+    beta_slow: float = ...,
+    out: tuple[Array, Array] | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> tuple[Array, Array]: ...
+def scaled_dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    attn_mask: Array | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
     out: Array | None = ...,
     *,
     backend: str | Sequence[str] | None = ...,

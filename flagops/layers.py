@@ -41,8 +41,8 @@ class IndexerWeights:
 class AttentionWeights:
     """The tensors of one layer by the names of the official checkpoint.
 
-    ``wq_a`` ``[q_lora, D]``, ``wq_b`` ``[H * c, q_lora]``, ``wkv`` ``[c, D]``, ``wo_a`` ``[G * r, H / G * c]``, ``wo_b``
-    ``[D, G * r]``, each in the dtype of the hidden states or, with its scale, in FP8 or packed FP4; ``q_norm`` and
+    ``wq_a`` ``[q_lora, D]``, ``wq_b`` ``[H * c, q_lora]``, ``wkv`` ``[c, D]``, ``wo_a`` ``[G * r, H / G * c]``,
+    ``wo_b`` ``[D, G * r]``, each in the dtype of the hidden states or, with its scale, in FP8 or packed FP4; ``q_norm`` and
     ``kv_norm`` in that dtype or float32; ``attn_sink`` ``[H]`` float32.
     """
 
@@ -111,17 +111,17 @@ def sliding_window_attention(
         backend: as in every operator; ``"numpy"`` runs the references.
 
     Returns:
-        ``[b, s, D]``. Each operator rounds once to the dtype of ``x``; the cache's `AttentionConfig` says which numerics
-        there are besides. Chunks in turn give what one call gives, up to the order of sums.
+        ``[b, s, D]``. Each operator rounds once to the dtype of ``x``; the cache's `AttentionConfig` says which
+        numerics there are besides. Chunks in turn give what one call gives, up to the order of sums.
 
     Raises:
-        ValueError: the cache belongs to another kind of layer, batch, dtype or device, or the tokens do not follow it; it
-            is left as it was, as by every call that fails.
+        ValueError: the cache belongs to another kind of layer, batch, dtype or device, or the tokens do not follow it;
+            it is left as it was, as by every call that fails.
         TypeError: an argument is no array, kinds are mixed, or a dtype does not fit.
         Unsupported: no backend can run an operator, or a gradient is asked for (run under ``torch.no_grad()``).
 
-    Queries are computed for as many tokens at a time as ``FLAGOPS_BUDGET`` allows. Source: the DeepSeek-V4 report (arXiv
-    2606.19348) and its inference code.
+    Queries are computed for as many tokens at a time as ``FLAGOPS_BUDGET`` allows. Source: the DeepSeek-V4 report
+    (arXiv 2606.19348) and its inference code.
     """
     return _layer("sliding", x, weights, cache, start, out, backend)
 
@@ -137,8 +137,8 @@ def csa_attention(
     """A layer whose tokens see the window and the ``top_k`` compressed entries that the lightning indexer chooses.
 
     As `sliding_window_attention`; besides, `compress_kv` makes an entry of every 4 tokens (and of the 4 before them),
-    normalised and rotated to its first token, and another, smaller, for the indexer to score. A query may choose entries
-    whose tokens are complete, its own position included; while it sees no more than ``top_k``, nothing is scored.
+    normalised and rotated to its first token, and another, smaller, for the indexer to score. A query may choose
+    entries whose tokens are complete, its own position included; while it sees no more than ``top_k``, nothing is scored.
     """
     return _layer("csa", x, weights, cache, start, out, backend)
 
@@ -217,11 +217,8 @@ def _validate(name: str, kind: str, x: Any, weights: AttentionWeights, out: Any)
     if out is not None and arrays.dtype_name(out) != arrays.dtype_name(x):
         raise TypeError(f"{name}: out is {arrays.dtype_name(out)}, expected {arrays.dtype_name(x)}")
     torch = sys.modules.get("torch")
-    if (
-        torch is not None
-        and torch.is_grad_enabled()
-        and any(getattr(t, "requires_grad", False) for t in _all(x, weights))
-    ):
+    recording = torch is not None and torch.is_grad_enabled()
+    if recording and any(getattr(t, "requires_grad", False) for t in _all(x, weights)):
         raise Unsupported(f"{name} has no backward; call it under torch.no_grad() or detach its inputs")
 
 
@@ -355,12 +352,14 @@ class _Run:
 
     def _choose(self, latent: Any, part: slice, cache: AttentionCache, out: Any) -> None:
         shape, indexer = self.shape, self.weights.indexer
-        assert indexer is not None and cache.index_keys is not None
+        assert indexer is not None
+        assert cache.index_keys is not None
         b, count = latent.shape[:2]
         q = self.linear(latent, indexer.wq_b, indexer.wq_b_scale).reshape(b, count, shape.index_heads, shape.index_dim)
         q = self.hashed(self.rotate(q, self.positions(part)))
         weights = self.linear(self.x[:, part], indexer.weights_proj)
-        weights *= (shape.index_dim * shape.index_heads) ** -0.5
+        if shape.official:  # a positive factor alone changes no choice; its rounding may
+            weights *= (shape.index_dim * shape.index_heads) ** -0.5
         visible = _visible(self.start + part.start, count, self.ratio, b, self.device)
         keys = cache.index_keys.all(self.end // self.ratio)
         flagops.lightning_indexer(q, keys, weights, shape.top_k, visible, shape.window, out=out, backend=self.backend)

@@ -22,10 +22,19 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flagops.cache import AttentionCache as AttentionCache, AttentionConfig as AttentionConfig
 from flagops.config import using as using
 from flagops.dispatch import coverage as coverage
 from flagops.errors import Unsupported as Unsupported
 from flagops.indices import hca_indices as hca_indices, window_indices as window_indices
+from flagops.layers import (
+    AttentionWeights as AttentionWeights,
+    CompressorWeights as CompressorWeights,
+    IndexerWeights as IndexerWeights,
+    csa_attention as csa_attention,
+    hca_attention as hca_attention,
+    sliding_window_attention as sliding_window_attention,
+)
 from flagops.override import enable as enable
 from flagops.registry import kernel as kernel, operators as operators
 from flagops.transformers import patch as patch
@@ -36,7 +45,14 @@ Array = TypeVar("Array", Tensor, NDArray[Any])
 DType = str | np.dtype[Any] | Any
 '''
 
-SCALARS = {"bool": "bool", "str": "DType", "float": "float", "int": "int", "int[2]": "tuple[int, int]"}
+SCALARS = {
+    "bool": "bool",
+    "str": "DType",
+    "float": "float",
+    "float?": "float | None",
+    "int": "int",
+    "int[2]": "tuple[int, int]",
+}
 
 
 def declaration(operator: Operator) -> str:
