@@ -15,4 +15,42 @@ def calls(t, codes):
     }
 
 
-MUTANTS = {}
+MUTANTS = {
+    "quantize_numba.py": [
+        ("fp8_quantize", "if bits >= _INFINITY:", "if bits > _INFINITY:", 0),
+        ("fp8_quantize", "+ 0x7FFFFF) >> 23", "+ 0x400000) >> 23", 0),
+        ("fp8_quantize", "beside + group * scale_column, code", "beside + group, code", 0),
+        ("fp4_quantize", "0x77 if four", "0x7F if four", 0),
+        ("fp4_quantize", "target + i // 2, value", "target + i, value", 0),
+        ("fp8_fake_quantize", "np.float32(1e-4)", "np.float32(1e-5)", 0),
+        ("fp4_fake_quantize", "exact = 0 < code < 255", "exact = code < 255", 0),
+        ("fp4_fake_quantize", "into + i * out_column * item", "into + i * item", 0),
+        ("fp4_to_fp8", "tops[block] - 6, 0)", "tops[block] - 6, 1)", 0),
+        ("fp4_to_fp8", "first = piece * _SPAN", "first = piece", 0),
+        ("fp4_to_fp8", "changed[shift] >> (pair & 7) | ", "", 0),
+        ("hadamard", "vstore(real, row + (i + apart) * unit, vsub(low, high))", "vstore(real, row + (i + apart) * unit, vsub(high, low))", 0),
+        ("hadamard", "store(real, row + (i + apart) * unit, low - high)", "store(real, row + (i + apart) * unit, high - low)", 0),
+    ],
+    "_quantize_simd.py": [
+        ("fp8_quantize", "magnitude, _constant(magnitude.type, (1 << dropped - 1) - 1)", "magnitude, _constant(magnitude.type, 1 << dropped - 1)", 0),
+        ("fp8_quantize", "least = 128 - ", "least = 126 - ", 0),
+        ("fp4_quantize", '"e2m1": 4}', '"e2m1": 3}', 0),
+        ("fp8_fake_quantize", "builder.or_(rounded, sign)", "rounded", 0),
+        ("hadamard", "lane ^ step for lane", "(lane + step) % lanes for lane", 0),
+    ],
+    "quantize_torch.py": [
+        ("fp8_quantize", "byte.masked_fill_(infinite, 255)", "", 0),
+        ("fp4_quantize", "_EVEN, *(midpoint * (1 - 2**-24)", "_EVEN, *(midpoint", 0),
+        ("fp4_fake_quantize", "(size >= 2)).add_(size >= 4)", "(size >= 2)).add_(size > 4)", 0),
+        ("fp4_to_fp8", "(top - 6).clamp_min_(0)", "(top - 6).clamp_min_(1)", 0),
+        ("hadamard", "(low + high, low - high)", "(low + high, high - low)", 0),
+    ],
+    "quantize_triton.py": [
+        ("fp8_quantize", "tl.where(size < 0x3C800000, small", "tl.where(size < 0x3C000000, small", 0),
+        ("fp4_quantize", "low | high << 4", "high | low << 4", 0),
+        ("fp4_to_fp8", "tl.maximum(top - 6, 0)", "top - 6", 0),
+        ("hadamard", "low - high", "high - low", 0),
+    ],
+}  # fmt: skip
+
+EQUIVALENT = {}
