@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from flagops import config
 from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
 from ._attention_simd import cast, vdiv, vexp
+from ._compress import chunks
 from ._gemm import TAGS, View, contract, pack, unpack, view
 from ._simd import fma, lanes, load, size, store, vadd, vload, vmax, vsplat, vstore, vsub
 
@@ -35,37 +35,31 @@ def compress_kv(
     name, result = dtype_name(x), dtype_name(bias)
     tag, real, item, width = TAGS[name], TAGS[result], x.itemsize, bias.itemsize
     ld = channels + _PAD
-    room = min(config.budget() // 4, _SCRATCH) // (2 * ld * width) - before
-    together = max(1, min(batch, room // min(before + m, before + filled + length)))
-    step = max(1, room // (together * m)) * m
-    held = np.empty(2 * width * ld * together * (before + min(step, filled + length)) + 64, np.uint8)
-    kv = (pointer(held) + 63) & ~63
-    source, (by_batch, by_token, by_channel) = pointer(x), strides(x)
     at_bias = pointer(bias), strides(bias)
     at_entries, entry_steps = pointer(entries), strides(entries)
     at_states = pointer(states[0]), strides(states[0]), pointer(states[1]), strides(states[1])
-    for first in range(0, batch, together):
-        count = min(together, batch - first)
-        done, inside, emitted = 0, filled, 0
-        while done < length:
-            tokens = min(length - done, step - inside)
-            windows = (inside + tokens) // m
-            old = before + inside if windows else 0
-            rows = old + tokens
-            scores = kv + count * rows * ld * width
-            left = source + (first * by_batch + done * by_token) * item
-            rows_of_x = View(left, (count, tokens, depth), (by_batch, by_token, by_channel))
-            for weight, line in ((wkv, kv), (wgate, scores)):
-                new = View(line + old * ld * width, (count, tokens, channels), (rows * ld, ld, 1))
-                contract(name, rows_of_x, view(weight).T, new, result=result)
-            shape = real, m, channels, before, inside, first, rows, old, ld, kv, scores
-            parallel(_complete, count * rows, *shape, *at_bias, *at_states, minimum=-(-_GRAIN // channels))
-            parallel(
-                _pool, count * windows, tag, *shape, at_entries, entry_steps, emitted, windows,
-                minimum=-(-_GRAIN // (8 * channels * m)),
-            )  # fmt: skip
-            parallel(_advance, count, *shape, *at_states, windows, minimum=-(-_GRAIN // (channels * m)))
-            done, inside, emitted = done + tokens, (inside + tokens) % m, emitted + windows
+    source, x_steps = pointer(x), strides(x)
+    held = np.empty(0, np.uint8)
+    for chunk in chunks(batch, length, m, before, filled, 2 * ld * width, _SCRATCH):
+        first, inside, windows = chunk.first, chunk.inside, chunk.windows
+        count, tokens = chunk.last - first, chunk.stop - chunk.start
+        old = before + inside if windows else 0
+        rows = old + tokens
+        if held.size < 2 * count * rows * ld * width + 64:
+            held = np.empty(2 * count * rows * ld * width + 64, np.uint8)
+        kv = (pointer(held) + 63) & ~63
+        scores = kv + count * rows * ld * width
+        left = source + (first * x_steps[0] + chunk.start * x_steps[1]) * item
+        for weight, line in ((wkv, kv), (wgate, scores)):
+            new = View(line + old * ld * width, (count, tokens, channels), (rows * ld, ld, 1))
+            contract(name, View(left, (count, tokens, depth), x_steps), view(weight).T, new, result=result)
+        shape = real, m, channels, before, inside, first, rows, old, ld, kv, scores
+        parallel(_complete, count * rows, *shape, *at_bias, *at_states, minimum=-(-_GRAIN // channels))
+        parallel(
+            _pool, count * windows, tag, *shape, at_entries, entry_steps, chunk.emitted, windows,
+            minimum=-(-_GRAIN // (8 * channels * m)),
+        )  # fmt: skip
+        parallel(_advance, count, *shape, *at_states, windows, minimum=-(-_GRAIN // (channels * m)))
 
 
 @jit

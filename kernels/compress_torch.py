@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flagops import config
 from flagops.registry import kernel
 
+from ._compress import chunks
 from .matmul_torch import product, tiled
 
 _SCRATCH = 64 << 20
@@ -31,27 +31,20 @@ def compress_kv(
             target.copy_(source)
     batch, length, _ = x.shape
     (m, channels), before = bias.shape, kv_state.shape[1] - bias.shape[0]
-    if not (batch and length and channels):
+    if not channels:
         return
-    room = min(config.budget() // 4, _SCRATCH) // (8 * channels * bias.itemsize) - before
-    together = max(1, min(batch, room // min(before + m, before + filled + length)))
-    step = max(1, room // (together * m)) * m
-    for first in range(0, batch, together):
-        some = slice(first, first + together)
-        done, inside, emitted = 0, filled, 0
-        while done < length:
-            part = x[some, done : done + step - inside]
-            windows = (inside + part.shape[1]) // m
-            kv, scores = _project(part, wkv, bias), _project(part, wgate, bias)
-            scores += _places(bias, inside, part.shape[1])
-            if windows:
-                held = before + inside
-                kv, scores = (torch.cat([s[some, :held], new], 1) for s, new in ((kv_out, kv), (score_out, scores)))
-                weights = torch.softmax(_slots(scores, m, before), 2)
-                entries[some, emitted : emitted + windows] = weights.mul_(_slots(kv, m, before)).sum(2)
-            for state, line in ((kv_out[some], kv), (score_out[some], scores)):
-                _advance(state, line, m, windows, before + inside)
-            done, inside, emitted = done + part.shape[1], (inside + part.shape[1]) % m, emitted + windows
+    for chunk in chunks(batch, length, m, before, filled, 8 * channels * bias.itemsize, _SCRATCH):
+        some, windows, held = slice(chunk.first, chunk.last), chunk.windows, before + chunk.inside
+        part = x[some, chunk.start : chunk.stop]
+        kv, scores = _project(part, wkv, bias), _project(part, wgate, bias)
+        scores += _places(bias, chunk.inside, part.shape[1])
+        if windows:
+            kv, scores = (torch.cat([s[some, :held], new], 1) for s, new in ((kv_out, kv), (score_out, scores)))
+            weights = torch.softmax(_slots(scores, m, before), 2)
+            pooled = weights.mul_(_slots(kv, m, before)).sum(2)
+            entries[some, chunk.emitted : chunk.emitted + windows] = pooled
+        for state, line in ((kv_out[some], kv), (score_out[some], scores)):
+            _advance(state, line, m, windows, held)
 
 
 def _project(x: Tensor, weight: Tensor, like: Tensor) -> Tensor:
