@@ -21,13 +21,13 @@ MUTANTS = {
         ("fp8_quantize", "+ 0x7FFFFF) >> 23", "+ 0x400000) >> 23", 0),
         ("fp8_quantize", "beside + group * scale_column, code", "beside + group, code", 0),
         ("fp4_quantize", "0x77 if four", "0x7F if four", 0),
-        ("fp4_quantize", "target + i // 2, value", "target + i, value", 0),
+        ("fp4_quantize", "target + i // 2, value", "target + i // 4, value", 0),
         ("fp8_fake_quantize", "np.float32(1e-4)", "np.float32(1e-5)", 0),
-        ("fp4_fake_quantize", "exact = 0 < code < 255", "exact = code < 255", 0),
+        ("fp8_fake_quantize", "exact = 0 < code < 255", "exact = code < 255", 0),
         ("fp4_fake_quantize", "into + i * out_column * item", "into + i * item", 0),
         ("fp4_to_fp8", "tops[block] - 6, 0)", "tops[block] - 6, 1)", 0),
-        ("fp4_to_fp8", "first = piece * _SPAN", "first = piece", 0),
-        ("fp4_to_fp8", "changed[shift] >> (pair & 7) | ", "", 0),
+        ("fp4_to_fp8", "128 * first * weight_steps[1]", "first * weight_steps[1]", 0),
+        ("fp4_to_fp8", "same[block] = tops[block] != 255", "same[block] = True", 0),
         ("hadamard", "vstore(real, row + (i + apart) * unit, vsub(low, high))", "vstore(real, row + (i + apart) * unit, vsub(high, low))", 0),
         ("hadamard", "store(real, row + (i + apart) * unit, low - high)", "store(real, row + (i + apart) * unit, high - low)", 0),
     ],
@@ -41,7 +41,7 @@ MUTANTS = {
     "quantize_torch.py": [
         ("fp8_quantize", "byte.masked_fill_(infinite, 255)", "", 0),
         ("fp4_quantize", "_EVEN, *(midpoint * (1 - 2**-24)", "_EVEN, *(midpoint", 0),
-        ("fp4_fake_quantize", "(size >= 2)).add_(size >= 4)", "(size >= 2)).add_(size > 4)", 0),
+        ("fp4_fake_quantize", "(size >= 2)).add_(size >= 4)", "(size >= 2)).add_(size >= 3)", 0),
         ("fp4_to_fp8", "(top - 6).clamp_min_(0)", "(top - 6).clamp_min_(1)", 0),
         ("hadamard", "(low + high, low - high)", "(low + high, high - low)", 0),
     ],
@@ -52,5 +52,3 @@ MUTANTS = {
         ("hadamard", "low - high", "high - low", 0),
     ],
 }  # fmt: skip
-
-EQUIVALENT = {}
