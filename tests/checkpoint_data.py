@@ -181,8 +181,3 @@ def same(found, expected):
 
 def raw(tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def tree(folder):
-    """Every file below a folder and its bytes."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

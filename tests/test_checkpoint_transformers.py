@@ -1,4 +1,4 @@
-"""A converted checkpoint loads in transformers with nothing missing, and answers as transformers' own dequantisation."""
+"""A converted checkpoint loads in transformers, nothing missing, and answers as transformers' own dequantisation."""
 
 import re
 import sys
@@ -107,7 +107,10 @@ def to_fp8(x, floating=False):
 
 def named(stem, weight, scale, naming):
     if naming == "original":
-        return (official(f"{stem}.weight"), weight), (official(f"{stem}.weight").removesuffix("weight") + "scale", scale)
+        return (official(f"{stem}.weight"), weight), (
+            official(f"{stem}.weight").removesuffix("weight") + "scale",
+            scale,
+        )
     return (f"{stem}.weight", weight), (f"{stem}.weight_scale_inv", scale)
 
 

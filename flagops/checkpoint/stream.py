@@ -261,7 +261,8 @@ class Stream:
 
     def _in_range(self, out: Output, made: Any) -> None:
         unsigned, mask = _FINITE[self._dtype]
+        remedy = "use bfloat16" if self._dtype == "float16" else _DAMAGED
         bits = made.reshape(-1).view(unsigned)
         for start in range(0, len(bits), _CHUNK):
             if np.any(bits[start : start + _CHUNK] & unsigned(mask) == mask):
-                raise Refused(f"{out.weight} scaled by {out.scale} overflows {self._dtype}; {_DAMAGED}")
+                raise Refused(f"{out.weight} scaled by {out.scale} overflows {self._dtype}; {remedy}")
