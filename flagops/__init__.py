@@ -32,7 +32,18 @@ _HOMES = {
     "hca_attention": "layers",
 }
 _MODULES = frozenset(
-    {"arrays", "backends", "bench", "checkpoint", "config", "dispatch", "operator", "registry", "testing"}
+    {
+        "arrays",
+        "backends",
+        "bench",
+        "checkpoint",
+        "config",
+        "deepseek_v4",
+        "dispatch",
+        "operator",
+        "registry",
+        "testing",
+    }
 )
 
 

@@ -196,11 +196,22 @@ def rms_norm(
     *,
     backend: str | Sequence[str] | None = ...,
 ) -> Array: ...
+def fp8_quantize(
+    x: Array,
+    block: int = ...,
+    power_of_two: bool = ...,
+    scale_dtype: DType = ...,
+    out: tuple[Array, Array] | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> tuple[Array, Array]: ...
 def grouped_output_projection(
     o: Array,
     wo_a: Array,
     wo_b: Array,
     groups: int,
+    wo_a_scale: Array | None = ...,
+    wo_b_scale: Array | None = ...,
     out: Array | None = ...,
     *,
     backend: str | Sequence[str] | None = ...,
@@ -225,15 +236,6 @@ def fp4_matmul(
     *,
     backend: str | Sequence[str] | None = ...,
 ) -> Array: ...
-def fp8_quantize(
-    x: Array,
-    block: int = ...,
-    power_of_two: bool = ...,
-    scale_dtype: DType = ...,
-    out: tuple[Array, Array] | None = ...,
-    *,
-    backend: str | Sequence[str] | None = ...,
-) -> tuple[Array, Array]: ...
 def fp8_fake_quantize(
     x: Array,
     block: int = ...,
