@@ -42,8 +42,8 @@ class AttentionWeights:
     """The tensors of one layer by the names of the official checkpoint.
 
     ``wq_a`` ``[q_lora, D]``, ``wq_b`` ``[H * c, q_lora]``, ``wkv`` ``[c, D]``, ``wo_a`` ``[G * r, H / G * c]``,
-    ``wo_b`` ``[D, G * r]``, each in the dtype of the hidden states or, with its scale, in FP8 or packed FP4; ``q_norm`` and
-    ``kv_norm`` in that dtype or float32; ``attn_sink`` ``[H]`` float32.
+    ``wo_b`` ``[D, G * r]``, each in the dtype of the hidden states or, with its scale, in FP8 or packed FP4; ``q_norm``
+    and ``kv_norm`` in that dtype or float32; ``attn_sink`` ``[H]`` float32.
     """
 
     wq_a: Any
@@ -74,9 +74,10 @@ class AttentionWeights:
 
         at = f"{prefix}indexer."
         inner = compressor(f"{at}compressor.")
-        indexer = inner and IndexerWeights(
-            tensors[f"{at}wq_b.weight"], tensors[f"{at}weights_proj.weight"], inner, tensors.get(f"{at}wq_b.scale")
-        )
+        indexer = None
+        if inner:
+            wq_b, proj = tensors[f"{at}wq_b.weight"], tensors[f"{at}weights_proj.weight"]
+            indexer = IndexerWeights(wq_b, proj, inner, tensors.get(f"{at}wq_b.scale"))
         return cls(
             **{name: tensors[f"{prefix}{name}.weight"] for name in (*_PROJECTIONS, "q_norm", "kv_norm")},
             **{f"{name}_scale": tensors.get(f"{prefix}{name}.scale") for name in _PROJECTIONS},
@@ -138,7 +139,8 @@ def csa_attention(
 
     As `sliding_window_attention`; besides, `compress_kv` makes an entry of every 4 tokens (and of the 4 before them),
     normalised and rotated to its first token, and another, smaller, for the indexer to score. A query may choose
-    entries whose tokens are complete, its own position included; while it sees no more than ``top_k``, nothing is scored.
+    entries whose tokens are complete, its own position included; while it sees no more than ``top_k``, nothing is
+    scored.
     """
     return _layer("csa", x, weights, cache, start, out, backend)
 

@@ -1,0 +1,611 @@
+"""Whole attention layers, on every backend: against the specification in float64, transformers, and themselves."""
+
+import copy
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flagops
+from flagops import AttentionCache, AttentionConfig, AttentionWeights, CompressorWeights, IndexerWeights, registry
+from flagops.arrays import as_numpy, as_torch
+from flagops.cache import KINDS, NAMES, PackedRows
+
+OPERATORS = (
+    "linear", "rms_norm", "rotary_embedding", "yarn_table", "fp8_fake_quantize", "hadamard", "fp4_fake_quantize",
+    "compress_kv", "lightning_indexer", "sparse_attention", "grouped_output_projection",
+)  # fmt: skip
+TINY = AttentionConfig(
+    heads=4, head_dim=24, rope_dim=8, groups=2, window=8, csa_ratio=4, hca_ratio=8, index_heads=6, index_dim=16,
+    top_k=3, rope_original=64, kv_block=16, index_block=16,
+)  # fmt: skip
+D = 32
+
+
+def _backends():
+    for name in registry.backend_names():
+        reason = registry.backend(name).unavailable()
+        unwritten = [op for op in OPERATORS if not registry.written(op, name)]
+        if not reason and unwritten:
+            reason = f"no kernel of {', '.join(unwritten)}"
+        yield pytest.param(name, marks=pytest.mark.skip(reason=f"{name}: {reason}") if reason else ())
+
+
+on_every_backend = pytest.mark.parametrize("backend", list(_backends()))
+of_every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def layer(kind):
+    return getattr(flagops, NAMES[kind])
+
+
+def compressor(draw, series, width, ratio, hidden=D):
+    wkv, wgate = draw(series * width, hidden), draw(series * width, hidden)
+    return CompressorWeights(wkv, wgate, 2 * draw(ratio, series * width).float(), 1 + draw(width).float())
+
+
+def weights(kind, seed=0, config=TINY, hidden=D, lora=16, rank=8, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+
+    heads, width = config.heads, config.head_dim
+    made = AttentionWeights(
+        wq_a=draw(lora, hidden),
+        q_norm=1 + draw(lora).float(),
+        wq_b=draw(heads * width, lora),
+        wkv=draw(width, hidden),
+        kv_norm=1 + draw(width).float(),
+        wo_a=draw(config.groups * rank, heads // config.groups * width),
+        wo_b=draw(hidden, config.groups * rank),
+        attn_sink=draw(heads).float(),
+    )
+    if kind != "sliding":
+        made.compressor = compressor(draw, 2 if kind == "csa" else 1, width, config.ratio(kind), hidden)
+    if kind == "csa":
+        inner = compressor(draw, 2, config.index_dim, config.csa_ratio, hidden)
+        queries = draw(config.index_heads * config.index_dim, lora)
+        made.indexer = IndexerWeights(queries, draw(config.index_heads, hidden), inner)
+    return made
+
+
+def hidden_states(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def in_chunks(kind, x, made, sizes, backend, cache):
+    parts, at = [], cache.position
+    for size in sizes:
+        parts.append(layer(kind)(x[:, at : at + size], made, cache, start=at, backend=backend))
+        at += size
+    return torch.cat(parts, 1)
+
+
+# The specification, sections 4 to 8, in float64 and one token at a time.
+
+
+class Spec:
+    def __init__(self, kind, made, config):
+        self.kind, self.config, self.m = kind, config, config.ratio(kind)
+        self.w, self.margin = made, np.inf
+        half = config.rope_dim // 2
+        theta = (config.rope_base if kind == "sliding" else config.compress_rope_base) ** (-np.arange(half) / half)
+        if kind != "sliding":
+            turns = np.array([config.beta_fast, config.beta_slow])
+            corr = config.rope_dim * np.log(config.rope_original / (2 * np.pi * turns))
+            corr /= 2 * np.log(config.compress_rope_base)
+            low, high = max(np.floor(corr[0]), 0), min(np.ceil(corr[1]), config.rope_dim - 1)
+            ramp = np.clip((np.arange(half) - low) / ((high - low) or 0.001), 0, 1)
+            theta = theta / config.rope_factor * ramp + theta * (1 - ramp)
+        self.theta = theta
+
+    def norm(self, x, weight=1.0):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.config.eps) * weight
+
+    def rope(self, x, p, sign=1):
+        z = x[..., -self.config.rope_dim :: 2] + 1j * x[..., 1 - self.config.rope_dim :: 2]
+        z = z * np.exp(1j * sign * p * self.theta)
+        turned = np.stack([z.real, z.imag], -1).reshape(*x.shape[:-1], self.config.rope_dim)
+        return np.concatenate([x[..., : -self.config.rope_dim], turned], -1)
+
+    def fp8(self, x):
+        if not self.config.official:
+            return x
+        still, block = x[: -self.config.rope_dim].reshape(-1, self.config.kv_block), 448.0
+        scale = 2 ** np.ceil(np.log2(np.maximum(np.abs(still).max(-1, keepdims=True), 1e-4) / block))
+        codes = (still / scale).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(float)
+        return np.concatenate([(codes * scale).ravel(), x[-self.config.rope_dim :]])
+
+    def fp4(self, x):
+        if not self.config.official:
+            return x
+        matrix = np.ones((1, 1))
+        while len(matrix) < x.shape[-1]:
+            matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+        blocks = (x @ matrix / len(matrix) ** 0.5).reshape(*x.shape[:-1], -1, self.config.index_block)
+        scale = 2 ** np.ceil(np.log2(np.abs(blocks).max(-1, keepdims=True) / 6))
+        levels = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # even codes first: they win ties
+        values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        nearest = levels[np.abs(np.abs(blocks / scale)[..., None] - values[levels]).argmin(-1)]
+        return (np.sign(blocks) * values[nearest] * scale).reshape(x.shape)
+
+    def compressed(self, x, w):
+        """Entries, normalised and rotated."""
+        kv, z = x @ w["wkv"].T, x @ w["wgate"].T
+        m, d, entries = self.m, len(w["norm"]), []
+        for i in range(len(x) // m):
+            now = slice(i * m, i * m + m)
+            if self.kind == "hca":
+                values, scores = kv[now], z[now] + w["ape"]
+            else:
+                values, scores = kv[now, d:], z[now, d:] + w["ape"][:, d:]
+                if i:
+                    before = slice(i * m - m, i * m)
+                    values = np.concatenate([kv[before, :d], values])
+                    scores = np.concatenate([z[before, :d] + w["ape"][:, :d], scores])
+            p = np.exp(scores - scores.max(0))
+            entries.append(self.rope(self.norm((p * values).sum(0) / p.sum(0), w["norm"]), i * m))
+        return entries
+
+    def chosen(self, t, x, latent, keys, w):
+        seen = (t + 1) // self.m
+        if seen <= self.config.top_k:
+            return range(seen)
+        q = (w["wq_b"] @ latent).reshape(self.config.index_heads, self.config.index_dim)
+        q = self.fp4(self.rope(q, t))
+        factor = (self.config.index_dim * self.config.index_heads) ** -0.5
+        scores = np.array([(w["weights_proj"] @ x * factor) @ np.maximum(q @ k, 0) for k in keys[:seen]])
+        order = np.argsort(-scores, kind="stable")
+        last, first_out = scores[order[self.config.top_k - 1]], scores[order[self.config.top_k]]
+        self.margin = min(self.margin, (last - first_out) / np.abs(scores).max())
+        return order[: self.config.top_k]
+
+    def __call__(self, x):
+        """One sequence [s, D]."""
+        config, w = self.config, plain(self.w)
+        keys = [self.fp8(self.rope(self.norm(w["wkv"] @ h, w["kv_norm"]), t)) for t, h in enumerate(x)]
+        entries, index_keys = [], []
+        if self.m:
+            entries = [self.fp8(e) for e in self.compressed(x, w["compressor"])]
+        if self.kind == "csa":
+            index_keys = [self.fp4(e) for e in self.compressed(x, w["indexer"]["compressor"])]
+        result = []
+        for t, h in enumerate(x):
+            latent = self.norm(w["wq_a"] @ h, w["q_norm"])
+            q = self.rope(self.norm((w["wq_b"] @ latent).reshape(config.heads, config.head_dim)), t)
+            seen = keys[max(0, t - config.window + 1) : t + 1]
+            if self.kind == "hca":
+                seen = seen + entries[: (t + 1) // self.m]
+            if self.kind == "csa":
+                seen = seen + [entries[i] for i in self.chosen(t, h, latent, index_keys, w["indexer"])]
+            kv = np.array(seen)
+            logits = q @ kv.T * config.head_dim**-0.5
+            p = np.exp(logits)
+            o = p @ kv / (p.sum(1, keepdims=True) + np.exp(w["attn_sink"])[:, None])
+            o = self.rope(o, t, -1).reshape(config.groups, -1)
+            z = [a @ g for a, g in zip(np.split(w["wo_a"], config.groups), o, strict=True)]
+            result.append(w["wo_b"] @ np.concatenate(z))
+        return np.array(result)
+
+
+def plain(w):
+    """Weights as float64 arrays by name."""
+    return {
+        name: plain(x) if hasattr(x, "__dataclass_fields__") else as_numpy(x).astype(float)
+        for name, x in vars(w).items()
+        if x is not None
+    }
+
+
+def expected(kind, x, config=TINY, **options):
+    """The output by the specification, of weights whose top-k leaves no doubt."""
+    for seed in range(100):
+        made = weights(kind, seed, config, **options)
+        spec = Spec(kind, made, config)
+        result = np.array([spec(row) for row in x.double().numpy()])
+        if spec.margin > 1e-3:
+            return made, torch.from_numpy(result)
+    raise AssertionError("no weights with a clear choice")
+
+
+def assert_near(got, want, share=1e-4):
+    assert got.shape == want.shape
+    error, scale = (got.double() - want.double()).abs().max(), want.double().abs().max()
+    assert error <= share * scale, f"off by {float(error)} of {float(scale)}"
+
+
+@on_every_backend
+@of_every_kind
+@pytest.mark.parametrize("official", [True, False])
+def test_equals_the_specification(kind, backend, official):
+    config = copy.copy(TINY)
+    object.__setattr__(config, "official", official)
+    x = hidden_states(2, 37, D)
+    made, want = expected(kind, x, config)
+    cache = AttentionCache(config, kind)
+    assert_near(layer(kind)(x, made, cache, backend=backend), want)
+    assert cache.position == 37
+    cache.reset()
+    assert_near(in_chunks(kind, x, made, [13, 1, 1, 7, 1, 1, 12, 1], backend, cache), want)
+
+
+@on_every_backend
+@of_every_kind
+def test_chunks_of_any_size_give_what_one_call_gives(kind, backend):
+    """Top-k choices and quantisers turn an error of a sum's order into a jump: exact backends are held to them."""
+    config = TINY if backend in ("numba", "numpy") else AttentionConfig(**{**vars(TINY), "official": False, "top_k": 9})
+    x, made = hidden_states(2, 40, D, seed=1), weights(kind, 1, config)
+    want = layer(kind)(x, made, AttentionCache(config, kind), backend=backend)
+
+    @settings(max_examples=3 if backend == "triton" else 15)
+    @given(st.lists(st.integers(0, 20), min_size=1, max_size=12))
+    def run(sizes):
+        total = sum(sizes)
+        sizes = [*sizes, 40 - total] if total <= 40 else [40]
+        assert_near(in_chunks(kind, x, made, sizes, backend, AttentionCache(config, kind)), want, 1e-5)
+
+    run()
+
+
+@on_every_backend
+@of_every_kind
+@pytest.mark.parametrize("length", [1, 3, 4, 7, 8, 9, 15, 16, 17])
+def test_prefill_and_a_step_equal_the_longer_prefill(kind, backend, length):
+    """Around the ends of windows and of the ring."""
+    if backend == "triton" and length not in (3, 8):
+        pytest.skip("slow under the interpreter")
+    config = TINY if backend in ("numba", "numpy") else AttentionConfig(**{**vars(TINY), "official": False, "top_k": 9})
+    x, made = hidden_states(1, length + 1, D, seed=length), weights(kind, 2, config)
+    cache = AttentionCache(config, kind)
+    layer(kind)(x[:, :length], made, cache, backend=backend)
+    step = layer(kind)(x[:, length:], made, cache, backend=backend)
+    whole = layer(kind)(x, made, AttentionCache(config, kind), backend=backend)
+    assert_near(step[:, 0], whole[:, -1], 1e-5)
+
+
+@of_every_kind
+def test_decoding_across_many_turns_of_the_ring(kind):
+    x = hidden_states(1, 70, D, seed=3)
+    made, want = expected(kind, x)
+    assert_near(in_chunks(kind, x, made, [1] * 70, "numba", AttentionCache(TINY, kind)), want)
+
+
+@of_every_kind
+def test_a_short_prompt_after_another_sequence(kind):
+    """An earlier sequence must leave nothing in the compressor: the official code forgets to reset it for s < 4."""
+    made, x = weights(kind), hidden_states(1, 30, D)
+    short = hidden_states(1, 12, D, seed=9)
+    cache = AttentionCache(TINY, kind)
+    layer(kind)(x, made, cache, backend="numba")
+    cache.reset()
+    assert cache.position == 0
+    assert cache.batch is None
+    got = in_chunks(kind, short, made, [3] + [1] * 9, "numba", cache)
+    fresh = in_chunks(kind, short, made, [3] + [1] * 9, "numba", AttentionCache(TINY, kind))
+    assert torch.equal(got, fresh)
+
+
+@of_every_kind
+def test_another_batch_may_come_after_a_reset(kind):
+    made, cache = weights(kind), AttentionCache(TINY, kind)
+    layer(kind)(hidden_states(3, 10, D), made, cache)
+    cache.reset()
+    x = hidden_states(2, 10, D, dtype=torch.float32)
+    assert torch.equal(layer(kind)(x, made, cache), layer(kind)(x, made, AttentionCache(TINY, kind)))
+    assert cache.batch == 2
+
+
+@of_every_kind
+def test_a_row_of_a_batch_is_the_row_alone(kind):
+    made, x = weights(kind), hidden_states(3, 21, D)
+    sizes = [10, 1, 4, 1, 1, 4]
+    together = in_chunks(kind, x, made, sizes, "numba", AttentionCache(TINY, kind))
+    for i in range(3):
+        assert torch.equal(
+            together[i : i + 1], in_chunks(kind, x[i : i + 1], made, sizes, "numba", AttentionCache(TINY, kind))
+        )
+
+
+@of_every_kind
+@pytest.mark.parametrize("layout", ["plain", "fp8"])
+def test_beams_may_be_reordered(kind, layout):
+    dtype = torch.bfloat16
+    made, x = weights(kind, dtype=dtype), hidden_states(3, 22, D, dtype=dtype)
+    order = [2, 0, 0, 1]
+    cache = AttentionCache(TINY, kind, layout=layout)
+    in_chunks(kind, x[:, :13], made, [13], "numba", cache)
+    cache.reorder(torch.tensor(order))
+    assert cache.batch == 4
+    rest = hidden_states(4, 9, D, seed=5, dtype=dtype)
+    got = in_chunks(kind, torch.cat([x[order, :13], rest], 1), made, [1, 1, 5, 2], "numba", cache)
+    other = AttentionCache(TINY, kind, layout=layout)
+    want = in_chunks(kind, torch.cat([x[order, :13], rest], 1), made, [13, 1, 1, 5, 2], "numba", other)
+    assert torch.equal(got, want[:, 13:])
+    with pytest.raises(ValueError, match="expected sequences 0 to 3"):
+        cache.reorder([4])
+
+
+@on_every_backend
+@of_every_kind
+def test_the_fp8_layout_loses_nothing(kind, backend):
+    dtype = torch.bfloat16
+    made, x = weights(kind, dtype=dtype), hidden_states(2, 40, D, dtype=dtype)
+    results = []
+    for layout in ("plain", "fp8"):
+        cache = AttentionCache(TINY, kind, layout=layout, page=5)
+        results.append(in_chunks(kind, x, made, [9, 1, 1, 1, 17, 1, 9, 1], backend, cache))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_the_fp8_layout_is_that_of_584_bytes(library):
+    x = torch.randn(2, 70, 512, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 70)[:, None]
+    x = x.bfloat16()
+    x[:, 3], x[:, 4, :448] = 0, -(2.0**-40)
+    still = x[..., :448]
+    flagops.fp8_fake_quantize(still, 64, out=still, backend="numpy")
+    given_ = x if library == "torch" else as_numpy(x)
+    rows = PackedRows(given_, 2, 448, 64, 64, 64)
+    rows.reserve(71)
+    rows.write(1, given_, "numpy")
+    data = rows.data if library == "torch" else as_torch(rows.data)
+    size = data.shape[2]
+    assert size % 576 == 0
+    assert 64 * 584 <= size < 64 * 584 + 576
+    codes, scale = flagops.fp8_quantize(still, 64, backend="numpy")
+    for entry in (0, 5, 62, 63, 69):
+        page, slot = divmod(entry + 1, 64)
+        there = data[:, page, 576 * slot : 576 * slot + 576]
+        assert torch.equal(there[:, :448], codes[:, entry].view(torch.uint8))
+        assert torch.equal(there[:, 448:], x[:, entry, 448:].contiguous().view(torch.uint8))
+        scales = data[:, page, 64 * 576 + 8 * slot :][:, :8]
+        assert torch.equal(scales[:, :7], scale[:, entry].view(torch.uint8))
+        assert not scales[:, 7].any()
+    back = rows.all(71, "numpy")
+    back = back if library == "torch" else as_torch(back)
+    assert torch.equal(back[:, 1:].view(torch.int16), x.view(torch.int16))
+
+
+def test_numpy_arrays_give_what_tensors_give():
+    for kind in KINDS:
+        made, x = weights(kind), hidden_states(2, 30, D)
+        arrays = copy.deepcopy(made)
+        for part in (arrays, arrays.compressor, arrays.indexer, arrays.indexer and arrays.indexer.compressor):
+            for name, value in vars(part).items() if part else ():
+                if isinstance(value, torch.Tensor):
+                    setattr(part, name, value.numpy())
+        cache = AttentionCache(TINY, kind)
+        got = [layer(kind)(x.numpy()[:, part], arrays, cache) for part in (slice(0, 29), slice(29, 30))]
+        want = in_chunks(kind, x, made, [29, 1], "numba", AttentionCache(TINY, kind))
+        assert_near(torch.from_numpy(np.concatenate(got, 1)), want, 1e-6)
+
+
+@of_every_kind
+def test_small_budgets_change_nothing(kind):
+    made, x = weights(kind), hidden_states(2, 40, D)
+    want = layer(kind)(x, made, AttentionCache(TINY, kind), backend="numba")
+    with flagops.using(budget="8KiB"):
+        got = layer(kind)(x, made, AttentionCache(TINY, kind), backend="numba")
+    assert torch.equal(got, want)
+
+
+@of_every_kind
+def test_room_made_at_once_is_enough(kind):
+    made, x = weights(kind), hidden_states(1, 50, D)
+    cache = AttentionCache(TINY, kind, max_length=50)
+    layer(kind)(x[:, :3], made, cache)
+    held = cache.nbytes
+    in_chunks(kind, x, made, [10] + [1] * 37, "numba", cache)
+    assert cache.nbytes == held
+    with pytest.raises(ValueError, match="51 positions, the cache was made for 50"):
+        layer(kind)(x[:, :1], made, cache)
+
+
+# Calls that do not fit.
+
+
+def _state(cache):
+    """Everything that later calls can read."""
+    rows = cache.config.window + (cache.position // cache.config.ratio(cache.kind) if cache.kind != "sliding" else 0)
+    return [cache.position, cache.keys.all(rows).clone(), copy.deepcopy(cache.states)]
+
+
+def _broken(kind, made, cache, monkeypatch):
+    x = hidden_states(2, 3, D)
+    other = next(k for k in KINDS if k != kind)
+    yield r"the cache is one of a \w+ layer, expected", lambda: layer(other)(x, weights(other), cache)
+    for start in (cache.position - 1, cache.position + 1, 0):
+        yield "expected 13", lambda start=start: layer(kind)(x, made, cache, start=start)
+    yield "x has batch 3, the cache holds batch 2", lambda: layer(kind)(hidden_states(3, 3, D), made, cache)
+    double = weights(kind, dtype=torch.float64)
+    yield "x has dtype float64, the cache holds dtype float32", lambda: layer(kind)(x.double(), double, cache)
+    yield "x has device meta, the cache holds device cpu", lambda: layer(kind)(x.to("meta"), made, cache)
+    yield "x has 31 channels", lambda: layer(kind)(x[..., 1:], made, cache)
+    yield r"expected 3 dimensions \[b, s, D\]", lambda: layer(kind)(x[0], made, cache)
+    narrow = copy.copy(made)
+    narrow.wo_b = made.wo_b[:, 1:]
+    yield "wo_b", lambda: layer(kind)(x, narrow, cache)
+    if kind != "sliding":
+        bare = copy.copy(made)
+        bare.compressor = None
+        yield "the weights hold no compressor", lambda: layer(kind)(x, bare, cache)
+
+
+@of_every_kind
+def test_a_call_that_does_not_fit_leaves_the_cache_as_it_was(kind, monkeypatch):
+    made, x = weights(kind), hidden_states(2, 20, D)
+    cache, untouched = AttentionCache(TINY, kind), AttentionCache(TINY, kind)
+    for each in (cache, untouched):
+        in_chunks(kind, x, made, [13], "numba", each)
+    before = _state(cache)
+    for message, call in _broken(kind, made, cache, monkeypatch):
+        with pytest.raises(ValueError, match=message):
+            call()
+    after = _state(cache)
+    assert after[0] == before[0]
+    assert torch.equal(after[1], before[1])
+    for size in (1, 4, 7):  # a kernel that fails at the end, where windows close or not
+
+        def fail(*args, **kwargs):
+            raise RuntimeError("out of luck")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(flagops, "grouped_output_projection", fail)
+            with pytest.raises(RuntimeError, match="out of luck"):
+                layer(kind)(x[:, 13 : 13 + size], made, cache, backend="numba")
+    got, want = (in_chunks(kind, x, made, [1, 2, 4], "numba", each) for each in (cache, untouched))
+    assert torch.equal(got, want)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"kind must be one of sliding, csa, hca, got 'dense'"):
+        AttentionCache(TINY, "dense")
+    with pytest.raises(ValueError, match="layout must be one of plain, fp8"):
+        AttentionCache(TINY, "csa", layout="int8")
+    with pytest.raises(ValueError, match="exact for quantised keys only; this config has official=False"):
+        AttentionCache(AttentionConfig(official=False), "csa", layout="fp8")
+    with pytest.raises(ValueError, match="the fp8 layout keeps bfloat16, x is float32"):
+        layer("csa")(hidden_states(1, 3, D), weights("csa"), AttentionCache(TINY, "csa", layout="fp8"))
+    with pytest.raises(ValueError, match="blocks of 64 do not divide the 40 channels"):
+        AttentionConfig(head_dim=104)
+    with pytest.raises(ValueError, match="holds no sequence yet"):
+        AttentionCache(TINY, "csa").reorder([0])
+    with pytest.raises(TypeError, match="must be a torch tensor or a NumPy array, got list"):
+        layer("csa")([1.0], weights("csa"), AttentionCache(TINY, "csa"))
+    x = hidden_states(1, 3, D).requires_grad_()
+    with pytest.raises(flagops.Unsupported, match="csa_attention has no backward"):
+        layer("csa")(x, weights("csa"), AttentionCache(TINY, "csa"))
+    with torch.no_grad():
+        layer("csa")(x, weights("csa"), AttentionCache(TINY, "csa"))
+
+
+@of_every_kind
+def test_out_and_empty_calls(kind):
+    made, x = weights(kind), hidden_states(2, 9, D)
+    cache = AttentionCache(TINY, kind)
+    assert layer(kind)(x[:, :0], made, cache).shape == (2, 0, D)
+    assert cache.position == 0
+    out = torch.empty(2, D, 9).mT
+    assert layer(kind)(x, made, cache, 0, out) is out
+    assert torch.equal(out, layer(kind)(x, made, AttentionCache(TINY, kind)))
+
+
+# Against others.
+
+
+@of_every_kind
+def test_names_of_the_checkpoint(kind):
+    made = weights(kind)
+    tensors = {}
+
+    def name(part, prefix):
+        for field, value in vars(part).items():
+            if value is None:
+                continue
+            if hasattr(value, "__dataclass_fields__"):
+                name(value, f"{prefix}{field}.")
+            else:
+                tensors[f"{prefix}{field}" + ("" if field in ("ape", "attn_sink") else ".weight")] = value
+
+    name(made, "layers.3.attn.")
+    tensors["layers.3.attn.wq_a.scale"] = torch.ones(1, 1)
+    read = AttentionWeights.of_checkpoint(tensors, "layers.3.attn.")
+    assert read.wq_a_scale is tensors["layers.3.attn.wq_a.scale"]
+    read.wq_a_scale = None
+    assert plain(read).keys() == plain(made).keys()
+    assert read == made or str(read) == str(made)
+
+
+TRANSFORMERS = {
+    "sliding": "sliding_attention", "csa": "compressed_sparse_attention", "hca": "heavily_compressed_attention",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@of_every_kind
+def test_equals_the_layer_of_transformers(kind, backend):
+    modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+    config = modeling.DeepseekV4Config(
+        vocab_size=64, hidden_size=D, moe_intermediate_size=16, num_hidden_layers=1, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=1, qk_rope_head_dim=8, q_lora_rank=16, o_groups=2, o_lora_rank=8, index_n_heads=16,
+        index_head_dim=16, index_topk=3, sliding_window=8, compress_rope_theta=160000.0, rope_theta=10000.0,
+        max_position_embeddings=1024, layer_types=[TRANSFORMERS[kind]], attn_implementation="eager",
+        compress_rates={TRANSFORMERS["csa"]: 4, TRANSFORMERS["hca"]: 8},
+        rope_scaling={"type": "yarn", "factor": 16, "beta_fast": 32, "beta_slow": 1,
+                      "original_max_position_embeddings": 64},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    attention = modeling.DeepseekV4Attention(config, 0).eval().requires_grad_(False)
+    for parameter in attention.parameters():
+        noise = torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5
+        parameter.copy_(1 + noise if parameter.dim() == 1 and parameter is not attention.sinks else noise)
+    s = 60
+    x, positions = torch.randn(2, s, D), torch.arange(s)[None].expand(2, -1)
+    rotary = modeling.DeepseekV4RotaryEmbedding(config)
+    tables = {name: rotary(x, positions, name) for name in ("main", "compress")}
+    far = torch.arange(s)[:, None] - torch.arange(s)
+    mask = torch.zeros(s, s).masked_fill((far < 0) | (far >= 8), -torch.inf).expand(2, 1, s, s)
+    want = attention(x, tables, positions, mask)[0]
+    made = of_transformers(attention)
+    shape = AttentionConfig.of_transformers(config)
+    assert not shape.official
+    got = layer(kind)(x, made, AttentionCache(shape, kind), backend=backend)
+    assert_near(got, want)
+    steps = in_chunks(kind, x, made, [30, 1, 1, 7, *[1] * 21], backend, AttentionCache(shape, kind))
+    assert_near(steps, want)
+
+
+def of_transformers(attention):
+    """The weights of a transformers layer."""
+
+    def inner(part):
+        return CompressorWeights(part.kv_proj.weight, part.gate_proj.weight, part.position_bias, part.kv_norm.weight)
+
+    found = AttentionWeights(
+        attention.q_a_proj.weight, attention.q_a_norm.weight, attention.q_b_proj.weight, attention.kv_proj.weight,
+        attention.kv_norm.weight, attention.o_a_proj.weight, attention.o_b_proj.weight, attention.sinks,
+    )  # fmt: skip
+    if attention.compressor is not None:
+        found.compressor = inner(attention.compressor)
+        indexer = getattr(attention.compressor, "indexer", None)
+        if indexer is not None:
+            proj = indexer.scorer.weights_proj.weight
+            found.indexer = IndexerWeights(indexer.q_b_proj.weight, proj, inner(indexer))
+    return found
+
+
+WIDE = AttentionConfig(
+    heads=4, head_dim=128, rope_dim=64, groups=2, window=8, csa_ratio=4, hca_ratio=8, index_heads=4, index_dim=128,
+    top_k=3, rope_original=64,
+)  # fmt: skip
+
+
+@of_every_kind
+def test_projections_in_the_checkpoints_formats(kind):
+    """FP8 and packed FP4 weights, against the same weights expanded."""
+    if not registry.written("fp8_matmul", "numpy"):
+        pytest.skip("no fp8_matmul yet")
+    made = weights(kind, 0, WIDE, hidden=256, lora=128, rank=128, dtype=torch.bfloat16)
+    coded, expanded = copy.copy(made), copy.copy(made)
+    for name in ("wq_a", "wq_b", "wkv"):
+        weight = getattr(made, name)
+        if name == "wq_b":
+            packed, scale = flagops.fp4_quantize(weight, backend="numpy")
+            setattr(expanded, name, flagops.fp4_dequantize(packed, scale))
+        else:
+            blocks = weight.unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).transpose(1, 2)
+            packed, scale = flagops.fp8_quantize(blocks.flatten(2).contiguous(), 128 * 128, backend="numpy")
+            packed = packed.view(torch.uint8).view(*blocks.shape).transpose(1, 2).reshape(weight.shape)
+            packed, scale = packed.view(torch.float8_e4m3fn), scale.view(torch.uint8)[..., 0].view(torch.float8_e8m0fnu)
+            setattr(expanded, name, flagops.fp8_dequantize(packed, scale))
+        setattr(coded, name, packed)
+        setattr(coded, f"{name}_scale", scale)
+    x = hidden_states(1, 30, 256, dtype=torch.bfloat16)
+    got = layer(kind)(x, coded, AttentionCache(WIDE, kind), backend="numpy").float()
+    want = layer(kind)(x, expanded, AttentionCache(WIDE, kind), backend="numpy").float()
+    assert (got - want).norm() < 0.15 * want.norm()
+    assert not torch.equal(got, want)
