@@ -31,6 +31,7 @@ FP4_TILE, FP8_TILE = (
 )
 QUANTIZE = importlib.import_module("flagops.kernels.quantize_triton")
 QMATMUL = importlib.import_module("flagops.kernels.qmatmul_triton").TILES
+HYPER = importlib.import_module("flagops.kernels.hyper_triton")
 TARGETS = {
     "sm_90": (GPUTarget("cuda", 90, 32), "cuda", 227 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "hip", 64 << 10),
@@ -204,6 +205,81 @@ ENTRIES = [
         for kind in ("fp8", "fp4")
         for converts, tiles in ((True, QMATMUL["cuda"]), (False, QMATMUL["hip"]))
         for tile in tiles
+    ),
+    Entry(
+        "hyper_triton", "split_kernel", dict.fromkeys(("mix", "scale", "base", "pre", "post", "comb"), "dtype"),
+        FLOATS[2:], units=("mix_c",), scalars={"eps_bits": "i64"}, label="four streams",
+        constants={"N": 4, "P": 4}, fixed=HYPER.SPLIT,
+    ),
+    Entry(
+        "hyper_triton", "project_kernel", {"x": "dtype", "fn": "acc", "sums": "acc"}, FLOATS,
+        units=("x_d", "fn_k"), label="24 columns", constants={"C": 24, "PC": 32, "PRECISION": "ieee"},
+        fixed=HYPER.PROJECT,
+    ),
+    Entry(
+        "hyper_triton", "collapse_kernel",
+        {"x": "dtype", "y": "dtype"} | dict.fromkeys(("sums", "scale", "base", "post", "comb"), "acc"), FLOATS,
+        units=("x_d",), scalars={"eps_bits": "i64", "norm_bits": "i64"}, label="four streams",
+        constants={"FULL": True, "C": 24, "N": 4, "P": 4}, fixed=HYPER.COLLAPSE,
+    ),
+    Entry(
+        "hyper_triton", "mix_kernel",
+        dict.fromkeys(("x", "y", "out"), "dtype") | dict.fromkeys(("post", "comb"), "acc"), FLOATS,
+        units=("y_d", "x_d", "post_n", "comb_k", "out_d"), label="four streams", constants={"N": 4, "P": 4},
+        fixed=HYPER.MIX,
+    ),
+    *(
+        Entry(
+            "experts_triton", "coded_kernel",
+            {"a": "bf16", "b": "u8", "scale": "u8", "out": "dtype", "work": "i32", "rows": "i64"}, ("bfloat16",),
+            units=("b_k", "scale_k"), label=f"{'FP4' if four else 'FP8'} {'converted' if converts else 'by bits'}",
+            constants={"GATHER": True, "EVEN": True, "FOUR": four, "CONVERT": converts}, fixed=tile,
+            only="sm_90" if converts else "gfx942",
+        )
+        for four in (True, False)
+        for converts, tiles in ((True, QMATMUL["cuda"]), (False, QMATMUL["hip"]))
+        for tile in tiles
+    ),
+    *(
+        Entry(
+            "experts_triton", "grouped_kernel",
+            {"a": "dtype", "b": "dtype", "out": "dtype", "work": "i32", "rows": "i64"}, dtypes,
+            units=("a_k", "b_k", "out_n"), constants={"GATHER": True, "EVEN": True, "PRECISION": "ieee"},
+            fixed={"BM": m, "BN": n, "BK": k, "num_warps": warps, "num_stages": stages},
+        )
+        for dtypes, m, n, k, warps, stages in (
+            (HALF, 16, 64, 128, 4, 2), (HALF, 128, 128, 64, 8, 2), (FLOATS[2:], 64, 64, 16, 8, 2),
+        )
+    ),
+    Entry(
+        "experts_triton", "activate_kernel",
+        {"both": "dtype", "order": "i64", "weights": "acc", "out": "dtype"}, FLOATS, units=("weights_k",),
+        scalars={"limit_bits": "i64"}, constants={"FAKE": False, "FOUR": False}, fixed={"ROWS": 8, "num_warps": 4},
+    ),
+    Entry(
+        "experts_triton", "activate_kernel",
+        {"both": "dtype", "order": "i64", "weights": "acc", "out": "bf16"}, FLOATS[:3], units=("weights_k",),
+        scalars={"limit_bits": "i64"}, label="to FP8", constants={"FAKE": True, "FOUR": True},
+        fixed={"ROWS": 8, "num_warps": 4},
+    ),
+    Entry(
+        "experts_triton", "fake_kernel", {"x": "dtype", "out": "bf16"}, FLOATS[:3], units=("x_d",),
+        constants={"FOUR": True}, fixed={"ROWS": 8, "num_warps": 4},
+    ),
+    Entry(
+        "experts_triton", "combine_kernel", {"y": "dtype", "position": "i64", "shared": "dtype", "out": "dtype"},
+        FLOATS, units=("shared_d", "out_d"), constants={"SHARED": True}, fixed={"BLOCK": 512, "num_warps": 4},
+    ),
+    Entry(
+        "moe_triton", "route_kernel",
+        {"z": "dtype", "bias": "dtype", "table": "i64", "tokens": "i64", "weights": "dtype", "indices": "i32"},
+        FLOATS[2:], units=("bias_e", "table_k", "tokens_t", "weights_k", "indices_k"), scalars={"scale_bits": "i64"},
+        constants={"K": 6, "SLOTS": 8, "BIAS": True, "TABLE": False}, fixed={"ROWS": 4, "BLOCK": 256, "num_warps": 4},
+    ),
+    Entry(
+        "moe_triton", "swiglu_kernel", {"gate": "dtype", "up": "dtype", "weight": "acc", "out": "dtype"}, FLOATS,
+        units=("gate_n", "up_n", "out_n"), scalars={"limit_bits": "i64"}, constants={"WEIGHT": True},
+        fixed={"ROWS": 1, "BLOCK": 1024, "num_warps": 4},
     ),
 ]  # fmt: skip
 
