@@ -114,7 +114,7 @@ def case(op: Operator, workload: str, dtype: str | None = None) -> testing.Case:
         except ValueError as error:
             raise Unsupported(f"{op.name}: {source} {error}") from None
     else:
-        dtypes = testing.dtypes_near(op, dtype)
+        dtypes = testing.dtypes_near(op, dtype, found.absent)
         if op.result_dtype(dtypes, scalars) != dtype:
             raise Unsupported(f"{op.name} does not run in {dtype}")
     return dataclasses.replace(found, dtypes=tuple(dtypes.items()), scalars=tuple(scalars.items()))
@@ -227,7 +227,8 @@ def excerpt(
     part = {n: arrays.codes(x) if arrays.is_torch(x) else x for n, x in named.items()}
     for word in (*rows, words[-1]):
         if word == words[-1]:
-            if "*" in word or word in op.tensors[first].axes.split():
+            blocks = any(f"{word}b" in t.axes.split() and part[n] is not None for n, t in op.tensors.items())
+            if "*" in word or word in op.tensors[first].axes.split() or blocks:
                 continue
             limit = 512
         else:
@@ -374,7 +375,8 @@ def prepare(op: Operator, workload: str, device: str = "cpu", dtype: str | None 
 def compare(trial: Trial, calls: Mapping[str, Call], baselines: Mapping[str, Call], settings: Settings) -> list[Row]:
     """Check, then time every candidate at a workload; all are called as ``call(*inputs, out)``.
 
-    A candidate that is wrong, before or after it was timed, has no times; ratios are to the first baseline.
+    A candidate that is wrong, before or after it was timed, has no times; ratios are to the first baseline. A candidate
+    may have `prepare(*inputs)`, which is run on every set before, for what is not to be timed.
     """
     import torch
 
@@ -386,6 +388,10 @@ def compare(trial: Trial, calls: Mapping[str, Call], baselines: Mapping[str, Cal
             if not rows[name].problem:
                 rows[name].memory = extra_memory(lambda call=call: call(*sets[0], out), settings.device)  # type: ignore[misc]
         able = {name: call for name, call in every.items() if not rows[name].problem}
+        for call in able.values():
+            prepare = getattr(call, "prepare", lambda *_: None)
+            for given in sets:
+                prepare(*given)
         times = alternate(able, sets, out, settings)
         for name, call in able.items():
             _attempt(trial, rows[name], call, -1)

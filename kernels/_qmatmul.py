@@ -241,7 +241,7 @@ def product(name: str, a: View, a_scale: Scales | None, b: View, b_scale: Scales
         target = out.address, out.strides[-1], where
         if packed:
             nc = min(_WIDTH, max(_UNIT, -(-n * blocks // (4 * count * _UNIT)) * _UNIT))
-            kernel, shape, table = _fp4, (rows, n, k // 32, mc, nc), (pointer(_products()),)
+            kernel, shape, table = _fp4, (rows, n, k // 32, mc, nc), (pointer(_products()),)  # type: Any, Any, Any
         else:
             nc = BLOCK
             while nc > 32 and -(-n // nc) * blocks < 4 * count:

@@ -8,26 +8,58 @@ from flagops.registry import kernel
 
 from ._triton import too_long
 from .matmul_triton import product
+from .qmatmul_triton import fp8_kernel, quantized_product
+from .quantize_triton import fp8_quantize
 
 
 def grouped_output_projection_unsupported(
-    o: torch.Tensor, wo_a: torch.Tensor, wo_b: torch.Tensor, groups: int
+    o: torch.Tensor,
+    wo_a: torch.Tensor,
+    wo_b: torch.Tensor,
+    groups: int,
+    wo_a_scale: torch.Tensor | None,
+    wo_b_scale: torch.Tensor | None,
 ) -> str | None:
+    if o.dtype == torch.float64 and not (wo_a_scale is None and wo_b_scale is None):
+        return "FP8 weights with float64 activations"
     return too_long(o, wo_a, wo_b)
 
 
 @kernel(deterministic=True)
 def grouped_output_projection(
-    o: torch.Tensor, wo_a: torch.Tensor, wo_b: torch.Tensor, groups: int, out: torch.Tensor
+    o: torch.Tensor,
+    wo_a: torch.Tensor,
+    wo_b: torch.Tensor,
+    groups: int,
+    wo_a_scale: torch.Tensor | None,
+    wo_b_scale: torch.Tensor | None,
+    out: torch.Tensor,
 ) -> None:
-    """Heads whose strides do not merge into a group's one axis are copied first."""
+    """Heads whose strides do not merge into a group's one axis are copied first; FP8 weights take a group at a time."""
     if out.numel() == 0:
         return
     if o.dim() == 2:
         o, out = o[None], out[None]
     tokens, rank, width = o.shape[:-2], wo_a.shape[0] // groups, wo_a.shape[1]
-    z = o.new_empty((*tokens, groups * rank))
-    rows = math.prod(tokens)
+    rows, padding = math.prod(tokens), 0 if wo_b_scale is None else -wo_a.shape[0] % 128
+    z = o.new_zeros((rows, groups * rank + padding)) if padding else o.new_empty((rows, groups * rank))
     inner = o.reshape(rows, groups, width).transpose(0, 1)
-    product(inner, wo_a.view(groups, rank, width).mT, None, z.view(rows, groups, rank).transpose(0, 1))
-    product(z, wo_b.t(), None, out)
+    if wo_a_scale is None:
+        to = z[:, : groups * rank].unflatten(1, (groups, rank)).transpose(0, 1)
+        product(inner, wo_a.view(groups, rank, width).mT, None, to)
+    else:
+        for group in range(groups):
+            last = (group + 1) * rank
+            cut = min(-(-group * rank // 128) * 128, last)  # from there on the rows begin with a row of blocks
+            for part in (slice(group * rank, cut), slice(cut, last)):
+                if part.start < part.stop:
+                    scale = wo_a_scale[part.start // 128 :]
+                    quantized_product(fp8_kernel, inner[group], None, wo_a[part], scale, z[:, part])
+    if wo_b_scale is None:
+        product(z.view(*tokens, groups * rank), wo_b.t(), None, out)
+        return
+    codes = torch.empty_like(z, dtype=torch.uint8)
+    scale = codes.new_empty(rows, codes.shape[1] // 128)
+    fp8_quantize(z, 128, True, "float8_e8m0fnu", (codes, scale))
+    a, factors = (x.view(*tokens, x.shape[1]) for x in (codes, scale))
+    quantized_product(fp8_kernel, a[..., : groups * rank], factors, wo_b, wo_b_scale, out)

@@ -14,7 +14,7 @@ import triton.language as tl
 from flagops import config
 from flagops.registry import kernel
 
-from ._triton import INTERPRET, dot, launch, narrow, processors, target, too_long
+from ._triton import INTERPRET, dot, launch, narrow, precision, processors, target, too_long
 from .dequantize_triton import power_of_two
 from .matmul_torch import matrix
 from .matmul_triton import sum_kernel
@@ -76,6 +76,7 @@ def fp8_kernel(
     a, a_scale, b, b_scale, out, M, N, K, span,
     a_m, a_k, a_scale_m, a_scale_k, b_n, b_k, b_scale_n, b_scale_k, out_part, out_m, out_n,
     BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, CONVERT: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows, columns = place(M, N, BM, BN, GROUP)
     row, column = (rows % M).to(tl.int64), (columns % N).to(tl.int64)
@@ -86,7 +87,7 @@ def fp8_kernel(
     a_scale += row * a_scale_m + start // 128 * a_scale_k
     b_scale += column // 128 * b_scale_n + start // 128 * b_scale_k
     step = tl.full((), 128, tl.int64)
-    shift: tl.constexpr = 1.0 if CONVERT else 65536.0
+    shift: tl.constexpr = 1.0 if CONVERT else 256.0  # for each side
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     end = min(K, start + span)
     for k in range(start, end, 128):
@@ -95,9 +96,14 @@ def fp8_kernel(
         else:
             left = tl.arange(0, 128) < end - k
             x, w = tl.load(a_tile, left[None, :], other=0), tl.load(b_tile, left[:, None], other=0)
-        scale = factor(tl.load(a_scale))[:, None] * factor(tl.load(b_scale))[None, :]
-        part = dot(half(x, CONVERT), half(w, CONVERT), tl.zeros((BM, BN), dtype=tl.float32), "ieee")
-        acc += part * shift * scale
+        scale = factor(tl.load(b_scale))[None, :]
+        w = half(w, CONVERT)
+        if PLAIN:  # the weights in the dtype of the activations, which have no scales
+            w = narrow(w.to(tl.float32) * shift * scale, x.dtype)
+            acc = dot(x, w, acc, PRECISION)
+        else:
+            part = dot(half(x, CONVERT), w, tl.zeros((BM, BN), dtype=tl.float32), "ieee")
+            acc += part * (shift * shift) * (factor(tl.load(a_scale))[:, None] * scale)
         a_tile += step * a_k
         b_tile += step * b_k
         a_scale += a_scale_k
@@ -164,14 +170,15 @@ def _converts(device: torch.device) -> bool:
     return not INTERPRET.value and target(device) == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _product(
-    run: Any, a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, out: Any
+def quantized_product(
+    run: Any, a: torch.Tensor, a_scale: torch.Tensor | None, b: torch.Tensor, b_scale: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """Few tiles split K, and their parts are added in order."""
+    """Few tiles split K, and their parts are added in order. Activations without scales are floats."""
     if not out.numel():
         return
     (*lead, n), k, device = out.shape, a.shape[-1], out.device
-    x, scale = matrix(a.expand(*lead, k)), matrix(a_scale.expand(*lead, a_scale.shape[-1]))
+    x = matrix(a.expand(*lead, k))
+    scale = b_scale if a_scale is None else matrix(a_scale.expand(*lead, a_scale.shape[-1]))
     result = matrix(out if out.is_contiguous() else out.new_empty(out.shape))
     m, size = len(result), result.numel()
     tiles = TILES[target(device)]
@@ -181,6 +188,7 @@ def _product(
     parts = min(processors(device) // programs, blocks // 4, 16, config.budget() // 4 // (8 * size))
     span = triton.cdiv(blocks, max(parts, 1))
     parts = triton.cdiv(blocks, span) if blocks else 1
+    kinds = {"PLAIN": a_scale is None, "PRECISION": precision()} if run is fp8_kernel else {}
     to, part = result, 0
     if parts > 1:
         to, part = torch.empty((parts, m, n), dtype=torch.float32, device=device), size
@@ -188,7 +196,7 @@ def _product(
         run, (programs, parts), device,
         x, scale, b, b_scale, to, m, n, k, 128 * span,
         *x.stride(), *scale.stride(), *b.stride(), *b_scale.stride(), part, *to.stride()[-2:],
-        GROUP=8, EVEN=k % 128 == 0, CONVERT=_converts(device), **tile,
+        GROUP=8, EVEN=k % 128 == 0, CONVERT=_converts(device), **kinds, **tile,
     )  # fmt: skip
     if parts > 1:
         launch(
@@ -210,7 +218,7 @@ def fp8_matmul(
     a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, dtype: str, out: torch.Tensor
 ) -> None:
     """The product of each block of 128 is scaled by both scales, multiplied first."""
-    _product(fp8_kernel, a, a_scale, b, b_scale, out)
+    quantized_product(fp8_kernel, a, a_scale, b, b_scale, out)
 
 
 def fp4_matmul_unsupported(
@@ -224,4 +232,4 @@ def fp4_matmul(
     a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, dtype: str, out: torch.Tensor
 ) -> None:
     """The weights take their scales along, the products those of the activations."""
-    _product(fp4_kernel, a, a_scale, b, b_scale, out)
+    quantized_product(fp4_kernel, a, a_scale, b, b_scale, out)

@@ -75,23 +75,33 @@ def tiled(scale: Array, rows: int, columns: int) -> Array:
     return along(np.repeat(scale, BLOCK, 0)[:rows], columns)
 
 
-def scaled_bound(exact: Array, factors: tuple[Array, ...], terms: int, dtype: str) -> Array:
+def scaled_bound(exact: Array, absolute: Array, reach: Array, terms: int, dtype: str) -> Array:
     """How far a sum of ``a sa b sb`` may lie from the exact one, its factors multiplied in any order in float32.
 
-    factors: a, sa ``[..., k]``, b, sb ``[n, k]``. Each of the sum's ``terms`` roundings and four of the scaling cost u
-    of the sum of the magnitudes; what falls below float32's range, at any step and with a power of two up to 2^8
-    moved to the end, costs its smallest subnormal times the other factors. Infinite where a product of some of the
-    factors, or the sum, may overflow.
+    absolute: the sum of the magnitudes. reach: that of ``(1 + |a|) (1 + |sa|) (1 + |b|) (1 + |sb|)``, more than any
+    product of some of the factors. Each of the sum's ``terms`` roundings and four of the scaling cost u of
+    ``absolute``; what falls below float32's range, at any step and with a power of two up to 2^8 moved to the end,
+    costs its smallest subnormal times the other factors. Infinite where a product of some of the factors, or the sum,
+    may overflow.
     """
     acc, out = unit("float32"), unit(dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
-        a, sa, b, sb = (np.where(np.isnan(x), 0, np.abs(x)) for x in factors)
-        absolute = np.matmul(magnitude(a * sa), magnitude(b * sb).T)
-        reach = np.matmul((1 + a) * (1 + sa), ((1 + b) * (1 + sb)).T)
-        error = (terms + 4) * acc.u * absolute + 256 * acc.tiny * reach
-        rounding = 0.0 if out == acc else out.u * (magnitude(exact) + error) + out.tiny
-        inside = reach <= acc.largest * (1 - (terms + 4) * acc.u)
+    error = (terms + 4) * acc.u * absolute + 256 * acc.tiny * reach
+    rounding = 0.0 if out.u <= acc.u else out.u * (magnitude(exact) + error) + out.tiny
+    inside = reach <= acc.largest * (1 - (terms + 4) * acc.u)
     return np.where(inside, error + rounding + acc.tiny, np.inf)
+
+
+def sizes(code: Array, scale: Array) -> tuple[Array, Array]:
+    """What `scaled_bound` sums: magnitudes of scaled codes, and what is larger than either; NaN counts as 0."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        code, scale = (np.where(np.isnan(x), 0, np.abs(x)) for x in (code, scale))
+        return magnitude(code * scale), (1 + code) * (1 + scale)
+
+
+def _bound(exact: Array, a: tuple[Array, Array], b: tuple[Array, Array], terms: int, dtype: str) -> Array:
+    with np.errstate(invalid="ignore", over="ignore"):
+        absolute, reach = (np.matmul(x, y.T) for x, y in zip(sizes(*a), sizes(*b), strict=True))
+    return scaled_bound(exact, absolute, reach, terms, dtype)
 
 
 def _flops(dims: Dims, batch: tuple[int, ...]) -> float:
@@ -156,10 +166,10 @@ def fp8_matmul(a: Array, a_scale: Array, b: Array, b_scale: Array, dtype: str = 
 
 
 def fp8_matmul_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
-    a, b = arguments["a"], arguments["b"]
-    n, k = b.shape
-    factors = e4m3(a), along(arguments["a_scale"], k), e4m3(b), tiled(arguments["b_scale"], n, k)
-    return scaled_bound(exact, factors, k + blocks(k), dtype)
+    n, k = arguments["b"].shape
+    a = e4m3(arguments["a"]), along(arguments["a_scale"], k)
+    b = e4m3(arguments["b"]), tiled(arguments["b_scale"], n, k)
+    return _bound(exact, a, b, k + blocks(k), dtype)
 
 
 def _fp4_blocks(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
@@ -219,5 +229,6 @@ def fp4_matmul(a: Array, a_scale: Array, b: Array, b_scale: Array, dtype: str = 
 
 def fp4_matmul_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
     k = arguments["a"].shape[-1]
-    factors = e4m3(arguments["a"]), along(arguments["a_scale"], k), e2m1(arguments["b"])
-    return scaled_bound(exact, (*factors, along(arguments["b_scale"], k, 32)), k + k // 32, dtype)
+    a = e4m3(arguments["a"]), along(arguments["a_scale"], k)
+    b = e2m1(arguments["b"]), along(arguments["b_scale"], k, 32)
+    return _bound(exact, a, b, k + k // 32, dtype)
