@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 GATHERED = 256 << 20
@@ -26,8 +27,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     out.copy_(F.linear(x, weight, bias))
 
 
-def grouped_output_projection(o: Tensor, wo_a: Tensor, wo_b: Tensor, groups: int, out: Tensor) -> None:
-    """As transformers does it: a batched product over groups, then a linear layer."""
+def grouped_output_projection(
+    o: Tensor,
+    wo_a: Tensor,
+    wo_b: Tensor,
+    groups: int,
+    wo_a_scale: Tensor | None,
+    wo_b_scale: Tensor | None,
+    out: Tensor,
+) -> None:
+    """As transformers does it: a batched product over groups, then a linear layer; FP8 weights expanded before."""
+    wo_a = wo_a if wo_a_scale is None else _expanded(wo_a, wo_a_scale, (128, 128))
+    wo_b = wo_b if wo_b_scale is None else _expanded(wo_b, wo_b_scale, (128, 128))
     grouped = o.reshape(-1, groups, wo_a.shape[1]).transpose(0, 1)
     inner = torch.bmm(grouped, wo_a.view(groups, -1, wo_a.shape[1]).transpose(1, 2))
     out.copy_(F.linear(inner.transpose(0, 1).reshape(*o.shape[:-2], wo_a.shape[0]), wo_b))
@@ -46,6 +57,44 @@ def fp8_dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype:
     rows, columns = weight.shape
     scales = _scales(scale).repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
     out.copy_(weight.view(torch.float8_e4m3fn).float() * scales)
+
+
+def fp8_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: str, out: Tensor) -> None:
+    """torch's product of what both sides are in bfloat16, expanded before."""
+    torch.matmul(_expanded(a, a_scale, (1, 128)), _expanded(b, b_scale, (128, 128)).T, out=out)
+
+
+def fp4_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: str, out: Tensor) -> None:
+    """torch's product of what both sides are in bfloat16, expanded before."""
+    torch.matmul(_expanded(a, a_scale, (1, 128)), _expanded(b, b_scale, (1, 32)).T, out=out)
+
+
+def _expanded(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """FP8 or packed FP4 in bfloat16, kept for as long as the codes are."""
+    if codes not in _kept:
+        columns = codes.shape[-1] * 2 if block[1] == 32 else codes.shape[-1]
+        out = torch.empty(*codes.shape[:-1], columns, dtype=torch.bfloat16, device=codes.device)
+        if block[1] == 32:
+            fp4_dequantize(codes, scale, "bfloat16", out)
+        else:
+            fp8_dequantize(codes, scale.expand(-(-len(codes) // block[0]), -1), block, "bfloat16", out)
+        _kept[codes] = out
+    return _kept[codes]
+
+
+_kept: Any = WeakTensorKeyDictionary()
+
+
+def _prepared(baseline: Callable[..., Any], *pairs: tuple[int, int, tuple[int, int]]) -> Callable[..., Any]:
+    """A baseline whose codes, given by their positions and those of their scales, are expanded before it is timed."""
+
+    def prepare(*inputs: Any) -> None:
+        for codes, scale, block in pairs:
+            if inputs[scale] is not None:
+                _expanded(inputs[codes], inputs[scale], block)
+
+    baseline.prepare = prepare  # type: ignore[attr-defined]
+    return baseline
 
 
 def sparse_attention(q: Tensor, kv: Tensor, sink: Tensor | None, indices: Tensor, scale: float, out: Tensor) -> None:
@@ -76,8 +125,12 @@ def _fp4_table() -> Tensor:
 BASELINES: dict[str, dict[str, Callable[..., Any]]] = {
     "matmul": {"torch.matmul": matmul},
     "linear": {"torch linear": linear},
-    "grouped_output_projection": {"torch bmm, linear": grouped_output_projection},
+    "grouped_output_projection": {
+        "torch bmm, linear": _prepared(grouped_output_projection, (1, 4, (128, 128)), (2, 5, (128, 128)))
+    },
     "fp4_dequantize": {"torch table lookup": fp4_dequantize},
     "fp8_dequantize": {"torch cast, scale": fp8_dequantize},
     "sparse_attention": {"torch eager gather": sparse_attention},
+    "fp8_matmul": {"torch bfloat16, expanded": _prepared(fp8_matmul, (0, 1, (1, 128)), (2, 3, (128, 128)))},
+    "fp4_matmul": {"torch bfloat16, expanded": _prepared(fp4_matmul, (0, 1, (1, 128)), (2, 3, (1, 32)))},
 }

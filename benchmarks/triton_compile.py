@@ -32,6 +32,7 @@ FP4_TILE, FP8_TILE = (
 QUANTIZE = importlib.import_module("flagops.kernels.quantize_triton")
 QMATMUL = importlib.import_module("flagops.kernels.qmatmul_triton").TILES
 HYPER = importlib.import_module("flagops.kernels.hyper_triton")
+COMPRESS, INDEXER = (importlib.import_module(f"flagops.kernels.{name}_triton") for name in ("compress", "indexer"))
 TARGETS = {
     "sm_90": (GPUTarget("cuda", 90, 32), "cuda", 227 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "hip", 64 << 10),
@@ -199,12 +200,23 @@ ENTRIES = [
             "qmatmul_triton", f"{kind}_kernel",
             {"a": "u8", "a_scale": "u8", "b": "u8", "b_scale": "u8", "out": "dtype"}, ("bfloat16",),
             units=("a_k", "a_scale_k", "b_k", "b_scale_k", "out_n"), label="converted" if converts else "by bits",
-            constants={"GROUP": 8, "EVEN": True, "CONVERT": converts}, fixed=tile,
+            constants={"GROUP": 8, "EVEN": True, "CONVERT": converts, **more}, fixed=tile,
             only="sm_90" if converts else "gfx942",
         )
-        for kind in ("fp8", "fp4")
+        for kind, more in (("fp8", {"PLAIN": False, "PRECISION": "ieee"}), ("fp4", {}))
         for converts, tiles in ((True, QMATMUL["cuda"]), (False, QMATMUL["hip"]))
         for tile in tiles
+    ),
+    *(
+        Entry(
+            "qmatmul_triton", "fp8_kernel",
+            {"a": "dtype", "a_scale": "u8", "b": "u8", "b_scale": "u8", "out": "dtype"}, ("bfloat16", "float32"),
+            units=("a_k", "a_scale_k", "b_k", "b_scale_k", "out_n"), label="plain activations",
+            constants={"GROUP": 8, "EVEN": True, "CONVERT": kind == "cuda", "PLAIN": True, "PRECISION": "ieee"},
+            fixed=tile, only="sm_90" if kind == "cuda" else "gfx942",
+        )
+        for kind in ("cuda", "hip")
+        for tile in QMATMUL[kind]
     ),
     Entry(
         "hyper_triton", "split_kernel", dict.fromkeys(("mix", "scale", "base", "pre", "post", "comb"), "dtype"),
@@ -280,6 +292,40 @@ ENTRIES = [
         "moe_triton", "swiglu_kernel", {"gate": "dtype", "up": "dtype", "weight": "acc", "out": "dtype"}, FLOATS,
         units=("gate_n", "up_n", "out_n"), scalars={"limit_bits": "i64"}, constants={"WEIGHT": True},
         fixed={"ROWS": 1, "BLOCK": 1024, "num_warps": 4},
+    ),
+    *(
+        Entry(
+            "compress_triton", name,
+            dict.fromkeys(("kv", "scores", "bias", "kv_state", "score_state"), "acc") | {"entries": "dtype"}, dtypes,
+            units=("bias_c", "kv_c", "score_c", *["entry_d"][: name == "pool_kernel"]), fixed=tile,
+        )
+        for name, dtypes, tile in (
+            ("pool_kernel", ("bfloat16", "float32", "float64"), COMPRESS.POOL),
+            ("advance_kernel", ("float32", "float64"), COMPRESS.ADVANCE),
+        )
+    ),
+    *(
+        Entry(
+            "indexer_triton", "score_kernel",
+            dict.fromkeys(("q", "keys"), "dtype") | {"weights": "acc", "visible": "i32", "scores": keys}, dtypes,
+            units=("q_d", "key_d", "weight_h", "visible_s"), label=label,
+            constants={"WHOLE": whole, "VISIBLE": True, "PRECISION": "ieee"},
+        )
+        for keys, dtypes, label, whole in (
+            ("i32", HALF, "whole keys", True),
+            ("i32", ("bfloat16", "float32"), "in pieces", False),
+            ("i64", ("float64",), "in pieces", False),
+        )
+    ),
+    *(
+        Entry(
+            "indexer_triton", "select_kernel",
+            dict.fromkeys(("places", "visible", "to_places"), "i32") | {"keys": keys, "to_keys": keys}, dtypes,
+            units=("visible_s", "to_k"), label="of a list" if listed else "of scores",
+            constants={"LISTED": listed, "LAST": listed, "VISIBLE": True}, fixed=INDEXER.SELECT,
+        )
+        for keys, dtypes in (("i32", ("float32",)), ("i64", ("float64",)))
+        for listed in (False, True)
     ),
 ]  # fmt: skip
 
