@@ -23,6 +23,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 def pytest_addoption(parser):
     parser.addoption("--backend", action="append", help="hold only these backends to the parity suite")
+    parser.addoption(
+        "--device", default="cpu", help="where the ranks of distributed tests compute: cpu, or cuda with NCCL"
+    )
 
 
 def pytest_generate_tests(metafunc):

@@ -1,0 +1,428 @@
+"""The projection as a module, and the parallel style that shards it: DTensor weights, torch.distributed collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
+
+import flagops
+from flagops import arrays, config
+from flagops.distributed.layout import Layout, Shards, Sizes
+
+WEIGHTS = ("wo_a", "wo_b", "wo_a_scale", "wo_b_scale")
+TOKENS_IN_FLIGHT = 1024
+"""Tokens whose communication runs while the next ones are computed, where no gradient is recorded."""
+
+Pending = Callable[[], Tensor]
+
+
+class GroupedOutputProjection(nn.Module):
+    """`flagops.grouped_output_projection` with its weights, whole or, after `GroupedOutputProjectionParallel`, sharded.
+
+    Args:
+        wo_a: ``[groups * r, heads / groups * head_dim]``; wo_b: ``[hidden, groups * r]``; floats, or e4m3 with
+            ``wo_a_scale`` and ``wo_b_scale``, one for each 128 x 128 block.
+        groups: number of groups; head_dim: channels of a head.
+    """
+
+    wo_a: Tensor
+    wo_b: Tensor
+    wo_a_scale: Tensor | None
+    wo_b_scale: Tensor | None
+
+    def __init__(
+        self,
+        wo_a: Tensor,
+        wo_b: Tensor,
+        groups: int,
+        head_dim: int,
+        wo_a_scale: Tensor | None = None,
+        wo_b_scale: Tensor | None = None,
+        backend: str | Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.groups, self.head_dim, self.backend = groups, head_dim, backend
+        for name, value in zip(WEIGHTS, (wo_a, wo_b, wo_a_scale, wo_b_scale), strict=True):
+            _hold(self, name, value)
+        self.parallel: ParallelProjection | None = None
+
+    @property
+    def sizes(self) -> Sizes:
+        (rows, width), (hidden, _) = self.wo_a.shape, self.wo_b.shape
+        return Sizes(self.groups * width // self.head_dim, self.head_dim, self.groups, rows // self.groups, hidden)
+
+    def forward(self, o: Tensor) -> Tensor:
+        """o: ``[..., heads, head_dim]``, where sharded this rank's heads; to ``[..., hidden]`` on every rank."""
+        weights = [getattr(self, name) for name in WEIGHTS]
+        if self.parallel is None:
+            wo_a, wo_b, *scales = weights
+            return _project(o, wo_a, wo_b, self.groups, scales, self.backend)
+        wo_a, wo_b, *scales = (_local(x) for x in weights)
+        return self.parallel(o, wo_a, wo_b, *scales)
+
+    def extra_repr(self) -> str:
+        shared = f", {self.parallel.layout.scheme} over {self.parallel.layout.tp} ranks" if self.parallel else ""
+        return f"groups={self.groups}, head_dim={self.head_dim}{shared}"
+
+
+class GroupedOutputProjectionParallel(ParallelStyle):
+    """Shards a `GroupedOutputProjection` over a dimension of a device mesh, for `parallelize_module`.
+
+    groups: must be the module's; None takes it from the module.
+    scheme: ``"replicate"``, ``"split-input"``, ``"split-rank"``, or ``"auto"``, which weighs bytes sent, weights held
+        and whole FP8 blocks (`Layout.explain` says how). Up to as many ranks as groups they are the same.
+    mesh_dim: the dimension, where the mesh has several.
+
+    Each rank brings the same whole weights (or DTensors) and keeps its shard. The ranks compare notes once, here;
+    whatever is wrong on one raises the same ValueError on all. A call then checks its own arguments only, and a rank
+    that fails leaves its message for the others, whose collectives end with it.
+    """
+
+    def __init__(self, groups: int | None = None, scheme: str = "auto", mesh_dim: str = "tp") -> None:
+        self.groups, self.scheme, self.mesh_dim = groups, scheme, mesh_dim
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        mesh = ranks_of(device_mesh, self.mesh_dim)
+        with agreed(mesh) as note:
+            if not isinstance(module, GroupedOutputProjection):
+                raise TypeError(f"expected a flagops.distributed.GroupedOutputProjection, got {type(module).__name__}")
+            if module.parallel:
+                raise ValueError("the projection is sharded already; unshard() it first")
+            if self.groups not in (None, module.groups):
+                raise ValueError(f"groups = {self.groups}, but the module has {module.groups}")
+            fp8 = module.wo_a_scale is not None or module.wo_b_scale is not None
+            layout = Layout.of(module.sizes, mesh.size(), self.scheme, fp8)
+            shapes = {n: (tuple(x.shape), str(x.dtype)) for n in WEIGHTS if (x := getattr(module, n)) is not None}
+            note.update(layout=layout, weights=shapes)
+        parallel = ParallelProjection(layout, mesh, module.backend)
+        for name in WEIGHTS:
+            whole = getattr(module, name)
+            if whole is not None:
+                placements = layout.placements[name.removesuffix("_scale")]
+                _hold(module, name, shard(gather(whole), parallel.mesh, placements))
+        module.parallel = parallel
+        return module
+
+
+class ParallelProjection:
+    """The projection of one rank: its heads, its weights, and the collectives between."""
+
+    def __init__(self, layout: Layout, mesh: DeviceMesh, backend: str | Sequence[str] | None = None) -> None:
+        self.layout, self.backend = layout, backend
+        self.ranks = mesh
+        self.mesh = mesh if layout.parts == 1 else mesh._unflatten(0, layout.mesh, ("group", "part"))
+        if layout.parts == 1:
+            self.all, self.part = mesh.get_group(), None
+            self.sum = self.all
+        else:
+            self.all, self.part = mesh.get_group(), self.mesh.get_group("part")
+            self.sum = self.mesh.get_group("group") if layout.scheme == "replicate" else self.all
+
+    def __call__(
+        self, o: Tensor, wo_a: Tensor, wo_b: Tensor, a_scale: Tensor | None = None, b_scale: Tensor | None = None
+    ) -> Tensor:
+        """o ``[..., heads / tp, head_dim]`` to ``[..., hidden]``; weights are this rank's shards."""
+        with failing_together():
+            self._check(o, wo_a)
+            trains = torch.is_grad_enabled() and any(x.requires_grad for x in (o, wo_a, wo_b))
+            flat = o.flatten(0, -3) if o.dim() > 2 else o[None]
+            if not len(flat):
+                empty = o.new_zeros(*o.shape[:-2], self.layout.sizes.hidden)
+                return empty + 0 * (o.sum() + wo_a.sum() + wo_b.sum()) if trains else empty
+            pieces = [flat] if trains else list(torch.split(flat, TOKENS_IN_FLIGHT))
+            stage = self._stages(wo_a, wo_b, a_scale, b_scale)
+            started: list[Pending] = [self._gather(x) for x in pieces]
+            for step in stage:
+                started = [step(wait()) for wait in started]
+            y = torch.cat([wait() for wait in started])
+            return y.view(*o.shape[:-2], y.shape[-1])
+
+    def _stages(
+        self, wo_a: Tensor, wo_b: Tensor, a_scale: Tensor | None, b_scale: Tensor | None
+    ) -> list[Callable[[Tensor], Pending]]:
+        """What happens to the heads of some tokens; communication that a step begins, the next one waits for."""
+        layout = self.layout
+        if layout.parts == 1 or layout.scheme == "replicate":
+            scales = (a_scale, b_scale)
+            return [lambda o: self._sum(_project(o, wo_a, wo_b, layout.local_groups, scales, self.backend))]
+        if layout.scheme == "split-rank":
+            return [lambda o: self._sum(_second(_first(o.flatten(-2), wo_a, a_scale), wo_b, b_scale))]
+        return [
+            lambda o: self._scatter(_first(o.flatten(-2), wo_a, a_scale, wide=True)),
+            lambda z: self._sum(_second(z.to(_plain(wo_b, b_scale)), wo_b, b_scale)),
+        ]
+
+    def _check(self, o: Tensor, wo_a: Tensor) -> None:
+        layout = self.layout
+        expected = (layout.local_heads, layout.sizes.head_dim)
+        if o.dim() < 2 or tuple(o.shape[-2:]) != expected:
+            raise ValueError(f"o has shape {tuple(o.shape)}, expected [..., {expected[0]}, {expected[1]}] on each rank")
+        if wo_a.dtype.itemsize > 1 and o.dtype != wo_a.dtype:
+            raise TypeError(f"o is {o.dtype}, the weights are {wo_a.dtype}")
+        if o.device != wo_a.device:
+            raise ValueError(f"o is on {o.device}, the weights are on {wo_a.device}")
+
+    def _gather(self, o: Tensor) -> Pending:
+        """The heads of the whole group, where the scheme wants them."""
+        if self.part is None or self.layout.scheme == "split-input":
+            return lambda: o
+        if o.requires_grad and torch.is_grad_enabled():
+            gathered = _Gather.apply(o, self.part, self.layout.scheme == "split-rank")  # type: ignore[no-untyped-call]
+            return lambda: gathered
+        return _gathering(o, self.part)
+
+    def _scatter(self, z: Tensor) -> Pending:
+        """This rank's part of the sum over the group."""
+        assert self.part is not None
+        if z.requires_grad and torch.is_grad_enabled():
+            scattered = _Scatter.apply(z, self.part)  # type: ignore[no-untyped-call]
+            return lambda: scattered
+        return _scattering(z, self.part)
+
+    def _sum(self, y: Tensor) -> Pending:
+        if y.requires_grad and torch.is_grad_enabled():
+            total = _Sum.apply(y, self.sum)  # type: ignore[no-untyped-call]
+            return lambda: total
+        return _summing(y, self.sum)
+
+
+def _project(
+    o: Tensor, wo_a: Tensor, wo_b: Tensor, groups: int, scales: Sequence[Tensor | None], backend: Any
+) -> Tensor:
+    given = scales if any(scale is not None for scale in scales) else ()
+    return flagops.grouped_output_projection(o, wo_a, wo_b, groups, *given, backend=backend)
+
+
+def _first(o: Tensor, wo_a: Tensor, scale: Tensor | None, wide: bool = False) -> Tensor:
+    """``o @ wo_a.T``, FP8 weights expanded a few rows at a time; `wide` keeps the sums in float32."""
+    dtype = torch.promote_types(o.dtype, torch.float32) if wide else o.dtype
+    step = max(128, config.budget() // 4 // (max(1, wo_a.shape[1]) * 4) // 128 * 128)
+    x, made = o.to(dtype), []
+    for start in range(0, wo_a.shape[0], step):
+        rows = wo_a[start : start + step]
+        if scale is not None:
+            blocks = scale[start // 128 : -(-(start + len(rows)) // 128)]
+            rows = flagops.fp8_dequantize(rows, blocks, dtype=arrays.dtype_name(o))
+        made.append(flagops.linear(x, rows.to(dtype)))
+    return made[0] if len(made) == 1 else torch.cat(made, -1)
+
+
+def _second(z: Tensor, wo_b: Tensor, scale: Tensor | None) -> Tensor:
+    """``z @ wo_b.T``; for FP8 weights z is quantised by groups of 128 first."""
+    if scale is None:
+        return flagops.linear(z, wo_b)
+    codes, steps = flagops.fp8_quantize(z)
+    return flagops.fp8_matmul(codes, steps, wo_b, scale, dtype=arrays.dtype_name(z))
+
+
+def _gathering(o: Tensor, group: Any) -> Pending:
+    """[n, h, c] of each rank as [n, ranks * h, c], heads in the order of the ranks."""
+    ranks = dist.get_world_size(group)
+    made = o.new_empty(ranks * len(o), *o.shape[1:])
+    wait = _begin(dist.all_gather_into_tensor, made, o.contiguous(), group=group)
+    return lambda: torch.unflatten(wait(made), 0, (ranks, -1)).movedim(0, 1).flatten(1, 2)
+
+
+def _scattering(z: Tensor, group: Any) -> Pending:
+    """[n, r] of each rank as this rank's [n, r / ranks] of their sum."""
+    ranks = dist.get_world_size(group)
+    parts = torch.unflatten(z, -1, (ranks, -1)).movedim(-2, 0).flatten(0, 1).contiguous()
+    made = z.new_empty(len(z), parts.shape[-1])
+    wait = _begin(dist.reduce_scatter_tensor, made, parts, group=group)
+    return lambda: wait(made)
+
+
+def _summing(y: Tensor, group: Any) -> Pending:
+    """The sum over the ranks in float32, rounded once to the dtype of `y`."""
+    total = y.to(torch.promote_types(y.dtype, torch.float32), copy=True)
+    wait = _begin(dist.all_reduce, total, group=group)
+    return lambda: wait(total).to(y.dtype)
+
+
+class _Gather(torch.autograd.Function):
+    """Gathered heads. Where the ranks go on with parts of the work (`partial`), their gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, group: Any, partial: bool) -> Tensor:
+        ctx.group, ctx.partial, ctx.heads = group, partial, o.shape[1]
+        return _gathering(o, group)()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if not ctx.partial:
+            mine = dist.get_rank(ctx.group)
+            return grad[:, mine * ctx.heads : (mine + 1) * ctx.heads], None, None
+        width = grad.shape[-1]
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        own = torch.unflatten(_scattering(wide.flatten(1), ctx.group)(), -1, (ctx.heads, width))
+        return own.to(grad.dtype), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _scattering(z, group)()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gathering(grad[:, None], ctx.group)().flatten(1), None
+
+
+class _Sum(torch.autograd.Function):
+    """Every rank has the whole sum and the whole gradient of it, which is that of each summand."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
+        return _summing(y, group)()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def shard(whole: Tensor, mesh: DeviceMesh, placements: Shards) -> DTensor:
+    """This rank's part of a tensor that every rank holds, as a DTensor; nothing is sent."""
+    local, kinds = whole, []
+    for dim, (kind, axis) in enumerate(placements[: mesh.ndim]):
+        kinds.append(Shard(axis) if kind == "shard" else Replicate())
+        if kind == "shard":
+            if local.shape[axis] % mesh.size(dim):
+                raise ValueError(f"axis {axis} of {tuple(local.shape)} cannot be cut into {mesh.size(dim)} equal parts")
+            local = local.tensor_split(mesh.size(dim), axis)[mesh.get_local_rank(dim)]
+    local = local.detach().clone(memory_format=torch.contiguous_format)
+    made: DTensor = DTensor.from_local(local, mesh, kinds, run_check=False, shape=whole.shape, stride=whole.stride())
+    return made
+
+
+def gather(x: Any) -> Tensor:
+    """The whole of a DTensor, on every rank; any other tensor as it is. One-byte formats travel as uint8."""
+    if not isinstance(x, DTensor):
+        return x
+    x = x.detach()
+    local = x.to_local()
+    if local.dtype.itemsize > 1 or local.dtype == torch.uint8:
+        return x.full_tensor()
+    raw = DTensor.from_local(
+        local.view(torch.uint8), x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+    )
+    return raw.full_tensor().view(local.dtype)
+
+
+def unshard(module: nn.Module) -> nn.Module:
+    """Gather the weights of every sharded projection in a module back: all ranks call it together."""
+    for one in module.modules():
+        if isinstance(one, GroupedOutputProjection) and one.parallel:
+            for name in WEIGHTS:
+                if getattr(one, name) is not None:
+                    _hold(one, name, gather(getattr(one, name)))
+            one.parallel = None
+    return module
+
+
+def ranks_of(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """The one dimension of a mesh that is meant; ValueError if there is none of that name."""
+    names = mesh.mesh_dim_names or ()
+    if name in names:
+        return mesh if mesh.ndim == 1 else mesh[name]
+    if mesh.ndim == 1 and not names:
+        return mesh
+    raise ValueError(f"the mesh has no dimension {name!r}, only {', '.join(names) or f'{mesh.ndim} unnamed ones'}")
+
+
+@contextmanager
+def agreed(mesh: DeviceMesh) -> Iterator[dict[str, Any]]:
+    """Ranks say what they are about to build, or why they cannot; a difference is a ValueError on all of them."""
+    note: dict[str, Any] = {}
+    try:
+        yield note
+    except (TypeError, ValueError) as error:
+        note["error"] = str(error)
+    group = mesh.get_group()
+    notes: list[dict[str, Any]] = [note for _ in range(mesh.size())]
+    if dist.get_backend(group) != "fake":  # one process that stands for all has nobody to ask
+        dist.all_gather_object(notes, note, group=group)
+    for rank, other in enumerate(notes):
+        if "error" in other:
+            raise ValueError(f"rank {rank}: {other['error']}")
+    for rank, other in enumerate(notes):
+        for key, value in other.items():
+            if value != notes[0].get(key):
+                raise ValueError(f"rank {rank} has {key} {value}, but rank 0 has {notes[0].get(key)}")
+
+
+_FAILURE = "flagops.distributed/failure"
+
+
+class PeerFailed(RuntimeError):
+    """A collective ended because another rank failed; the message is that rank's."""
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """A rank that raises leaves its message in the process group's store, for those whose collectives then break."""
+    try:
+        yield
+    except PeerFailed:
+        raise
+    except Exception as error:
+        if dist.get_backend() != "fake":
+            _store().set(_FAILURE, f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+        raise
+
+
+def _begin(collective: Callable[..., Any], *tensors: Tensor, group: Any) -> Callable[[Tensor], Tensor]:
+    """Start a collective; the function returned waits for it and hands its result on."""
+    try:
+        work = collective(*tensors, group=group, async_op=True)
+    except RuntimeError as error:
+        raise _peer_failed(error) from error
+
+    def wait(result: Tensor) -> Tensor:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise _peer_failed(error) from error
+        return result
+
+    return wait
+
+
+def _peer_failed(error: RuntimeError) -> RuntimeError:
+    """What the rank that broke a collective has to say, if it said anything."""
+    try:
+        known = _store().check([_FAILURE])
+    except RuntimeError:  # the store went with the rank that held it
+        known = False
+    return PeerFailed(_store().get(_FAILURE).decode()) if known else PeerFailed(f"a collective failed: {error}")
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _plain(wo_b: Tensor, scale: Tensor | None) -> torch.dtype:
+    return torch.bfloat16 if scale is not None else wo_b.dtype
+
+
+def _local(x: Any) -> Any:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _hold(module: nn.Module, name: str, value: Tensor | None) -> None:
+    """Floats that can train are parameters, codes and scales buffers; a parameter goes on training or not as before."""
+    before = module._parameters.pop(name, None)
+    module._buffers.pop(name, None)
+    if value is not None and value.is_floating_point() and value.dtype.itemsize > 1 and not name.endswith("_scale"):
+        before = value if before is None and isinstance(value, nn.Parameter) else before
+        module.register_parameter(name, nn.Parameter(value, requires_grad=before is None or before.requires_grad))
+    else:
+        module.register_buffer(name, value)

@@ -1,0 +1,266 @@
+"""Runs functions of this file on several gloo processes: `python tests/ranks.py` is one rank of a job.
+
+`launch` starts the ranks, hands each the same list of cases (name of a function here, its arguments), and returns what
+every rank's function gave, pickled; a rank that raised has its exception there instead.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+
+def launch(
+    ranks: int, cases: list[tuple[str, dict[str, Any]]], device: str = "cpu", timeout: int = 30
+) -> list[list[Any]]:
+    """``results[case][rank]`` of each function on each rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "cases").write_bytes(pickle.dumps((cases, device, timeout)))
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", __file__, folder, str(rank), str(ranks)],
+                env=os.environ
+                | {"OMP_NUM_THREADS": "1", "FLAGOPS_BACKEND": os.environ.get("FLAGOPS_BACKEND", "torch")},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        errors = [process.communicate(timeout=600)[1] for process in processes]
+        results = [Path(folder, f"result{rank}") for rank in range(ranks)]
+        for path, error in zip(results, errors, strict=True):
+            assert path.exists(), error
+        return [list(case) for case in zip(*(pickle.loads(path.read_bytes()) for path in results), strict=True)]
+
+
+class Counted:
+    """The bytes this rank would send in ring algorithms, counted from what the collectives are given."""
+
+    def __init__(self) -> None:
+        self.sent = 0.0
+
+    def __enter__(self) -> Counted:
+        import torch.distributed as dist
+
+        self.real = {
+            name: getattr(dist, name) for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
+        }
+
+        def share(group: Any) -> float:
+            ranks = dist.get_world_size(group)
+            return (ranks - 1) / ranks
+
+        def gather(out: Any, x: Any, group: Any, **kwargs: Any) -> Any:
+            self.sent += out.nbytes * share(group)
+            return self.real["all_gather_into_tensor"](out, x, group=group, **kwargs)
+
+        def scatter(out: Any, x: Any, group: Any, **kwargs: Any) -> Any:
+            self.sent += x.nbytes * share(group)
+            return self.real["reduce_scatter_tensor"](out, x, group=group, **kwargs)
+
+        def reduce(x: Any, group: Any, **kwargs: Any) -> Any:
+            self.sent += 2 * x.nbytes * share(group)
+            return self.real["all_reduce"](x, group=group, **kwargs)
+
+        dist.all_gather_into_tensor, dist.reduce_scatter_tensor, dist.all_reduce = gather, scatter, reduce
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        import torch.distributed as dist
+
+        for name, function in self.real.items():
+            setattr(dist, name, function)
+
+
+def weights(sizes: Any, dtype: str, seed: int, fp8: bool = False) -> list[Any]:
+    """The whole weights (and scales), the same on every rank."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((sizes.groups * sizes.rank, sizes.width), (sizes.hidden, sizes.groups * sizes.rank))
+    if not fp8:
+        return [(torch.randn(s, generator=generator) / s[1] ** 0.5).to(getattr(torch, dtype)) for s in shapes]
+    codes = [(torch.randn(s, generator=generator) * 8).to(torch.float8_e4m3fn) for s in shapes]
+    scales = [
+        torch.randint(115, 120, (-(-a // 128), -(-b // 128)), generator=generator, dtype=torch.uint8).view(
+            torch.float8_e8m0fnu
+        )
+        for a, b in shapes
+    ]
+    return [*codes, *scales]
+
+
+def heads(sizes: Any, tokens: int, dtype: str, seed: int) -> Any:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed + 1)
+    return torch.randn(tokens, sizes.heads, sizes.head_dim, generator=generator).to(getattr(torch, dtype))
+
+
+def module(sizes: Any, dtype: str, seed: int, fp8: bool = False) -> Any:
+    from flagops.distributed import GroupedOutputProjection
+
+    wo_a, wo_b, *scales = weights(sizes, dtype, seed, fp8)
+    return GroupedOutputProjection(wo_a, wo_b, sizes.groups, sizes.head_dim, *scales)
+
+
+def mesh(device: str, names: tuple[str, ...] = ("tp",), shape: tuple[int, ...] | None = None) -> Any:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device, shape or (dist.get_world_size(),), mesh_dim_names=names)
+
+
+def project(
+    device: str, sizes: Any, scheme: str, dtype: str, tokens: int, seed: int, fp8: bool = False
+) -> dict[str, Any]:
+    """Forward, backward and back to whole weights on one scheme."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from flagops.distributed import GroupedOutputProjectionParallel, unshard
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    whole = heads(sizes, tokens, dtype, seed)
+    mine = whole.tensor_split(ranks, 1)[rank].to(device)
+    built = module(sizes, dtype, seed, fp8).to(device)
+    before = {name: x.clone() for name, x in built.state_dict().items()}
+    parallelize_module(built, mesh(device), GroupedOutputProjectionParallel(sizes.groups, scheme))
+    with torch.no_grad(), Counted() as counted:
+        y = built(mine)
+    again = built(mine).detach()
+    found = {
+        "y": y.float().cpu().numpy() if dtype != "float64" else y.cpu().numpy(),
+        "repeats": bool(torch.equal(y, again)),
+        "sent": counted.sent,
+        "cost": built.parallel.layout.cost(y.element_size()),
+        "scheme": built.parallel.layout.scheme,
+        "bytes": sum(x.to_local().nbytes for x in built.state_dict().values()),
+    }
+    if not fp8:
+        mine.requires_grad_()
+        weight = torch.linspace(-1, 1, y.numel(), device=device, dtype=torch.float64).view(y.shape)
+        (built(mine).double() * weight).sum().backward()
+        found["grad_o"] = mine.grad.double().cpu().numpy()
+        found["grads"] = [x.grad.full_tensor().double().cpu().numpy() for x in (built.wo_a, built.wo_b)]
+    unshard(built)
+    found["restored"] = all(
+        torch.equal(x.view(torch.uint8), before[n].view(torch.uint8)) for n, x in built.state_dict().items()
+    )
+    found["whole"] = bool(torch.equal(built.wo_a.detach().view(torch.uint8), before["wo_a"].view(torch.uint8)))
+    return found
+
+
+def save(device: str, sizes: Any, scheme: str, dtype: str, folder: str, fp8: bool = False) -> None:
+    """A sharded projection through torch.distributed.checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from flagops.distributed import GroupedOutputProjectionParallel
+
+    built = parallelize_module(
+        module(sizes, dtype, 3, fp8), mesh(device), GroupedOutputProjectionParallel(scheme=scheme)
+    )
+    dcp.save(built.state_dict(), checkpoint_id=folder)
+
+
+def load(device: str, sizes: Any, scheme: str, dtype: str, folder: str, fp8: bool = False) -> bool:
+    """Whether a checkpoint saved at another number of ranks gives the very weights that were saved."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from flagops.distributed import GroupedOutputProjectionParallel, unshard
+
+    built = parallelize_module(
+        module(sizes, dtype, 4, fp8), mesh(device), GroupedOutputProjectionParallel(scheme=scheme)
+    )
+    state = built.state_dict()
+    dcp.load(state, checkpoint_id=folder)
+    built.load_state_dict(state)
+    unshard(built)
+    saved = module(sizes, dtype, 3, fp8).state_dict()
+    return all(torch.equal(x.view(torch.uint8), saved[n].view(torch.uint8)) for n, x in built.state_dict().items())
+
+
+def differ(device: str, sizes: Any, what: str) -> None:
+    """Rank 1 brings something else than the others."""
+    import dataclasses
+
+    import torch.distributed as dist
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from flagops.distributed import GroupedOutputProjectionParallel
+
+    odd = dist.get_rank() == 1
+    wrong = dataclasses.replace(sizes, hidden=sizes.hidden + 1) if what == "shape" and odd else sizes
+    built = module(wrong, "float64" if what == "dtype" and odd else "float32", 0)
+    scheme = "split-rank" if what == "scheme" and odd else "replicate"
+    parallelize_module(
+        built, mesh(device), GroupedOutputProjectionParallel(99 if what == "groups" and odd else None, scheme)
+    )
+
+
+def wrong_mesh(device: str, sizes: Any) -> None:
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from flagops.distributed import GroupedOutputProjectionParallel
+
+    parallelize_module(module(sizes, "float32", 0), mesh(device, ("dp",)), GroupedOutputProjectionParallel())
+
+
+def illegal(device: str, sizes: Any) -> None:
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from flagops.distributed import GroupedOutputProjectionParallel
+
+    parallelize_module(module(sizes, "float32", 0), mesh(device), GroupedOutputProjectionParallel())
+
+
+def one_fails(device: str, sizes: Any) -> None:
+    """Rank 1 calls with heads that do not fit; the others wait for it in a collective."""
+    import torch.distributed as dist
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from flagops.distributed import GroupedOutputProjectionParallel
+
+    built = parallelize_module(module(sizes, "float32", 0), mesh(device), GroupedOutputProjectionParallel())
+    o = heads(sizes, 3, "float32", 0).tensor_split(dist.get_world_size(), 1)[0]
+    built(o[:, :, :-1] if dist.get_rank() == 1 else o)
+
+
+def main(folder: str, rank: str, ranks: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    cases, device, timeout = pickle.loads(Path(folder, "cases").read_bytes())
+    torch.set_num_threads(1)
+    backend = "nccl" if device == "cuda" else "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(int(rank))
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{folder}/store",
+        rank=int(rank),
+        world_size=int(ranks),
+        timeout=timedelta(seconds=timeout),
+    )
+    results: list[Any] = []
+    for name, arguments in cases:
+        try:
+            results.append(globals()[name](device, **arguments))
+        except Exception as error:  # the test judges it
+            results.append(error)
+    Path(folder, f"result{rank}").write_bytes(pickle.dumps(results))
+    os._exit(0)  # a group that a failed rank has left cannot be destroyed
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
