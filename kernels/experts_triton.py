@@ -15,7 +15,7 @@ from flagops import config
 from flagops.registry import kernel
 
 from ._moe import BLOCK, quantised, refusal
-from ._triton import dot, launch, narrow, precision, target, too_long, widen
+from ._triton import dot, launch, narrow, precision, shared_memory, target, too_long, widen
 from .matmul_triton import TILES as PLAIN
 from .moe_triton import bits, gated
 from .qmatmul_triton import TILES as CODED
@@ -193,10 +193,14 @@ def _work(ends: torch.Tensor, count: int, height: int) -> torch.Tensor:
     return torch.stack((expert, first * used, ends[known] * used), 1).int()
 
 
-def _tile(tiles: list[Tile], rows: float) -> Tile:
-    """The smallest tile that holds the rows of an expert, or the largest of 128 rows."""
-    fitting = [tile for tile in tiles if tile["BM"] <= 128 and tile["BN"] <= 128]
-    return next((tile for tile in fitting if tile["BM"] >= rows), fitting[-1])
+def _tile(tiles: list[Tile], rows: float, device: torch.device, item: int) -> Tile:
+    """The smallest tile that holds the rows of an expert, or the largest that fits."""
+    fitting = [
+        tile for tile in tiles
+        if max(tile["BM"], tile["BN"]) <= 128
+        and tile["num_stages"] * (tile["BM"] + tile["BN"]) * tile.get("BK", 128) * item <= shared_memory(device)
+    ]  # fmt: skip
+    return next((tile for tile in fitting if tile["BM"] >= rows), fitting[-1] if fitting else tiles[0])
 
 
 def _plain(
@@ -205,7 +209,7 @@ def _plain(
     """Rows of a, sorted by expert or listed in ``rows``, times b[e, k, n]."""
     experts, depth, width = b.shape
     kind = "half" if a.dtype.itemsize == 2 else str(a.dtype).removeprefix("torch.")
-    tile = _tile(PLAIN[target(a.device)][kind], count / experts)
+    tile = _tile(PLAIN[target(a.device)][kind], count / experts, a.device, a.dtype.itemsize)
     work = _work(ends, count, tile["BM"])
     launch(
         grouped_kernel, (len(work), triton.cdiv(width, tile["BN"])), a.device,
@@ -220,7 +224,7 @@ def _coded(
 ) -> None:  # fmt: skip
     """Likewise, a as `through_fp8` leaves it and b[e, n, k] in codes."""
     experts, width = b.shape[:2]
-    tile = _tile(CODED[target(a.device)], count / experts)
+    tile = _tile(CODED[target(a.device)], count / experts, a.device, 2)
     work = _work(ends, count, tile["BM"])
     launch(
         coded_kernel, (len(work), triton.cdiv(width, tile["BN"])), a.device,

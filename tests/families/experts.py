@@ -12,4 +12,25 @@ def calls(t, codes):
     }
 
 
-MUTANTS = {}
+MUTANTS = {
+    "experts_numba.py": [
+        ("grouped_matmul", "as_numpy(out)[start:] = 0", "pass", 0),
+        ("grouped_matmul", "expert * right.strides[0]", "0 * right.strides[0]", 0),
+        ("grouped_matmul", "start * x.strides[0] * item", "start * x.shape[1] * item", 0),
+        ("moe_experts", "some // slots", "some % slots", 0),
+    ],
+    "experts_torch.py": [
+        ("grouped_matmul", "out[start:].zero_()", "pass", 0),
+        ("moe_experts", "chosen // indices.shape[1]", "chosen % len(x)", 0),
+        ("moe_experts", "_fake(h) if packed else h", "h", 0),
+        ("moe_experts", "(mantissa == 0.5).int()", "0", 0),
+        ("moe_experts", "scale[start // BLOCK : -(-stop // BLOCK)]", "scale[: -(-stop // BLOCK)]", 0),
+    ],
+    "experts_triton.py": [
+        ("grouped_matmul", "tl.where(expert < E, K, 0)", "K", 0),
+        ("grouped_matmul", "(tile - after[known] + tiles[known])", "(tile - after[known])", 0),
+        ("moe_experts", "column % 2 * 64 + column // 2", "column", 0),
+        ("moe_experts", "at // 128 * scale_n", "0 * scale_n", 0),
+        ("moe_experts", "pair % slots * weights_k", "pair % slots", 0),
+    ],
+}  # fmt: skip
