@@ -51,6 +51,31 @@ def test_bit_by_bit(tmp_path, naming, floating, backend):
     assert (checked.state, checked.compared_tensors) == ("verified", len(expected))
 
 
+@pytest.mark.parametrize("to", ["bf16", "fp8"])
+def test_a_backend_for_another_device(tmp_path, monkeypatch, to):
+    """Slices go there and results come back; the way is tried with tensors that stay on the CPU."""
+    from flagops import arrays
+    from flagops.checkpoint.stream import Kernels
+
+    src, _ = data.experts(tmp_path / "src")
+    checkpoint.convert(src, tmp_path / "here", to=to)
+    monkeypatch.setattr(Kernels, "_place", lambda self, name: "elsewhere")
+    monkeypatch.setattr(Kernels, "_given", lambda self, array: arrays.as_torch(array).clone())
+    checkpoint.convert(src, tmp_path / "there", to=to, backend="torch")
+    assert tree(tmp_path / "there") == tree(tmp_path / "here")
+
+
+def test_triton(tmp_path):
+    from flagops import registry
+
+    reason = registry.backend("triton").unavailable()
+    if reason:
+        pytest.skip(reason)
+    src, expected = data.experts(tmp_path / "src", rows=128, columns=128)
+    checkpoint.convert(src, tmp_path / "dst", backend="triton")
+    data.same(data.read(tmp_path / "dst")[0], expected)
+
+
 def test_what_lies_beside_the_tensors(tmp_path):
     src, _ = data.mixed(tmp_path / "src")
     summary = checkpoint.convert(src, tmp_path / "dst", shard_size=100_000)

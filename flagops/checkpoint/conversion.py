@@ -124,6 +124,7 @@ class Conversion:
         self.kernels.warm()
         self.tasks: list[str | Shard] = [*self.plan.source.others, *self.plan.shards]
         self.total = self.plan.total  # also makes the texts, before memory is divided
+        self.peak = work.peak()
         self.share = work.share(self.plan, self.kernels, self.memory, workers, len(self.tasks))
         self.progress = progress
         self.team = Team(self.plan, self.kernels, self.share, progress)
@@ -156,8 +157,6 @@ class Conversion:
         notes = [f"{len(source.left_out)} files left out: {', '.join(source.left_out[:8])}"] if source.left_out else []
         if source.config is None:
             notes.append("SRC has no config.json: blocks of 128 x 128 are assumed, and the output has none either")
-        if work.peak() > self.memory:
-            notes.append("the process took more than --memory before the conversion began (compilation, or the caller)")
         return notes
 
     def convert(self, dry_run: bool) -> Summary:
@@ -276,6 +275,9 @@ class Conversion:
         summary.seconds = self.clock()
         summary.rate = count / summary.seconds
         summary.bytes_read, summary.peak_memory = self.team.read, work.peak()
+        if summary.peak_memory > self.memory:
+            before = "before it began (compilation, or the caller)" if self.peak > self.memory else "while it ran"
+            summary.notes.append(f"the process took more than --memory {before}")
         return summary
 
 

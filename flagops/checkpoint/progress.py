@@ -36,7 +36,7 @@ class Lines:
         self._total = self._done = 0
         self._start = self._last = time.monotonic()
 
-    def begin(self, total: int, unit: str) -> None:
+    def begin(self, total: int, what: str) -> None:
         self._total, self._done = total, 0
         self._start = self._last = time.monotonic()
 
@@ -82,8 +82,8 @@ class Bar:
         )
         self._task: Any = None
 
-    def begin(self, total: int, unit: str) -> None:
-        self._task = self._bar.add_task(unit, total=total, tensor="")
+    def begin(self, total: int, what: str) -> None:
+        self._task = self._bar.add_task(what, total=total, tensor="")
         self._bar.start()
 
     def advance(self, count: int, name: str) -> None:

@@ -25,8 +25,8 @@ Task = TypeVar("Task")
 class Progress(Protocol):
     """Told by the threads, one at a time, how far they are."""
 
-    def begin(self, total: int, unit: str) -> None:
-        """So many bytes will be made."""
+    def begin(self, total: int, what: str) -> None:
+        """So many bytes will be written or checked, as `what` says."""
 
     def advance(self, count: int, name: str) -> None:
         """So many bytes more are done; `name` is the tensor or file at hand."""
@@ -41,7 +41,7 @@ class Progress(Protocol):
 class Silent:
     """Progress that nobody watches."""
 
-    def begin(self, total: int, unit: str) -> None:
+    def begin(self, total: int, what: str) -> None:
         return
 
     def advance(self, count: int, name: str) -> None:
