@@ -17,4 +17,29 @@ def calls(t, codes):
     }
 
 
-MUTANTS = {}  # fmt: skip
+MUTANTS = {
+    "hyper_numba.py": [
+        ("hc_split_sinkhorn", "matrix, n, n * vector, vector, columns, rows, small", "matrix, n, vector, n * vector, columns, rows, small", 0),
+        ("hc_split_sinkhorn", "for _ in range(iters - 1):", "for _ in range(iters):", 0),
+        ("hc_split_sinkhorn", "vdiv(factor, fma(total, factor, small))", "vdiv(factor, vmul(total, factor))", 0),
+        ("hc_split_sinkhorn", "logit = vadd(logit, logit)", "logit = vadd(logit, small)", 0),
+        ("hc_split_sinkhorn", "+ j * comb[2][0] + k * comb[2][1]", "+ k * comb[2][0] + j * comb[2][1]", 1),
+        ("hc_post", "+ j * comb[2][0] + k * comb[2][1]", "+ k * comb[2][0] + j * comb[2][1]", 0),
+        ("hc_post", "goal + c * out[2][1] * item", "goal + c * item", 0),
+        ("hc_head", "(at[first + i] + stream * x_steps[0] + begin * x_steps[1])", "(at[first + i] + stream * x_steps[0] + begin)", 0),
+        ("hc_head", "sums + j * unit, ld, begin > 0)", "sums + j * unit, ld, False)", 0),
+    ],
+    "hyper_torch.py": [
+        ("hc_split_sinkhorn", "comb.sum(step % 2, keepdim=True)", "comb.sum(1 - step % 2, keepdim=True)", 0),
+        ("hc_split_sinkhorn", "unflatten(0, (n, n)), 1).add_(eps)", "unflatten(0, (n, n)), 1)", 0),
+        ("hc_pre", "torch.rsqrt(mean + norm_eps)", "torch.rsqrt(mean)", 0),
+        ("hc_post", "torch.baddbmm(added, mixing[rows].mT,", "torch.baddbmm(added, mixing[rows],", 0),
+        ("hc_head", "torch.sigmoid(_project(streams, fn, norm_eps)[0] * scale + base) + eps", "torch.sigmoid(_project(streams, fn, norm_eps)[0] * scale + base)", 0),
+    ],
+    "hyper_triton.py": [
+        ("hc_split_sinkhorn", "column * tl.sum(x * row[:, :, None], 1) + eps", "column * tl.sum(x * row[:, :, None], 1)", 0),
+        ("hc_split_sinkhorn", "for _ in range(1, iters):", "for _ in range(0, iters):", 0),
+        ("hc_head", "(k // D).to(tl.int64) * x_n", "(k % D).to(tl.int64) * x_n", 0),
+        ("hc_post", "j * comb_j + k * comb_k", "j * comb_k + k * comb_j", 0),
+    ],
+}  # fmt: skip
