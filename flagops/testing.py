@@ -161,7 +161,7 @@ def workload(op: Operator, name: str, seed: int = 0) -> Case:
     dims: Dims = load
     for scalar_name, scalar in op.scalars.items():
         if scalar.axis:
-            scalars[scalar_name] = dims[scalar.axis]
+            dims[scalar.axis] = scalars[scalar_name] = scalars.get(scalar_name) or dims[scalar.axis]
         elif scalar_name not in scalars:
             scalars[scalar_name] = (scalar.choices(dims) if callable(scalar.choices) else scalar.choices)[0]
     if op.derived:

@@ -13,7 +13,6 @@ from flagops import config
 from flagops.registry import kernel
 
 _E4M3, _E2M1 = (448.0, 1e-4), (6.0, 6 * 2.0**-126)  # largest value; floor of a block's largest magnitude
-_EVEN, _ODD = [0.25, 1.25, 2.5, 5], [0.75, 1.75, 3.5]  # midpoints of e2m1: ties go down at the first, up at the others
 _LOST = 13  # 6 * 2^-13 rounds to 0 in e4m3, and all that is smaller
 
 
@@ -41,17 +40,16 @@ def fp8_fake_quantize(x: Tensor, block: int, power_of_two: bool, out: Tensor) ->
 
 @kernel(deterministic=True, batch_invariant=True)
 def fp4_quantize(x: Tensor, block: int, out: tuple[Tensor, Tensor]) -> None:
-    """Codes are counted among the midpoints of the format's values."""
+    """A code is a multiple of the step at its magnitude, counted on from the codes of smaller steps."""
     packed, scale = out
-    bounds = torch.tensor(
-        sorted([*_EVEN, *(midpoint * (1 - 2**-24) for midpoint in _ODD)]), dtype=torch.float32, device=x.device
-    )
     for source, (target, factors) in _chunks(x, packed, scale):
         blocks = source.float().unflatten(-1, (-1, block))
         s, byte = _scale(blocks, _E2M1, True)
         quotient = blocks.div(s)
-        codes = torch.bucketize(quotient.abs().contiguous(), bounds, out_int32=True)
-        codes = (codes | (quotient.signbit().int() << 3)).masked_fill_(s.isnan(), 7).view(*target.shape, 2)
+        size = quotient.abs()
+        step, passed = _steps(size)
+        codes = size.div_(step).round_().add_(passed, alpha=2).to(torch.uint8)
+        codes = (codes | quotient.signbit().to(torch.uint8) << 3).masked_fill_(s.isnan(), 7).view(*target.shape, 2)
         target.copy_(codes[..., 0] | codes[..., 1] << 4)
         factors.copy_(byte.squeeze(-1))
 
@@ -63,8 +61,7 @@ def fp4_fake_quantize(x: Tensor, block: int, out: Tensor) -> None:
         blocks = source.float().unflatten(-1, (-1, block))
         s, _ = _scale(blocks, _E2M1, True)
         quotient = blocks.div(s)
-        size = quotient.abs()
-        step = (0.5 + 0.5 * (size >= 2)).add_(size >= 4)
+        step, _ = _steps(quotient.abs())
         target.copy_(quotient.div_(step).round_().mul_(step).mul_(s).view(target.shape))
 
 
@@ -124,6 +121,12 @@ def _scale(blocks: Tensor, limits: tuple[float, float], power_of_two: bool) -> t
         scale = (byte << 23).view(torch.float32)
         byte.masked_fill_(infinite, 255)
     return scale.masked_fill(infinite, torch.nan), byte
+
+
+def _steps(size: Tensor) -> tuple[Tensor, Tensor]:
+    """The distance of neighbouring e2m1 values at a magnitude, 0.5, 1 or 2, and how many smaller ones there are."""
+    upper, top = (size >= 2).float(), (size >= 4).float()
+    return (0.5 + 0.5 * upper).add_(top), upper.add_(top)
 
 
 def _chunks(x: Tensor, *outs: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:

@@ -40,8 +40,9 @@ MUTANTS = {
     ],
     "quantize_torch.py": [
         ("fp8_quantize", "byte.masked_fill_(infinite, 255)", "", 0),
-        ("fp4_quantize", "_EVEN, *(midpoint * (1 - 2**-24)", "_EVEN, *(midpoint", 0),
-        ("fp4_fake_quantize", "(size >= 2)).add_(size >= 4)", "(size >= 2)).add_(size >= 3)", 0),
+        ("fp4_quantize", "passed, alpha=2", "passed, alpha=1", 0),
+        ("fp4_quantize", ".masked_fill_(s.isnan(), 7)", "", 0),
+        ("fp4_fake_quantize", "(size >= 4).float()", "(size >= 3).float()", 0),
         ("fp4_to_fp8", "(top - 6).clamp_min_(0)", "(top - 6).clamp_min_(1)", 0),
         ("hadamard", "(low + high, low - high)", "(low + high, high - low)", 0),
     ],
