@@ -224,7 +224,7 @@ class AttentionCache:
 
     def state(self, name: str, x: Any, series: int, ratio: int, channels: int) -> tuple[Any, Any]:
         """The compressor state of a name; a fresh one at the start of a sequence."""
-        if name in self.states and self.position:
+        if name in self.states:
             return self.states[name]
         dtype = "float64" if arrays.dtype_name(x) == "float64" else "float32"
         kv, score = (arrays.empty((x.shape[0], series * ratio, series * channels), dtype, x) for _ in range(2))

@@ -269,7 +269,8 @@ class _Run:
         numbers = (shape.rope_dim, base, factor, shape.rope_original, shape.beta_fast, shape.beta_slow)
         wide = arrays.dtype_name(self.x) == "float64"
         build = _remembered_table if count <= _SMALL else _remembered_table.__wrapped__
-        backend = self.backend if self.backend is None or isinstance(self.backend, str) else tuple(self.backend)
+        backend = config.current().backend if self.backend is None else self.backend
+        backend = backend if isinstance(backend, str) else tuple(backend)
         return build(first, count, step, numbers, wide, self.device, backend)
 
     def rotate(self, x: Any, table: tuple[Any, Any], inverse: bool = False) -> Any:
