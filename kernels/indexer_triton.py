@@ -26,7 +26,7 @@ TILES: dict[str, dict[str, list[Tile]]] = {
 }
 """Tiles by device and dtype: for few heads, for many."""
 
-SELECT = {"BLOCK": 1024, "num_warps": 4}
+SELECT = {"BLOCK": 2048, "num_warps": 8}
 _SCRATCH = 64 << 20
 _PART = 512  # entries that are worth a program of their own
 
@@ -95,6 +95,28 @@ def score_kernel(
 
 
 @triton.jit
+def _counts(
+    keys, places, begin, end, prefix,
+    SHIFT: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    """How many keys have each digit, of those that begin with the prefix; of the sign's digit the order is kept."""
+    counts = tl.zeros((512,), tl.int32)
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        there = at < end
+        key = tl.load(keys + at, there, other=0)
+        if LISTED:
+            there &= tl.load(places + at, there, other=-1) >= 0
+        if FIRST:
+            digit = (key >> SHIFT).to(tl.int32) + 128
+        else:
+            there &= (key >> (SHIFT + 8)) == prefix
+            digit = (key >> SHIFT).to(tl.int32) & 255
+        counts += tl.histogram(tl.where(there, digit, 511), 512)
+    return tl.where(tl.arange(0, 512) < 256, counts, 0)
+
+
+@triton.jit
 def select_kernel(
     keys, places, visible, to_keys, to_places, S, N, K, base, E, span, line, to_line, offset,
     visible_b, visible_s, to_b, to_s, to_k,
@@ -117,7 +139,6 @@ def select_kernel(
     else:
         to_keys += row * to_line + part.to(tl.int64) * K
         to_places += row * to_line + part.to(tl.int64) * K
-    bins = tl.arange(0, 512)
     number: tl.constexpr = keys.dtype.element_ty
     bytes_of: tl.constexpr = 8 if number == tl.int64 else 4
     lane = tl.arange(0, BLOCK)
@@ -125,32 +146,19 @@ def select_kernel(
     if limit > K:
         prefix = tl.full((), 0, number)
         remaining = tl.full((), 0, tl.int32) + K
+        few = limit < 0
         for digits in tl.static_range(bytes_of):
-            shift: tl.constexpr = 8 * (bytes_of - 1 - digits)
-            flip: tl.constexpr = 128 if digits == 0 else 0
-            counts = tl.zeros((512,), tl.int32)
-            for start in range(begin, end, BLOCK):
-                at = start + lane
-                there = at < end
-                key = tl.load(keys + at, there, other=0)
-                if LISTED:
-                    there &= tl.load(places + at, there, other=-1) >= 0
-                if digits > 0:
-                    there &= (key >> (shift + 8)) == prefix
-                digit = ((key >> shift) & 255).to(tl.int32) ^ flip
-                counts += tl.histogram(tl.where(there, digit, 256), 512)
-            counts = tl.where(bins < 256, counts, 0)
+            counts = _counts(keys, places, begin, end, prefix, 8 * (bytes_of - 1 - digits), digits == 0, BLOCK, LISTED)
             total = tl.sum(counts, 0)
             above = total - tl.cumsum(counts, 0)
             chosen = (above < remaining) & (remaining <= above + counts)
+            digit = tl.sum(tl.where(chosen, tl.arange(0, 512), 0), 0)
             if digits == 0:
                 few = total < K
-            digit = tl.sum(tl.where(chosen, bins, 0), 0) ^ flip
-            remaining -= tl.sum(tl.where(chosen, above, 0), 0)
-            if digits == 0:
-                prefix = ((digit ^ 128) - 128).to(number)
+                prefix = (digit - 128).to(number)
             else:
                 prefix = (prefix << 8) | digit.to(number)
+            remaining -= tl.sum(tl.where(chosen, above, 0), 0)
         lowest: tl.constexpr = -(2 ** (8 * bytes_of - 1))
         least = tl.where(few, tl.full((), lowest, number), prefix)
         for start in range(begin, end, BLOCK):
