@@ -47,6 +47,9 @@ def patch(
     ops: str | Sequence[str] = OPS,
     backend: str | Sequence[str] | None = None,
     numerics: str = "transformers",
+    mesh: Any = None,
+    mesh_dim: str = "tp",
+    scheme: str = "auto",
 ) -> Handle:
     """Replace operators of a transformers `DeepseekV4ForCausalLM` (or a model that holds its attention layers).
 
@@ -56,6 +59,10 @@ def patch(
         DeepSeek's inference code where that differs: keys and compressed entries go through FP8 (in blocks of 64
         channels, but for the rotated ones), the indexer's queries and keys through a Hadamard transform and FP4, rotary
         tables stay float32, the norm of single heads is rounded step by step.
+
+    mesh: a `torch.distributed` DeviceMesh over whose dimension `mesh_dim` the attention heads are divided, the indexer's
+        and the output projection by `scheme` (see `flagops.distributed`); every rank calls with the same whole model.
+        Each then computes the whole model's logits, and gradients of its own shards.
 
     Returns a `Handle`, also a context manager: ``disable()`` restores the model exactly, ``report()`` says what ran.
     What flagops cannot take (a mask that is more than visible or not, dropout, a recorded attention) runs as before
@@ -84,6 +91,13 @@ def patch(
         )
     _register()
     handle = Handle(chosen, backend, numerics)
+    if mesh is not None:
+        from ._mesh import NEEDED, divide
+
+        if not handle.ops >= NEEDED:
+            raise ValueError(f"patch: a mesh needs the operators {', '.join(sorted(NEEDED))}")
+        layers = [m for m in modules if isinstance(m, modeling.DeepseekV4Attention)]
+        handle.heads = divide(layers, mesh, mesh_dim, scheme, backend)
     handle.install(list(_bindings(model, modeling, handle)))
     return handle
 

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from flagops.errors import Unsupported
+
 from ._binding import NAME, Binding, hooked, unfit
 from ._cache import beside
 from ._masks import dense, is_lists, joined, visible_indices
+from ._mesh import heads_of
 
 OPS = frozenset(
     {"sparse_attention", "grouped_output_projection", "rotary_embedding", "compress_kv", "lightning_indexer"}
@@ -51,8 +54,12 @@ def attention(
     mask, reason = joined(attention_mask, own, extra, count)
     keys = kv if entries is None or not count else beside(layer, kv, entries, module.sliding_window)
 
-    fresh = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or hooked(module.q_b_proj))
-    q = module.q_b_proj(latent).view(heads)
+    seen = hooked(module.q_b_proj) or hooked(module.q_b_norm)
+    fresh = not (seen or torch.is_grad_enabled() or torch.compiler.is_compiling())
+    shared = heads_of(module)
+    if shared:
+        keys, latent = shared.enter(keys), shared.enter(latent)
+    q = (shared.rows(latent, module.q_b_proj) if shared else module.q_b_proj(latent)).view(heads)
     q = _head_norm(module, q, fresh)
     q = rotate(binding, q, cos, sin, fresh=fresh)
     o, weights = attention_forward(
@@ -85,11 +92,11 @@ def _head_norm(module: Any, q: torch.Tensor, fresh: bool) -> torch.Tensor:
     norm = module.q_b_norm
     binding: Binding | None = norm.__dict__.get("_flagops")
     handle = binding.use("rms_norm") if binding else None
-    if fresh and handle and not hooked(norm) and "_hf_hook" not in norm.__dict__:
+    if fresh and handle and "_hf_hook" not in norm.__dict__:
         result = handle.call("rms_norm", q, None, norm.eps, handle.official, out=q)
         if result is not None:
             return result
-    return norm(q)
+    return norm(q.transpose(1, 2)).transpose(1, 2) if hooked(norm) else norm(q)
 
 
 def rotate(
@@ -117,6 +124,9 @@ def fake_quantize(binding: Binding, x: torch.Tensor, channels: int) -> torch.Ten
 
 
 def _project(module: Any, binding: Binding, o: torch.Tensor) -> torch.Tensor:
+    shared = heads_of(module)
+    if shared:
+        return shared.project(o)
     first, second = module.o_a_proj, module.o_b_proj
     handle = binding.use("grouped_output_projection")
     if handle:
@@ -153,11 +163,14 @@ def attention_forward(
             reason = "attention dropout"
         arguments = reason or _arguments(module, query, key, value, attention_mask, scaling)
         if isinstance(arguments, str):
-            handle.leave("sparse_attention", query, arguments)
+            reason = arguments
+            handle.leave("sparse_attention", query, reason)
         else:
             result = handle.call("sparse_attention", *arguments)
             if result is not None:
                 return result, None
+    if heads_of(module):
+        raise Unsupported(f"attention over a mesh: {reason or 'no backend takes the call, see report()'}")
     from transformers import AttentionInterface
 
     eager = sys.modules[type(module).__module__].eager_attention_forward
@@ -187,5 +200,6 @@ def _arguments(
             return "the mask is more than visible or hidden"
         lists = found
     q = query.transpose(1, 2)
-    sink = module.sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    shared = heads_of(module)
+    sink = (shared.sinks if shared else module.sinks).to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     return q, key[:, 0], sink, lists.expand(q.shape[0], -1, -1), scaling

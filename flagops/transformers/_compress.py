@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from flagops.errors import Unsupported
+
 from ._attention import fake_quantize, rotate
 from ._binding import Binding, unfit
 from ._cache import append, fresh_state, put, take
 from ._masks import first_rows
+from ._mesh import heads_of
 
 
 def compressor(
@@ -70,7 +73,9 @@ def _select(
     keys: torch.Tensor,
     seen: torch.Tensor,
 ) -> torch.Tensor:
-    q = module.q_b_proj(latent).view(*latent.shape[:2], -1, module.head_dim)
+    shared = heads_of(module)
+    q = shared.rows(latent, module.q_b_proj) if shared else module.q_b_proj(latent)
+    q = q.view(*latent.shape[:2], -1, module.head_dim)
     cos, sin = module.rotary_emb(hidden_states, position_ids=position_ids, layer_type=module.rope_layer_type)
     q = rotate(binding, q, cos, sin)
     if binding.official:
@@ -79,15 +84,20 @@ def _select(
     if handle:
         if q.dtype == keys.dtype:
             scorer = module.scorer
-            weights = scorer.weights_proj(hidden_states)
+            project = scorer.weights_proj
+            weights = shared.rows(hidden_states, project) if shared else project(hidden_states)
             if not binding.official:  # whose weights are rounded to the dtype of the activations
                 weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
             weights = weights * (scorer.softmax_scale * scorer.weights_scaling)
+            if shared:
+                return shared.select(q, keys, weights, module.index_topk, seen)
             found = handle.call("lightning_indexer", q, keys, weights, module.index_topk, seen, 0)
             if found is not None:
                 return found
         else:
             handle.leave("lightning_indexer", q, f"queries and keys mix {q.dtype} and {keys.dtype}")
+    if shared:
+        raise Unsupported("the indexer over a mesh needs queries and keys of one dtype")
     scores = module.scorer(q, keys, hidden_states)
     hidden = torch.arange(keys.shape[1], device=keys.device) >= seen.unsqueeze(-1)
     chosen = scores.masked_fill(hidden, float("-inf")).topk(module.index_topk, dim=-1).indices

@@ -33,6 +33,7 @@ class Handle:
         self._untouched: dict[str, int | None] = {}
         self._bindings: list[Binding] = []
         self._lock = threading.Lock()
+        self.heads: list[Any] = []
 
     def install(self, bindings: Iterable[Binding]) -> None:
         for binding in bindings:
@@ -44,11 +45,14 @@ class Handle:
         self._untouched[f"{name}: {reason}"] = None
 
     def disable(self) -> None:
-        """Put the model back as it was; a second call does nothing."""
+        """Put the model back as it was; a second call does nothing. On a mesh every rank calls it, since it gathers
+        the weights."""
         if self.active:
             self.active = False
             for binding in self._bindings:
                 binding.remove(self)
+            for layer in self.heads:
+                layer.restore()
 
     def report(self) -> Report:
         """Per operator the calls by backend and, by reason, those that ran transformers' own code; below them the

@@ -1,0 +1,161 @@
+"""`flagops.patch(model, mesh=...)`: heads over the ranks of tensor parallelism, as the official inference code divides.
+
+A rank keeps its heads' rows of ``q_b_proj``, its sinks, its part of the grouped output projection, and of the indexer
+its heads; compressors, keys and everything between attention layers are the same on every rank. The weights become
+DTensors, so that a sharded model can be saved and trained; restoring gathers them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
+
+from flagops import config
+from flagops.distributed import Layout, ParallelProjection, Sizes, gather, shard
+from flagops.distributed.projection import agreed, failing_together, ranks_of
+
+_OWN = "_flagops_heads"
+_ROWS = (("shard", 0),)
+NEEDED = frozenset({"sparse_attention", "grouped_output_projection", "compress_kv", "lightning_indexer"})
+
+
+def heads_of(module: Any) -> Heads | None:
+    """How the heads of an attention layer or an indexer are divided; None where they are not."""
+    return module.__dict__.get(_OWN)
+
+
+def divide(
+    layers: Sequence[Any], mesh: DeviceMesh, mesh_dim: str, scheme: str, backend: str | Sequence[str] | None
+) -> list[Heads]:
+    """Shard attention layers over a mesh. The ranks compare notes first; what is wrong on one raises on all."""
+    mesh = ranks_of(mesh, mesh_dim)
+    with agreed(mesh) as note:
+        sizes = {_sizes(layer) for layer in layers}
+        if len(sizes) != 1:
+            raise ValueError(f"the layers differ: {', '.join(map(str, sizes))}")
+        if any(heads_of(layer) for layer in layers):
+            raise ValueError("the model is sharded already; disable() that patch first")
+        for indexer in filter(None, map(_indexer, layers)):
+            if indexer.num_heads % mesh.size():
+                raise ValueError(f"{mesh.size()} ranks do not divide the indexer's {indexer.num_heads} heads")
+        layout = Layout.of(sizes.pop(), mesh.size(), scheme)
+        note.update(
+            layout=layout,
+            weights=[(name, tuple(x.shape), str(x.dtype)) for layer in layers for name, x in layer.named_parameters()],
+        )
+    parallel = ParallelProjection(layout, mesh, backend)
+    return [Heads(layer, parallel, mesh) for layer in layers]
+
+
+def _sizes(attention: Any) -> Sizes:
+    of = attention.config
+    return Sizes(of.num_attention_heads, of.head_dim, of.o_groups, of.o_lora_rank, of.hidden_size)
+
+
+def _indexer(attention: Any) -> Any:
+    return getattr(attention.compressor, "indexer", None)
+
+
+class Heads:
+    """One attention layer's share of the heads on this rank."""
+
+    def __init__(self, attention: Any, parallel: ParallelProjection, mesh: DeviceMesh) -> None:
+        self.attention, self.parallel, self.mesh = attention, parallel, mesh
+        placements = parallel.layout.placements
+        self._replace(attention.o_a_proj, "weight", parallel.mesh, placements["wo_a"])
+        self._replace(attention.o_b_proj, "weight", parallel.mesh, placements["wo_b"])
+        for owner, name in self._by_rows():
+            self._replace(owner, name, mesh, _ROWS)
+        for module in self._marked():
+            module.__dict__[_OWN] = self
+
+    def _marked(self) -> Iterator[Any]:
+        yield self.attention
+        if _indexer(self.attention) is not None:
+            yield _indexer(self.attention)
+
+    def _by_rows(self) -> Iterator[tuple[Any, str]]:
+        yield self.attention.q_b_proj, "weight"
+        yield self.attention, "sinks"
+        indexer = _indexer(self.attention)
+        if indexer is not None:
+            yield indexer.q_b_proj, "weight"
+            yield indexer.scorer.weights_proj, "weight"
+
+    @staticmethod
+    def _replace(owner: Any, name: str, mesh: DeviceMesh, placements: Any) -> None:
+        whole = getattr(owner, name)
+        owner.register_parameter(name, nn.Parameter(shard(whole.detach(), mesh, placements), whole.requires_grad))
+
+    def restore(self) -> None:
+        """Gather the weights back: every rank calls it."""
+        projections = ((self.attention.o_a_proj, "weight"), (self.attention.o_b_proj, "weight"))
+        for owner, name in (*projections, *self._by_rows()):
+            divided = getattr(owner, name)
+            owner.register_parameter(name, nn.Parameter(gather(divided), divided.requires_grad))
+        for module in self._marked():
+            module.__dict__.pop(_OWN, None)
+
+    @property
+    def sinks(self) -> torch.Tensor:
+        return _mine(self.attention.sinks)
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """What every rank has and computes its own heads from: gradients are summed over the ranks."""
+        entered: torch.Tensor = _Enter.apply(x, self.mesh.get_group())  # type: ignore[no-untyped-call]
+        return entered
+
+    def rows(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
+        """A linear layer whose outputs are divided."""
+        return linear(x, _mine(layer.weight))
+
+    def project(self, o: torch.Tensor) -> torch.Tensor:
+        """This rank's heads ``[b, s, heads / tp, d]`` to the whole output."""
+        return self.parallel(o, _mine(self.attention.o_a_proj.weight), _mine(self.attention.o_b_proj.weight))
+
+    def select(
+        self, q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, top_k: int, seen: torch.Tensor
+    ) -> torch.Tensor:
+        """`flagops.lightning_indexer` with the heads of q ``[b, s, h / tp, d]`` and weights divided: scores of some
+        queries at a time are summed over the ranks, then every rank chooses alike."""
+        (batch, count, heads, _), entries = q.shape, keys.shape[1]
+        real = torch.promote_types(q.dtype, torch.float32)
+        lists = q.new_full((batch, count, top_k), -1, dtype=torch.int32)
+        step = max(1, config.budget() // max(1, batch * entries * (heads + 6) * real.itemsize))
+        rows = torch.arange(entries, device=q.device)
+        turned = keys.to(real).mT.unsqueeze(1)
+        with failing_together():
+            for start in range(0, count, step):
+                part = slice(start, start + step)
+                each = torch.matmul(q[:, part].to(real), turned).relu_()
+                scores = torch.einsum("bth,bthn->btn", weights[:, part].to(real), each)
+                dist.all_reduce(scores, group=self.mesh.get_group())
+                hidden = rows >= seen[:, part].unsqueeze(-1)
+                order = scores.masked_fill_(hidden, float("-inf")).sort(-1, descending=True, stable=True).indices
+                chosen = order[..., :top_k].masked_fill(hidden.gather(-1, order[..., :top_k]), entries).sort(-1).values
+                lists[:, part] = chosen.masked_fill(chosen == entries, -1).to(torch.int32)
+        return lists
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+        dist.all_reduce(total, group=ctx.group)
+        return total.to(grad.dtype), None
+
+
+def _mine(x: Any) -> torch.Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
