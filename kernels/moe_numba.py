@@ -12,11 +12,11 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
-from ._attention_simd import cast, load_index
-from ._gemm import TAGS, contract, pack, unpack, view
-from ._moe_rows import STEP, gate_block, put_int32
+from ._attention_simd import cast, load_index, vexp
+from ._gemm import TAGS, View, contract, pack, unpack, view
+from ._moe_rows import STEP, gate_block, put_int32, vdescent, vscore
 from ._rows import rows
-from ._simd import lanes, load, size, store, wide
+from ._simd import LANES, lanes, load, size, store, vload, vstore, wide
 
 _GRAIN = 1 << 14  # elements worth a thread
 _ROUTED = 16  # tokens worth one
@@ -30,12 +30,13 @@ def moe_gate(
     real = "float64" if dtype_name(x) == "float64" else "float32"
     name = dtype_name(x) if dtype_name(x) == dtype_name(weight) else real
     x, weight = _converted(x, name), _converted(weight, name)
-    z = np.empty((x.shape[0], weight.shape[0]), real)
-    contract(name, view(x), view(weight).T, view(z), result=real)
+    (count, _), (experts, _) = x.shape, weight.shape
+    z = np.empty(count * experts + LANES, real)  # the last row is read by whole vectors
+    contract(name, view(x), view(weight).T, View(pointer(z), (count, experts), (experts, 1)), result=real)
     bias = None if bias is None else _converted(bias, real)
     weights, indices = out
     parallel(
-        _route, x.shape[0], TAGS[real], pointer(z), weight.shape[0], top_k, float(scale),
+        _route, count, TAGS[real], pointer(z), experts, top_k, float(scale),
         *((0, 0) if bias is None else (pointer(bias), *strides(bias))),
         *(_integers(table, 2) if tokens is not None else (0, (0, 0), 0)),
         *(_integers(tokens, 1) if tokens is not None else (0, (0,), 0)),
@@ -58,18 +59,18 @@ def _route(
     start, stop, tag, z, experts, top_k, scale, bias, bias_step, table, table_steps, table_size,
     tokens, token_steps, token_size, weights, weight_steps, indices, index_steps,
 ):  # fmt: skip
-    unit = size(tag)
-    held = np.empty(2 * experts * unit, np.uint8)
+    unit, step = size(tag), lanes(tag)
+    padded = -(-experts // step) * step
+    held = np.empty(2 * padded * unit, np.uint8)
     taken = np.empty(experts, np.uint8)
     scores = np.int64(held.ctypes.data)
-    biased = scores + experts * unit
+    biased = scores + padded * unit
     for row in range(start, stop):
+        for e in range(0, experts, step):
+            logit = vload(tag, z + (row * experts + e) * unit)
+            vstore(tag, scores + e * unit, vscore(logit, vexp(vdescent(logit))))
         for e in range(experts):
-            logit = load(tag, z + (row * experts + e) * unit)
-            if logit <= 20:
-                logit = cast(tag, math.log1p(math.exp(logit)))
-            score = cast(tag, math.sqrt(logit))
-            store(tag, scores + e * unit, score)
+            score = load(tag, scores + e * unit)
             if bias != 0:
                 score += load(tag, bias + e * bias_step * unit)
             store(tag, biased + e * unit, score)

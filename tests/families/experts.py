@@ -23,7 +23,7 @@ MUTANTS = {
         ("grouped_matmul", "out[start:].zero_()", "pass", 0),
         ("moe_experts", "chosen // indices.shape[1]", "chosen % len(x)", 0),
         ("moe_experts", "_fake(h) if packed else h", "h", 0),
-        ("moe_experts", "(mantissa == 0.5).int()", "0", 0),
+        ("moe_experts", "largest * (1 / 448)", "largest * (1 / 1000)", 0),
         ("moe_experts", "scale[start // BLOCK : -(-stop // BLOCK)]", "scale[: -(-stop // BLOCK)]", 0),
     ],
     "experts_triton.py": [

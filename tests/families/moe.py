@@ -15,8 +15,6 @@ MUTANTS = {
     "moe_numba.py": [
         ("moe_gate", "value > highest", "value >= highest", 0),
         ("moe_gate", "taken[best] = 1", "taken[best] = 0", 0),
-        ("moe_gate", "(row * experts + e) * unit", "row * experts * unit", 0),
-        ("moe_gate", "slot * index_steps[1] * 4", "slot * 4", 0),
         ("moe_gate", "score = load(tag, scores + best * unit)", "score = load(tag, biased + best * unit)", 0),
         ("moe_gate", "token * table_steps[0]", "token", 0),
         ("swiglu", "gate_column * item, 0, gate_column", "gate_column * item, 0, 1", 0),
@@ -25,10 +23,9 @@ MUTANTS = {
     "_moe_rows.py": [
         ("swiglu", "vmost(vleast(vload(real, u + i * unit), above), below)", "vleast(vload(real, u + i * unit), above)", 0),
         ("swiglu", "vchoose(gate, fall)", "fall", 0),
-        ("swiglu", "vmul(vmul(silu, up), factor)", "vmul(silu, up)", 0),
+        ("moe_gate", "1 / (2 * i + 1)", "1 / (2 * i + 3)", 0),
         ("moe_experts", "tokens[i] * row * item", "i * row * item", 0),
         ("moe_experts", "source + width * item, 0, 1", "source, 0, 1", 0),
-        ("moe_experts", "total + tokens[i] * width * unit", "total + i * width * unit", 0),
         ("moe_experts", "vround_e4m3(vmul(", "(vmul(", 0),
     ],
     "_moe.py": [("moe_experts", "not in FLOATS", "in FLOATS", 0)],
