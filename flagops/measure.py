@@ -228,7 +228,8 @@ def excerpt(
     for word in (*rows, words[-1]):
         if word == words[-1]:
             blocks = any(f"{word}b" in t.axes.split() and part[n] is not None for n, t in op.tensors.items())
-            if "*" in word or word in op.tensors[first].axes.split() or blocks:
+            given = any(word in tensor.axes.split() for tensor in op.tensors.values())
+            if "*" in word or word in op.tensors[first].axes.split() or blocks or not given:
                 continue
             limit = 512
         else:

@@ -230,7 +230,7 @@ def fp8_fake_quantize(x: Array, block: int = 64, power_of_two: bool = True) -> A
     tensors={"x": Tensor("... g*block", NARROW)},
     scalars={"block": Scalar(_pairs, (), axis="block", torch="int")},
     result={
-        "packed": Tensor("... h", ("uint8",)),
+        "packed": Tensor("... g*half", ("uint8",)),
         "scale": Tensor("... g", ("float8_e8m0fnu",), codes=True),
     },
     workloads={
@@ -240,7 +240,7 @@ def fp8_fake_quantize(x: Array, block: int = 64, power_of_two: bool = True) -> A
     flops=_one_each,
     exact=True,
     sizes={"block": (32, 16, 2, 6, 64), "g": (1, 2, 3, 0, 7, 33)},
-    derived=lambda dims, scalars: {"h": dims["g"] * dims["block"] // 2},
+    derived=lambda dims, scalars: {"half": scalars["block"] // 2},
 )
 def fp4_quantize(x: Array, block: int = 32) -> tuple[Array, Array]:
     """Activations as packed e2m1 codes with one power of two for each block of a row (MXFP4).
