@@ -9,30 +9,30 @@ from __future__ import annotations
 from typing import Any
 
 
-def small_deepseek_v4(seed: int = 0) -> Any:
+def small_deepseek_v4(seed: int = 0, **sizes: Any) -> Any:
     """60 000 parameters with sliding, CSA and HCA layers, hash and scored routing; windows that close early."""
-    return random_deepseek_v4(
-        seed,
-        vocab_size=64,
-        hidden_size=32,
-        moe_intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        head_dim=16,
-        qk_rope_head_dim=8,
-        q_lora_rank=16,
-        o_lora_rank=8,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        index_n_heads=16,
-        index_head_dim=16,
-        index_topk=2,
-        sliding_window=4,
-        max_position_embeddings=1024,
-        compress_ratios=[0, 4, 128, 0],
-        compress_rate_hca=8,
-        initializer_range=0.3,
-    )
+    small = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "q_lora_rank": 16,
+        "o_lora_rank": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "index_n_heads": 16,
+        "index_head_dim": 16,
+        "index_topk": 2,
+        "sliding_window": 4,
+        "max_position_embeddings": 1024,
+        "compress_ratios": [0, 4, 128, 0],
+        "compress_rate_hca": 8,
+        "initializer_range": 0.3,
+    }
+    return random_deepseek_v4(seed, **(small | sizes))
 
 
 def long_deepseek_v4(seed: int = 0) -> Any:

@@ -236,6 +236,60 @@ def one_fails(device: str, sizes: Any) -> None:
     built(o[:, :, :-1] if dist.get_rank() == 1 else o)
 
 
+def model(device: str, scheme: str, groups: int, heads: int, seed: int) -> dict[str, Any]:
+    """A whole DeepSeek-V4 with its attention heads divided: logits of a prompt and of steps after it, gradients, and
+    the weights after the patch is undone."""
+    import torch
+
+    import flagops
+    from flagops.examples import small_deepseek_v4
+
+    whole = small_deepseek_v4(seed, num_attention_heads=heads, o_groups=groups, experts_implementation="eager")
+    whole = whole.double().to(device)
+    before = {name: x.clone() for name, x in whole.state_dict().items()}
+    ids = torch.randint(2, 64, (2, 40), generator=torch.Generator().manual_seed(seed)).to(device)
+    weight = torch.linspace(-1, 1, 2 * 40 * 64, dtype=torch.float64, device=device).view(2, 40, 64)
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        unpatched = _steps(whole, ids)
+    with flagops.patch(whole):
+        (whole(ids).logits * weight).sum().backward()
+        expected = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+        whole.zero_grad()
+        with torch.no_grad():
+            plain = _steps(whole, ids)
+    with flagops.patch(whole, mesh=mesh(device), scheme=scheme) as handle:
+        with torch.no_grad():
+            divided = _steps(whole, ids)
+        (whole(ids).logits * weight).sum().backward()
+        gradients = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+        found["worst gradient"] = max(
+            float((_whole(gradients[name]) - x).abs().max() / (1e-30 + x.abs().max())) for name, x in expected.items()
+        )
+        found["missing"] = sorted(expected.keys() - gradients.keys())
+        found["calls"] = handle.report().replaced
+        found["local heads"] = whole.model.layers[1].self_attn.sinks.to_local().shape[0]
+    found["worst logit"] = float((divided - plain).abs().max())
+    found["to transformers"] = float((divided - unpatched).abs().max())
+    found["restored"] = all(torch.equal(x, before[name]) for name, x in whole.state_dict().items())
+    return found
+
+
+def _whole(x: Any) -> Any:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def _steps(whole: Any, ids: Any) -> Any:
+    import torch
+
+    logits, cache = [], None
+    for part in (ids[:, :33], *ids[:, 33:].split(1, 1)):
+        out = whole(part, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
 def main(folder: str, rank: str, ranks: str) -> None:
     import torch
     import torch.distributed as dist

@@ -246,6 +246,24 @@ def test_a_failing_rank_ends_the_job_with_its_message():
     assert "rank 1: ValueError: o has shape" in str(result[0])
 
 
+def test_a_whole_model_with_its_heads_divided(request):
+    """Prefill, steps on the cache, and training, against the same operators on one process and transformers' own."""
+    todo = [
+        ("model", {"scheme": scheme, "groups": groups, "heads": 8, "seed": 1})
+        for scheme, groups in (("auto", 4), ("split-input", 2), ("split-rank", 1), ("replicate", 2))
+    ]
+    for (_, case), result in zip(todo, ranks.launch(4, todo, request.config.getoption("--device")), strict=True):
+        for found in result:
+            if isinstance(found, Exception):
+                raise found
+            assert found["local heads"] == 2
+            assert found["worst logit"] < 1e-9, case
+            assert found["worst gradient"] < 1e-9, case
+            assert found["missing"] == []
+            assert found["to transformers"] < 1e-4, case  # which computes parts of a float64 model in float32
+            assert found["restored"], case
+
+
 FAKE = """
 import sys
 import torch

@@ -60,9 +60,9 @@ def patch(
         channels, but for the rotated ones), the indexer's queries and keys through a Hadamard transform and FP4, rotary
         tables stay float32, the norm of single heads is rounded step by step.
 
-    mesh: a `torch.distributed` DeviceMesh over whose dimension `mesh_dim` the attention heads are divided, the indexer's
-        and the output projection by `scheme` (see `flagops.distributed`); every rank calls with the same whole model.
-        Each then computes the whole model's logits, and gradients of its own shards.
+    mesh: a `torch.distributed` DeviceMesh over whose dimension `mesh_dim` the heads of attention and indexer are
+        divided, and the output projection by `scheme` (see `flagops.distributed`); every rank calls with the same whole
+        model. Each then computes the whole model's logits, and gradients of its own shards.
 
     Returns a `Handle`, also a context manager: ``disable()`` restores the model exactly, ``report()`` says what ran.
     What flagops cannot take (a mask that is more than visible or not, dropout, a recorded attention) runs as before

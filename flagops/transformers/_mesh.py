@@ -138,7 +138,7 @@ class Heads:
                 scores = torch.einsum("bth,bthn->btn", weights[:, part].to(real), each)
                 dist.all_reduce(scores, group=self.mesh.get_group())
                 hidden = rows >= seen[:, part].unsqueeze(-1)
-                order = scores.masked_fill_(hidden, float("-inf")).sort(-1, descending=True, stable=True).indices
+                order = scores.masked_fill_(hidden, float("-inf")).sort(stable=True, dim=-1, descending=True).indices
                 chosen = order[..., :top_k].masked_fill(hidden.gather(-1, order[..., :top_k]), entries).sort(-1).values
                 lists[:, part] = chosen.masked_fill(chosen == entries, -1).to(torch.int32)
         return lists
