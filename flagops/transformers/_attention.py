@@ -94,8 +94,7 @@ def _head_norm(module: Any, q: torch.Tensor, fresh: bool) -> torch.Tensor:
     handle = binding.use("rms_norm") if binding else None
     if fresh and handle and "_hf_hook" not in norm.__dict__:
         result = handle.call("rms_norm", q, None, norm.eps, handle.official, out=q)
-        if result is not None:
-            return result
+        return type(norm).forward(norm, q) if result is None else result
     return norm(q.transpose(1, 2)).transpose(1, 2) if hooked(norm) else norm(q)
 
 

@@ -1,0 +1,96 @@
+"""The official numerics under `flagops.patch`, against transformers' code with NumPy quantisers between its steps."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import flagops  # noqa: E402
+from flagops.examples import random_deepseek_v4  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent))
+from patching import BACKENDS, continued, logits, rows, small_deepseek_v4, tokens  # noqa: E402
+
+HEAD, INDEX, ROTATED = 96, 64, 32
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_deepseek_v4(
+        0,
+        vocab_size=64,
+        hidden_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        head_dim=HEAD,
+        qk_rope_head_dim=ROTATED,
+        q_lora_rank=32,
+        o_lora_rank=16,
+        n_routed_experts=4,
+        num_experts_per_tok=4,  # every expert: no routing to flip
+        index_n_heads=8,
+        index_head_dim=INDEX,
+        index_topk=4,
+        sliding_window=8,
+        max_position_embeddings=1024,
+        compress_ratios=[0, 4, 128, 0],
+        compress_rate_hca=8,
+        initializer_range=0.1,
+    )
+
+
+@pytest.fixture
+def quantised(monkeypatch):
+    """transformers' rotation, and then what the inference code does to keys, entries and the indexer's operands."""
+    from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
+
+    rotate = modeling.apply_rotary_pos_emb
+
+    def both(x, cos, sin, unsqueeze_dim=1):
+        y = rotate(x, cos, sin, unsqueeze_dim)
+        if x.shape[-1] == INDEX:
+            return flagops.fp4_fake_quantize(flagops.hadamard(y, backend="numpy"), 32, backend="numpy")
+        if x.shape[1] == 1 and x.shape[-1] == HEAD:
+            plain = flagops.fp8_fake_quantize(y[..., : HEAD - ROTATED].contiguous(), 64, backend="numpy")
+            return torch.cat([plain, y[..., HEAD - ROTATED :]], -1)
+        return y
+
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", both)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numerics(model, quantised, backend):
+    """A key that rounds the other way moves all that follows it, so not every draw must agree; almost all do."""
+    near = []
+    for seed in range(5):
+        ids = tokens(48, 1, seed)
+        expected = logits(model, ids)
+        with flagops.patch(model, backend=backend, numerics="official") as handle:
+            near.append(float((continued(model, ids, (40, *[1] * 8)) - expected).abs().max()))
+        assert handle.report().share == 1
+    with flagops.patch(model, backend=backend):
+        plain = float((logits(model, ids) - expected).abs().max())
+    assert sorted(near)[2] < 1e-4, near
+    assert plain > 1e-2, "the numerics differ"
+    assert {"fp8_fake_quantize", "fp4_fake_quantize", "hadamard"} <= rows(handle).keys()
+
+
+def test_rotary_tables_stay_float32(model):
+    import copy
+
+    half = copy.deepcopy(model).bfloat16()
+    x, places = torch.zeros(1, dtype=torch.bfloat16), torch.arange(20)[None]
+    with flagops.patch(half, backend="torch", numerics="official"):
+        cos, _ = half.model.rotary_emb(x, places, "compress")
+        assert cos.dtype == torch.float32
+        assert logits(half, tokens(30)).isfinite().all()
+    assert half.model.rotary_emb(x, places, "compress")[0].dtype == torch.bfloat16
+
+
+def test_bad_numerics():
+    with pytest.raises(ValueError, match="did you mean 'official'"):
+        flagops.patch(small_deepseek_v4(), numerics="oficial")
