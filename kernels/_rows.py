@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
-Steps = Sequence[int]
+Steps = tuple[int, ...]
 
 
-def rows(shape: Steps, *steps: Steps) -> Iterator[tuple[list[int], tuple[int, ...], list[tuple[int, ...]]]]:
+def rows(shape: Sequence[int], *steps: Sequence[int]) -> Iterator[tuple[list[int], Steps, list[Steps]]]:
     """Blocks of three axes that cover all leading axes: element offsets, sizes, and strides of each tensor.
 
     Axes of size 1 are dropped and neighbours are merged where every tensor's strides allow it.
     """
     if 0 in shape:
         return
-    axes: list[tuple[int, tuple[int, ...]]] = []
+    outer, sizes, strides = _merged(tuple(shape), *map(tuple, steps))
+    for place in itertools.product(*(range(size) for size, _ in outer)):
+        offsets = [sum(at * step[i] for at, (_, step) in zip(place, outer, strict=True)) for i in range(len(steps))]
+        yield offsets, sizes, strides
+
+
+@lru_cache(maxsize=1024)
+def _merged(shape: Steps, *steps: Steps) -> tuple[list[tuple[int, Steps]], Steps, list[Steps]]:
+    """The axes beyond three, and the sizes and strides of those three."""
+    axes: list[tuple[int, Steps]] = []
     for size, step in zip(shape, zip(*steps, strict=True), strict=True):
         if size == 1:
             continue
@@ -25,9 +35,6 @@ def rows(shape: Steps, *steps: Steps) -> Iterator[tuple[list[int], tuple[int, ..
             axes.append((size, step))
     while len(axes) < 3:
         axes.insert(0, (1, (0,) * len(steps)))
-    outer, inner = axes[:-3], axes[-3:]
-    sizes = tuple(size for size, _ in inner)
-    strides = [tuple(axis[1][i] for axis in inner) for i in range(len(steps))]
-    for place in itertools.product(*(range(size) for size, _ in outer)):
-        offsets = [sum(at * axis[1][i] for at, axis in zip(place, outer, strict=True)) for i in range(len(steps))]
-        yield offsets, sizes, strides
+    inner = axes[-3:]
+    strides = [tuple(step[i] for _, step in inner) for i in range(len(steps))]
+    return axes[:-3], tuple(size for size, _ in inner), strides
