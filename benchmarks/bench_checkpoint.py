@@ -198,7 +198,7 @@ def report(folder: Path, size: float, args: argparse.Namespace) -> None:
     print(f"# Converting a checkpoint\n\n{machine}\n")
     print(f"{summary['bytes_read'] / 1e9:.2f} GB read, {written / 1e9:.2f} GB written by {args.workers} threads each;")
     print(
-        f"every file synced once, then its folder; best of {args.rounds}. {checked.compared_tensors} tensors verified.\n"
+        f"every file synced once, then its folder; best of {args.rounds}; {checked.compared_tensors} tensors checked.\n"
     )
     rows = {
         "flagops convert, start of the process included": f"{min(converting):.1f} s, {ours / 1e9:.2f} GB/s written",

@@ -63,6 +63,7 @@ def plain(rng):
         "norm.weight": torch.from_numpy(rng.normal(size=256).astype(np.float32)).bfloat16(),
         "layers.0.hc_attn_scale": torch.from_numpy(rng.normal(size=3).astype(np.float32)),
         "model.layers.0.attn_hc.scale": torch.from_numpy(rng.normal(size=3).astype(np.float32)),
+        "layers.0.attn.compressor.ape": torch.from_numpy(rng.normal(size=(4, 256)).astype(np.float32)),
         "layers.0.attn.attn_sink": torch.tensor([1.0, float("-inf"), 0.5]),
         "layers.0.ffn.gate.tid2eid": torch.from_numpy(rng.integers(0, 4, (64, 2))),
         "odd.weight": torch.from_numpy(rng.normal(size=(7, 3)).astype(np.float32)).bfloat16(),

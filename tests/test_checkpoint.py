@@ -47,6 +47,7 @@ def test_bit_by_bit(tmp_path, naming, floating, backend):
     assert summary.shards == len(set(index["weight_map"].values())) > 2
     assert index["metadata"] == {"total_size": sum(x.nbytes for x in expected.values())}
     assert summary.peak_memory > 0
+    assert any("NaN in them: layers.0.attn.attn_sink" in note for note in summary.notes), "an infinite sink is legal"
     checked = checkpoint.verify(src, tmp_path / "dst", backend=backend)
     assert (checked.state, checked.compared_tensors) == ("verified", len(expected))
 
@@ -695,7 +696,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path, capsys
     for more in (["--dry-run"], []):
         assert main(["convert", str(src), str(tmp_path / "dst"), *more]) == 3
         assert "1,000 bytes free" in capsys.readouterr().err
-        assert not list(tmp_path.rglob("*.safetensors.partial"))
+        assert not (tmp_path / "dst").exists()
 
 
 def test_exit_codes(tmp_path, capsys):

@@ -167,6 +167,20 @@ def test_finished_shards_are_not_made_again(stopped):
     assert tree(dst) == reference
 
 
+def test_a_dry_run_counts_what_is_finished(stopped):
+    src, dst, shards, reference = stopped
+    (dst / f"{shards[-1]}.partial").write_bytes(b"x" * 1000)
+    before = tree(dst)
+    summary = checkpoint.convert(src, dst, shard_size=SIZE, dry_run=True)
+    finished = set(reference) & set(before)
+    assert finished > set(shards)
+    written = sum(len(text) for name, text in reference.items() if name not in finished | {MANIFEST})
+    assert summary.needed_disk == written
+    with pytest.raises(checkpoint.Refused, match="other options"):
+        checkpoint.convert(src, dst, shard_size="50000", dry_run=True)
+    assert tree(dst) == before
+
+
 def test_a_finished_shard_that_has_changed_is_made_again(stopped):
     src, dst, shards, reference = stopped
     raw = bytearray((dst / shards[0]).read_bytes())

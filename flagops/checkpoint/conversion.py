@@ -171,14 +171,14 @@ class Conversion:
                 "choose an empty folder"
             )
         identity = plan.identity | {"stamps": {name: list(s) for name, s in sorted(plan.source.stamps.items())}}
+        self._room(summary, store.unfinished(self.dst, identity))
         if dry_run:
-            self._room(summary, {})
             return summary
         self.dst.mkdir(parents=True, exist_ok=True)
+        store.sync_folder(self.dst.parent)
         with Journal(self.dst, identity) as journal:
-            for partial in self.dst.rglob(f"*{store.PARTIAL}"):
+            for partial in self._partials():
                 partial.unlink()
-            self._room(summary, journal.done)
             before = set(journal.done)
             self.progress.begin(self.total, "write")
             try:
@@ -205,12 +205,15 @@ class Conversion:
     def _room(self, summary: Summary, done: dict[str, Entry]) -> None:
         present = {name for name in done if (self.dst / name).is_file()}
         summary.needed_disk = self.total - sum(done[name].bytes for name in present)
-        summary.free_disk = _free(self.dst)
+        summary.free_disk = _free(self.dst) + sum(path.stat().st_size for path in self._partials())
         if summary.needed_disk > summary.free_disk:
             raise NoSpace(
                 f"the disk of {self.dst} has {summary.free_disk:,} bytes free, {summary.needed_disk:,} are needed; "
                 "make room or choose another DST"
             )
+
+    def _partials(self) -> list[Path]:
+        return list(self.dst.rglob(f"*{store.PARTIAL}"))
 
     def _make(self, task: str | Shard, stream: Stream, journal: Journal) -> None:
         name = task if isinstance(task, str) else task.name
@@ -275,6 +278,9 @@ class Conversion:
         summary.seconds = self.clock()
         summary.rate = count / summary.seconds
         summary.bytes_read, summary.peak_memory = self.team.read, work.peak()
+        odd = sorted(self.team.not_finite)
+        if odd:
+            summary.notes.append(f"{len(odd)} tensors were copied with infinities or NaN in them: {', '.join(odd[:8])}")
         if summary.peak_memory > self.memory:
             before = "before it began (compilation, or the caller)" if self.peak > self.memory else "while it ran"
             summary.notes.append(f"the process took more than --memory {before}")

@@ -11,8 +11,9 @@ from flagops import arrays
 
 from .plan import Plan
 from .source import Refused, Source
-from .stream import LARGEST, Kernels, Stream
+from .stream import Kernels, Stream
 
+_SLICE = 2 << 20  # elements; enough for the kernels to use all processors
 _OUTPUTS = ("bfloat16", "float16", "float32")
 _NUMPY = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu", "BOOL": "bool"}
 
@@ -44,7 +45,7 @@ def load(
 
 
 def _load(plan: Plan, dtype: str, framework: str, kernels: Kernels) -> Iterator[tuple[str, Any]]:
-    with Stream(plan, kernels, LARGEST, dtype) as stream:
+    with Stream(plan, kernels, _SLICE, dtype) as stream:
         for out in plan.outputs:
             kind = dtype if out.scale else _NUMPY.get(out.dtype) or _numpy_name(out.dtype)
             array = np.empty(out.shape, arrays.numpy_dtype(kind))

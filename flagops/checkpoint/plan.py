@@ -6,7 +6,6 @@ refused, for a guess would give a model that loads and is wrong.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -127,10 +126,6 @@ class Plan:
             for out in shard.outputs:
                 yield out.name, shard
 
-    def digest(self) -> str:
-        """A digest of the identity, short enough for a message."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-
 
 def outputs(tensors: dict[str, Stored], to: str, block: tuple[int, int] = (128, 128)) -> list[Output]:
     """What becomes of each tensor, in the order of the source; a scale that is kept follows its weight."""
@@ -156,9 +151,7 @@ def outputs(tensors: dict[str, Stored], to: str, block: tuple[int, int] = (128, 
     return made
 
 
-def slices(
-    rows: int, columns: int, unit: tuple[int, int], limit: int
-) -> Iterator[tuple[int, int, int, int]]:  # fmt: skip
+def slices(rows: int, columns: int, unit: tuple[int, int], limit: int) -> Iterator[tuple[int, int, int, int]]:
     """Rectangles (first row, last row, first column, last column) of at most `limit` elements that cover a matrix.
 
     Each is contiguous and in order: whole bands of `unit` rows, rows inside one band, or columns of one row, these in
@@ -171,6 +164,8 @@ def slices(
         step = limit // columns
         if step >= height:
             step -= step % height
+        else:
+            step = -(-height // -(-height // step))  # equal parts of a band
         for band in range(0, rows, max(step, height)):
             last = min(band + max(step, height), rows)
             for row in range(band, last, step):

@@ -121,24 +121,15 @@ class Journal:
             os.close(file)  # another conversion has just finished and removed it
 
     def _load(self, identity: dict[str, Any]) -> bool:
-        with open(self._path, "rb") as file:
-            lines = file.read().splitlines(keepends=True)
-        records = []
-        whole = 0
-        for line in lines:
-            record = _parse(line)
-            if record is None:  # the end of what was written before a crash
-                break
-            records.append(record)
-            whole += len(line)
-        if whole < sum(map(len, lines)):
+        raw = self._path.read_bytes()
+        records, whole = _records(raw)
+        if whole < len(raw):
             os.ftruncate(self._file, whole)
         if not records:
             self._append({"journal": "flagops convert", "identity": identity})
             sync_folder(self._path.parent)
             return False
-        same_made(self._path.parent, records[0].get("identity"), identity)
-        self.done = {r["file"]: Entry(r["bytes"], r["sha256"]) for r in records[1:]}
+        self.done = _finished(self._path.parent, records, identity)
         return True
 
     def _append(self, record: dict[str, Any]) -> None:
@@ -153,12 +144,32 @@ class Journal:
             raise
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if line.endswith(b"\n") and isinstance(record, dict) else None
+def unfinished(folder: Path, identity: dict[str, Any]) -> dict[str, Entry]:
+    """What the journal of an interrupted conversion has as finished; refuses that of another, and changes nothing."""
+    path = folder / JOURNAL
+    records = _records(path.read_bytes())[0] if path.exists() else []
+    return _finished(folder, records, identity) if records else {}
+
+
+def _finished(folder: Path, records: list[dict[str, Any]], identity: dict[str, Any]) -> dict[str, Entry]:
+    same_made(folder, records[0].get("identity"), identity)
+    return {r["file"]: Entry(r["bytes"], r["sha256"]) for r in records[1:]}
+
+
+def _records(raw: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a journal and their length, up to where a crash cut it."""
+    records: list[dict[str, Any]] = []
+    whole = 0
+    for line in raw.splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not isinstance(record, dict):
+            break
+        records.append(record)
+        whole += len(line)
+    return records, whole
 
 
 def same_made(folder: Path, found: Any, identity: dict[str, Any]) -> None:

@@ -15,10 +15,11 @@ from .plan import COPY, FP4, FP8, KEEP, KEPT_SCALE, RECODE, RECODED_SCALE, Outpu
 from .source import Reader, Refused
 
 BLOCK = 128  # rows and columns that share a scale in FP8 recoded from FP4
-LARGEST = 2 << 20  # elements of a slice: their bytes stay in a processor's cache from the read to the write
+LARGEST = 1 << 20  # elements of a slice: their bytes stay in a processor's cache from the read to the write
 SMALLEST = 64 << 10
 _CHUNK = 1 << 17  # elements that a check looks at together
 _FINITE = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
+_FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _DAMAGED = "the checkpoint is damaged: copy or download it again"
 
 
@@ -119,6 +120,7 @@ class Stream:
 
     limit: elements of a slice; no buffer is larger than that many elements of the output.
     dtype: what quantised tensors become.
+    not_finite: copied tensors in which an infinity or a NaN was seen; they are copied all the same.
     """
 
     def __init__(self, plan: Plan, kernels: Kernels, limit: int = LARGEST, dtype: str = "bfloat16") -> None:
@@ -129,6 +131,7 @@ class Stream:
         self._test = np.empty(_CHUNK, np.uint8)
         self._scales: dict[str, list[Any]] = {}
         self.reader = Reader(plan.source)
+        self.not_finite: set[str] = set()
 
     def __enter__(self) -> Stream:
         return self
@@ -146,7 +149,7 @@ class Stream:
     def output(self, out: Output) -> Iterator[Any]:
         """The bytes of one output as uint8 arrays, each valid until the next is asked for."""
         made: dict[str, Callable[[Output], Iterator[Any]]] = {
-            COPY: self._copy, KEPT_SCALE: self._kept_scale, KEEP: self._keep, FP4: self._fp4, FP8: self._fp8,
+            COPY: self._watched, KEPT_SCALE: self._kept_scale, KEEP: self._keep, FP4: self._fp4, FP8: self._fp8,
             RECODE: self._recode, RECODED_SCALE: self._recoded_scale,
         }  # fmt: skip
         return made[out.action](out)
@@ -156,9 +159,17 @@ class Stream:
         self.reader.read(stored.file, stored.offset + offset, memoryview(found))
         return found
 
+    def _watched(self, out: Output) -> Iterator[Any]:
+        kind = _FLOATS.get(out.dtype)
+        for piece in self._copy(out):
+            if kind and out.name not in self.not_finite and _infinite(piece, kind):
+                self.not_finite.add(out.name)
+            yield piece
+
     def _copy(self, out: Output) -> Iterator[Any]:
-        for start in range(0, out.size, len(self._output)):
-            yield self._read(out.weight, start, min(len(self._output), out.size - start), self._output)
+        step = len(self._output) // 8 * 8  # whole numbers
+        for start in range(0, out.size, step):
+            yield self._read(out.weight, start, min(step, out.size - start), self._output)
 
     def _kept_scale(self, out: Output) -> Iterator[Any]:
         for piece in self._copy(out):
@@ -194,9 +205,8 @@ class Stream:
             base = matrix * -(-rows // height) * across
             for r0, r1, c0, c1 in slices(rows, columns, (height, width), self._limit):
                 shape = r1 - r0, c1 - c0
-                codes = self._read(
-                    out.weight, (matrix * rows + r0) * columns + c0, shape[0] * shape[1], self._input
-                )  # fmt: skip
+                start = (matrix * rows + r0) * columns + c0
+                codes = self._read(out.weight, start, shape[0] * shape[1], self._input)
                 grid = -(-r1 // height) - r0 // height, -(-c1 // width) - c0 // width
                 first = base + r0 // height * across + c0 // width
                 wide = 1 if coded else 4
@@ -218,9 +228,7 @@ class Stream:
             scale = self._read(out.scale, r0 * columns // 32, (r1 - r0) * columns // 32)
             self._finite_scale(out, scale)
             weight = self._output[: (r1 - r0) * columns].reshape(r1 - r0, columns)
-            scales, lossless = self._kernels.recode(
-                packed.reshape(r1 - r0, -1), scale.reshape(r1 - r0, -1), weight
-            )  # fmt: skip
+            scales, lossless = self._kernels.recode(packed.reshape(r1 - r0, -1), scale.reshape(r1 - r0, -1), weight)
             lossy = np.argwhere(~lossless)
             if len(lossy):
                 row, column = (int(i) * BLOCK for i in lossy[0])
@@ -260,9 +268,14 @@ class Stream:
                 raise Refused(f"{out.weight} has a code 0x7F or 0xFF (NaN); {_DAMAGED}")
 
     def _in_range(self, out: Output, made: Any) -> None:
-        unsigned, mask = _FINITE[self._dtype]
-        remedy = "use bfloat16" if self._dtype == "float16" else _DAMAGED
-        bits = made.reshape(-1).view(unsigned)
-        for start in range(0, len(bits), _CHUNK):
-            if np.any(bits[start : start + _CHUNK] & unsigned(mask) == mask):
-                raise Refused(f"{out.weight} scaled by {out.scale} overflows {self._dtype}; {remedy}")
+        if _infinite(made.reshape(-1), self._dtype):
+            remedy = "use bfloat16" if self._dtype == "float16" else _DAMAGED
+            raise Refused(f"{out.weight} scaled by {out.scale} overflows {self._dtype}; {remedy}")
+
+
+def _infinite(values: Any, dtype: str) -> bool:
+    """Whether an infinity or a NaN is among contiguous numbers, given in any form."""
+    unsigned, mask = _FINITE[dtype]
+    bits = values.view(unsigned)
+    chunks = (bits[start : start + _CHUNK] for start in range(0, len(bits), _CHUNK))
+    return any(bool(np.any(chunk & unsigned(mask) == mask)) for chunk in chunks)

@@ -101,6 +101,7 @@ class Team:
         self._lock = threading.Lock()
         self.stop = threading.Event()
         self.read = 0
+        self.not_finite: set[str] = set()
 
     def run(self, tasks: Iterable[Task], work: Callable[[Task, Stream], None]) -> None:
         """Call ``work(task, stream)`` for each."""
@@ -125,6 +126,7 @@ class Team:
                 finally:
                     with self._lock:
                         self.read += stream.reader.count
+                        self.not_finite |= stream.not_finite
 
         with ThreadPoolExecutor(self._shares.workers, "flagops-convert") as pool:
             futures = [pool.submit(serve) for _ in range(self._shares.workers)]
