@@ -196,10 +196,9 @@ def report(folder: Path, size: float, args: argparse.Namespace) -> None:
     ours, copied, theirs = written / min(converting), written / min(copying), max(rates)
     machine = ", ".join(f"{name} {value}" for name, value in measure.machine().items())
     print(f"# Converting a checkpoint\n\n{machine}\n")
+    checked_tensors = checked.compared_tensors
     print(f"{summary['bytes_read'] / 1e9:.2f} GB read, {written / 1e9:.2f} GB written by {args.workers} threads each;")
-    print(
-        f"every file synced once, then its folder; best of {args.rounds}; {checked.compared_tensors} tensors checked.\n"
-    )
+    print(f"every file synced once, then its folder; best of {args.rounds}; {checked_tensors} tensors verified.\n")
     rows = {
         "flagops convert, start of the process included": f"{min(converting):.1f} s, {ours / 1e9:.2f} GB/s written",
         "plain parallel copy of as many bytes, the same": f"{min(copying):.1f} s, {copied / 1e9:.2f} GB/s written",

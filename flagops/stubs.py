@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from flagops import registry
+from flagops import checkpoint as checkpoint
 from flagops.operator import Operator
 
 PATH = Path(__file__).with_name("__init__.pyi")
