@@ -109,9 +109,9 @@ def expected(sizes, dtype, tokens, seed):
         arguments.setdefault(name, None)
     exact = REFERENCE.reference(*(arguments[name] for name in REFERENCE.inputs))
     bound = REFERENCE.bound(exact, arguments, dtype)
-    z = np.abs(wide(arguments["o"]).reshape(tokens, sizes.groups, -1))
-    z = np.einsum("tgi,gri->tgr", z, np.abs(wide(arguments["wo_a"])).reshape(sizes.groups, sizes.rank, -1))
-    summands = z.reshape(tokens, -1) @ np.abs(wide(arguments["wo_b"])).T
+    z = np.abs(wide(arguments["o"]).reshape(tokens, sizes.groups, sizes.width))
+    z = np.einsum("tgi,gri->tgr", z, np.abs(wide(arguments["wo_a"])).reshape(sizes.groups, sizes.rank, sizes.width))
+    summands = z.reshape(tokens, sizes.groups * sizes.rank) @ np.abs(wide(arguments["wo_b"])).T
     return exact, bound + 2 * unit(dtype).u * (magnitude(exact) + summands)  # each rank's summand is rounded too
 
 
