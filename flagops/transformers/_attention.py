@@ -10,12 +10,11 @@ import torch
 
 from flagops.errors import Unsupported
 
-from ._binding import NAME, Binding, hooked, unfit
+from ._binding import NAME, Binding, heads_of, hooked, unfit
 from ._cache import beside
 from ._masks import dense, is_lists, joined, visible_indices
-from ._mesh import heads_of
 
-OPS = frozenset(
+OPS: frozenset[str] = frozenset(
     {"sparse_attention", "grouped_output_projection", "rotary_embedding", "compress_kv", "lightning_indexer"}
 )
 

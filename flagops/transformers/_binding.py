@@ -12,9 +12,11 @@ import torch
 
 if TYPE_CHECKING:
     from ._handle import Handle
+    from ._mesh import Heads
 
 NAME = "flagops"
 _OWN = "_flagops"
+HEADS = "_flagops_heads"
 
 
 class Binding:
@@ -135,6 +137,11 @@ def hooked(module: Any) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def heads_of(module: Any) -> Heads | None:
+    """How the heads of an attention layer or an indexer are divided over ranks; None where they are not."""
+    return module.__dict__.get(HEADS)
 
 
 class _Viewed:

@@ -10,10 +10,9 @@ import torch
 from flagops.errors import Unsupported
 
 from ._attention import fake_quantize, rotate
-from ._binding import Binding, unfit
+from ._binding import Binding, heads_of, unfit
 from ._cache import append, fresh_state, put, take
 from ._masks import first_rows
-from ._mesh import heads_of
 
 
 def compressor(

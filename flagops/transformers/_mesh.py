@@ -21,14 +21,10 @@ from flagops import config
 from flagops.distributed import Layout, ParallelProjection, Sizes, gather, shard
 from flagops.distributed.projection import agreed, failing_together, ranks_of
 
-_OWN = "_flagops_heads"
+from ._binding import HEADS, heads_of
+
 _ROWS = (("shard", 0),)
 NEEDED = frozenset({"sparse_attention", "grouped_output_projection", "compress_kv", "lightning_indexer"})
-
-
-def heads_of(module: Any) -> Heads | None:
-    """How the heads of an attention layer or an indexer are divided; None where they are not."""
-    return module.__dict__.get(_OWN)
 
 
 def divide(
@@ -74,7 +70,7 @@ class Heads:
         for owner, name in self._by_rows():
             self._replace(owner, name, mesh, _ROWS)
         for module in self._marked():
-            module.__dict__[_OWN] = self
+            module.__dict__[HEADS] = self
 
     def _marked(self) -> Iterator[Any]:
         yield self.attention
@@ -101,7 +97,7 @@ class Heads:
             divided = getattr(owner, name)
             owner.register_parameter(name, nn.Parameter(gather(divided), divided.requires_grad))
         for module in self._marked():
-            module.__dict__.pop(_OWN, None)
+            module.__dict__.pop(HEADS, None)
 
     @property
     def sinks(self) -> torch.Tensor:
