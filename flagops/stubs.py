@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from flagops import registry
-from flagops import checkpoint as checkpoint
 from flagops.operator import Operator
 
 PATH = Path(__file__).with_name("__init__.pyi")
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flagops import checkpoint as checkpoint
 from flagops.cache import AttentionCache as AttentionCache, AttentionConfig as AttentionConfig
 from flagops.config import using as using
 from flagops.dispatch import coverage as coverage
