@@ -221,17 +221,19 @@ def assert_near(got, want, share=1e-4):
 
 @on_every_backend
 @of_every_kind
-@pytest.mark.parametrize("official", [True, False])
-def test_equals_the_specification(kind, backend, official):
-    config = replace(TINY, official=official)
+def test_equals_the_specification(kind, backend):
+    """The interpreter is slow: one run there, a chunk after another and a step."""
     sizes = [13, 1, 5] if backend == "triton" else [13, 1, 1, 7, 1, 1, 12, 1]
     x = hidden_states(2, sum(sizes), D)
-    made, want = expected(kind, x, config)
-    cache = AttentionCache(config, kind)
-    assert_near(layer(kind)(x, made, cache, backend=backend), want)
-    assert cache.position == sum(sizes)
-    cache.reset()
-    assert_near(in_chunks(kind, x, made, sizes, backend, cache), want)
+    for official in (True, False)[: 1 if backend == "triton" else 2]:
+        config = replace(TINY, official=official)
+        made, want = expected(kind, x, config)
+        cache = AttentionCache(config, kind)
+        if backend != "triton":
+            assert_near(layer(kind)(x, made, cache, backend=backend), want)
+            assert cache.position == sum(sizes)
+            cache.reset()
+        assert_near(in_chunks(kind, x, made, sizes, backend, cache), want)
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch", "numpy"])
@@ -346,16 +348,15 @@ def test_beams_may_be_reordered(kind, layout):
         cache.reorder([4])
 
 
-@on_every_backend
+@pytest.mark.parametrize("backend", ["numba", "torch", "numpy"])
 @of_every_kind
 def test_the_fp8_layout_loses_nothing(kind, backend):
     dtype = torch.bfloat16
-    sizes = [9, 1, 4] if backend == "triton" else [9, 1, 1, 1, 17, 1, 9, 1]
-    made, x = weights(kind, dtype=dtype), hidden_states(2, sum(sizes), D, dtype=dtype)
+    made, x = weights(kind, dtype=dtype), hidden_states(2, 40, D, dtype=dtype)
     results = []
     for layout in ("plain", "fp8"):
         cache = AttentionCache(TINY, kind, layout=layout, page=5)
-        results.append(in_chunks(kind, x, made, sizes, backend, cache))
+        results.append(in_chunks(kind, x, made, [9, 1, 1, 1, 17, 1, 9, 1], backend, cache))
     assert torch.equal(*results)
 
 
