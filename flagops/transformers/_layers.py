@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ._binding import Binding
+from ._binding import Binding, hooked
 
 
 def rms_norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,8 @@ def decoder_layer(module: Any, hidden_states: torch.Tensor, input_ids: Any = Non
     streams = _mix(binding, x, hidden_states, post, comb)
     post, comb, x = module.ffn_hc(streams)
     x = module.mlp(module.post_attention_layernorm(x), input_ids=input_ids)
-    return _mix(binding, x, streams, post, comb, fresh=not torch.is_grad_enabled())
+    fresh = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or hooked(module.ffn_hc))
+    return _mix(binding, x, streams, post, comb, fresh)
 
 
 def _mix(
@@ -93,8 +94,7 @@ def _mix(
 ) -> torch.Tensor:
     handle = binding.use("hc_post")
     if handle and y.dtype == streams.dtype:
-        out = streams if fresh and not torch.compiler.is_compiling() else None
-        result = handle.call("hc_post", y, streams, *_wide(y, post, comb), out=out)
+        result = handle.call("hc_post", y, streams, *_wide(y, post, comb), out=streams if fresh else None)
         if result is not None:
             return result
     dtype = streams.dtype
