@@ -219,6 +219,10 @@ ENTRIES = [
         for tile in QMATMUL[kind]
     ),
     Entry(
+        "muon_triton", "blend_kernel", dict.fromkeys(("x", "y", "a", "b"), "dtype"), FLOATS[2:],
+        scalars={"size": "i64"}, fixed={"BLOCK": 1024, "num_warps": 4},
+    ),
+    Entry(
         "hyper_triton", "split_kernel", dict.fromkeys(("mix", "scale", "base", "pre", "post", "comb"), "dtype"),
         FLOATS[2:], units=("mix_c",), scalars={"eps_bits": "i64"}, label="four streams",
         constants={"N": 4, "P": 4}, fixed=HYPER.SPLIT,

@@ -41,6 +41,7 @@ _MODULES = frozenset(
         "deepseek_v4",
         "dispatch",
         "operator",
+        "optim",
         "registry",
         "testing",
     }

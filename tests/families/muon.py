@@ -5,4 +5,21 @@ def calls(t, codes):
     return {"newton_schulz": (t(2, 3, 4).detach(), 10)}
 
 
-MUTANTS = {}  # fmt: skip
+MUTANTS = {
+    "muon_numba.py": [
+        ("newton_schulz", "square *= c", "square *= b", 0),
+        ("newton_schulz", "x *= a", "x *= 1", 0),
+        ("newton_schulz", "np.where(norm == 0, 1, norm)", "norm", 0),
+        ("newton_schulz", "np.where(top == 0, 1, top)", "1", 0),
+        ("newton_schulz", "places[start : start + some]", "places[:some]", 0),
+    ],
+    "muon_torch.py": [
+        ("newton_schulz", "beta=b, alpha=c", "beta=c, alpha=b", 0),
+        ("newton_schulz", "torch.where(norm == 0, 1, norm)", "norm", 0),
+        ("newton_schulz", "dim=(-2, -1), keepdim=True)", "dim=(-3, -2, -1), keepdim=True)", 0),
+    ],
+    "muon_triton.py": [
+        ("newton_schulz", "square, weights[1], weights[2]", "square, weights[2], weights[1]", 0),
+        ("newton_schulz", "inside = at < size", "inside = at < size - 1", 0),
+    ],
+}  # fmt: skip
