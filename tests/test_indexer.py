@@ -17,7 +17,7 @@ SLOW = "triton"
 
 def scored(scores, dtype=torch.float32):
     """A call whose scores are those given, ``[s, n]``: a channel for each query, with a head for either sign."""
-    keys = torch.as_tensor(scores, dtype=dtype).mT[None]
+    keys = torch.as_tensor(np.array(scores), dtype=dtype).mT[None]
     s = keys.shape[2]
     q = torch.eye(s, dtype=dtype)[None, :, None] * torch.tensor([[1], [-1]], dtype=dtype)
     return q, keys, torch.tensor([1, -1], dtype=dtype).expand(1, s, 2)

@@ -9,4 +9,31 @@ def calls(t, codes):
     return {"compress_kv": (t(2, 5, 3), t(6, 3), t(6, 3), bias, *states, 1)}
 
 
-MUTANTS = {}
+MUTANTS = {
+    "compress_numba.py": [
+        ("compress_kv", "(inside + row - old) % m", "(row - old) % m", 0),
+        ("compress_kv", "channels - width + c", "c", 1),
+        ("compress_kv", "row -= m", "row -= 1", 0),
+        ("compress_kv", "(j, before + inside + j)", "(j, before + j)", 0),
+        ("compress_kv", "if entry_steps[2] == 1 and c + step <= width", "if c + step <= width", 0),
+        ("compress_kv", "c * bias_steps[1] * unit", "c * unit", 0),
+        ("compress_kv", "(first + b) * steps[0] + row", "b * steps[0] + row", 0),
+    ],
+    "_compress.py": [
+        ("compress_kv", "(inside + stop - start) % m", "inside", 0),
+        ("compress_kv", "emitted + windows", "emitted", 0),
+        ("compress_kv", "min(batch, first + together)", "first + together", 0),
+    ],
+    "compress_torch.py": [
+        ("compress_kv", "(inside + torch.arange", "(torch.arange", 0),
+        ("compress_kv", "line[:, closed : closed + before]", "line[:, before : 2 * before]", 0),
+        ("compress_kv", "windows * m, channels - width :]", "windows * m, :width]", 0),
+        ("compress_kv", "held : held + line.shape[1]", "before : before + line.shape[1]", 0),
+    ],
+    "compress_triton.py": [
+        ("compress_kv", "(inside + place) % M", "place % M", 0),
+        ("compress_kv", "tl.where(slot < before, 0, C - width)", "tl.where(slot < before, 0, 0)", 1),
+        ("compress_kv", "row -= M", "row -= 1", 0),
+        ("compress_kv", "row = windows * M + j", "row = M + j", 0),
+    ],
+}  # fmt: skip
