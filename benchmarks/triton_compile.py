@@ -210,7 +210,7 @@ ENTRIES = [
     *(
         Entry(
             "qmatmul_triton", "fp8_kernel",
-            {"a": "dtype", "a_scale": "u8", "b": "u8", "b_scale": "u8", "out": "dtype"}, ("bfloat16", "float32"),
+            {"a": "dtype", "a_scale": "u8", "b": "u8", "b_scale": "u8", "out": "dtype"}, ("bfloat16",),
             units=("a_k", "a_scale_k", "b_k", "b_scale_k", "out_n"), label="plain activations",
             constants={"GROUP": 8, "EVEN": True, "CONVERT": kind == "cuda", "PLAIN": True, "PRECISION": "ieee"},
             fixed=tile, only="sm_90" if kind == "cuda" else "gfx942",

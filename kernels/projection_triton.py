@@ -4,9 +4,11 @@ import math
 
 import torch
 
+from flagops import config
 from flagops.registry import kernel
 
 from ._triton import too_long
+from .dequantize_triton import fp8_dequantize
 from .matmul_triton import product
 from .qmatmul_triton import fp8_kernel, quantized_product
 from .quantize_triton import fp8_quantize
@@ -53,8 +55,7 @@ def grouped_output_projection(
             cut = min(-(-group * rank // 128) * 128, last)  # from there on the rows begin with a row of blocks
             for part in (slice(group * rank, cut), slice(cut, last)):
                 if part.start < part.stop:
-                    scale = wo_a_scale[part.start // 128 :]
-                    quantized_product(fp8_kernel, inner[group], None, wo_a[part], scale, z[:, part])
+                    _expanding(inner[group], wo_a[part], wo_a_scale[part.start // 128 :], z[:, part])
     if wo_b_scale is None:
         product(z.view(*tokens, groups * rank), wo_b.t(), None, out)
         return
@@ -63,3 +64,17 @@ def grouped_output_projection(
     fp8_quantize(z, 128, True, "float8_e8m0fnu", (codes, scale))
     a, factors = (x.view(*tokens, x.shape[1]) for x in (codes, scale))
     quantized_product(fp8_kernel, a[..., : groups * rank], factors, wo_b, wo_b_scale, out)
+
+
+def _expanding(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = x @ weight.T``; against float32, which has no matrix units, in tiles that are expanded before."""
+    if x.dtype != torch.float32:
+        quantized_product(fp8_kernel, x, None, weight, scale, out)
+        return
+    step = max(1, config.budget() // 4 // (4 * 128 * weight.shape[1] + 1)) * 128
+    for first in range(0, len(weight), step):
+        codes = weight[first : first + step]
+        factors = scale[first // 128 :][: -(-len(codes) // 128)]
+        tile = torch.empty(codes.shape, dtype=torch.float32, device=x.device)
+        fp8_dequantize(codes, factors, (128, 128), "float32", tile)
+        product(x, tile.mT, None, out[:, first : first + step])

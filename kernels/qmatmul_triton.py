@@ -28,7 +28,7 @@ def _tile(m: int, n: int, warps: int, stages: int) -> Tile:
 
 TILES: dict[str, list[Tile]] = {
     "cuda": [_tile(16, 64, 4, 4), _tile(32, 64, 4, 4), _tile(64, 64, 4, 3), _tile(128, 64, 8, 3)],
-    "hip": [_tile(16, 64, 4, 2), _tile(32, 64, 4, 2), _tile(64, 64, 4, 2), _tile(128, 128, 8, 2)],
+    "hip": [_tile(16, 64, 4, 2), _tile(32, 64, 4, 2), _tile(64, 64, 4, 2), _tile(128, 64, 8, 2)],
 }
 """Tiles by device, smallest first; all are 128 deep."""
 

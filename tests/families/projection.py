@@ -23,6 +23,6 @@ MUTANTS = {
     "projection_triton.py": [
         ("grouped_output_projection", "wo_a.view(groups, rank, width).mT", "wo_a.view(groups, rank, width).flip(0).mT", 0),
         ("grouped_output_projection", "cut = min(-(-group * rank // 128) * 128, last)", "cut = group * rank", 0),
-        ("grouped_output_projection", "inner[group], None", "inner[0], None", 0),
+        ("grouped_output_projection", "inner[group], wo_a[part]", "inner[0], wo_a[part]", 0),
     ],
 }  # fmt: skip
