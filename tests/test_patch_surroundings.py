@@ -167,7 +167,7 @@ def test_recorded_attentions_are_left_to_transformers(model):
     ids = tokens(24)
     with torch.no_grad():
         expected = model(input_ids=ids, output_attentions=True).attentions
-        with flagops.patch(model) as handle:
+        with flagops.patch(model, backend="torch") as handle:
             got = model(input_ids=ids, output_attentions=True).attentions
     assert len(got) == LAYERS
     close(got, expected)
@@ -238,13 +238,13 @@ def test_a_compiled_layer(model, own):
     """In one graph each; the compiler sees a patch come and go."""
     ids = tokens(24)
     expected = logits(model, ids)
-    for layer in own.model.layers:
+    for layer in own.model.layers[1:]:
         layer.compile(backend="eager", fullgraph=True)
     plain = logits(own, ids, use_cache=False)
     handle = flagops.patch(own, backend="torch")
     flagops.coverage()
     close(logits(own, ids, use_cache=False), expected)
-    assert set(rows(handle)) <= {"rms_norm", "hc_head"}, "what lies in graphs is not counted here"
+    assert rows(handle)["sparse_attention"].calls == 1, "what lies in graphs is not counted here"
     assert flagops.coverage("sparse_attention")["calls"]["torch"] > 0
     handle.disable()
     assert torch.equal(logits(own, ids, use_cache=False), plain)
@@ -254,8 +254,7 @@ def test_a_compiled_layer(model, own):
 def test_a_compiled_layer_in_training(model, own):
     ids = tokens(24, 2)
     expected = gradients(model, ids, use_cache=False)
-    for layer in own.model.layers[1:]:
-        layer.compile(backend="aot_eager", fullgraph=True)
+    own.model.layers[1].compile(backend="aot_eager", fullgraph=True)
     with flagops.patch(own, backend="torch"):
         got = gradients(own, ids, use_cache=False)
     for name, x in expected.items():
@@ -264,11 +263,11 @@ def test_a_compiled_layer_in_training(model, own):
 
 def test_a_compiled_attention_with_a_cache(model, own):
     """Graphs may break and be made again as the cache grows; what comes out is right."""
-    ids = tokens(14)
-    expected = continued(model, ids, (9, 1, 1, 3))
+    ids = tokens(13)
+    expected = continued(model, ids, (9, 1, 3))
     own.model.layers[1].self_attn.compile(backend="eager")
     with flagops.patch(own, backend="torch"):
-        close(continued(own, ids, (9, 1, 1, 3)), expected)
+        close(continued(own, ids, (9, 1, 3)), expected)
 
 
 def test_every_operator_is_named(model):
