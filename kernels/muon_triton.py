@@ -16,7 +16,7 @@ BLEND = {"BLOCK": 1024, "num_warps": 4}
 
 @triton.jit
 def blend_kernel(x, y, a, b, size, BLOCK: tl.constexpr):
-    """y = a * x + b * y, both in one layout without gaps; a and b lie in memory, since a float argument would come as float32."""
+    """y = a * x + b * y in one layout without gaps; a and b lie in memory: a float argument would come as float32."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     value = tl.load(a) * tl.load(x + at, inside) + tl.load(b) * tl.load(y + at, inside)

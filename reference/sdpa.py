@@ -186,7 +186,7 @@ def scaled_dot_product_attention_bound(exact: Array, arguments: Mapping[str, Any
         absolute, _ = _logits(magnitude(query), magnitude(key), None, False, 1.0)
         p, total, seen = _weights(logits, kept)
         worst = absolute * max(1.0, abs(scale)) + (0 if added is None else added)
-        worst = np.where(kept & (logits != -np.inf), worst, 0).max(-1, keepdims=True, initial=0)
+        worst = np.where(kept, worst, 0).max(-1, keepdims=True, initial=0)
         delta = (query.shape[-1] + 6) * acc.u * np.where(worst < acc.largest / 2, worst, np.inf)
         total = np.where(seen, total, 1)
         size = magnitude(value)
@@ -198,4 +198,4 @@ def scaled_dot_product_attention_bound(exact: Array, arguments: Mapping[str, Any
         unclear = np.matmul(vanishing, ~np.isfinite(value) * 1.0) > 0  # perhaps 0 times infinity
         bound = np.where(unclear | (size.sum(-2, keepdims=True) >= acc.largest / 2), np.inf, bound)
         bound = np.where(np.isnan(bound), np.where(np.isnan(exact) & ~unclear, 0, np.inf), bound)
-        return np.where(seen, bound, 0)
+        return np.where(seen | (worst >= acc.largest / 2), bound, 0)
