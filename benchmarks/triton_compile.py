@@ -218,6 +218,16 @@ ENTRIES = [
         for kind in ("cuda", "hip")
         for tile in QMATMUL[kind]
     ),
+    *(
+        Entry(
+            "sdpa_triton", "dense_kernel", dict.fromkeys(("q", "k", "v", "mask", "out"), "dtype"), dtypes,
+            units=("q_d", "k_d", "v_d", "mask_n", "out_v"), scalars={"scale_bits": "i64"}, label=label, widest=widest,
+            constants={"CAUSAL": causal, "MASK": mask, "PRECISION": "ieee"},
+        )
+        for label, causal, mask, dtypes, widest in (
+            ("causal", True, 0, HALF, 256), ("added mask", False, 2, FLOATS, 128),
+        )
+    ),
     Entry(
         "muon_triton", "blend_kernel", dict.fromkeys(("x", "y", "a", "b"), "dtype"), FLOATS[2:],
         scalars={"size": "i64"}, fixed={"BLOCK": 1024, "num_warps": 4},
