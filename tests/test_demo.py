@@ -16,6 +16,7 @@ import flagops  # noqa: E402
 from flagops import demo  # noqa: E402
 from flagops.report import Report  # noqa: E402
 from flagops.report import Row as Seen  # noqa: E402
+from flagops.transformers import OPS  # noqa: E402
 
 FEW = ["--part", "deepseek-v4", "--tokens", "3"]
 
@@ -76,7 +77,7 @@ def test_nothing_replaced_fails(capsys, monkeypatch):
     def refuse(*args, **kwargs):
         raise flagops.Unsupported("not today")
 
-    for op in ("sparse_attention", "grouped_output_projection"):
+    for op in OPS:
         monkeypatch.setattr(flagops, op, refuse)
     code, rows = document(capsys, "--backend", "torch")
     assert code == 1

@@ -63,7 +63,7 @@ def test_gradients_in_float32(model, exact, backend):
 def test_gradient_checkpointing(model, reentrant):
     ids = tokens(32, 2)
     expected = gradients(model, ids, use_cache=False)
-    model.activation_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     try:
         with flagops.patch(model, backend="torch") as handle:
             got = gradients(model, ids, use_cache=False)
