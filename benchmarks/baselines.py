@@ -41,7 +41,8 @@ def grouped_output_projection(
     wo_b = wo_b if wo_b_scale is None else _expanded(wo_b, wo_b_scale, (128, 128))
     grouped = o.reshape(-1, groups, wo_a.shape[1]).transpose(0, 1)
     inner = torch.bmm(grouped, wo_a.view(groups, -1, wo_a.shape[1]).transpose(1, 2))
-    out.copy_(F.linear(inner.transpose(0, 1).reshape(*o.shape[:-2], wo_a.shape[0]), wo_b))
+    z = inner.transpose(0, 1).reshape(*o.shape[:-2], wo_a.shape[0])
+    out.copy_(F.linear(z if wo_b_scale is None else _through_fp8(z), wo_b))
 
 
 def fp4_dequantize(packed: Tensor, scale: Tensor, dtype: str, out: Tensor) -> None:
@@ -67,6 +68,13 @@ def fp8_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: st
 def fp4_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: str, out: Tensor) -> None:
     """torch's product of what both sides are in bfloat16, expanded before."""
     torch.matmul(_expanded(a, a_scale, (1, 128)), _expanded(b, b_scale, (1, 32)).T, out=out)
+
+
+def _through_fp8(x: Tensor) -> Tensor:
+    """Quantised in blocks of 128, and back."""
+    blocks = x.float().unflatten(-1, (-1, 128))
+    scale = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448)))
+    return ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2).to(x.dtype)
 
 
 def _expanded(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
