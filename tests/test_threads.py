@@ -22,6 +22,7 @@ calls = {
     "fp4_dequantize": lambda: flagops.fp4_dequantize(packed, scale, backend="numba"),
     "fp8_dequantize": lambda: flagops.fp8_dequantize(packed, scale[:3, :1], backend="numba"),
     "sparse_attention": lambda: flagops.sparse_attention(q, kv, None, indices, 0.2, backend="numba"),
+    "lightning_indexer": lambda: flagops.lightning_indexer(q, kv, q[..., 0], 9, backend="numba"),
 }
 expected = {name: call() for name, call in calls.items()}
 def same(name):
