@@ -177,6 +177,17 @@ def test_a_bound_forward_stays():
     assert "somebody else has bound" in left
 
 
+def test_a_subclass_without_a_forward_of_its_own():
+    model = small_deepseek_v4()
+    expected = logits(model, tokens(24))
+    for layer in model.model.layers:
+        cls = type(layer.self_attn)
+        layer.self_attn.__class__ = type("Attention", (cls,), {"__module__": __name__})
+    with flagops.patch(model, ops="sparse_attention", backend="torch") as handle:
+        close(logits(model, tokens(24)), expected)
+    assert rows(handle)["sparse_attention"].replaced == {"torch": LAYERS}
+
+
 @pytest.mark.parametrize("change", [{"hidden_act": "gelu"}, {"scoring_func": "sigmoid"}])
 def test_other_functions_than_deepseeks(change):
     model = random_deepseek_v4(

@@ -18,7 +18,7 @@ from flagops.config import names
 from flagops.errors import Unsupported, suggestion
 
 from . import _attention, _compress, _layers, _moe
-from ._binding import NAME, Binding, foreign
+from ._binding import MODELING, NAME, Binding, foreign
 from ._handle import Handle
 from ._masks import index_mask, visible_indices
 
@@ -39,7 +39,6 @@ OPS = (
     "swiglu",
 )
 NUMERICS = ("transformers", "official")
-_MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
 
 
 def patch(
@@ -82,7 +81,7 @@ def patch(
     reasons = {name: registry.backend(name).unavailable() for name in names(backend or ())}
     if reasons and all(reasons.values()):
         raise Unsupported("patch: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
-    modeling = sys.modules.get(_MODELING)  # not loaded: the model cannot be one of its classes
+    modeling = sys.modules.get(MODELING)  # not loaded: the model cannot be one of its classes
     modules = list(getattr(model, "modules", tuple)())
     if not modeling or not any(isinstance(m, modeling.DeepseekV4Attention) for m in modules):
         raise TypeError(
@@ -109,7 +108,7 @@ def _bindings(model: Any, modeling: Any, handle: Handle) -> Iterator[Binding]:
     ordered = sorted(model.named_modules(), key=lambda item: not isinstance(item[1], modeling.DeepseekV4Attention))
     for name, module in ordered:
         kind = next(
-            (cls for cls in type(module).__mro__ if cls.__name__ in _KINDS and cls.__module__ == _MODELING), None
+            (cls for cls in type(module).__mro__ if cls.__name__ in _KINDS and cls.__module__ == MODELING), None
         )
         if kind is None or module in left:
             continue

@@ -10,7 +10,7 @@ import torch
 
 from flagops.errors import Unsupported
 
-from ._binding import NAME, Binding, heads_of, hooked, unfit
+from ._binding import MODELING, NAME, Binding, heads_of, hooked, unfit
 from ._cache import beside
 from ._masks import dense, is_lists, joined, visible_indices
 
@@ -108,17 +108,32 @@ def rotate(
         result = handle.call("rotary_embedding", x, cos.to(real), sin.to(real), inverse, out=out)
         if result is not None:
             return result
-    modeling = sys.modules[type(binding.module).__module__]
-    return modeling.apply_rotary_pos_emb(x, cos, -sin if inverse else sin, unsqueeze_dim=2)
+    return sys.modules[MODELING].apply_rotary_pos_emb(x, cos, -sin if inverse else sin, unsqueeze_dim=2)
 
 
 def fake_quantize(binding: Binding, x: torch.Tensor, channels: int) -> torch.Tensor:
-    """Keys as DeepSeek-V4's inference code stores them: the channels that are not rotated go through FP8."""
+    """Keys as DeepSeek-V4's inference code stores them: the channels that are not rotated go through FP8. A gradient
+    passes straight through."""
     handle = binding.use("rotary_embedding")
     if handle is None or not channels:
         return x
-    result = handle.call("fp8_fake_quantize", x[..., :channels], math.gcd(channels, 64), True)
-    return x if result is None else torch.cat([result, x[..., channels:]], -1)
+    result = handle.call("fp8_fake_quantize", x.detach()[..., :channels], math.gcd(channels, 64), True)
+    if result is None:
+        return x
+    rounded: torch.Tensor = _Straight.apply(  # type: ignore[no-untyped-call]
+        x, torch.cat([result, x.detach()[..., channels:]], -1)
+    )
+    return rounded
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
 
 
 def _project(module: Any, binding: Binding, o: torch.Tensor) -> torch.Tensor:
@@ -171,7 +186,7 @@ def attention_forward(
         raise Unsupported(f"attention over a mesh: {reason or 'no backend takes the call, see report()'}")
     from transformers import AttentionInterface
 
-    eager = sys.modules[type(module).__module__].eager_attention_forward
+    eager = sys.modules[MODELING].eager_attention_forward
     chosen = config._attn_implementation
     function = eager if chosen == NAME else AttentionInterface().get_interface(chosen, eager)
     if is_lists(attention_mask):

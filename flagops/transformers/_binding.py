@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ._mesh import Heads
 
 NAME = "flagops"
+MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
 _OWN = "_flagops"
 HEADS = "_flagops_heads"
 
