@@ -43,12 +43,18 @@ class Counter:
 
 
 class Registration:
-    """One of our functions at one overload and dispatch key, and the kernel below it."""
+    """One of our functions at one overload and dispatch key, and the kernel below it.
+
+    composite: it keeps the gradients of an operator that torch composes of others.
+    """
+
+    composite = False
 
     def __init__(self, name: str, key: str) -> None:
         import torch
 
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CompositeImplicitAutograd"):
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        if not self.composite and has(f"aten::{name}", "CompositeImplicitAutograd"):
             raise TypeError(f"aten::{name} is composite: a kernel at {key} would lose its gradients")
         self.name, self.key = name, key
         self.handles: list[Any] = []

@@ -1,4 +1,4 @@
-"""`flagops.enable`: torch's matmul family computed by flagops kernels, below autograd, until the handle is disabled.
+"""`flagops.enable`: torch's matmul family and fused operators computed by flagops kernels, until it is disabled.
 
 Each overload is registered once per dispatch key and process, however many handles want it; the newest handle decides.
 What no kernel takes goes to the kernel that was there before, and is counted with its reason.
@@ -6,6 +6,7 @@ What no kernel takes goes to the kernel that was there before, and is counted wi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flagops import arrays, aten, config, dispatch, interpose, registry
+from flagops import arrays, aten, config, dispatch, fused, interpose, registry
 from flagops.errors import Unsupported, suggestion
 from flagops.interpose import Counter, Registration, lock, thread
 from flagops.report import Report, Row
@@ -97,7 +98,7 @@ class _Site(Registration):
     """An overload of the matmul family that our kernels compute."""
 
     def __init__(self, op: str, suffix: str, key: str) -> None:
-        self.op, self.suffix = op, suffix
+        self.op, self.suffix, self.shown = op, suffix, key
         super().__init__(op + suffix, key)
 
     def call(self) -> Callable[..., Any]:
@@ -235,6 +236,37 @@ def _guarded(run: aten.Run, x: Tensor) -> aten.Run:
     return guarded
 
 
+def compute(
+    site: fused.Site,
+    handle: Handle,
+    operator: Any,
+    adapt: Callable[..., fused.Adapted],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    above: bool,
+) -> Any:
+    """A fused operator by a kernel of ours. Raises `aten.Pass` or Unsupported where torch should do it.
+
+    above: whether we stand above autograd, and gradients are recorded here.
+    """
+    import torch
+
+    inputs, shaped = adapt(*args, **kwargs)
+    chosen = fused.plan(operator, inputs, handle.backend, above and torch.is_grad_enabled())
+    by = f"{operator.name}/{chosen.backend}"
+    plan = _Plan(site.name, by, None, handle.counter(site, by, ""))
+    if _fuel is not None and not _fuel.take(plan, [x for x in inputs if isinstance(x, torch.Tensor)]):
+        raise aten.Pass("out of fuel")
+    thread.busy = True
+    try:
+        with torch.cuda.device(inputs[0].device) if inputs[0].is_cuda else contextlib.nullcontext():
+            result = shaped(dispatch.execute(chosen, (*inputs, None)))
+    finally:
+        thread.busy = False
+    plan.count()
+    return result
+
+
 class _Watch(Registration):
     """An overload whose calls are counted and go to torch."""
 
@@ -257,7 +289,7 @@ class Handle:
         self.ops, self.backend = ops, backend
         self._registrations: list[Registration] = []
         self._counters: dict[tuple[str, str, str, str], Counter] = {}
-        self._before: dict[_Watch, int] = {}
+        self._before: dict[_Watch | fused.Site, int] = {}
         self._bypassed: dict[str, int | None] | None = None
         self._graphs = _compiled_graphs()
 
@@ -268,7 +300,7 @@ class Handle:
         registration.handles.append(self)
         registration.plans = {}
         self._registrations.append(registration)
-        if isinstance(registration, _Watch):
+        if isinstance(registration, (_Watch, fused.Site)) and name in WATCHED and name not in self.ops:
             self._before[registration] = registration.calls.value()
 
     def _install(self, keys: Iterable[str]) -> None:
@@ -279,17 +311,22 @@ class Handle:
                 for op in ops:
                     if op in self.ops:
                         self._acquire(op + suffix, key, functools.partial(_Site, op, suffix, key))
-            for name in WATCHED:
+            for name in fused.OPERATORS:
+                composite = name in fused.COMPOSITE
+                if name in self.ops or (not composite and name in WATCHED):
+                    for place in (f"Autograd{key}", key) if composite else (key,):
+                        self._acquire(name, place, functools.partial(fused.Site, name, place))
+            for name in WATCHED.keys() - fused.OPERATORS.keys():
                 if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):
                     self._acquire(name, key, functools.partial(_Watch, name, key))
 
-    def counter(self, site: _Site, by: str, reason: str) -> Callable[[], int]:
-        key = (site.name, site.key, by, reason)
+    def counter(self, site: _Site | fused.Site, by: str, reason: str) -> Callable[[], int]:
+        key = (site.name, site.shown, by, reason)
         with lock:
             if key not in self._counters:
                 self._counters[key] = Counter()
                 fate = f"left to torch: {reason}" if reason else f"computed by {by}"
-                log.info("aten::%s at %s is %s", site.name, site.key, fate)
+                log.info("aten::%s at %s is %s", site.name, site.shown, fate)
             return self._counters[key].add
 
     def disable(self) -> None:
@@ -337,10 +374,12 @@ class Handle:
 
 
 def enable(ops: str | Sequence[str] | None = None, backend: str | Sequence[str] | None = None) -> Handle:
-    """Compute torch's matmul family with flagops kernels, in eager code of the whole process, until disabled.
+    """Compute torch's matmul family, rms_norm, scaled_dot_product_attention, _grouped_mm and _scaled_mm with flagops
+    kernels, in eager code of the whole process, until disabled. Gradients stay torch's or are flagops' own.
 
     ops: what to replace. ``"all"``, or names joined by commas or in a list, of flagops operators (``matmul``:
-        ``mm bmm baddbmm mv dot``, ``linear``: ``addmm addmv``) or of aten's (``addmm``); a minus takes away, as in
+        ``mm bmm baddbmm mv dot``, ``linear``: ``addmm addmv``, ``grouped_matmul``: ``_grouped_mm``, ``fp8_matmul``:
+        ``_scaled_mm``, ``rms_norm``, ...) or of aten's (``addmm``); a minus takes away, as in
         ``"all,-linear"``. With None the variable FLAGOPS_OPS decides, else ``"all"``. In-place and ``out=`` forms
         follow their operator, and so does what torch builds on them: ``linear``, ``matmul``, ``einsum``, ``vdot``, ...
     backend: as in every operator: None takes the best for each call, a name that one alone, a sequence the first that
@@ -377,16 +416,16 @@ def spent() -> dict[str, Any]:
 
 def _selected(ops: str | Sequence[str]) -> tuple[str, ...]:
     """Names of aten, without suffix, for what `enable` was asked to replace."""
-    wanted = config.names(ops)
+    wanted, known = config.names(ops), aten.OPERATORS | fused.OPERATORS
     chosen: dict[str, None] = {}
     if wanted and wanted[0].startswith("-"):
-        chosen.update(dict.fromkeys(aten.OPERATORS))
+        chosen.update(dict.fromkeys(known))
     for word in wanted:
         name = word.removeprefix("-")
-        group = [op for op, operator in aten.OPERATORS.items() if name in ("all", op, operator)]
+        group = [op for op, operator in known.items() if name in ("all", op, operator)]
         if not group and name not in registry.operators():
-            known = ["all", *aten.OPERATORS, *registry.operators()]
-            raise ValueError(f"enable: no operator is called {name!r}{suggestion(name, known)}")
+            names = ["all", *known, *registry.operators()]
+            raise ValueError(f"enable: no operator is called {name!r}{suggestion(name, names)}")
         if not group and name == word:
             raise ValueError(f"enable: {name} replaces no operator of torch; call flagops.{name}, or see flagops.patch")
         for op in group:

@@ -1,0 +1,233 @@
+"""`flagops.enable` and torch's fused operators: norms, attention, grouped and FP8 products."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import flagops
+from flagops import fused, interpose
+
+BACKENDS = [name for name in ("numba", "torch") if not flagops.registry.backend(name).unavailable()]
+PLACES = [(name, key) for name in fused.OPERATORS for key in ("CPU", "AutogradCPU")]
+
+
+def kernels():
+    return {place: repr(torch.library.get_kernel(f"aten::{place[0]}", place[1])) for place in PLACES}
+
+
+PLAIN = kernels()
+
+
+@pytest.fixture(autouse=True)
+def untouched():
+    yield
+    interpose.sweep()
+    assert kernels() == PLAIN
+    assert not interpose.live
+    assert not interpose.buried
+
+
+def counted(handle, name):
+    """How many calls were replaced, and why others were not."""
+    rows = [row for row in handle.report().rows if row.op == f"aten::{name}"]
+    return (sum(rows[0].replaced.values()), rows[0].passed) if rows else (0, {})
+
+
+def close(got, expected, dtype):
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    assert got.dtype == expected.dtype
+    assert torch.allclose(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def attention_calls(dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, s, 8).to(dtype) for s in (5, 7, 7))
+    keep = torch.rand(5, 7) > 0.3
+    keep[2] = False
+    added = torch.randn(2, 1, 5, 7).to(dtype)
+    return {
+        "plain": ((q, k, v), {}),
+        "causal": ((q, k, v), {"is_causal": True}),
+        "bool": ((q, k, v, keep), {}),
+        "bool row": ((q, k, v, keep[:1]), {}),
+        "added": ((q, k, v, added), {}),
+        "scale": ((q, k, v), {"scale": 0.3}),
+        "grouped": ((q, k[:, :2], v[:, :2]), {"enable_gqa": True}),
+        "narrow values": ((q, k, v[..., :3]), {}),
+        "one batch axis": ((q[0], k[0], v[0]), {}),
+        "no batch axis": ((q[0, 0], k[0, 0], v[0, 0], keep), {}),
+        "strided": ((q.transpose(1, 2).contiguous().transpose(1, 2), k, v), {}),
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_attention(backend, dtype):
+    for name, (args, kwargs) in attention_calls(dtype).items():
+        expected = F.scaled_dot_product_attention(*args, **kwargs)
+        with flagops.enable(backend=backend) as handle:
+            got = F.scaled_dot_product_attention(*args, **kwargs)
+            with torch.inference_mode():
+                again = F.scaled_dot_product_attention(*args, **kwargs)
+        assert counted(handle, "scaled_dot_product_attention") == (2, {}), name
+        close(got, expected, dtype)
+        assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_attention(backend):
+    for name, (args, kwargs) in attention_calls(torch.float64).items():
+        found = []
+        for enabled in (False, True):
+            inputs = [x.detach().clone() for x in args]
+            inputs = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
+            handle = flagops.enable(backend=backend) if enabled else None
+            F.scaled_dot_product_attention(*inputs, **kwargs).square().sum().backward()
+            if handle:
+                handle.disable()
+                assert counted(handle, "scaled_dot_product_attention") == (1, {}), name
+            found.append([x.grad for x in inputs if x.is_floating_point()])
+        for expected, got in zip(*found, strict=True):
+            assert torch.allclose(got, expected, rtol=1e-9, atol=1e-11), name
+
+
+def test_attention_that_torch_keeps():
+    q, k, v = (torch.randn(1, 4, 5, 8) for _ in range(3))
+    with flagops.enable(backend=BACKENDS[0]) as handle:
+        F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+        with pytest.raises(RuntimeError):
+            F.scaled_dot_product_attention(q, k[:, :2], v[:, :2])
+        with contextlib.suppress(RuntimeError):  # some versions refuse it
+            F.scaled_dot_product_attention(q, k, v, torch.ones(5, 5, dtype=torch.bool), is_causal=True)
+    assert counted(handle, "scaled_dot_product_attention") == (
+        0,
+        {"dropout": 1, "heads that differ without enable_gqa": 1, "a mask beside is_causal": 1},
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_norm(backend, dtype):
+    x = torch.randn(3, 4, 16).to(dtype)
+    weight = torch.randn(16).to(dtype)
+    calls = [((16,), weight, 1e-5), ((16,), None, None), ((4, 16), torch.randn(4, 16).to(dtype), 0.1)]
+    tiny = (x * 1e-4, (16,), None, None)
+    for args in [*((x, *call) for call in calls), tiny]:
+        expected = F.rms_norm(*args)
+        with flagops.enable(backend=backend) as handle:
+            got = F.rms_norm(*args)
+        assert counted(handle, "rms_norm") == (1, {})
+        close(got, expected, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_of_a_module_of_torch(backend):
+    """An encoder layer with norms, attention and products in training: same loss, same gradients."""
+    torch.manual_seed(0)
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.RMSNorm(16)
+            self.attention = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+            self.out = torch.nn.Linear(16, 3)
+
+        def forward(self, x):
+            y = self.norm(x)
+            return self.out(x + self.attention(y, y, y, need_weights=False)[0])
+
+    model, x = Block().double(), torch.randn(2, 6, 16).double()
+    found = []
+    for enabled in (False, True):
+        model.zero_grad()
+        handle = flagops.enable(backend=backend) if enabled else None
+        loss = model(x).square().mean()
+        loss.backward()
+        if handle:
+            handle.disable()
+            assert counted(handle, "rms_norm")[0] == 1
+            assert counted(handle, "scaled_dot_product_attention")[0] == 1
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for expected, got in zip(*found, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grouped_products(backend):
+    a = torch.randn(6, 16).bfloat16().requires_grad_()
+    b = torch.randn(3, 16, 8).bfloat16().requires_grad_()
+    offsets = torch.tensor([2, 2, 6], dtype=torch.int32)
+    expected = torch._grouped_mm(a, b, offs=offsets)
+    with flagops.enable(backend=backend) as handle:
+        got = torch._grouped_mm(a, b, offs=offsets)
+    assert counted(handle, "_grouped_mm") == (1, {})
+    assert got.requires_grad
+    close(got, expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_products_of_fp8(backend):
+    a, b = torch.randn(16, 256).to(torch.float8_e4m3fn), torch.randn(32, 256).to(torch.float8_e4m3fn)
+    one, two = torch.tensor(0.5), torch.tensor(3.0)
+    expected = (a.float() * 0.5) @ (b.float() * 3).T
+    with flagops.enable(backend=backend) as handle:
+        got = torch._scaled_mm(a, b.t(), scale_a=one, scale_b=two, out_dtype=torch.float32)
+        assert counted(handle, "_scaled_mm") == (1, {})
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-3)
+        torch._scaled_mm(a, b.t(), scale_a=one, scale_b=two, bias=torch.zeros(32), out_dtype=torch.float32)
+        rows = torch.rand(16, 1), torch.rand(1, 32)
+        with contextlib.suppress(RuntimeError, ValueError):  # not every torch has it on a CPU
+            torch._scaled_mm(a, b.t(), scale_a=rows[0], scale_b=rows[1], out_dtype=torch.bfloat16)
+    assert counted(handle, "_scaled_mm") == (
+        1,
+        {
+            "a bias, a scale of the result or a result in FP8": 1,
+            "scales of rows, or of blocks other than 1 x 128 and 128 x 128": 1,
+        },
+    )
+
+
+def test_only_what_is_asked_for_and_handles_in_any_order():
+    x = torch.randn(3, 8)
+    q = torch.randn(1, 2, 3, 8)
+    first = flagops.enable(ops="rms_norm", backend=BACKENDS[0])
+    second = flagops.enable(ops="all,-rms_norm", backend=BACKENDS[0])
+    F.rms_norm(x, (8,))
+    F.scaled_dot_product_attention(q, q, q)
+    first.disable()
+    F.rms_norm(x, (8,))
+    F.scaled_dot_product_attention(q, q, q)
+    second.disable()
+    assert counted(first, "rms_norm") == (1, {})
+    assert counted(first, "scaled_dot_product_attention") == (0, {})
+    assert counted(second, "rms_norm") == (0, {})
+    assert counted(second, "scaled_dot_product_attention") == (2, {})
+
+
+def test_unasked_products_are_counted_as_bypassing():
+    a, b = torch.randn(4, 16).bfloat16(), torch.randn(1, 16, 8).bfloat16()
+    with flagops.enable(ops="mm", backend=BACKENDS[0]) as handle:
+        torch._grouped_mm(a, b, offs=torch.tensor([4], dtype=torch.int32))
+    assert handle.report().bypassed["grouped products (mixture of experts)"] == 1
+    assert counted(handle, "_grouped_mm") == (0, {})
+
+
+def test_compiled_and_transformed_code_sees_what_they_consist_of():
+    x, q = torch.randn(3, 8, requires_grad=True), torch.randn(1, 2, 3, 8, requires_grad=True)
+
+    def call(x, q):
+        return F.rms_norm(x, (8,)).sum() + F.scaled_dot_product_attention(q, q, q).square().sum()
+
+    expected = torch.autograd.grad(call(x, q), (x, q))
+    with flagops.enable(backend=BACKENDS[0]) as handle:
+        torch._dynamo.reset()
+        compiled = torch.autograd.grad(torch.compile(call, backend="aot_eager")(x, q), (x, q))
+        transformed = torch.func.grad(call, argnums=(0, 1))(x.detach(), q.detach())
+        mapped = torch.vmap(lambda row: F.rms_norm(row, (8,)))(x.detach())
+    for got in (compiled, transformed):
+        for a, b in zip(got, expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(mapped, F.rms_norm(x, (8,)), rtol=1e-5)
+    assert counted(handle, "rms_norm") == (0, {})
