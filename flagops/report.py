@@ -29,6 +29,7 @@ class Report:
 
     rows: tuple[Row, ...]
     bypassed: dict[str, int | None]
+    elsewhere: str = "matrix products elsewhere, calls where they can be counted:"
 
     @property
     def calls(self) -> int:
@@ -54,10 +55,8 @@ class Report:
         return cells
 
     def _notes(self) -> list[str]:
-        notes = [
-            f"{self.replaced} of {self.calls} calls replaced ({self.share:.0%})",
-            "matrix products elsewhere, calls where they can be counted:",
-        ]
+        notes = [f"{self.replaced} of {self.calls} calls replaced ({self.share:.0%})"]
+        notes += [self.elsewhere] if self.bypassed else []
         return notes + [f"  {name}{'' if n is None else f': {n}'}" for name, n in self.bypassed.items()]
 
     def __str__(self) -> str:

@@ -153,6 +153,7 @@ def test_foreign_modules_stay_as_they_are():
     assert rows(handle)["rms_norm"].replaced == {"torch": CALLS["rms_norm"] - 1}
     (left,) = handle.report().bypassed
     assert left == "model.layers.1.self_attn.kv_norm: a Own has a forward of its own"
+    assert str(handle.report()).splitlines()[-2:] == ["modules left as they are:", f"  {left}"]
 
 
 def test_a_bound_forward_stays():

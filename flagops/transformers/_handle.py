@@ -65,7 +65,7 @@ class Handle:
             mine = {seen[2:]: number for seen, number in counts.items() if seen[:2] == (op, key)}
             replaced = {backend: number for (backend, _), number in mine.items() if backend}
             rows.append(Row(op, key, replaced, {reason: number for (_, reason), number in mine.items() if reason}))
-        return Report(tuple(rows), self._untouched.copy())
+        return Report(tuple(rows), self._untouched.copy(), "modules left as they are:")
 
     def call(self, op: str, *args: Any, out: Any = None) -> Any:
         """One operator; None, counted with the reason, when no backend takes the call."""
