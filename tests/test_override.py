@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 import flagops
-from flagops import aten, config, dispatch, interpose, override
+from flagops import aten, config, dispatch, fused, interpose, override
 
 BACKENDS = [name for name in ("numba", "numpy") if not flagops.registry.backend(name).unavailable()]
+FUSED = " ".join(fused.OPERATORS)
 NAMES = [op + suffix for suffix, ops in aten.FORMS.items() for op in ops]
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 TINY = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
@@ -232,7 +233,7 @@ def test_half_precision_training_step():
         ("tensordot", "mm"),
         ("multi_dot", "mm"),
         ("addbmm", "addmm_"),
-        ("grouped", "mm.out"),
+        ("grouped", "_grouped_mm"),
     ],
 )
 def test_what_torch_builds_on_them(name, reached):
@@ -681,11 +682,12 @@ def test_composite_operators_in_the_table():
 @pytest.mark.parametrize(
     ("ops", "chosen"),
     [
-        ("all", "mm bmm baddbmm mv dot addmm addmv"),
-        ("all,-matmul", "addmm addmv"),
-        ("-linear", "mm bmm baddbmm mv dot"),
+        ("all", f"mm bmm baddbmm mv dot addmm addmv {FUSED}"),
+        ("all,-matmul", f"addmm addmv {FUSED}"),
+        ("-linear", f"mm bmm baddbmm mv dot {FUSED}"),
         (["linear", "mm"], "addmm addmv mm"),
-        ("all, -mm, -sparse_attention", "bmm baddbmm mv dot addmm addmv"),
+        ("all, -mm, -sparse_attention", f"bmm baddbmm mv dot addmm addmv {FUSED}"),
+        ("rms_norm,fp8_matmul,grouped_matmul,-_grouped_mm", "rms_norm _scaled_mm"),
         ("", ""),
     ],
 )
@@ -723,7 +725,7 @@ def script(code: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 def test_the_environment_decides():
     code = "import flagops; h = flagops.enable(); print(*h.ops); h.disable()"
-    assert script(code, FLAGOPS_OPS="all,-matmul").stdout == "addmm addmv\n"
+    assert script(code, FLAGOPS_OPS="all,-matmul").stdout == f"addmm addmv {FUSED}\n"
     assert "did you mean 'matmul'" in script(code, FLAGOPS_OPS="matmulx").stderr
 
 
@@ -754,7 +756,7 @@ def test_report():
 
     x = torch.randn(1, 2, 8, 4)
     plain = F.scaled_dot_product_attention(x, x, x), torch.nn.LSTM(4, 4)(x[0])
-    with flagops.enable(backend="numpy") as handle:
+    with flagops.enable("all,-scaled_dot_product_attention", backend="numpy") as handle:
         assert torch.equal(F.scaled_dot_product_attention(x, x, x), plain[0])
         torch.nn.LSTM(4, 4)(x[0])
         x[0, 0] @ x[0, 0].t()
@@ -788,7 +790,7 @@ def test_attention_by_plain_products_is_replaced():
 
     x = torch.randn(1, 2, 8, 4)
     plain = F.scaled_dot_product_attention(x, x, x)
-    with sdpa_kernel(SDPBackend.MATH), flagops.enable(backend="numpy") as handle:
+    with sdpa_kernel(SDPBackend.MATH), flagops.enable("matmul", backend="numpy") as handle:
         torch.testing.assert_close(F.scaled_dot_product_attention(x, x, x), plain)
         assert column(handle.report(), "bmm") == (2, {})
         assert handle.report().bypassed["scaled_dot_product_attention, fused"] == 0
