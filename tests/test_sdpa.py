@@ -1,0 +1,88 @@
+"""What dense attention promises, for every kernel."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import flagops
+from flagops import config
+
+attend = flagops.scaled_dot_product_attention
+
+
+def draw(*shapes, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+@pytest.mark.operators("scaled_dot_product_attention")
+def test_as_torch_computes_it(kernel):
+    _, backend = kernel
+    q, k, v = draw((2, 4, 9, 8), (2, 2, 7, 8), (2, 2, 7, 8))
+    for causal in (False, True):
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        assert torch.allclose(attend(q, k, v, None, causal, backend=backend), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.operators("scaled_dot_product_attention")
+def test_what_is_masked_does_not_matter(kernel):
+    """Causal rows ignore later keys, and a bool mask, an added one and the missing keys say the same."""
+    _, backend = kernel
+    q, k, v = draw((1, 2, 6, 8), (1, 2, 6, 8), (1, 2, 6, 5))
+    whole = attend(q, k, v, None, True, backend=backend)
+    part = attend(q[..., :4, :], k[..., :4, :], v[..., :4, :], None, True, backend=backend)
+    assert torch.allclose(whole[..., :4, :], part, rtol=1e-12, atol=1e-14)
+    keep = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    added = torch.zeros(1, 1, 6, 6, dtype=torch.float64).masked_fill(~keep, -torch.inf)
+    for mask in (keep, added):
+        assert torch.allclose(attend(q, k, v, mask, backend=backend), whole, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.operators("scaled_dot_product_attention")
+def test_a_row_without_keys_is_zero(kernel):
+    _, backend = kernel
+    q, k, v = draw((1, 2, 3, 8), (1, 2, 5, 8), (1, 2, 5, 8))
+    keep = torch.ones(1, 1, 3, 5, dtype=torch.bool)
+    keep[..., 1, :] = False
+    got = attend(q, k, v, keep, backend=backend)
+    assert (got[..., 1, :] == 0).all()
+    assert (got[..., 0, :] != 0).all()
+    assert (attend(q, k[..., :0, :], v[..., :0, :], backend=backend) == 0).all()
+
+
+@pytest.mark.operators("scaled_dot_product_attention")
+def test_shared_keys_are_repeated_keys(kernel):
+    _, backend = kernel
+    q, k, v = draw((2, 6, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4))
+    repeated = attend(q, *(x.repeat_interleave(3, 1) for x in (k, v)), backend=backend)
+    assert torch.allclose(attend(q, k, v, backend=backend), repeated, rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_do_not_depend_on_the_budget():
+    inputs = [
+        x.requires_grad_() for x in draw((2, 4, 33, 8), (2, 2, 41, 8), (1, 2, 41, 6), (2, 1, 33, 41))
+    ]  # fmt: skip
+    for causal in (False, True):
+        found = []
+        for budget in (1 << 28, 1 << 13):
+            with config.using(budget=budget):
+                found.append(torch.autograd.grad(attend(*inputs, causal).square().sum(), inputs))
+        for whole, tiled in zip(*found, strict=True):
+            assert torch.allclose(whole, tiled, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_of_rows_without_keys_are_zero():
+    q, k, v = (x.requires_grad_() for x in draw((1, 1, 3, 4), (1, 1, 5, 4), (1, 1, 5, 4)))
+    keep = torch.ones(1, 1, 3, 5, dtype=torch.bool)
+    keep[..., 1, :] = False
+    attend(q, k, v, keep).square().sum().backward()
+    assert (q.grad[..., 1, :] == 0).all()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+def test_masks_that_do_not_fit_are_refused():
+    q, k, v = draw((1, 4, 3, 8), (1, 2, 5, 8), (1, 2, 5, 8))
+    with pytest.raises(ValueError, match="attn_mask is for 2 heads, expected 1 or 4"):
+        attend(q, k, v, torch.ones(1, 2, 3, 5, dtype=torch.bool))
+    with pytest.raises(TypeError, match="attn_mask is float32"):
+        attend(q, k, v, torch.ones(1, 1, 3, 5))
