@@ -50,8 +50,8 @@ def _tile(count: int, reach: int, k: int, heads: int, depth: int, dtype: torch.d
     """How many queries and entries at a time: products of all heads, scores, their keys and what was kept."""
     size = 8 if dtype == torch.float64 else 4
     room = min(config.budget() // 2, _SCRATCH)
-    entries = max(1, min(reach, 1024, room // 4 // (heads * size + 40 + depth * size)))
-    each = entries * (2 * heads * size + 40) + 40 * k + heads * depth * size
+    entries = max(1, min(reach, 1024, room // 4 // (heads * size + 80 + depth * size)))
+    each = entries * (2 * heads * size + 80) + 80 * k + heads * depth * size
     return max(1, min(count, (room - entries * depth * size) // each)), entries
 
 
