@@ -316,7 +316,9 @@ def _out_spans(operator: Operator, args: Sequence[Any]) -> tuple[tuple[int, int,
 
     spans = []
     for out, same in zip(operator.each(args[-1]), operator.aliases, strict=True):
-        like = same >= 0 and args[same] is not None and steps(args[same]) == steps(out)
+        like = (
+            same >= 0 and args[same] is not None and args[same].shape == out.shape and steps(args[same]) == steps(out)
+        )
         spans.append((same if like else -1, *arrays.span(out)))
     return tuple(spans)
 

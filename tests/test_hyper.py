@@ -162,3 +162,13 @@ def test_training_moves_every_parameter(dtype):
     for expected, got in zip(*found, strict=True):
         size = expected.abs().max()
         assert (got - expected).abs().max() <= (2e-2 if dtype == torch.bfloat16 else 1e-4) * size
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_streams_that_broadcast_cannot_be_written_in_place(backend):
+    """The first of them would be gone before the second token reads it."""
+    room, y, post, comb = torch.ones(3, 2, 4), torch.ones(3, 4), torch.ones(3, 2), torch.ones(3, 2, 2)
+    with pytest.raises(ValueError, match="out shares memory with x"):
+        flagops.hc_post(y, room[:1], post, comb, out=room, backend=backend)
+    expected = flagops.hc_post(y, room, post, comb, backend=backend)
+    assert torch.equal(flagops.hc_post(y, room, post, comb, out=room, backend=backend), expected)
