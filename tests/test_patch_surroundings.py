@@ -134,6 +134,7 @@ def test_hooks_of_torch_see_what_they_saw(own):
         attention.o_a_proj,
         attention.o_b_proj,
         own.model.layers[1].mlp.gate,
+        own.model.layers[1].ffn_hc,
     ):
         module.register_forward_hook(
             lambda m, args, out: seen.extend([args[0], out[0] if isinstance(out, tuple) else out])
@@ -143,7 +144,7 @@ def test_hooks_of_torch_see_what_they_saw(own):
     seen.clear()
     with flagops.patch(own, backend="torch") as handle:
         close(logits(own, ids), expected)
-    assert len(seen) == len(first) == 10
+    assert len(seen) == len(first) == 12
     for got, x in zip(seen, first, strict=True):
         close(got.reshape(x.shape), x)
     assert rows(handle)["grouped_output_projection"].passed == {"a hook watches a linear layer": 1}
