@@ -31,8 +31,6 @@ def attention(
     """Stands for DeepseekV4Attention.forward."""
     binding: Binding = module._flagops
     if not binding.awake:
-        if is_lists(attention_mask):  # the model's masks follow another handle
-            attention_mask = dense(attention_mask, _own(module, hidden_states, past_key_values), hidden_states.dtype)
         return type(module).forward(
             module, hidden_states, position_embeddings, position_ids, attention_mask, past_key_values, **kwargs
         )
@@ -77,14 +75,6 @@ def attention(
     del q
     o = rotate(binding, o, cos, sin, inverse=True, fresh=fresh and weights is None)
     return _project(module, binding, o), weights
-
-
-def _own(module: Any, hidden_states: torch.Tensor, past_key_values: Any) -> int:
-    """How many keys of its own a layer will have."""
-    if past_key_values is None:
-        return hidden_states.shape[1]
-    layer = past_key_values.layers[module.layer_idx]
-    return hidden_states.shape[1] + (layer.keys.shape[-2] if layer.is_initialized else 0)
 
 
 def _head_norm(module: Any, q: torch.Tensor, fresh: bool) -> torch.Tensor:
