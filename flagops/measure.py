@@ -226,6 +226,8 @@ def excerpt(
     rows = [word for word in words[:-1] if out.ndim >= len(words) or word != "..."]
     part = {n: arrays.codes(x) if arrays.is_torch(x) else x for n, x in named.items()}
     for word in (*rows, words[-1]):
+        if isinstance(op.separable, tuple) and word not in op.separable:
+            continue
         if word == words[-1]:
             blocks = any(f"{word}b" in t.axes.split() and part[n] is not None for n, t in op.tensors.items())
             given = any(word in tensor.axes.split() for tensor in op.tensors.values())

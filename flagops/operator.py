@@ -88,7 +88,7 @@ class Operator:
     flops: Callable[..., float]
     several: bool = False
     inplace: Mapping[str, str] = field(default_factory=dict)
-    separable: bool = True
+    separable: bool | tuple[str, ...] = True
     exact: bool = False
     integral: bool = False
     sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -329,7 +329,7 @@ def operator(
     flops: Callable[..., float],
     scalars: dict[str, Scalar] | None = None,
     inplace: Mapping[str, str] | None = None,
-    separable: bool = True,
+    separable: bool | tuple[str, ...] = True,
     exact: bool = False,
     integral: bool = False,
     sizes: Mapping[str, Sequence[int]] | None = None,
@@ -345,8 +345,8 @@ def operator(
     workloads: dimensions (and dtypes, scalars) at real model sizes by name, for benchmarks and the default order.
     flops: useful floating-point operations, ``flops(dims, batch)``.
     inplace: results by name (``"out"`` if there is one) that may be given as the very tensor of an input, by name.
-    separable: a part of the result along an axis is the result of that part of the inputs; else a benchmark verifies
-        the whole of a workload.
+    separable: along which axes, by word, a part of the result is the result of that part of the inputs; True for all,
+        False for none. A benchmark verifies such a part of a workload.
     exact: kernels must agree bit for bit; else beside ``f`` stands ``f_bound(exact, arguments, dtype)``, of several
         results a tuple of bounds for the tuple of exact values and of dtypes, None where bits must agree.
     integral: on small integers, whose sums are exact in any order, kernels must give the rounded reference itself.

@@ -87,6 +87,7 @@ def _router(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
         "scale": Scalar(_factor, (1.0, 1.5, 2.5)),
     },
     result={"weights": Tensor("t k", real), "indices": Tensor("t k", ("int32",))},
+    separable=("t",),
     workloads={f"v4-flash.{t}": {"t": t, "v": 0, **V4_FLASH} for t in (1, 64, 4096)}
     | {f"v4-pro.{t}": {"t": t, "v": 0, **V4_PRO} for t in (1, 4096)}
     | {"v4-flash.hash-4096": {"t": 4096, "v": VOCABULARY, **V4_FLASH}},

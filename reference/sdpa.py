@@ -68,6 +68,7 @@ def factor(scale: float | None, width: int) -> float:
         "scale": Scalar(_scale, (None, 1.0, -0.3, 0.0), torch="float?"),
     },
     result=Tensor("... h*g s v", "query"),
+    separable=("...", "v"),
     workloads={
         "llama-8b.prefill-1k": {"h": 8, "g": 4, "s": 1024, "n": 1024, "d": 128, "v": 128, "dtype": "bfloat16"},
     },
