@@ -22,7 +22,7 @@ bench: .venv/installed
 	$(BIN)/flagops bench --targets
 
 mutants: .venv/installed
-	$(BIN)/python -m pytest -n 2 tests/test_mutants.py
+	$(BIN)/python -m pytest -n 2 tests/test_mutants.py --mutants all
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

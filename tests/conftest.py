@@ -22,6 +22,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_addoption(parser):
+    parser.addoption("--mutants", default="2", help="edits tried of each kernel file, drawn anew each run, or all")
     parser.addoption("--backend", action="append", help="hold only these backends to the parity suite")
     parser.addoption(
         "--device", default="cpu", help="where the ranks of distributed tests compute: cpu, or cuda with NCCL"
