@@ -212,7 +212,7 @@ def _prefill(model: Any, tokens: int) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
 
     extra = measure.extra_memory(call)
-    for _ in range(2 if tokens <= 4096 else 0):
+    for _ in range(tokens <= 4096):
         results.clear()
         call()
     return {

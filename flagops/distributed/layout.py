@@ -212,7 +212,7 @@ class Layout:
     def cost(self, activation: int = 2) -> Cost:
         """What one rank holds, computes and sends; ``activation`` is the bytes of an activation's element."""
         s, parts = self.sizes, self.parts
-        size = (1 + 4 / BLOCK**2) if self.fp8 else activation
+        size = (1 + 1 / BLOCK**2) if self.fp8 else activation
         elements = sum(a * b for a, b in (self.shape("wo_a"), self.shape("wo_b")))
         gathered = s.width * activation * (parts - 1) / parts if self.scheme != "split-input" else 0.0
         scattered = s.rank * 4 * (parts - 1) / parts if self.scheme == "split-input" else 0.0
