@@ -48,27 +48,29 @@ class Counted:
     def __enter__(self) -> Counted:
         import torch.distributed as dist
 
-        self.real = {
-            name: getattr(dist, name) for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
-        }
+        from flagops.distributed.projection import collective
 
         def share(group: Any) -> float:
             ranks = dist.get_world_size(group)
             return (ranks - 1) / ranks
 
-        def gather(out: Any, x: Any, group: Any, **kwargs: Any) -> Any:
+        gather, scatter, reduce = collective("all_gather"), collective("reduce_scatter"), dist.all_reduce
+        self.real = {function.__name__: function for function in (gather, scatter, reduce)}
+
+        def counted_gather(out: Any, x: Any, group: Any, **kwargs: Any) -> Any:
             self.sent += out.nbytes * share(group)
-            return self.real["all_gather_into_tensor"](out, x, group=group, **kwargs)
+            return gather(out, x, group=group, **kwargs)
 
-        def scatter(out: Any, x: Any, group: Any, **kwargs: Any) -> Any:
+        def counted_scatter(out: Any, x: Any, group: Any, **kwargs: Any) -> Any:
             self.sent += x.nbytes * share(group)
-            return self.real["reduce_scatter_tensor"](out, x, group=group, **kwargs)
+            return scatter(out, x, group=group, **kwargs)
 
-        def reduce(x: Any, group: Any, **kwargs: Any) -> Any:
+        def counted_reduce(x: Any, group: Any, **kwargs: Any) -> Any:
             self.sent += 2 * x.nbytes * share(group)
-            return self.real["all_reduce"](x, group=group, **kwargs)
+            return reduce(x, group=group, **kwargs)
 
-        dist.all_gather_into_tensor, dist.reduce_scatter_tensor, dist.all_reduce = gather, scatter, reduce
+        for function, counted in ((gather, counted_gather), (scatter, counted_scatter), (reduce, counted_reduce)):
+            setattr(dist, function.__name__, counted)
         return self
 
     def __exit__(self, *_: Any) -> None:

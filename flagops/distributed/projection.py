@@ -227,7 +227,7 @@ def _gathering(o: Tensor, group: Any) -> Pending:
     """[n, h, c] of each rank as [n, ranks * h, c], heads in the order of the ranks."""
     ranks = dist.get_world_size(group)
     made = o.new_empty(ranks * len(o), *o.shape[1:])
-    wait = _begin(dist.all_gather_into_tensor, made, o.contiguous(), group=group)
+    wait = _begin(collective("all_gather"), made, o.contiguous(), group=group)
     return lambda: torch.unflatten(wait(made), 0, (ranks, -1)).movedim(0, 1).flatten(1, 2)
 
 
@@ -236,8 +236,15 @@ def _scattering(z: Tensor, group: Any) -> Pending:
     ranks = dist.get_world_size(group)
     parts = torch.unflatten(z, -1, (ranks, -1)).movedim(-2, 0).flatten(0, 1).contiguous()
     made = z.new_empty(len(z), parts.shape[-1])
-    wait = _begin(dist.reduce_scatter_tensor, made, parts, group=group)
+    wait = _begin(collective("reduce_scatter"), made, parts, group=group)
     return lambda: wait(made)
+
+
+def collective(name: str) -> Callable[..., Any]:
+    """A collective on one tensor by the name that this torch prefers; 2.13 has renamed those of 2.11."""
+    older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}[name]
+    found: Callable[..., Any] = getattr(dist, f"{name}_single", None) or getattr(dist, older)
+    return found
 
 
 def _summing(y: Tensor, group: Any) -> Pending:
