@@ -198,5 +198,6 @@ def scaled_dot_product_attention_bound(exact: Array, arguments: Mapping[str, Any
         vanishing = (p <= 4 * tiny_p) * 1.0
         unclear = np.matmul(vanishing, ~np.isfinite(value) * 1.0) > 0  # perhaps 0 times infinity
         bound = np.where(unclear | (size.sum(-2, keepdims=True) >= acc.largest / 2), np.inf, bound)
-        bound = np.where(np.isnan(bound), np.where(np.isnan(exact) & ~unclear, 0, np.inf), bound)
-        return np.where(seen | (worst >= acc.largest / 2), bound, 0)
+        overflow = worst >= acc.largest / 2  # of a logit, whose key a kernel may then take for a hidden one
+        bound = np.where(np.isnan(bound), np.where(np.isnan(exact) & ~unclear & ~overflow, 0, np.inf), bound)
+        return np.where(seen | overflow, bound, 0)
