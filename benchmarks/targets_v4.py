@@ -20,6 +20,7 @@ import torch
 
 import flagops
 from flagops import bench, measure, registry
+from flagops.examples import random_deepseek_v4
 from flagops.measure import Call, Settings
 
 promise = bench.companion("promise")
@@ -28,7 +29,6 @@ Result, ratio_of = promise.Result, promise.ratio
 V4_FLASH = {
     "hidden_size": 4096,
     "num_attention_heads": 64,
-    "num_key_value_heads": 1,
     "head_dim": 512,
     "q_lora_rank": 1024,
     "o_groups": 8,
@@ -44,25 +44,15 @@ V4_FLASH = {
     "num_hidden_layers": 1,
     "num_hash_layers": 0,
     "compress_ratios": [4],
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 16,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "original_max_position_embeddings": 65536,
-    },
     "max_position_embeddings": 1048576,
     "num_nextn_predict_layers": 0,
-    "swiglu_limit": 10.0,
 }
 SMALL = {
     "hidden_size": 256,
     "num_attention_heads": 8,
-    "num_key_value_heads": 1,
     "head_dim": 128,
     "qk_rope_head_dim": 64,
     "q_lora_rank": 128,
-    "o_groups": 2,
     "o_lora_rank": 64,
     "index_n_heads": 8,
     "index_head_dim": 128,
@@ -73,8 +63,9 @@ SMALL = {
     "n_routed_experts": 16,
     "num_experts_per_tok": 6,
     "num_hidden_layers": 4,
-    "num_hash_layers": 1,
     "compress_ratios": [0, 4, 128, 4],
+    "num_nextn_predict_layers": 0,
+    "max_position_embeddings": 65536,
 }
 CONTEXT = 32768
 
@@ -162,21 +153,6 @@ def _eager_sinkhorn(mix: torch.Tensor, scale: torch.Tensor, base: torch.Tensor) 
         comb = comb / (comb.sum(dim=-1, keepdim=True) + eps)
         comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
     return torch.sigmoid(pre_w * scale[0] + pre_b) + eps, 2 * torch.sigmoid(post_w * scale[1] + post_b), comb
-
-
-def _model(sizes: dict[str, Any]) -> Any:
-    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
-
-    torch.manual_seed(0)
-    model = DeepseekV4ForCausalLM(DeepseekV4Config(**sizes, attn_implementation="eager")).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("sinks", "position_bias")):
-            torch.nn.init.normal_(parameter)
-    for name, buffer in model.named_buffers():
-        if name.endswith("tid2eid"):
-            count, chosen = len(buffer), buffer.shape[1]
-            buffer.copy_(torch.rand(count, sizes["n_routed_experts"]).topk(chosen).indices)
-    return model
 
 
 def _attend(model: Any, hidden: torch.Tensor, cache: Any) -> torch.Tensor:
@@ -269,7 +245,7 @@ MEASURES = {"prefill": (_prefill, V4_FLASH), "decode": (_decode, V4_FLASH), "gen
 
 def main(name: str, side: str, tokens: str) -> None:
     function, sizes = MEASURES[name]
-    model = _model(sizes)
+    model = random_deepseek_v4(0, **sizes)
     with torch.no_grad():
         if side == "patched":
             with flagops.patch(model):

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from flagops.distributed.layout import SCHEMES, Layout, Sizes
+from flagops.distributed.layout import BLOCK, SCHEMES, Layout, Sizes
 
 FORMATS = ("checkpoint", "fp8", "bf16")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -102,7 +102,7 @@ def size(kind: str, form: str) -> float:
     """Bytes of an element, scales included, of a checkpoint's kind in a format."""
     if kind in ("fp8", "fp4"):
         kind = {"checkpoint": kind, "fp8": "fp8", "bf16": "bf16"}[form]
-    return {"f32": 4.0, "i64": 8.0, "bf16": 2.0, "fp8": 1 + 1 / 128**2, "fp4": 1 / 2 + 1 / 32}[kind]
+    return {"f32": 4.0, "i64": 8.0, "bf16": 2.0, "fp8": 1 + 1 / BLOCK**2, "fp4": 1 / 2 + 1 / 32}[kind]
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,7 @@ def rows(model: Model, tp: int, memory: float | None, form: str = "checkpoint") 
             found.append(Row(scheme, f"shards are whole at {legal} ranks"))
             continue
         cost = Layout(sizes, tp, scheme, fp8).cost()
-        elements = cost.flops / 2
-        projections = model.layers * elements * size("fp8", form)
+        projections = model.layers * cost.weights
         total = rest + projections
         mine = scheme == chosen.scheme
         fits = memory is None or total <= memory

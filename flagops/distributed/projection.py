@@ -65,7 +65,7 @@ class GroupedOutputProjection(nn.Module):
         if self.parallel is None:
             wo_a, wo_b, *scales = weights
             return _project(o, wo_a, wo_b, self.groups, scales, self.backend)
-        wo_a, wo_b, *scales = (_local(x) for x in weights)
+        wo_a, wo_b, *scales = (local(x) for x in weights)
         return self.parallel(o, wo_a, wo_b, *scales)
 
     def extra_repr(self) -> str:
@@ -174,24 +174,22 @@ class ParallelProjection:
         """The heads of the whole group, where the scheme wants them."""
         if self.part is None or self.layout.scheme == "split-input":
             return lambda: o
-        if o.requires_grad and torch.is_grad_enabled():
-            gathered = _Gather.apply(o, self.part, self.layout.scheme == "split-rank")  # type: ignore[no-untyped-call]
-            return lambda: gathered
-        return _gathering(o, self.part)
+        return _started(_Gather, _gathering, o, self.part, self.layout.scheme == "split-rank")
 
     def _scatter(self, z: Tensor) -> Pending:
         """This rank's part of the sum over the group."""
-        assert self.part is not None
-        if z.requires_grad and torch.is_grad_enabled():
-            scattered = _Scatter.apply(z, self.part)  # type: ignore[no-untyped-call]
-            return lambda: scattered
-        return _scattering(z, self.part)
+        return _started(_Scatter, _scattering, z, self.part)
 
     def _sum(self, y: Tensor) -> Pending:
-        if y.requires_grad and torch.is_grad_enabled():
-            total = _Sum.apply(y, self.sum)  # type: ignore[no-untyped-call]
-            return lambda: total
-        return _summing(y, self.sum)
+        return _started(_Sum, summing, y, self.sum)
+
+
+def _started(function: Any, begin: Callable[[Tensor, Any], Pending], x: Tensor, group: Any, *how: Any) -> Pending:
+    """A collective begun, or where a gradient is recorded done at once by its autograd function."""
+    if x.requires_grad and torch.is_grad_enabled():
+        made: Tensor = function.apply(x, group, *how)
+        return lambda: made
+    return begin(x, group)
 
 
 def _project(
@@ -247,7 +245,7 @@ def collective(name: str) -> Callable[..., Any]:
     return found
 
 
-def _summing(y: Tensor, group: Any) -> Pending:
+def summing(y: Tensor, group: Any) -> Pending:
     """The sum over the ranks in float32, rounded once to the dtype of `y`."""
     total = y.to(torch.promote_types(y.dtype, torch.float32), copy=True)
     wait = _begin(dist.all_reduce, total, group=group)
@@ -289,7 +287,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
-        return _summing(y, group)()
+        return summing(y, group)()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -420,7 +418,8 @@ def _plain(wo_b: Tensor, scale: Tensor | None) -> torch.dtype:
     return torch.bfloat16 if scale is not None else wo_b.dtype
 
 
-def _local(x: Any) -> Any:
+def local(x: Any) -> Any:
+    """This rank's part of a DTensor; any other tensor, or None, as it is."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 

@@ -11,15 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
 from flagops import config
 from flagops.distributed import Layout, ParallelProjection, Sizes, gather, shard
-from flagops.distributed.projection import agreed, failing_together, ranks_of
+from flagops.distributed.projection import agreed, failing_together, local, ranks_of, summing
 
 from ._binding import HEADS, heads_of
 
@@ -101,7 +99,7 @@ class Heads:
 
     @property
     def sinks(self) -> torch.Tensor:
-        return _mine(self.attention.sinks)
+        return local(self.attention.sinks)
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """What every rank has and computes its own heads from: gradients are summed over the ranks."""
@@ -110,11 +108,11 @@ class Heads:
 
     def rows(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
         """A linear layer whose outputs are divided."""
-        return linear(x, _mine(layer.weight))
+        return linear(x, local(layer.weight))
 
     def project(self, o: torch.Tensor) -> torch.Tensor:
         """This rank's heads ``[b, s, heads / tp, d]`` to the whole output."""
-        return self.parallel(o, _mine(self.attention.o_a_proj.weight), _mine(self.attention.o_b_proj.weight))
+        return self.parallel(o, local(self.attention.o_a_proj.weight), local(self.attention.o_b_proj.weight))
 
     def select(
         self, q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, top_k: int, seen: torch.Tensor
@@ -132,7 +130,7 @@ class Heads:
                 part = slice(start, start + step)
                 each = torch.matmul(q[:, part].to(real), turned).relu_()
                 scores = torch.einsum("bth,bthn->btn", weights[:, part].to(real), each)
-                dist.all_reduce(scores, group=self.mesh.get_group())
+                scores = summing(scores, self.mesh.get_group())()
                 hidden = rows >= seen[:, part].unsqueeze(-1)
                 order = scores.masked_fill_(hidden, float("-inf")).sort(stable=True, dim=-1, descending=True).indices
                 chosen = order[..., :top_k].masked_fill(hidden.gather(-1, order[..., :top_k]), entries).sort(-1).values
@@ -148,10 +146,4 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
-        dist.all_reduce(total, group=ctx.group)
-        return total.to(grad.dtype), None
-
-
-def _mine(x: Any) -> torch.Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
+        return summing(grad, ctx.group)(), None
