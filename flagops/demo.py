@@ -190,53 +190,51 @@ def smollm2(options: argparse.Namespace, show: _Progress) -> Part:
 
 def deepseek_v4(options: argparse.Namespace, show: _Progress) -> Part:
     """A small random DeepSeek-V4 with all of its layer kinds under `flagops.patch`."""
-    _require("transformers", EXTRA)
-    with show.step("building a small random DeepSeek-V4"):
-        import torch
-
-        from flagops.examples import small_deepseek_v4
-        from flagops.transformers import OPS, patch
-
-        model = small_deepseek_v4()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device)
-    prompt = torch.randint(2, model.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(1)).to(device)
-    part = Part("small random DeepSeek-V4", f"{prompt.shape[1]} random tokens")
-    backends = _usable(part, options.backend, device)
+    run = _deepseek_v4("small random DeepSeek-V4", "small_deepseek_v4", 32, 1, show)
+    device = run.prompt.device.type
+    backends = _usable(run.part, options.backend, device)
     apart = device == "cpu" and "triton" not in backends and "triton" in (options.backend or ("triton",))
     tokens = options.tokens or TOKENS["deepseek-v4"]
-    run = _Run(part, model, prompt, show, lambda name: patch(model, backend=name), OPS)
-    reference = run.compare(tokens, "float32", BOUND_DEEPSEEK, backends)
-    part.text = " ".join(map(str, reference.tokens))
+    _patched(run, tokens, backends)
     if apart and find_spec("triton") and os.environ.get("TRITON_INTERPRET") != "1":
-        _interpreted(part, tokens, show)
-    return part
+        _interpreted(run.part, tokens, show)
+    return run.part
 
 
 def deepseek_v4_long(options: argparse.Namespace, show: _Progress) -> Part:
     """A long prompt: what transformers' dense masks cost in time and memory, beside `flagops.patch`."""
-    _require("transformers", EXTRA)
-    with show.step("building a DeepSeek-V4 for a long prompt"):
-        import torch
-
-        from flagops.examples import long_deepseek_v4
-        from flagops.transformers import OPS, patch
-
-        model = long_deepseek_v4()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device)
-    generator = torch.Generator().manual_seed(2)
-    prompt = torch.randint(2, model.config.vocab_size, (1, LONG_PROMPT), generator=generator).to(device)
-    part = Part("random DeepSeek-V4, long prompt", f"{prompt.shape[1]} random tokens")
-    backends = _usable(part, options.backend, device)
+    run = _deepseek_v4("random DeepSeek-V4, long prompt", "long_deepseek_v4", LONG_PROMPT, 2, show)
+    device = run.prompt.device.type
+    backends = _usable(run.part, options.backend, device)
     for name in ("numpy", "triton") if device == "cpu" else ("numpy",):
         if name in backends:
             backends.remove(name)
-            part.left_out[name] = "too slow for this prompt on a CPU"
-    run = _Run(part, model, prompt, show, lambda name: patch(model, backend=name), OPS)
-    reference = run.compare(options.tokens or TOKENS["deepseek-v4"], "float32", BOUND_DEEPSEEK, backends)
-    part.text = " ".join(map(str, reference.tokens))
-    return part
+            run.part.left_out[name] = "too slow for this prompt on a CPU"
+    _patched(run, options.tokens or TOKENS["deepseek-v4"], backends)
+    return run.part
+
+
+def _deepseek_v4(title: str, example: str, length: int, seed: int, show: _Progress) -> _Run:
+    """A model of `flagops.examples` and a prompt of random tokens, to be run under `flagops.patch`."""
+    _require("transformers", EXTRA)
+    with show.step(f"building a {title}"):
+        import torch
+
+        from flagops import examples
+        from flagops.transformers import OPS, patch
+
+        model = getattr(examples, example)()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device)
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(2, model.config.vocab_size, (1, length), generator=generator).to(device)
+    part = Part(title, f"{length} random tokens")
+    return _Run(part, model, prompt, show, lambda name: patch(model, backend=name), OPS)
+
+
+def _patched(run: _Run, tokens: int, backends: Sequence[str]) -> None:
+    answer = run.compare(tokens, "float32", BOUND_DEEPSEEK, backends)
+    run.part.text = " ".join(map(str, answer.tokens))
 
 
 _MAKE = {"smollm2": smollm2, "deepseek-v4": deepseek_v4, "deepseek-v4-long": deepseek_v4_long}

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import checkpoint_data as data  # noqa: E402
 
 from flagops import checkpoint  # noqa: E402
+from flagops.examples import random_deepseek_v4  # noqa: E402
 
 CODES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 QUANTIZATION = data.CONFIG["quantization_config"]
@@ -56,29 +57,12 @@ def official(name):
 
 def model():
     """A random DeepSeek-V4 whose quantised dimensions are multiples of 128."""
-    config = transformers.DeepseekV4Config(
-        vocab_size=64, hidden_size=256, moe_intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=1, head_dim=128, qk_rope_head_dim=64, q_lora_rank=128, o_groups=2, o_lora_rank=128,
-        n_routed_experts=4, num_experts_per_tok=2, num_hash_layers=1, index_n_heads=16, index_head_dim=128,
-        index_topk=2, sliding_window=4, hc_mult=4, routed_scaling_factor=1.5, rope_theta=10000.0,
-        compress_rope_theta=160000.0, max_position_embeddings=1024, compress_ratios=[0, 4, 128, 0],
-        compress_rate_hca=8, num_nextn_predict_layers=1, swiglu_limit=10.0, tie_word_embeddings=False,
-        initializer_range=0.1, attn_implementation="eager",
-        rope_scaling={"rope_type": "yarn", "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0,
-                      "original_max_position_embeddings": 64},
+    return random_deepseek_v4(
+        0, vocab_size=64, hidden_size=256, moe_intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        head_dim=128, qk_rope_head_dim=64, q_lora_rank=128, o_lora_rank=128, n_routed_experts=4, num_experts_per_tok=2,
+        index_n_heads=16, index_head_dim=128, index_topk=2, sliding_window=4, max_position_embeddings=1024,
+        compress_ratios=[0, 4, 128, 0], compress_rate_hca=8, initializer_range=0.1,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        made = transformers.DeepseekV4ForCausalLM(config).eval()
-        for name, x in [*made.named_parameters(), *made.named_buffers()]:
-            leaf = name.rpartition(".")[2]
-            if leaf in ("sinks", "position_bias", "base", "hc_base", "e_score_correction_bias"):
-                x.normal_()
-            elif leaf == "tid2eid":
-                x.copy_(torch.rand(x.shape[0], config.n_routed_experts).argsort(-1)[:, : x.shape[1]])
-            elif "norm" in name:
-                x.uniform_(0.5, 1.5)
-    return made
 
 
 def power(values):

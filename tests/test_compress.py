@@ -150,7 +150,7 @@ def test_projections_are_never_held_whole(backend):
     out = torch.empty(1, 2048, 512), *fresh(2, 4, d=512, dtype=torch.float32)
     with config.using(budget=8 << 20):
         flagops.compress_kv(*inputs, out=out, backend=backend)
-        extra = measure.extra_memory(lambda: flagops.compress_kv(*inputs, out=out, backend=backend))
+        extra = measure.extra_memory(lambda: flagops.compress_kv(*inputs, out=out, backend=backend), calls=5)
     assert extra is None or extra < 16 << 20, f"{extra >> 20} MiB; both projections have 64"
 
 

@@ -155,7 +155,7 @@ def test_memory_is_flat_in_queries_and_entries(backend):
         with config.using(budget=8 << 20):
             flagops.lightning_indexer(*few, 64, backend=backend)
             call = lambda: flagops.lightning_indexer(q, keys, weights, 64, out=out, backend=backend)  # noqa: B023, E731
-            peaks.append(measure.extra_memory(call))
+            peaks.append(measure.extra_memory(call, calls=3))
     assert None in peaks or max(peaks) < 12 << 20, [peak >> 20 for peak in peaks]
 
 
