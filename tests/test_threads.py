@@ -128,3 +128,68 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 def test_the_cache_is_where_it_is_said_to_be(tmp_path):
     run("assert same('matmul')", FLAGOPS_CACHE=str(tmp_path))
     assert list(tmp_path.rglob("*.nbi"))
+
+
+PARALLEL = """
+import itertools
+import numpy as np
+from flagops.backends import numba as backend
+
+@backend.jit
+def count(start, stop, counts, nothing, factor):
+    for i in range(start, stop):
+        counts[i] += factor[0]
+
+@backend.jit
+def fail(start, stop, at):
+    if start <= at < stop:
+        raise ValueError
+
+def check():
+    for tasks, minimum in itertools.product((0, 1, 2, 3, 7, 64, 1001), (1, 2, 50, 600)):
+        counts = np.zeros(max(tasks, 1), np.int64)
+        backend.parallel(count, tasks, counts, (), (3, 1.0), minimum=minimum)
+        assert (counts[:tasks] == 3).all(), (tasks, minimum, counts)
+    try:
+        backend.parallel(fail, 64, 63)
+    except (MemoryError, ValueError) as error:
+        return error
+    raise AssertionError("the kernel's failure was lost")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's OpenMP has no entry point that is known here")
+def test_tasks_run_on_torchs_own_threads():
+    run(
+        PARALLEL
+        + """
+        from flagops.backends import _team
+        assert "OpenMP" in backend.backend.facts()["threads"] and _team.openmp()
+        before = threading.active_count()
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            error = check()
+        assert isinstance(error, MemoryError), error
+        assert threading.active_count() == before, "threads of our own were started"
+        """.replace("\n        ", "\n")
+    )
+
+
+def test_tasks_run_on_threads_of_our_own_where_torch_has_none():
+    run(
+        PARALLEL
+        + """
+        from flagops.backends import _team
+        _team.openmp = lambda: 0
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            error = check()
+        assert isinstance(error, ValueError), error
+        assert any(thread.name.startswith("flagops-") for thread in threading.enumerate())
+        """.replace("\n        ", "\n")
+    )
+
+
+def test_tasks_run_without_torch():
+    script = PARALLEL + "\ncheck(); import sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)

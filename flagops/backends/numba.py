@@ -6,14 +6,10 @@ a digest of the kernel sources, so that an edited helper never meets stale code;
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import itertools
 import logging
 import os
-import queue
 import sys
-import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,7 +17,7 @@ from typing import Any
 
 from .. import config
 from ..arrays import is_numpy, is_torch
-from . import missing
+from . import _pool, _team, missing
 
 log = logging.getLogger("flagops")
 
@@ -76,7 +72,7 @@ class _Numba:
             "numba": numba.__version__,
             "llvm": ".".join(map(str, llvm.llvm_version_info)),
             "cpu": llvm.get_host_cpu_name(),
-            "threads": str(threads()),
+            "threads": f"{threads()}, {'torch OpenMP' if _team.openmp() else 'own'}",
             "cache": str(folder) if folder else "none",
         }
 
@@ -108,15 +104,24 @@ def features() -> frozenset[str]:
     return frozenset(cpu_target.target_context.codegen().magic_tuple()[-1].split(","))
 
 
-def jit(function: Any) -> Any:
-    """`numba.njit` that releases the GIL, divides as NumPy does, and is cached in our own folder."""
+def jit(function: Any, owner: Any = None) -> Any:
+    """`numba.njit` that releases the GIL, divides as NumPy does, and is cached in our own folder.
+
+    A function that is made for another one is cached beside that one, its `owner`.
+    """
     import numba
 
     dispatcher = numba.njit(**_OPTIONS)(function)
-    folder = _cache_folder(function.__module__.rpartition(".")[0])
+    owner = owner or function
+    folder = _cache_folder(owner.__module__.rpartition(".")[0])
     if folder:
-        dispatcher._cache = _cache_class()(function, folder)
+        dispatcher._cache = _cache_class()(function, owner, folder)
     return dispatcher
+
+
+@cache
+def _launcher(kernel: Any) -> Any:
+    return jit(_team.launcher(kernel), kernel.py_func)
 
 
 @cache
@@ -133,6 +138,7 @@ def _cache_folder(package: str) -> Path | None:
         for source in sorted(files(package).iterdir(), key=lambda file: file.name):
             if source.name.endswith("_numba.py") or (source.name.startswith("_") and source.name.endswith(".py")):
                 digest.update(source.name.encode() + b"\0" + source.read_bytes())
+        digest.update(files("flagops.backends").joinpath("_team.py").read_bytes())
         folder = Path(config.cache_folder()) / "numba" / digest.hexdigest()[:20]
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -148,9 +154,9 @@ def _cache_class() -> Any:
     from numba.core import caching
 
     class Locator(caching._CacheLocator):
-        def __init__(self, function: Any, folder: Path) -> None:
-            self._py_file = function.__code__.co_filename  # numba names it in a warning
-            self._path, self._line = str(folder), str(function.__code__.co_firstlineno)
+        def __init__(self, owner: Any, folder: Path) -> None:
+            self._py_file = owner.__code__.co_filename  # numba names it in a warning
+            self._path, self._line = str(folder), str(owner.__code__.co_firstlineno)
 
         def get_cache_path(self) -> str:
             return self._path
@@ -162,16 +168,17 @@ def _cache_class() -> Any:
             return self._line
 
     class Store(caching.CompileResultCacheImpl):
-        def __init__(self, function: Any, folder: Path) -> None:
-            code = function.__code__
-            self._lineno, self._locator = code.co_firstlineno, Locator(function, folder)
-            self._filename_base = self.get_filename_base(f"{function.__module__}.{code.co_name}", "")
+        def __init__(self, function: Any, owner: Any, folder: Path) -> None:
+            code = owner.__code__
+            self._lineno, self._locator = code.co_firstlineno, Locator(owner, folder)
+            own = "" if function is owner else f".{function.__name__}"
+            self._filename_base = self.get_filename_base(f"{owner.__module__}.{code.co_name}{own}", "")
 
     class Cache(caching.FunctionCache):
         """numba's cache in a folder of ours; a failure to read or write costs a compilation, never the call."""
 
-        def __init__(self, function: Any, folder: Path) -> None:
-            self._impl_class = lambda f: Store(f, folder)
+        def __init__(self, function: Any, owner: Any, folder: Path) -> None:
+            self._impl_class = lambda f: Store(f, owner, folder)
             super().__init__(function)
 
         def load_overload(self, sig: Any, target_context: Any) -> Any:
@@ -200,102 +207,33 @@ def threads() -> int:
 
 
 _CHUNKS = 4  # a thread that loses its processor delays the call by one chunk
+_forked = False
 
 
-class _Job:
-    """One call of `parallel`: a row of chunks that its caller and any idle workers take from in turn."""
-
-    __slots__ = ("active", "args", "chunk", "closed", "done", "error", "kernel", "lock", "starts", "tasks")
-
-    def __init__(self, kernel: Any, tasks: int, args: tuple[Any, ...], chunk: int) -> None:
-        self.kernel, self.tasks, self.args, self.chunk = kernel, tasks, args, chunk
-        self.starts = itertools.count(0, chunk)
-        self.active, self.closed = 0, False
-        self.error: BaseException | None = None
-        self.lock, self.done = threading.Lock(), threading.Lock()
-        self.done.acquire()
-
-    def run(self) -> None:
-        try:
-            for start in self.starts:
-                if start >= self.tasks or self.error is not None:
-                    return
-                self.kernel(start, min(start + self.chunk, self.tasks), *self.args)
-        except BaseException as error:
-            self.error = error
-
-    def help(self) -> None:
-        with self.lock:
-            if self.closed:
-                return
-            self.active += 1
-        self.run()
-        with self.lock:
-            self.active -= 1
-            if self.closed and not self.active:
-                self.done.release()
-
-    def finish(self) -> None:
-        """Wait for the workers that took part, and only for those: a worker that never came can hang nobody."""
-        with self.lock:
-            self.closed = True
-            waiting = self.active > 0
-        while waiting:
-            try:
-                self.done.acquire()
-                waiting = False
-            except BaseException as error:  # an interrupt must not free arrays that workers still write to
-                self.error = error
-        if self.error is not None:
-            raise self.error
-
-
-class _Pool:
-    def __init__(self) -> None:
-        self.jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self.workers = 0
-        self.lock = threading.Lock()
-
-    def _work(self) -> None:
-        while True:
-            self.jobs.get().help()
-
-    def post(self, job: _Job, helpers: int) -> None:
-        if self.workers < helpers:
-            with self.lock:
-                while self.workers < helpers:
-                    threading.Thread(target=self._work, name=f"flagops-{self.workers}", daemon=True).start()
-                    self.workers += 1
-        for _ in range(helpers):
-            self.jobs.put(job)
-
-
-_pool: _Pool | None = _Pool()
-
-
-def _forked() -> None:
-    global _pool
-    _pool = None  # its threads stayed in the parent
+def _after_fork() -> None:
+    global _forked
+    _forked = True  # the threads stayed in the parent
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def parallel(kernel: Callable[..., Any], tasks: int, *args: Any, minimum: int = 1) -> None:
-    """Run `kernel(start, stop, *args)` over all of range(tasks), on the caller's thread and on idle pool threads.
+    """Run `kernel(start, stop, *args)` over all of range(tasks), on torch's OpenMP threads or, without, on our own.
 
     Chunks hold at least `minimum` tasks. Serial for few tasks, in a forked child and at interpreter exit.
     """
-    pool = _pool
-    alone = tasks < 2 * minimum or sys.is_finalizing()
-    count = 1 if alone else min(threads(), tasks // minimum)
-    if pool is None or count < 2:
-        if tasks > 0:
-            kernel(0, tasks, *args)
+    if tasks < 1:
         return
-    job = _Job(kernel, tasks, args, max(minimum, -(-tasks // (count * _CHUNKS))))
-    with contextlib.suppress(RuntimeError):  # no thread can be started: the caller does it all
-        pool.post(job, count - 1)
-    job.run()
-    job.finish()
+    team = threads() if tasks >= 2 * minimum and not (_forked or sys.is_finalizing()) else 1
+    if team < 2:
+        kernel(0, tasks, *args)
+        return
+    busy = min(team, tasks // minimum)
+    chunk = max(minimum, -(-tasks // (busy * _CHUNKS)))
+    entry = _team.openmp()
+    if not entry:
+        _pool.run(kernel, busy, chunk, tasks, args)
+    elif _launcher(kernel)(entry, team, chunk, tasks, args):  # a smaller team would end the other threads
+        raise MemoryError("a thread of the kernel had no memory to work in")
