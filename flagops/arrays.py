@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 HALF = ("float16", "bfloat16")
@@ -59,12 +60,17 @@ def numpy_dtype(name: str) -> Any:
 
 def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
     """An uninitialised array of the kind and on the device of another."""
+    return maker(shape, dtype, like)()
+
+
+def maker(shape: tuple[int, ...], dtype: str, like: Any) -> Callable[[], Any]:
+    """What `empty` calls, for many arrays alike."""
     if is_torch(like):
         torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+        return functools.partial(torch.empty, shape, dtype=getattr(torch, dtype), device=like.device)
     import numpy
 
-    return numpy.empty(shape, numpy_dtype(dtype))
+    return functools.partial(numpy.empty, shape, numpy_dtype(dtype))
 
 
 def codes(x: Any) -> Any:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("flagops")
 
 _data_ptr = methodcaller("data_ptr")
+_PLAIN = frozenset((type(None), bool, int, float, str))
 
 _PLANS_KEPT = 4096
 _plans: dict[Any, Plan] = {}
@@ -48,6 +49,7 @@ class Plan:
     views: tuple[int, ...]
     spans: tuple[tuple[int, int, int], ...]
     out_spans: tuple[tuple[int, int, int], ...]
+    makers: tuple[Callable[[], Any], ...]
     on_torch: bool
     through_torch: bool
     check_values: bool
@@ -98,6 +100,8 @@ def public(operator: Operator) -> Callable[..., Any]:
 
 def _signature(x: Any) -> Any:
     """What a plan may depend on; cheap, since every call computes it."""
+    if type(x) in _PLAIN:
+        return x
     try:
         if x.is_cpu:  # a device takes longer to hash than to ask for
             return type(x), x.dtype, x.shape, x.stride(), x.requires_grad, x.is_neg()
@@ -143,7 +147,7 @@ def execute(plan: Plan, args: Sequence[Any]) -> Any:
             raise ValueError(f"{operator.name}: {problem}")
     out = args[-1]
     if out is None:
-        out = allocate(plan, args)
+        out = tuple([make() for make in plan.makers]) if operator.several else plan.makers[0]()
         args = (*args[:-1], out)
     else:
         _refuse_overlap(plan, args)
@@ -156,15 +160,6 @@ def execute(plan: Plan, args: Sequence[Any]) -> Any:
         return execute(_without(plan, args, str(error)), args)
     plan.calls += 1
     return out
-
-
-def allocate(plan: Plan, args: Sequence[Any]) -> Any:
-    """Uninitialised results for a plan, where its first tensor lies."""
-    like = args[plan.operator.tensor_positions[0]]
-    bound = plan.bound
-    if not plan.operator.several:
-        return arrays.empty(bound.shape, bound.dtype, like)
-    return tuple(arrays.empty(shape, dtype, like) for shape, dtype in zip(bound.shapes, bound.results, strict=True))
 
 
 def _refuse_overlap(plan: Plan, args: Sequence[Any]) -> None:
@@ -259,6 +254,7 @@ def _choose(operator: Operator, args: Sequence[Any], wish: Any, grad: bool, refu
                 (p, *arrays.span(args[p])) for p in operator.tensor_positions if not wrapped and args[p] is not None
             ),
             out_spans=_out_spans(operator, args) if not wrapped and args[-1] is not None else (),
+            makers=tuple(arrays.maker(*each, first) for each in zip(bound.shapes, bound.results, strict=True)),
             on_torch=arrays.is_torch(first),
             through_torch=wrapped or needs_grad,
             check_values=operator.values is not None and (on_cpu or settings.check),

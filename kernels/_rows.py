@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from operator import mul
 
 Steps = tuple[int, ...]
 
 
-def rows(shape: Sequence[int], *steps: Sequence[int]) -> Iterator[tuple[list[int], Steps, list[Steps]]]:
+def rows(shape: Sequence[int], *steps: Sequence[int]) -> Iterable[tuple[list[int], Steps, list[Steps]]]:
     """Blocks of three axes that cover all leading axes: element offsets, sizes, and strides of each tensor.
 
     Axes of size 1 are dropped and neighbours are merged where every tensor's strides allow it.
     """
     if 0 in shape:
-        return
-    outer, sizes, strides = _merged(tuple(shape), *map(tuple, steps))
-    for place in itertools.product(*(range(size) for size, _ in outer)):
-        offsets = [sum(at * step[i] for at, (_, step) in zip(place, outer, strict=True)) for i in range(len(steps))]
-        yield offsets, sizes, strides
+        return ()
+    extents, outer, sizes, strides = _merged(tuple(shape), *map(tuple, steps))
+    places = itertools.product(*map(range, extents))
+    return (([sum(map(mul, place, step)) for step in outer], sizes, strides) for place in places)
 
 
 @lru_cache(maxsize=1024)
-def _merged(shape: Steps, *steps: Steps) -> tuple[list[tuple[int, Steps]], Steps, list[Steps]]:
-    """The axes beyond three, and the sizes and strides of those three."""
+def _merged(shape: Steps, *steps: Steps) -> tuple[Steps, list[Steps], Steps, list[Steps]]:
+    """Sizes and strides of the axes beyond three, and of those three."""
     axes: list[tuple[int, Steps]] = []
     for size, step in zip(shape, zip(*steps, strict=True), strict=True):
         if size == 1:
@@ -35,6 +35,6 @@ def _merged(shape: Steps, *steps: Steps) -> tuple[list[tuple[int, Steps]], Steps
             axes.append((size, step))
     while len(axes) < 3:
         axes.insert(0, (1, (0,) * len(steps)))
-    inner = axes[-3:]
-    strides = [tuple(step[i] for _, step in inner) for i in range(len(steps))]
-    return axes[:-3], tuple(size for size, _ in inner), strides
+    sizes = tuple(size for size, _ in axes)
+    strides = [tuple(step[i] for _, step in axes) for i in range(len(steps))]
+    return sizes[:-3], [step[:-3] for step in strides], sizes[-3:], [step[-3:] for step in strides]

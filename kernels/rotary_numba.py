@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def vswap(typingctx, a):
 def rotary_embedding(x: Any, cos: Any, sin: Any, inverse: bool, out: Any) -> None:
     """Positions are shared out among threads; all heads of one use its angles from cache."""
     (*lead, heads, d), r, item = out.shape, cos.shape[-1], out.itemsize
-    by_row = [_spread(t, len(lead) + kept, kept) for t, kept in ((x, 2), (cos, 1), (sin, 1), (out, 2))]
+    by_row = [_spread(t.shape, strides(t), len(lead), kept) for t, kept in ((x, 2), (cos, 1), (sin, 1), (out, 2))]
     *_, x_head, x_step = strides(x)
     *_, out_head, out_step = strides(out)
     same = pointer(x) == pointer(out) and strides(x) == strides(out)
@@ -54,10 +55,11 @@ def rotary_embedding(x: Any, cos: Any, sin: Any, inverse: bool, out: Any) -> Non
         )  # fmt: skip
 
 
-def _spread(t: Any, rank: int, kept: int) -> tuple[int, ...]:
+@lru_cache(maxsize=1024)
+def _spread(shape: tuple[int, ...], steps: tuple[int, ...], axes: int, kept: int) -> tuple[int, ...]:
     """Strides of the leading axes, 0 where one is missing or broadcast."""
-    lead = [0 if n == 1 else step for n, step in zip(t.shape, strides(t), strict=True)][: len(t.shape) - kept]
-    return (*(0,) * (rank - kept - len(lead)), *lead)
+    lead = [0 if n == 1 else step for n, step in zip(shape, steps, strict=True)][: len(shape) - kept]
+    return (*(0,) * (axes - len(lead)), *lead)
 
 
 @jit
