@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: test processes share the processors
+
 import torch
 
 if not torch.cuda.is_available():
