@@ -7,6 +7,7 @@ once per block of rows and widened in registers or into a panel in L1. Elsewhere
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +40,6 @@ from ._simd import (
 TAGS = {"float16": np.int16(0), "bfloat16": np.uint16(0), "float32": np.float32(0), "float64": np.float64(0)}
 DOT_DEPTH, OUTER_DEPTH, STREAM_DEPTH = 512, 256, 16
 _L2, _WIDTH, _SERIAL = 512 << 10, 384, 1 << 19
-_ORIGIN = np.zeros((1, 3), np.int64)
 
 
 @jit
@@ -97,30 +97,59 @@ def unpack(tag, source, ld, rows, columns, target, row, column, bias, bias_strid
 
 
 @jit
+def row_blocks(bounds, first, last, most, a_row, b_group, c_row):
+    """The rows from first to last, whose groups lie between `bounds`, in blocks of at most `most` of one group.
+
+    Each: where it finds its A, B and C, how many rows it has, its number in its group, and how many that has.
+    """
+    groups = len(bounds) - 1
+    counts = np.empty(groups, np.int64)
+    for group in range(groups):
+        counts[group] = max(0, -(-(min(bounds[group + 1], last) - max(bounds[group], first)) // most))
+    blocks, at = np.empty((counts.sum(), 6), np.int64), 0
+    for group in range(groups):
+        start, stop = max(bounds[group], first), min(bounds[group + 1], last)
+        for place in range(counts[group]):
+            row = start + place * most
+            where = (row - first) * a_row, group * b_group, (row - first) * c_row
+            blocks[at] = *where, min(most, stop - row), place, counts[group]
+            at += 1
+    return blocks
+
+
+@jit
+def share(blocks, task, n, nc, terms):
+    """The block and the first column of a task: all blocks of a group take `nc` columns of B while those are near."""
+    parts = -(-n // nc)
+    near = task // parts
+    first, count = near - blocks[near * terms, 4], blocks[near * terms, 5]
+    part, place = divmod(task - first * parts, count)
+    return (first + place) * terms, part * nc
+
+
+@jit
 def _dot(
-    start, stop, tag, out_tag, m, n, k, mc, nc, span,
-    a, am, ak, b, bk, bn, c, cm, cn, bias, bias_stride, offsets, terms,
+    start, stop, tag, out_tag, n, k, mc, nc, span,
+    a, am, ak, b, bk, bn, c, cm, cn, bias, bias_stride, blocks, terms,
 ):  # fmt: skip
     float_tag = wide(tag)
     item, width, step = size(tag), size(float_tag), lanes(tag)
-    m_blocks, n_blocks = -(-m // mc), -(-n // nc)
     rows_held, ldc = mc + DOT_ROWS, nc + DOT_WIDTH
     held = np.empty(width * (rows_held * (span + ldc) + DOT_ROW_COLUMNS * DOT_DEPTH) + 64, np.uint8)
     x = (np.int64(held.ctypes.data) + 63) & ~63
     panel = x + rows_held * span * width
     sums = panel + DOT_ROW_COLUMNS * DOT_DEPTH * width
     for task in range(start, stop):
-        batch, rest = divmod(task, m_blocks * n_blocks)
-        column, row = rest // m_blocks * nc, rest % m_blocks * mc
-        rows, columns = min(mc, m - row), min(nc, n - column)
+        block, column = share(blocks, task, n, nc, terms)
+        rows, columns = min(mc, blocks[block, 3]), min(nc, n - column)
         across = DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS
         if k == 0:
             _clear(float_tag, sums, rows * ldc)
         for part in range(-(-k // span) * terms):
-            term, first = batch * terms + part // -(-k // span), part % -(-k // span) * span
+            term, first = block + part // -(-k // span), part % -(-k // span) * span
             depth = min(span, k - first)
-            left = a + (offsets[term, 0] + row * am + first * ak) * item
-            right = b + (offsets[term, 1] + column * bn + first) * item
+            left = a + (blocks[term, 0] + first * ak) * item
+            right = b + (blocks[term, 1] + column * bn + first) * item
             padded = -(-depth // step) * step
             padded_rows = -(-rows // DOT_ROWS) * DOT_ROWS if rows > 1 else 1
             pack(tag, left, am, ak, rows, depth, x, span, padded_rows, padded)
@@ -144,7 +173,7 @@ def _dot(
                         for i in range(0, rows, DOT_ROWS):
                             xi, into = x + (i * span + at) * width, sums + (i * ldc + j) * width
                             dot_tile(float_tag, xi, span, panel, DOT_DEPTH, valid, d_padded, into, ldc, add)
-        target = c + (offsets[batch * terms, 2] + row * cm + column * cn) * size(out_tag)
+        target = c + (blocks[block, 2] + column * cn) * size(out_tag)
         shift = bias + column * bias_stride * size(out_tag) if bias != 0 else 0
         unpack(out_tag, sums, ldc, rows, columns, target, cm, cn, shift, bias_stride)
     return held[0]  # keeps the scratch alive until here
@@ -152,30 +181,28 @@ def _dot(
 
 @jit
 def _outer(
-    start, stop, tag, out_tag, m, n, k, mc, nc, span,
-    a, am, ak, b, bk, bn, c, cm, cn, bias, bias_stride, offsets, terms,
+    start, stop, tag, out_tag, n, k, mc, nc, span,
+    a, am, ak, b, bk, bn, c, cm, cn, bias, bias_stride, blocks, terms,
 ):  # fmt: skip
     float_tag = wide(tag)
     item, width = size(tag), size(float_tag)
     across, across_row = OUTER_VECTORS * lanes(tag), ROW_VECTORS * lanes(tag)
-    m_blocks, n_blocks = -(-m // mc), -(-n // nc)
     rows_held, ldc = mc + OUTER_ROWS, nc + across_row
     held = np.empty(width * (rows_held * (span + ldc) + span * across_row) + 64, np.uint8)
     x = (np.int64(held.ctypes.data) + 63) & ~63
     panel = x + span * rows_held * width
     sums = panel + span * across_row * width
     for task in range(start, stop):
-        batch, rest = divmod(task, m_blocks * n_blocks)
-        column, row = rest // m_blocks * nc, rest % m_blocks * mc
-        rows, columns = min(mc, m - row), min(nc, n - column)
+        block, column = share(blocks, task, n, nc, terms)
+        rows, columns = min(mc, blocks[block, 3]), min(nc, n - column)
         wide_step = across_row if rows == 1 else across
         if k == 0:
             _clear(float_tag, sums, rows * ldc)
         for part in range(-(-k // span) * terms):
-            term, first = batch * terms + part // -(-k // span), part % -(-k // span) * span
+            term, first = block + part // -(-k // span), part % -(-k // span) * span
             d = min(span, k - first)
-            left = a + (offsets[term, 0] + row * am + first * ak) * item
-            right = b + (offsets[term, 1] + column * bn + first * bk) * item
+            left = a + (blocks[term, 0] + first * ak) * item
+            right = b + (blocks[term, 1] + column * bn + first * bk) * item
             padded_rows = -(-rows // OUTER_ROWS) * OUTER_ROWS if rows > 1 else 1
             pack(tag, left, am, ak, rows, d, x, span, padded_rows, d)
             for j in range(0, columns, wide_step):
@@ -195,7 +222,7 @@ def _outer(
                     for i in range(0, rows, OUTER_ROWS):
                         xi, into = x + i * span * width, sums + (i * ldc + j) * width
                         outer_tile(float_tag, xi, span, panel, wide_step, d, into, ldc, add)
-        target = c + (offsets[batch * terms, 2] + row * cm + column * cn) * size(out_tag)
+        target = c + (blocks[block, 2] + column * cn) * size(out_tag)
         shift = bias + column * bias_stride * size(out_tag) if bias != 0 else 0
         unpack(out_tag, sums, ldc, rows, columns, target, cm, cn, shift, bias_stride)
     return held[0]  # keeps the scratch alive until here
@@ -253,31 +280,69 @@ def contract(name: str, a: View, b: View, out: View, bias: tuple[int, int] = (0,
             if k == 1 or (sa == ak * k and sb == bk * k):
                 ak, bk, k = (sa, sb, extent) if k == 1 else (ak, bk, k * extent)
             else:
-                summed.insert(0, (extent, sa, sb, 0))
+                summed.insert(0, (extent, sa, sb, 0, 0, 0, 0))
         elif sb == 0 and (m == 1 or (sa == am * m and sc == cm * m)):
             am, cm, m = (sa, sc, extent) if m == 1 else (am, cm, m * extent)
         else:
-            batch.insert(0, (extent, sa, sb, sc))
-    offsets = _offsets(batch + summed) if batch or summed else _ORIGIN
-    terms = math.prod(axis[0] for axis in summed)
+            batch.insert(0, (extent, sa, sb, sc, 0, 0, 0))
+    groups, terms = (math.prod(axis[0] for axis in axes) for axes in (batch, summed))
     if terms == 0:
-        k, terms, offsets = 0, 1, _offsets(batch)
-    groups = len(offsets) // terms
-    if not (m and n and groups):
-        return
-    tag, out_tag, width = TAGS[name], TAGS[result or name], 8 if name == "float64" else 4
+        k, terms, summed = 0, 1, []
+
+    def blocks(most: int) -> Any:
+        count = -(-m // most)
+        return _offsets([*batch, (count, most * am, 0, most * cm, -most, 1, 0), *summed], (0, 0, 0, m, 0, count))
+
+    where = a.address, am, ak, b.address, bk, bn, out.address, cm, cn, *bias
+    if m and n and groups:
+        _run(name, result or name, m, n, k, m * groups * terms, blocks, where, terms)
+
+
+def contract_groups(name: str, a: View, b: View, out: View, bounds: Any) -> None:
+    """out[i] = a[i] b[g] for the rows i of each group g, from bounds[g] to bounds[g + 1]."""
+    (m, k), n = a.shape, b.shape[-1]
+    (am, ak), (step, bk, bn), (cm, cn) = a.strides, b.strides, out.strides
+
+    def blocks(most: int) -> Any:
+        return row_blocks(bounds, 0, m, most, am, step, cm)
+
+    most = min(m, _most(bounds))
+    if most and n:
+        where = a.address, am, ak, b.address, bk, bn, out.address, cm, cn, 0, 0
+        _run(name, name, most, n, k, m, blocks, where, 1)
+
+
+@jit
+def _most(bounds):
+    """Rows of the largest group."""
+    most = 0
+    for group in range(len(bounds) - 1):
+        most = max(most, bounds[group + 1] - bounds[group])
+    return most
+
+
+def _run(
+    name: str, result: str, m: int, n: int, k: int, rows: int, blocks: Callable[[int], Any], where: Any, terms: int
+) -> None:  # fmt: skip
+    """Products of at most m rows each, `rows` together, through the loops that suit the layout of B.
+
+    `blocks` cuts them into blocks of at most so many rows, as `row_blocks` does.
+    """
+    tag, out_tag, width = TAGS[name], TAGS[result], 8 if name == "float64" else 4
+    bk, bn = where[4:6]
     if bk == 1 and (bn != 1 or n == 1):
         kernel, unit, mc = _dot, 24, min(m, 128)
         span = min(max(_L2 // (mc * width * DOT_DEPTH), 1), max(-(-k // DOT_DEPTH), 1)) * DOT_DEPTH
     else:
         kernel, unit, mc = _outer, 128, min(m, 192)
         span = STREAM_DEPTH if m <= OUTER_ROWS else OUTER_DEPTH
-    blocks = groups * -(-m // mc)
-    count = threads() if m * n * max(k, 1) * len(offsets) > _SERIAL else 1
-    nc = min(_WIDTH, max(unit, -(-n * blocks // (4 * count * unit)) * unit))
-    tasks = blocks * -(-n // nc)
-    where = a.address, am, ak, b.address, bk, bn, out.address, cm, cn, *bias, offsets, terms
-    parallel(kernel, tasks, tag, out_tag, m, n, k, mc, nc, span, *where, minimum=1 if count > 1 else tasks)
+    table = blocks(mc)
+    count = threads() if rows * n * max(k, 1) > _SERIAL else 1
+    cut = len(table) // terms
+    nc = min(_WIDTH, max(unit, -(-n * cut // (4 * count * unit)) * unit))
+    tasks = cut * -(-n // nc)
+    minimum = 1 if count > 1 else tasks
+    parallel(kernel, tasks, tag, out_tag, n, k, mc, nc, span, *where, table, terms, minimum=minimum)
 
 
 def _axis(x: View, axis: int) -> tuple[int, int]:
@@ -287,10 +352,10 @@ def _axis(x: View, axis: int) -> tuple[int, int]:
     return x.shape[-axis], x.strides[-axis]
 
 
-def _offsets(axes: list[tuple[int, ...]]) -> Any:
-    """Where each product of a batch finds its A, B and C."""
-    extents = [extent for extent, *_ in axes]
-    result = np.zeros((*extents, 3), np.int64)
-    for position, (extent, *steps) in enumerate(axes):
-        result += np.multiply.outer(np.arange(extent), steps).reshape(-1, *[1] * (len(axes) - position - 1), 3)
-    return result.reshape(-1, 3)
+def _offsets(axes: list[tuple[int, ...]], origin: tuple[int, ...] = (0, 0, 0)) -> Any:
+    """Where each product of a batch finds its operands: `origin` plus its steps along the axes."""
+    result = np.array([origin], np.int64)
+    for extent, *steps in axes:
+        if extent != 1:
+            result = (result[:, None] + np.multiply.outer(np.arange(extent), steps)).reshape(-1, len(origin))
+    return result

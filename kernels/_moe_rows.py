@@ -121,6 +121,20 @@ def fake_block(x, count):
 
 
 @jit
+def by_expert(ids, experts):
+    """The places of the ids in ascending order of them, and where in that order those of each expert begin and end."""
+    bounds, order = np.zeros(experts + 2, np.int64), np.empty(len(ids), np.int64)
+    for expert in ids:
+        bounds[expert + 2] += 1
+    for expert in range(experts):
+        bounds[expert + 2] += bounds[expert + 1]
+    for place in range(len(ids)):
+        order[bounds[ids[place] + 1]] = place
+        bounds[ids[place] + 1] += 1
+    return order, bounds[: experts + 1]
+
+
+@jit
 def gather(start, stop, tag, width, tokens, x, row, column, quantised, out):
     """Rows of x by number, one after the other: as they are, or through FP8 and as float32."""
     item = size(tag)

@@ -7,6 +7,7 @@ L1; a weight is never expanded as a whole. Each sum has one order, fixed by K.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, threads
 
 from ._dequantize_simd import byte
-from ._gemm import TAGS, View, _offsets, pack, unpack, view
+from ._gemm import TAGS, View, _offsets, pack, row_blocks, share, unpack, view
 from ._qmatmul_simd import fp4_arrange, fp4_decode, fp4_row, fp4_table, fp8_decode, fp8_row
 from ._simd import (
     DOT_COLUMNS,
@@ -57,6 +58,11 @@ def _e8m0() -> Any:
 @cache
 def _products() -> Any:
     return fp4_table()
+
+
+@cache
+def _address(table: Callable[[], Any]) -> int:
+    return pointer(table())  # which keeps it
 
 
 @jit
@@ -114,23 +120,24 @@ def _gather(source, row, column, rows, columns, target, at, ld):
 
 
 @jit
-def _fp4(start, stop, tag, m, n, groups, mc, nc, x, ldx, b, bn, bk, s, sn, sk, table, out, cn, offsets):
-    m_blocks, ldc, deepest = -(-m // mc), nc + DOT_WIDTH, DEPTH // 32
+def _fp4(start, stop, tag, n, groups, mc, nc, x, ldx, b, bg, bn, bk, s, sg, sn, sk, table, out, cn, offsets, blocks):
+    ldc, deepest = nc + DOT_WIDTH, DEPTH // 32
     held = np.empty(4 * ((mc + DOT_ROWS) * ldc + DOT_ROW_COLUMNS * DEPTH) + 64, np.uint8)
     codes = np.empty(DOT_ROW_COLUMNS * 17 * deepest, np.uint8)
     panel = (np.int64(held.ctypes.data) + 63) & ~63
     sums = panel + 4 * DOT_ROW_COLUMNS * DEPTH
     for task in range(start, stop):
-        column, row = task // m_blocks * nc, task % m_blocks * mc
-        rows, columns = min(mc, m - row), min(nc, n - column)
+        block, column = share(blocks, task, n, nc, 1)
+        row, group, _, rows, _, _ = blocks[block]
+        columns = min(nc, n - column)
         across, parts = DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS, max(1, -(-groups // deepest))
-        blocks = -(-columns // across)
-        for step in range(blocks * parts):  # one row takes whole rows of B in turn, several share a part in the cache
-            j, part = divmod(step, parts) if rows == 1 else (step % blocks, step // blocks)
+        tiles = -(-columns // across)
+        for step in range(tiles * parts):  # one row takes whole rows of B in turn, several share a part in the cache
+            j, part = divmod(step, parts) if rows == 1 else (step % tiles, step // tiles)
             j, first = j * across, part * deepest
             valid, deep = min(across, columns - j), min(deepest, groups - first)
-            w, ldw = b + (column + j) * bn + 16 * first * bk, bn
-            scales, lds = s + (column + j) * sn + first * sk, sn
+            w, ldw = b + group * bg + (column + j) * bn + 16 * first * bk, bn
+            scales, lds = s + group * sg + (column + j) * sn + first * sk, sn
             if bk != 1:
                 _gather(w, bn, bk, valid, 16 * deep, codes, 0, 16 * deepest)
                 w, ldw = np.int64(codes.ctypes.data), 16 * deepest
@@ -152,9 +159,9 @@ def _fp4(start, stop, tag, m, n, groups, mc, nc, x, ldx, b, bn, bk, s, sn, sk, t
 
 
 @jit
-def _fp8(start, stop, tag, m, n, k, mc, nc, x, ldx, b, bn, bk, s, sn, sk, coded, table, out, cn, offsets):
+def _fp8(start, stop, tag, n, k, mc, nc, x, ldx, b, bg, bn, bk, s, sg, sn, sk, coded, table, out, cn, offsets, blocks):
     """`nc` divides 128, so that the columns of a task lie under one row of scales, which A takes along."""
-    m_blocks, ldc = -(-m // mc), nc + DOT_WIDTH
+    ldc = nc + DOT_WIDTH
     scaled = max((mc + DOT_ROWS) * DEPTH, ldx)
     held = np.empty(4 * ((mc + DOT_ROWS) * ldc + DOT_ROW_COLUMNS * DEPTH + scaled) + 64, np.uint8)
     codes = np.empty(DOT_ROW_COLUMNS * DEPTH, np.uint8)
@@ -162,17 +169,18 @@ def _fp8(start, stop, tag, m, n, k, mc, nc, x, ldx, b, bn, bk, s, sn, sk, coded,
     sums = panel + 4 * DOT_ROW_COLUMNS * DEPTH
     left = sums + 4 * (mc + DOT_ROWS) * ldc
     for task in range(start, stop):
-        column, row = task // m_blocks * nc, task % m_blocks * mc
-        rows, columns = min(mc, m - row), min(nc, n - column)
+        block, column = share(blocks, task, n, nc, 1)
+        row, group, _, rows, _, _ = blocks[block]
+        columns = min(nc, n - column)
         across, parts = DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS, max(1, -(-k // DEPTH))
-        blocks = -(-columns // across)
-        scales = column // BLOCK * sn
+        tiles = -(-columns // across)
+        scales = group * sg + column // BLOCK * sn
         if rows == 1:
-            for block in range(-(-k // BLOCK)):
-                at = 4 * BLOCK * block
-                _multiply(left + at, x + 4 * row * ldx + at, BLOCK, _scale(s, scales + block * sk, coded, table))
-        for step in range(blocks * parts):
-            j, part = divmod(step, parts) if rows == 1 else (step % blocks, step // blocks)
+            for i in range(-(-k // BLOCK)):
+                at = 4 * BLOCK * i
+                _multiply(left + at, x + 4 * row * ldx + at, BLOCK, _scale(s, scales + i * sk, coded, table))
+        for step in range(tiles * parts):
+            j, part = divmod(step, parts) if rows == 1 else (step % tiles, step // tiles)
             j, first = j * across, part * DEPTH
             valid, deep = min(across, columns - j), min(DEPTH, k - first)
             if rows > 1 and j == 0:
@@ -181,7 +189,7 @@ def _fp8(start, stop, tag, m, n, k, mc, nc, x, ldx, b, bn, bk, s, sn, sk, coded,
                         factor = _scale(s, scales + (first + at) // BLOCK * sk, coded, table)
                         source = x + 4 * ((row + i) * ldx + first + at)
                         _multiply(left + 4 * (i * DEPTH + at), source, BLOCK, factor)
-            w, ldw = b + (column + j) * bn + first * bk, bn
+            w, ldw = b + group * bg + (column + j) * bn + first * bk, bn
             if bk != 1 or deep % PAIR:
                 _gather(w, bn, bk, valid, deep, codes, 0, DEPTH)
                 w, ldw, deep = np.int64(codes.ctypes.data), DEPTH, -(-deep // PAIR) * PAIR
@@ -208,48 +216,58 @@ def scales(x: Any) -> Scales:
     return Scales(view(x), dtype_name(x) != "float32")
 
 
-def product(name: str, a: View, a_scale: Scales | None, b: View, b_scale: Scales, result: str, out: View) -> None:
+def product(
+    name: str, a: View, a_scale: Scales | None, b: View, b_scale: Scales, result: str, out: View, bounds: Any = None
+) -> None:  # fmt: skip
     """out[.., n] = (a[.., k] * a_scale) (b[n, ..] * b_scale)^T, rounded once, to the dtype called `result`.
 
     name: the dtype of a: uint8 where it is codes, which have scales, else a float's, which has none. b is packed FP4
-    where it is half as wide as a, else FP8. The leading axes of a and a_scale broadcast to those of out.
+    where it is half as wide as a, else FP8. The leading axes of a and a_scale broadcast to those of out. Given bounds,
+    b and b_scale have an axis of groups in front; the rows from bounds[g] to bounds[g + 1] are multiplied by b[g].
     """
-    n, k, packed = b.shape[0], a.shape[-1], 2 * b.shape[1] == a.shape[-1]
+    n, k, packed = b.shape[-2], a.shape[-1], 2 * b.shape[-1] == a.shape[-1]
     leads = [a, a_scale.view if a_scale else a, out]
     axes = [(out.shape[-i], *(_step(x, i) for x in leads)) for i in range(len(out.shape), 1, -1)]
     offsets = _offsets(axes)
     m = len(offsets)
     if not (m and n):
         return
+    if bounds is None:
+        bounds = np.array([0, m])
     ld = -(-k // BLOCK) * BLOCK + LANES  # rows a power of two apart would share few sets of a cache
     held_rows = max(_ROWS, config.budget() // 4 // (4 * ld) // _ROWS * _ROWS)
     count = threads() if m * n * k > _SERIAL else 1
     for first in range(0, m, held_rows):
         rows = min(held_rows, m - first)
-        padded = -(-rows // DOT_ROWS) * DOT_ROWS if rows > 1 else 1
+        padded = rows + DOT_ROWS - 1 if rows > 1 else 1  # a tile may reach beyond its block
         held = np.empty(padded * ld + 16, np.float32)
         x, where = (pointer(held) + 63) & ~63, offsets[first : first + rows]
         scale = (a_scale.view.address, a_scale.view.strides[-1], a_scale.coded) if a_scale else (0, 0, False)
-        tables = pointer(_e8m0()), pointer(_e4m3())
+        tables = _address(_e8m0), _address(_e4m3)
         parallel(
             _fill, padded, TAGS.get(name, _F32), rows, k, ld, a.address, a.strides[-1], *scale, *tables,
             packed, where, x, minimum=-(-_SERIAL // (16 * max(k, 1))),
         )  # fmt: skip
         mc = min(rows, _ROWS)
-        blocks = -(-rows // mc)
-        weights = b.address, *b.strides, b_scale.view.address, *b_scale.view.strides
-        target = out.address, out.strides[-1], where
+        blocks = row_blocks(bounds, first, first + rows, mc, 1, 1, 1)
+        weights = b.address, *_grouped(b), b_scale.view.address, *_grouped(b_scale.view)
+        target = out.address, out.strides[-1], where, blocks
         if packed:
-            nc = min(_WIDTH, max(_UNIT, -(-n * blocks // (4 * count * _UNIT)) * _UNIT))
-            kernel, shape, table = _fp4, (rows, n, k // 32, mc, nc), (pointer(_products()),)  # type: Any, Any, Any
+            nc = min(_WIDTH, max(_UNIT, -(-n * len(blocks) // (4 * count * _UNIT)) * _UNIT))
+            kernel, shape, table = _fp4, (n, k // 32, mc, nc), (_address(_products),)  # type: Any, Any, Any
         else:
             nc = BLOCK
-            while nc > 32 and -(-n // nc) * blocks < 4 * count:
+            while nc > 32 and -(-n // nc) * len(blocks) < 4 * count:
                 nc //= 2
-            kernel, shape, table = _fp8, (rows, n, k, mc, nc), (b_scale.coded, pointer(_e8m0()))
-        tasks = blocks * -(-n // nc)
+            kernel, shape, table = _fp8, (n, k, mc, nc), (b_scale.coded, _address(_e8m0))
+        tasks = len(blocks) * -(-n // nc)
         minimum = 1 if count > 1 else tasks
         parallel(kernel, tasks, TAGS[result], *shape, x, ld, *weights, *table, *target, minimum=minimum)
+
+
+def _grouped(x: View) -> tuple[int, ...]:
+    """The strides of matrices, 0 from one to the next where there is one."""
+    return (0, *x.strides)[-3:]
 
 
 def _step(x: View, axis: int) -> int:

@@ -24,6 +24,7 @@ MUTANTS = {
         ("swiglu", "vmost(vleast(vload(real, u + i * unit), above), below)", "vleast(vload(real, u + i * unit), above)", 0),
         ("swiglu", "vchoose(gate, fall)", "fall", 0),
         ("moe_gate", "1 / (2 * i + 1)", "1 / (2 * i + 3)", 0),
+        ("moe_experts", "order[bounds[ids[place] + 1]] = place", "order[place] = place", 0),
         ("moe_experts", "tokens[i] * row * item", "i * row * item", 0),
         ("moe_experts", "source + width * item, 0, 1", "source, 0, 1", 0),
         ("moe_experts", "vround_e4m3(vmul(", "(vmul(", 0),

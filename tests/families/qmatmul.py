@@ -14,6 +14,10 @@ MUTANTS = {
         ("fp8_matmul", "(first + at) // BLOCK * sk", "at // BLOCK * sk", 0),
         ("fp8_matmul", "if bk != 1 or deep % PAIR:", "if bk != 1:", 0),
         ("fp4_matmul", "first * sk, sn", "first, sn", 0),
+        ("moe_experts", "b + group * bg", "b", 0),
+        ("moe_experts", "b + group * bg", "b", 1),
+        ("moe_experts", "s + group * sg", "s", 0),
+        ("moe_experts", "group * sg + column // BLOCK * sn", "column // BLOCK * sn", 0),
         ("fp4_matmul", "32 * deep, into, ldc, part > 0)", "32 * deep, into, ldc, part > 1)", 0),
     ],
     "_qmatmul_simd.py": [
