@@ -1,38 +1,19 @@
 """`flagops.enable` and torch's fused operators: norms, attention, grouped and FP8 products."""
 
 import contextlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import flagops
-from flagops import fused, interpose
 
-BACKENDS = [name for name in ("numba", "torch") if not flagops.registry.backend(name).unavailable()]
-PLACES = [(name, key) for name in fused.OPERATORS for key in ("CPU", "AutogradCPU")]
+sys.path.insert(0, str(Path(__file__).parent))
+from overriding import counted, untouched, usable  # noqa: F401
 
-
-def kernels():
-    return {place: repr(torch.library.get_kernel(f"aten::{place[0]}", place[1])) for place in PLACES}
-
-
-PLAIN = kernels()
-
-
-@pytest.fixture(autouse=True)
-def untouched():
-    yield
-    interpose.sweep()
-    assert kernels() == PLAIN
-    assert not interpose.live
-    assert not interpose.buried
-
-
-def counted(handle, name):
-    """How many calls were replaced, and why others were not."""
-    rows = [row for row in handle.report().rows if row.op == f"aten::{name}"]
-    return (sum(rows[0].replaced.values()), rows[0].passed) if rows else (0, {})
+BACKENDS = usable("numba", "torch")
 
 
 def close(got, expected, dtype):

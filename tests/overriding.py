@@ -1,0 +1,45 @@
+"""Shared by the tests of `flagops.enable`: torch's own kernels, which every test must leave as they were."""
+
+import pytest
+import torch
+
+import flagops
+from flagops import aten, fused, interpose, override
+
+NAMES = [op + suffix for suffix, ops in aten.FORMS.items() for op in ops]
+PLACES = [(name, "CPU") for name in [*NAMES, *override.WATCHED]]
+PLACES += [(name, key) for name in fused.OPERATORS for key in ("CPU", "AutogradCPU")]
+
+
+def usable(*names):
+    return [name for name in names if not flagops.registry.backend(name).unavailable()]
+
+
+def kernels():
+    return {place: kernel for place in PLACES if (kernel := _kernel(*place))}
+
+
+def _kernel(name, key):
+    try:
+        return repr(torch.library.get_kernel(f"aten::{name}", key))
+    except RuntimeError:
+        return None
+
+
+PLAIN = kernels()
+
+
+@pytest.fixture(autouse=True)
+def untouched():
+    """Every test leaves torch as it was."""
+    yield
+    interpose.sweep()
+    assert kernels() == PLAIN
+    assert not interpose.live
+    assert not interpose.buried
+
+
+def counted(handle, name):
+    """How many calls were replaced, and why others were not."""
+    rows = [row for row in handle.report().rows if row.op == f"aten::{name}"]
+    return (sum(rows[0].replaced.values()), rows[0].passed) if rows else (0, {})
