@@ -269,6 +269,17 @@ vmax = _binary(lambda builder, a, b: _call(builder, "maximum", a.type, a, b))  #
 
 
 @intrinsic
+def vwhere(typingctx, a, b, yes, no):
+    """Lanes of `yes` where a < b, else of `no`."""
+
+    def generate(context, builder, signature, arguments):
+        a, b, yes, no = arguments
+        return builder.select(builder.fcmp_ordered("<", a, b), yes, no)
+
+    return a(a, a, a, a), generate
+
+
+@intrinsic
 def vsum(typingctx, a):
     """The sum of a vector's lanes, in a fixed tree."""
 
@@ -291,6 +302,31 @@ def vhighest(typingctx, a):
         return _call(builder, "vector.reduce.fmaximum", arguments[0].type.element, arguments[0])
 
     return a.element(a), generate
+
+
+@intrinsic
+def transpose(typingctx, tag, source, ld, target, target_ld):
+    """Rows of one vector's elements, as many as that, to columns; leading dimensions in elements."""
+    count = Vector(_arithmetic(tag)).lanes
+
+    def generate(context, builder, signature, arguments):
+        _, source, ld, target, target_ld = arguments
+        rows = [_load(builder, tag, source, builder.mul(ld, _i64(i)), count) for i in range(count)]
+        span = 1
+        while span < count:
+            low = [i if not i & span else count + i - span for i in range(count)]
+            high = [i + span if not i & span else count + i for i in range(count)]
+            for i in range(count):
+                if not i & span:
+                    pair = rows[i], rows[i + span]
+                    rows[i], rows[i + span] = _shuffle(builder, *pair, low), _shuffle(builder, *pair, high)
+            span *= 2
+        for i, row in enumerate(rows):
+            _store(builder, tag, row, target, builder.mul(target_ld, _i64(i)))
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.none(tag, i, i, i, i), generate
 
 
 def _initial(builder, kind, base, index, add):

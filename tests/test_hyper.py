@@ -41,6 +41,27 @@ def test_columns_sum_to_one_and_rows_only_nearly(kernel):
     assert (comb > 0).all()
 
 
+@pytest.mark.operators("hc_split_sinkhorn")
+@pytest.mark.parametrize("n", [2, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_tokens_of_any_strides(kernel, n, dtype):
+    """More tokens than several vectors have lanes, with and without a common stride."""
+    _, backend = kernel
+    rng, m = np.random.default_rng(5), n * (n + 2)
+    mix, scale, base = (torch.from_numpy(rng.standard_normal(s)).to(dtype) for s in ((7, 10, m), 3, m))
+    expected = flagops.hc_split_sinkhorn(mix.double(), scale.double(), base.double(), n, backend="numpy")
+    apart = torch.stack([mix, mix], -1)[..., 0]
+    out = tuple(torch.empty(*x.shape, 2, dtype=dtype)[..., 0] for x in expected)
+    turned = flagops.hc_split_sinkhorn(mix.transpose(0, 1), scale, base, n, backend=backend)
+    for got in (
+        flagops.hc_split_sinkhorn(mix, scale, base, n, backend=backend),
+        flagops.hc_split_sinkhorn(apart, scale, base, n, out=out, backend=backend),
+        [x.transpose(0, 1) for x in turned],
+    ):
+        for x, y in zip(got, expected, strict=True):
+            assert torch.allclose(x.double(), y, rtol=1e-9 if dtype == torch.float64 else 1e-4, atol=0)
+
+
 @settings(max_examples=30)
 @given(st.integers(1, 6), st.integers(1, 20), st.floats(0, 12), st.integers(0, 2**16))
 def test_sinkhorn_of_a_transposed_problem_is_not_the_transpose(n, iters, spread, seed):
@@ -79,7 +100,7 @@ def test_equal_streams_stay_equal_but_for_the_gates(kernel):
 def test_pre_is_made_of_its_parts(kernel):
     _, backend = kernel
     rng = np.random.default_rng(2)
-    x, fn, base, scale = (torch.from_numpy(rng.standard_normal(s)) for s in ((6, 4, 20), (24, 80), 24, 3))
+    x, fn, base, scale = (torch.from_numpy(rng.standard_normal(s)) for s in ((70, 4, 20), (24, 80), 24, 3))
     fn = fn / 9
     y, post, comb = flagops.hc_pre(x, fn, base, scale, backend=backend)
     flat = x.flatten(1)

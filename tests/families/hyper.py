@@ -19,14 +19,18 @@ def calls(t, codes):
 
 MUTANTS = {
     "hyper_numba.py": [
-        ("hc_split_sinkhorn", "matrix, n, n * vector, vector, columns, rows, small", "matrix, n, vector, n * vector, columns, rows, small", 0),
+        ("hc_split_sinkhorn", "matrix, n, n * pair, pair, columns, factors, small", "matrix, n, pair, n * pair, columns, factors, small", 0),
         ("hc_split_sinkhorn", "for _ in range(iters - 1):", "for _ in range(iters):", 0),
-        ("hc_split_sinkhorn", "vdiv(factor, fma(total, factor, small))", "vdiv(factor, vmul(total, factor))", 0),
+        ("hc_split_sinkhorn", "vdiv(factor, fma(p, factor, small))", "vdiv(factor, vmul(p, factor))", 0),
         ("hc_split_sinkhorn", "logit = vadd(logit, logit)", "logit = vadd(logit, small)", 0),
-        ("hc_split_sinkhorn", "+ j * comb[2][0] + k * comb[2][1]", "+ k * comb[2][0] + j * comb[2][1]", 1),
-        ("hc_post", "+ j * comb[2][0] + k * comb[2][1]", "+ k * comb[2][0] + j * comb[2][1]", 0),
+        ("hc_split_sinkhorn", "goal + j * comb[2][0] * unit, comb[2][1]", "goal + j * comb[2][1] * unit, comb[2][0]", 0),
+        ("hc_split_sinkhorn", ", sizes[2] - token % sizes[2])", ")", 0),
+        ("hc_split_sinkhorn", "i * steps[0] + j * steps[1] +", "j * steps[0] + i * steps[1] +", 0),
+        ("hc_pre", "address - first * width * size(real)", "address", 0),
+        ("hc_post", "(j * comb[2][0] + k * comb[2][1])", "(k * comb[2][0] + j * comb[2][1])", 0),
+        ("hc_post", "0 if size == 1 else step", "step", 0),
         ("hc_post", "goal + c * out[2][1] * item", "goal + c * item", 0),
-        ("hc_head", "(at[first + i] + stream * x_steps[0] + begin * x_steps[1])", "(at[first + i] + stream * x_steps[0] + begin)", 0),
+        ("hc_head", "(stream * x_steps[0] + begin * x_steps[1])", "(stream * x_steps[0] + begin)", 0),
         ("hc_head", "sums + j * unit, ld, begin > 0)", "sums + j * unit, ld, False)", 0),
     ],
     "hyper_torch.py": [
