@@ -130,6 +130,21 @@ def test_the_cache_is_where_it_is_said_to_be(tmp_path):
     assert list(tmp_path.rglob("*.nbi"))
 
 
+def test_a_second_process_compiles_nothing(tmp_path):
+    script = """
+        from numba.core import event
+        torch.set_num_threads(2)
+        with event.install_recorder("numba:compile") as recorder:
+            large = torch.randn(64, 512)
+            flagops.linear(large, torch.randn(700, 512), backend="numba")  # on several threads
+            assert all(same(name) for name in calls)
+        print(len(recorder.buffer))
+    """
+    first, second = (int(run(script, FLAGOPS_CACHE=str(tmp_path))) for _ in range(2))
+    assert first > 0
+    assert second == 0
+
+
 PARALLEL = """
 import itertools
 import numpy as np

@@ -40,7 +40,8 @@ def launcher(kernel: Any) -> FunctionType:
 
     Each takes the next `chunk` of the tasks until none is left. The result is 0 if all went well.
     """
-    return FunctionType(_launch.__code__, {"share": _intrinsic(kernel)})  # numba would pickle a closure for its cache
+    # Its own globals, not a closure, which numba's cache would pickle.
+    return FunctionType(_launch.__code__, {"__name__": __name__, "share": _intrinsic(kernel)})
 
 
 def _launch(entry, threads, chunk, tasks, args):  # type: ignore[no-untyped-def]
