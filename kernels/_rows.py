@@ -38,3 +38,10 @@ def _merged(shape: Steps, *steps: Steps) -> tuple[Steps, list[Steps], Steps, lis
     sizes = tuple(size for size, _ in axes)
     strides = [tuple(step[i] for _, step in axes) for i in range(len(steps))]
     return sizes[:-3], [step[:-3] for step in strides], sizes[-3:], [step[-3:] for step in strides]
+
+
+@lru_cache(maxsize=1024)
+def spread(shape: Steps, steps: Steps, axes: int, kept: int) -> Steps:
+    """Strides of all but the last `kept` axes, brought to so many `axes`: 0 where one is missing or broadcast."""
+    lead = [0 if n == 1 else step for n, step in zip(shape, steps, strict=True)][: len(shape) - kept]
+    return (*(0,) * (axes - len(lead)), *lead)

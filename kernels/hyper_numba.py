@@ -15,7 +15,7 @@ from flagops.registry import kernel
 
 from ._attention_simd import cast, vdiv, vexp
 from ._gemm import DOT_DEPTH, TAGS, pack, unpack
-from ._rows import rows
+from ._rows import rows, spread
 from ._simd import (
     DOT_COLUMNS,
     DOT_ROW_COLUMNS,
@@ -60,10 +60,7 @@ def _tokens(lead: tuple[int, ...], tails: tuple[int, ...], *arrays: Any) -> Iter
 @lru_cache(maxsize=256)
 def _layouts(lead: tuple[int, ...], tails: tuple[int, ...], *arrays: tuple[Any, Any]) -> list[Any]:
     """As `_tokens`, from shapes and strides, with offsets for addresses; leading axes broadcast to `lead`."""
-    leading = []
-    for tail, (shape, steps) in zip(tails, arrays, strict=True):
-        own = [0 if size == 1 else step for size, step in zip(shape, steps, strict=True)][: len(shape) - tail]
-        leading.append((*(0,) * (len(lead) - len(own)), *own))
+    leading = [spread(*array, len(lead), tail) for tail, array in zip(tails, arrays, strict=True)]
     last = [steps[-tail:] for tail, (_, steps) in zip(tails, arrays, strict=True)]
     return [(sizes, list(zip(offsets, own, last, strict=True))) for offsets, sizes, own in rows(lead, *leading)]
 
@@ -77,16 +74,6 @@ def _start(x, item, sizes, token):
     rest, k = divmod(token, sizes[2])
     i, j = divmod(rest, sizes[1])
     return address + (i * steps[0] + j * steps[1] + k * steps[2]) * item
-
-
-def _places(x: Any, lead: tuple[int, ...], tail: int) -> Any:
-    """Where each token starts, in elements; batch axes broadcast to `lead`."""
-    shape, steps = tuple(x.shape)[: x.ndim - tail], strides(x)
-    result = np.zeros(lead, np.int64)
-    for axis, (extent, step) in enumerate(zip(shape, steps, strict=False), len(lead) - len(shape)):
-        if extent > 1:
-            result += (np.arange(extent) * step).reshape(-1, *[1] * (len(lead) - axis - 1))
-    return result.reshape(-1)
 
 
 def _whole(x: Any) -> Any:

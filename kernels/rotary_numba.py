@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from flagops.registry import kernel
 from ._attention_simd import cast, load_index
 from ._gemm import TAGS
 from ._rotary import frequencies
-from ._rows import rows
+from ._rows import rows, spread
 from ._simd import _shuffle, fma, lanes, load, size, store, vload, vmul, vstore, wide
 
 _GRAIN = 1 << 15  # elements worth a thread
@@ -38,7 +37,7 @@ def vswap(typingctx, a):
 def rotary_embedding(x: Any, cos: Any, sin: Any, inverse: bool, out: Any) -> None:
     """Positions are shared out among threads; all heads of one use its angles from cache."""
     (*lead, heads, d), r, item = out.shape, cos.shape[-1], out.itemsize
-    by_row = [_spread(t.shape, strides(t), len(lead), kept) for t, kept in ((x, 2), (cos, 1), (sin, 1), (out, 2))]
+    by_row = [spread(t.shape, strides(t), len(lead), kept) for t, kept in ((x, 2), (cos, 1), (sin, 1), (out, 2))]
     *_, x_head, x_step = strides(x)
     *_, out_head, out_step = strides(out)
     same = pointer(x) == pointer(out) and strides(x) == strides(out)
@@ -53,13 +52,6 @@ def rotary_embedding(x: Any, cos: Any, sin: Any, inverse: bool, out: Any) -> Non
             pointer(out) + offsets[3] * item, out_steps, out_head, out_step,
             minimum=-(-_GRAIN // (heads * d)),
         )  # fmt: skip
-
-
-@lru_cache(maxsize=1024)
-def _spread(shape: tuple[int, ...], steps: tuple[int, ...], axes: int, kept: int) -> tuple[int, ...]:
-    """Strides of the leading axes, 0 where one is missing or broadcast."""
-    lead = [0 if n == 1 else step for n, step in zip(shape, steps, strict=True)][: len(shape) - kept]
-    return (*(0,) * (axes - len(lead)), *lead)
 
 
 @jit

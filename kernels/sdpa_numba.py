@@ -18,7 +18,6 @@ from ._dequantize_simd import byte
 from ._gemm import TAGS, pack
 from ._simd import DOT_ROW_COLUMNS, DOT_ROWS, OUTER_ROWS, OUTER_VECTORS, lanes, load, size, store, wide
 from .attention_numba import _finish, _scores, _softmax, _values
-from .hyper_numba import _places
 
 _KEYS = 96  # keys of a block
 _ROWS = 96  # queries of a task
@@ -54,6 +53,16 @@ def scaled_dot_product_attention(
         (pointer(value), _places(value, (*batch, groups), 2), *strides(value)[-2:]),
         (*mask, *steps, kind), (pointer(out), _places(out, each, 2), *strides(out)[-2:]),
     )  # fmt: skip
+
+
+def _places(x: Any, lead: tuple[int, ...], tail: int) -> Any:
+    """Where each matrix starts, in elements; batch axes broadcast to `lead`."""
+    shape, steps = tuple(x.shape)[: x.ndim - tail], strides(x)
+    result = np.zeros(lead, np.int64)
+    for axis, (extent, step) in enumerate(zip(shape, steps, strict=False), len(lead) - len(shape)):
+        if extent > 1:
+            result += (np.arange(extent) * step).reshape(-1, *[1] * (len(lead) - axis - 1))
+    return result.reshape(-1)
 
 
 @jit
