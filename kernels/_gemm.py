@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +38,7 @@ from ._simd import (
     wide,
 )
 
+Axes = tuple[int, ...]
 TAGS = {"float16": np.int16(0), "bfloat16": np.uint16(0), "float32": np.float32(0), "float64": np.float64(0)}
 DOT_DEPTH, OUTER_DEPTH, STREAM_DEPTH = 512, 256, 16
 _L2, _WIDTH, _SERIAL = 512 << 10, 384, 1 << 19
@@ -267,12 +269,26 @@ def contract(name: str, a: View, b: View, out: View, bias: tuple[int, int] = (0,
     Leading axes broadcast; `bias` is an address, 0 for none, and a stride. a and b are of the dtype called `name`, out
     and bias of `result` if given: that or the accumulator's. One rounding.
     """
-    (m, k), n = a.shape[-2:], b.shape[-1]
-    (am, ak), (bk, bn), (cm, cn) = a.strides[-2:], b.strides[-2:], out.strides[-2:]
+    several = math.prod(a.shape[:-2]) * math.prod(b.shape[:-2]) > 64  # whose tables are too long to keep
+    arrange = _arranged.__wrapped__ if several else _arranged
+    found = arrange(name, result or name, a.shape, a.strides, b.shape, b.strides, out.shape, out.strides, threads())
+    if found:
+        shared, steps, terms = found
+        _multiply(shared, steps, terms, a, b, out, bias)
+
+
+@lru_cache(maxsize=1024)
+def _arranged(
+    name: str, result: str, a: Axes, a_steps: Axes, b: Axes, b_steps: Axes, c: Axes, c_steps: Axes, team: int
+) -> Any:
+    """What `contract` hands to its loops, but for addresses; None where there is nothing to do."""
+    (m, k), n = a[-2:], b[-1]
+    (am, ak), (bk, bn), (cm, cn) = a_steps[-2:], b_steps[-2:], c_steps[-2:]
     batch: list[tuple[int, ...]] = []
     summed: list[tuple[int, ...]] = []
-    for axis in range(3, max(len(a.shape), len(b.shape)) + 1):  # from the innermost: into m, n or k where strides allow
-        (extent_a, sa), (extent_b, sb), (extent_c, sc) = (_axis(x, axis) for x in (a, b, out))
+    for axis in range(3, max(len(a), len(b)) + 1):  # from the innermost: into m, n or k where strides allow
+        sides = ((a, a_steps), (b, b_steps), (c, c_steps))
+        (extent_a, sa), (extent_b, sb), (extent_c, sc) = (_axis(*side, axis) for side in sides)
         extent = extent_b if extent_a == 1 else extent_a
         if extent == 1:
             continue
@@ -288,14 +304,15 @@ def contract(name: str, a: View, b: View, out: View, bias: tuple[int, int] = (0,
     groups, terms = (math.prod(axis[0] for axis in axes) for axes in (batch, summed))
     if terms == 0:
         k, terms, summed = 0, 1, []
+    if not (m and n and groups):
+        return None
 
     def blocks(most: int) -> Any:
         count = -(-m // most)
         return _offsets([*batch, (count, most * am, 0, most * cm, -most, 1, 0), *summed], (0, 0, 0, m, 0, count))
 
-    where = a.address, am, ak, b.address, bk, bn, out.address, cm, cn, *bias
-    if m and n and groups:
-        _run(name, result or name, m, n, k, m * groups * terms, blocks, where, terms)
+    shared = _shared(name, result, m, n, k, m * groups * terms, (bk, bn), blocks, terms, team)
+    return shared, (am, ak, bk, bn, cm, cn), terms
 
 
 def contract_groups(name: str, a: View, b: View, out: View, bounds: Any) -> None:
@@ -308,8 +325,15 @@ def contract_groups(name: str, a: View, b: View, out: View, bounds: Any) -> None
 
     most = min(m, _most(bounds))
     if most and n:
-        where = a.address, am, ak, b.address, bk, bn, out.address, cm, cn, 0, 0
-        _run(name, name, most, n, k, m, blocks, where, 1)
+        shared = _shared(name, name, most, n, k, m, (bk, bn), blocks, 1, threads())
+        _multiply(shared, (am, ak, bk, bn, cm, cn), 1, a, b, out, (0, 0))
+
+
+def _multiply(shared: Any, steps: Axes, terms: int, a: View, b: View, out: View, bias: tuple[int, int]) -> None:
+    kernel, tasks, minimum, sizes, table = shared
+    am, ak, bk, bn, cm, cn = steps
+    where = a.address, am, ak, b.address, bk, bn, out.address, cm, cn, *bias
+    parallel(kernel, tasks, *sizes, *where, table, terms, minimum=minimum)
 
 
 @jit
@@ -321,15 +345,16 @@ def _most(bounds):
     return most
 
 
-def _run(
-    name: str, result: str, m: int, n: int, k: int, rows: int, blocks: Callable[[int], Any], where: Any, terms: int
-) -> None:  # fmt: skip
-    """Products of at most m rows each, `rows` together, through the loops that suit the layout of B.
+def _shared(
+    name: str, result: str, m: int, n: int, k: int, rows: int, steps: tuple[int, int], blocks: Callable[[int], Any],
+    terms: int, team: int,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Products of at most m rows each, `rows` together, shared out to the loops that suit the strides of B.
 
     `blocks` cuts them into blocks of at most so many rows, as `row_blocks` does.
     """
     tag, out_tag, width = TAGS[name], TAGS[result], 8 if name == "float64" else 4
-    bk, bn = where[4:6]
+    bk, bn = steps
     if bk == 1 and (bn != 1 or n == 1):
         kernel, unit, mc = _dot, 24, min(m, 128)
         span = min(max(_L2 // (mc * width * DOT_DEPTH), 1), max(-(-k // DOT_DEPTH), 1)) * DOT_DEPTH
@@ -337,19 +362,18 @@ def _run(
         kernel, unit, mc = _outer, 128, min(m, 192)
         span = STREAM_DEPTH if m <= OUTER_ROWS else OUTER_DEPTH
     table = blocks(mc)
-    count = threads() if rows * n * max(k, 1) > _SERIAL else 1
+    count = team if rows * n * max(k, 1) > _SERIAL else 1
     cut = len(table) // terms
     nc = min(_WIDTH, max(unit, -(-n * cut // (4 * count * unit)) * unit))
     tasks = cut * -(-n // nc)
-    minimum = 1 if count > 1 else tasks
-    parallel(kernel, tasks, tag, out_tag, n, k, mc, nc, span, *where, table, terms, minimum=minimum)
+    return kernel, tasks, 1 if count > 1 else tasks, (tag, out_tag, n, k, mc, nc, span), table
 
 
-def _axis(x: View, axis: int) -> tuple[int, int]:
+def _axis(shape: Axes, steps: Axes, axis: int) -> tuple[int, int]:
     """Extent and stride of an axis counted from the end; 0 steps where it is broadcast."""
-    if axis > len(x.shape) or x.shape[-axis] == 1:
+    if axis > len(shape) or shape[-axis] == 1:
         return 1, 0
-    return x.shape[-axis], x.strides[-axis]
+    return shape[-axis], steps[-axis]
 
 
 def _offsets(axes: list[tuple[int, ...]], origin: tuple[int, ...] = (0, 0, 0)) -> Any:
