@@ -174,7 +174,7 @@ def _refuse_overlap(plan: Plan, args: Sequence[Any]) -> None:
             there = address(args[position])
             if there + first < stop and start < there + last and not (position == same and there == origin):
                 raise ValueError(f"{operator.name}: out shares memory with {operator.parameters[position]}")
-        if any(first < stop and start < last for first, last in taken):
+        if taken and any(first < stop and start < last for first, last in taken):
             raise ValueError(f"{operator.name}: results share memory with each other")
         taken.append((start, stop))
 
