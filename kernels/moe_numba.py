@@ -15,7 +15,7 @@ from flagops.registry import kernel
 from ._attention_simd import cast, load_index, vexp
 from ._gemm import TAGS, View, contract, pack, unpack, view
 from ._moe_rows import STEP, gate_block, put_int32, vdescent, vscore
-from ._rows import rows
+from ._rows import rows, spread
 from ._simd import LANES, lanes, load, size, store, vload, vstore, wide
 
 _GRAIN = 1 << 14  # elements worth a thread
@@ -108,9 +108,9 @@ def swiglu(gate: Any, up: Any, weight: Any, limit: float | None, out: Any) -> No
     """A row in pieces that stay in L1; the exponential is a polynomial of whole vectors."""
     (*lead, width), tag = out.shape, TAGS[dtype_name(out)]
     *to, column = strides(out)
-    *gates, gate_column = _spread(gate, out.shape)
-    *ups, up_column = _spread(up, out.shape)
-    factors = (0,) * len(lead) if weight is None else _spread(weight, lead)
+    *gates, gate_column = spread(gate.shape, strides(gate), out.ndim, 0)
+    *ups, up_column = spread(up.shape, strides(up), out.ndim, 0)
+    factors = (0,) * len(lead) if weight is None else spread(weight.shape, strides(weight), len(lead), 0)
     unit = 8 if out.itemsize == 8 else 4
     for (first, second, third, fourth), sizes, steps in rows(lead if width else [0], gates, ups, factors, to):
         parallel(
@@ -121,13 +121,6 @@ def swiglu(gate: Any, up: Any, weight: Any, limit: float | None, out: Any) -> No
             pointer(out) + fourth * out.itemsize, steps[3], column, math.inf if limit is None else limit,
             minimum=-(-_GRAIN // width),
         )  # fmt: skip
-
-
-def _spread(x: Any, shape: Any) -> tuple[int, ...]:
-    """Strides of x broadcast to a shape."""
-    steps = (0,) * (len(shape) - len(x.shape)) + tuple(strides(x))
-    sizes = (1,) * (len(shape) - len(x.shape)) + tuple(x.shape)
-    return tuple(0 if size == 1 else step for size, step in zip(sizes, steps, strict=True))
 
 
 @jit
