@@ -107,6 +107,10 @@ def test_set_num_threads_is_obeyed():
         assert used == {threading.get_ident()}, used
         assert all(same(name) for name in calls)
         torch.set_num_threads(2)
+        used.clear()
+        with numba.at_most(1):
+            numba.parallel(note, 64)
+        assert used == {threading.get_ident()} and numba.threads() == 2
         assert all(same(name) for name in calls)
     """)
 

@@ -6,11 +6,13 @@ a digest of the kernel sources, so that an edited helper never meets stale code;
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -198,12 +200,29 @@ def _cache_class() -> Any:
     return Cache
 
 
+_caller = threading.local()
+
+
+@contextlib.contextmanager
+def at_most(count: int) -> Iterator[None]:
+    """Calls of this thread run on at most so many threads: for one of several threads that share the processors."""
+    before = getattr(_caller, "most", None)
+    _caller.most = count
+    try:
+        yield
+    finally:
+        _caller.most = before
+
+
 def threads() -> int:
-    """torch's thread count where torch is loaded, else the processors this process may use."""
+    """torch's thread count where torch is loaded, else the processors this process may use; less under `at_most`."""
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "get_num_threads"):
-        return int(torch.get_num_threads())
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = int(torch.get_num_threads())
+    else:
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = getattr(_caller, "most", None)
+    return count if most is None else min(count, most)
 
 
 _CHUNKS = 4  # a thread that loses its processor delays the call by one chunk
@@ -220,7 +239,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def parallel(kernel: Callable[..., Any], tasks: int, *args: Any, minimum: int = 1) -> None:
-    """Run `kernel(start, stop, *args)` over all of range(tasks), on torch's OpenMP threads or, without, on our own.
+    """Run `kernel(start, stop, *args)`, made by `jit`, over range(tasks) on torch's OpenMP threads, else on our own.
 
     Chunks hold at least `minimum` tasks. Serial for few tasks, in a forked child and at interpreter exit.
     """

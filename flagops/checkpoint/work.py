@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from ..backends import numba
 from .plan import RECODE, Plan
 from .source import Refused
 from .stream import BLOCK, LARGEST, SMALLEST, Kernels, Stream
@@ -110,7 +111,8 @@ class Team:
             waiting.put(task)
 
         def serve() -> None:
-            with Stream(self._plan, self._kernels, self._shares.limit) as stream:
+            own = numba.at_most(max(1, processors() // self._shares.workers))
+            with own, Stream(self._plan, self._kernels, self._shares.limit) as stream:
                 try:
                     while not self.stop.is_set():
                         try:
