@@ -124,7 +124,8 @@ def relay(src, work, calls):
 
 
 def slow(seconds, *command):
-    """A command whose syncs take longer."""
+    """A command whose syncs take longer, and that can be interrupted even as the background job of a shell."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sync = os.fsync
     os.fsync = lambda file: (time.sleep(float(seconds)), sync(file))[1]
     return main(list(command))
