@@ -52,6 +52,18 @@ def dot(a, b, acc, precision: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=precision, out_dtype=acc.dtype)
 
 
+@triton.jit
+def attend(score, value, top, total, acc, precision: tl.constexpr):
+    """A block of keys in an online softmax: the highest score so far, the sum, that of the values; -inf hides a key."""
+    higher = tl.maximum(top, tl.max(score, 1))
+    origin = tl.where(higher == float("-inf"), 0.0, higher)
+    fade = tl.exp2((top - origin) * LOG2E)
+    p = tl.exp2((score - origin[:, None]) * LOG2E)
+    total = total * fade + tl.sum(p, 1)
+    acc = dot(narrow(p, value.dtype), value, acc * fade[:, None], precision)
+    return higher, total, acc
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
     """Run a kernel on the device of its tensors, on that device's current stream."""
     if INTERPRET.value:

@@ -9,7 +9,19 @@ import triton.language as tl
 from flagops import config
 from flagops.registry import kernel
 
-from ._triton import INTERPRET, LOG2E, dot, launch, narrow, precision, processors, shared_memory, target, too_long
+from ._triton import (
+    INTERPRET,
+    LOG2E,
+    attend,
+    dot,
+    launch,
+    narrow,
+    precision,
+    processors,
+    shared_memory,
+    target,
+    too_long,
+)
 
 Tile = dict[str, int]
 
@@ -106,13 +118,7 @@ def attention_kernel(
                 part_of_key = tl.load(row + at * kv_d, valid[:, None] & near, other=0.0)
                 score = dot(part_of_query, tl.trans(part_of_key), score, PRECISION)
         score = tl.where(valid[None, :], score * scale, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, 1))
-        origin = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp2((top - origin) * LOG2E)
-        p = tl.exp2((score - origin[:, None]) * LOG2E)
-        total = total * shrink + tl.sum(p, 1)
-        acc = dot(narrow(p, value.dtype), value, acc * shrink[:, None], PRECISION)
-        top = higher
+        top, total, acc = attend(score, value, top, total, acc, PRECISION)
         seen |= valid
 
     out += part.to(tl.int64) * out_part + b * out_b + s * out_s

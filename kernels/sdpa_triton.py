@@ -12,7 +12,7 @@ from flagops.reference.sdpa import factor
 
 from flagops.registry import kernel
 
-from ._triton import INTERPRET, LOG2E, dot, launch, narrow, precision, shared_memory, too_long
+from ._triton import INTERPRET, attend, dot, launch, narrow, precision, shared_memory, too_long
 
 WIDEST = 256
 
@@ -83,13 +83,7 @@ def dense_kernel(
         if CAUSAL:
             kept = kept & (column[None, :] <= row[:, None])
         score = tl.where(kept, score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, 1))
-        origin = tl.where(higher == float("-inf"), 0.0, higher)
-        fade = tl.exp2((top - origin) * LOG2E)
-        p = tl.exp2((score - origin[:, None]) * LOG2E)
-        total = total * fade + tl.sum(p, 1)
-        acc = dot(narrow(p, value.dtype), value, acc * fade[:, None], PRECISION)
-        top = higher
+        top, total, acc = attend(score, value, top, total, acc, PRECISION)
     unseen = (top == float("-inf")) & (total == 0.0)
     acc = tl.where(unseen[:, None], 0.0, acc / tl.where(unseen, 1.0, total)[:, None])
     to = out + b * out_b + h.to(tl.int64) * out_h + row.to(tl.int64)[:, None] * out_s

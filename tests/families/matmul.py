@@ -49,5 +49,8 @@ MUTANTS = {
         ("matmul", "a, b = widen(a), widen(b)", "a, b = a, b", 0),
         ("matmul", "+ 0x7FFF + (kept & 1)", "+ 0x8000", 0),
         ("matmul", "+ 0x7FFF + (kept & 1)", "", 0),
+        ("sparse_attention", "total = total * fade + tl.sum(p, 1)", "total = total + tl.sum(p, 1)", 0),
+        ("sparse_attention", "acc * fade[:, None], precision", "acc, precision", 0),
+        ("scaled_dot_product_attention", "total = total * fade + tl.sum(p, 1)", "total = total + tl.sum(p, 1)", 0),
     ],
 }  # fmt: skip

@@ -22,7 +22,6 @@ MUTANTS = {
     ],
     "sdpa_triton.py": [
         ("scaled_dot_product_attention", "column[None, :] <= row[:, None]", "column[None, :] < row[:, None]", 0),
-        ("scaled_dot_product_attention", "total = total * fade + tl.sum(p, 1)", "total = total + tl.sum(p, 1)", 0),
         ("scaled_dot_product_attention", "(h // SHARED).to(tl.int64)", "(h % SHARED).to(tl.int64)", 0),
         ("scaled_dot_product_attention", "score += given.to(number)", "score -= given.to(number)", 0),
     ],
