@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 
 import flagops
-from flagops import aten, config, fused, interpose, override
+from flagops import config, override
+from flagops.override import interpose, lowerings
 
 sys.path.insert(0, str(Path(__file__).parent))
-from overriding import NAMES, PLAIN, counted, kernels, untouched, usable  # noqa: F401
+from overriding import COMPOSITE, FORMS, PLAIN, PRODUCTS, counted, kernels, untouched, usable  # noqa: F401
 
 BACKENDS = usable("numba", "numpy")
-FUSED = " ".join(fused.OPERATORS)
+FUSED = " ".join(name for name in lowerings.LOWERINGS if name not in PRODUCTS)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -158,15 +159,16 @@ def test_the_override_below_is_removed_meanwhile():
 
 
 def test_composite_operators_are_refused(monkeypatch):
-    monkeypatch.setitem(aten.OPERATORS, "matmul", "matmul")
-    monkeypatch.setitem(aten.FORMS, "", (*aten.FORMS[""], "matmul"))
+    wrong = lowerings.Lowering("matmul", "matmul", lambda to, self, other: to("matmul", self, other))
+    monkeypatch.setitem(lowerings.LOWERINGS, "matmul", wrong)
     with pytest.raises(TypeError, match="aten::matmul is composite"):
         flagops.enable()
 
 
 def test_composite_operators_in_the_table():
-    for name in [*NAMES, *override.WATCHED]:
-        assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CompositeImplicitAutograd")
+    for name in [*FORMS, *override.WATCHED]:
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CompositeImplicitAutograd")
+        assert composite == (name in COMPOSITE)
 
 
 # names
@@ -354,7 +356,7 @@ def test_threads_while_handles_come_and_go():
 def test_a_forked_child():
     code = (
         "import os, threading, flagops, torch\n"
-        "from flagops import interpose\n"
+        "from flagops.override import interpose\n"
         "x = torch.randn(5, 5)\n"
         "plain = x @ x\n"
         "flagops.enable(backend='numpy')\n"
