@@ -113,4 +113,6 @@ def _plain(grad: torch.Tensor) -> bool:
     """Whether a backward is numbers alone: not recorded, watched or transformed."""
     if torch.is_grad_enabled() or surroundings.watched() or surroundings.forward_level():
         return False
+    if torch._C._functorch.is_legacy_batchedtensor(grad):  # jacobian(vectorize=True), is_grads_batched
+        return False
     return type(grad).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl

@@ -175,9 +175,11 @@ def _maker(site: Site, lowering: Lowering, args: tuple[Any, ...]) -> Callable[[]
             return x
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
-    named = _named(site, args)
+    named, function = _named(site, args), getattr(torch.ops.aten, lowering.name).default
     try:
-        like = getattr(torch.ops.aten, lowering.name).default(**{name: meta(x) for name, x in named.items()})
+        like = function(**{name: meta(x) for name, x in named.items()})
+        if not like.numel():  # there, the strides that shape functions give are not those of kernels
+            like = function(**named)
     except Exception as error:  # whatever it raises, torch's kernel raises it better
         log.debug("aten::%s is refused by torch's shape function: %s", site.name, error)
         raise Pass("arguments that torch refuses") from None

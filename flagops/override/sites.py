@@ -185,6 +185,8 @@ class Site(Registration):
         if reason:
             return reason
         for x in tensors:
+            if keyset.has(key.ZeroTensor) and x._is_zerotensor():
+                return "a zero tensor without memory"
             if type(x).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
                 return f"{type(x).__name__} keeps no elements of its own"
             if x.layout is not torch.strided or x.is_nested:
