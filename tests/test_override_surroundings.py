@@ -336,3 +336,14 @@ def test_nothing_to_multiply_is_nothing_to_scale(backend):
         assert (
             torch.addmm(torch.ones(2), torch.ones(2, 0), torch.ones(0, 2), beta=0, alpha=nan).tolist() == [[0, 0]] * 2
         )
+
+
+def test_attention_that_is_trained_is_torchs_unless_a_backend_is_named():
+    """No kernel has a backward of its own for it yet, and torch's fused one is several times as fast."""
+    q = X[None, None].clone().requires_grad_()
+    reason = "torch's own kernel and its backward are faster on this device"
+    for backend, expected in ((None, (1, {reason: 1})), (BACKENDS[0], (2, {}))):
+        with flagops.enable(backend=backend) as handle:
+            F.scaled_dot_product_attention(q, q, q)
+            F.scaled_dot_product_attention(q.detach(), q.detach(), q.detach())
+        assert counted(handle, "scaled_dot_product_attention") == expected
