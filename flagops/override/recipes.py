@@ -66,14 +66,13 @@ def record(site: Site, backend: Any, lowering: Lowering, args: tuple[Any, ...]) 
         plan = chosen[-1]
         parts = None if call is None else _parts(plan, call, (*roles, destination), site.given)
     by = f"{plan.operator.name}/{plan.backend}"
-    inputs = [i for i in site.tensors if i != site.given or not site.schema.arguments[i].is_out]
-    prepare = _prepared(site, args, make, by, inputs)
+    goal = _Destination(site, by, make, None if site.given is None else _clash(site, args))
     guard = _guard(tensors[0])
     if parts is None:
         if needs_grad:
             raise Pass("a layout that would be copied, where a gradient is recorded")
-        return Recipe(functools.partial(_lowered_again, site, lowering, backend, prepare, guard), by)
-    compute = _replayed(plan, *parts, prepare, guard)
+        return Recipe(functools.partial(_lowered_again, site, lowering, backend, goal, guard), by)
+    compute = _replayed(plan, *parts, goal, guard)
     if needs_grad:
         from .gradients import differentiable
 
@@ -112,42 +111,50 @@ def _apart(args: tuple[Any, ...], site: Site) -> list[Any]:
     return roles
 
 
-def _prepared(
-    site: Site, args: tuple[Any, ...], make: Callable[[], Tensor], by: str, inputs: Sequence[int]
-) -> Callable[[tuple[Any, ...]], Tensor]:
-    """Gives the destination of a call, where nothing stands against computing it."""
-    given, name = site.given, site.name
-    clash = None if given is None else _clash(site, args)
+@dataclass(frozen=True)
+class _Destination:
+    """Where a call's result goes, and what may stand against writing it there."""
 
-    def prepare(args: tuple[Any, ...]) -> Tensor:
-        if fuel.tank is not None and not fuel.tank.take(name, by, [args[i] for i in inputs]):
+    site: Site
+    by: str
+    make: Callable[[], Tensor]
+    clash: Callable[[tuple[Any, ...], Tensor], bool] | None
+
+    def spend(self, args: tuple[Any, ...]) -> None:
+        """A call's fuel, where that is limited."""
+        site = self.site
+        inputs = [args[i] for i in site.tensors if not site.schema.arguments[i].is_out]
+        if fuel.tank is not None and not fuel.tank.take(site.name, self.by, inputs):
             raise Pass("out of fuel")
-        if given is None or clash is None:
-            return make()
-        out: Tensor = args[given]
-        if clash(args, out):
+
+    def of(self, args: tuple[Any, ...]) -> Tensor:
+        if self.clash is None:
+            return self.make()
+        out: Tensor = args[self.site.given]  # type: ignore[index]
+        if self.clash(args, out):
             raise Pass("out may share memory with an input")
         return out
-
-    return prepare
 
 
 def _replayed(
     plan: dispatch.Plan,
     parts: Sequence[Part],
     constants: Sequence[Any],
-    prepare: Callable[[tuple[Any, ...]], Tensor],
+    destination: _Destination,
     guard: Callable[[], Any] | None,
 ) -> Callable[[tuple[Any, ...]], Any]:
     run, values = plan.run, plan.operator.values if plan.check_values else None
-    positions = None if any(view is not None for _, view in parts) else [i for i, _ in parts]
+    as_it_is = not constants and all(i == at and view is None for at, (i, view) in enumerate(parts))
+    give = destination.of if destination.clash else lambda args, make=destination.make: make()
 
     def compute(args: tuple[Any, ...]) -> Any:
-        out = prepare(args)
-        held = (*args, out, *constants)
-        if positions is not None:
-            clean = [held[i] for i in positions]
+        if fuel.tank is not None:
+            destination.spend(args)
+        out = give(args)
+        if as_it_is:
+            clean: Sequence[Any] = (*args, out)
         else:
+            held = (*args, out, *constants)
             clean = [held[i] if view is None else view(held[i]) for i, view in parts]
         if values is not None:
             _refuse_values(values(*clean[:-1]))
@@ -285,7 +292,7 @@ def _lowered_again(
     site: Site,
     lowering: Lowering,
     backend: Any,
-    prepare: Callable[[tuple[Any, ...]], Tensor],
+    goal: _Destination,
     guard: Callable[[], Any] | None,
     args: tuple[Any, ...],
 ) -> Any:
@@ -297,7 +304,8 @@ def _lowered_again(
             _refuse_values(plan.operator.values(*values))
         plan.run(*plan.clean((*values, out)))
 
-    out = prepare(args)
+    goal.spend(args)
+    out = goal.of(args)
     with guard() if guard else contextlib.nullcontext():
         call = lowering.function(To(out, site.given is not None, run), **_named(site, args))
         if call is not None:
