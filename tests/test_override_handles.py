@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import flagops
 from flagops import config, override
-from flagops.override import interpose, lowerings
+from flagops.override import interpose, lowerings, sites
 
 sys.path.insert(0, str(Path(__file__).parent))
 from overriding import COMPOSITE, FORMS, PLAIN, PRODUCTS, counted, kernels, untouched, usable  # noqa: F401
@@ -377,3 +377,30 @@ def test_privateuse1_device_in_python():
         [sys.executable, Path(__file__).with_name("privateuse1.py")], capture_output=True, text=True, timeout=300
     )
     assert (result.returncode, result.stdout) == (0, "mirrored\n"), result.stderr[-2000:]
+
+
+def test_a_site_where_torch_has_no_kernel():
+    """A device may lack the kernel: ours computes what it takes, and the rest is an error that says so."""
+
+    def product(to, self, mat2, out_dtype):
+        if out_dtype != self.dtype:
+            raise lowerings.Pass("another result dtype")
+        return to("matmul", self, mat2)
+
+    lowering = lowerings.Lowering("mm", "matmul", product)
+    x = torch.randn(3, 4)
+    with pytest.raises(NotImplementedError):
+        torch.mm(x, x.t(), out_dtype=torch.float32)
+    assert interpose.acquire("mm.dtype", "CPU", lambda: sites.Site("mm.dtype", "CPU", lowering)) is None
+    site = interpose.acquire("mm.dtype", "CPU", lambda: sites.Site("mm.dtype", "CPU", lowering), bare=True)
+    with flagops.enable("mm", backend="numpy") as handle:
+        site.handles.append(handle)
+        torch.testing.assert_close(torch.mm(x, x.t(), out_dtype=torch.float32), x @ x.t(), rtol=0, atol=0)
+        with pytest.raises(NotImplementedError, match=r"aten::mm.dtype has no kernel at CPU but flagops'"):
+            torch.mm(x.bfloat16(), x.t().bfloat16(), out_dtype=torch.float32)
+        assert counted(handle, "mm.dtype") == (1, {"another result dtype": 1})
+    site.handles.clear()
+    interpose.release(site)
+    interpose.sweep()
+    with pytest.raises(NotImplementedError, match="Could not run"):
+        torch.mm(x, x.t(), out_dtype=torch.float32)

@@ -60,14 +60,14 @@ class Handle:
     def _install(self) -> None:
         for name in dict.fromkeys((*self.ops, *WATCHED)):
             lowering = LOWERINGS.get(name)
-            overloads = forms(name) if lowering and name in self.ops else (name,)
+            wanted = lowering is not None and name in self.ops
             keys = _places(name, self.keys) if lowering and lowering.composite else self.keys
-            for overload in overloads:
+            for overload in forms(name) if wanted else (name,):
                 for key in keys:
-                    self._acquire(overload, key, functools.partial(Site, overload, key, lowering))
+                    self._acquire(overload, key, functools.partial(Site, overload, key, lowering), wanted)
 
-    def _acquire(self, overload: str, key: str, make: Callable[[], Site]) -> None:
-        site = interpose.acquire(overload, key, make)
+    def _acquire(self, overload: str, key: str, make: Callable[[], Site], wanted: bool) -> None:
+        site = interpose.acquire(overload, key, make, bare=wanted)
         if site is None:
             return
         site.handles.append(self)

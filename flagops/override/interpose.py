@@ -7,12 +7,15 @@ break the kernel that library saved, so such a function stays, idle, until it is
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+
+log = logging.getLogger("flagops")
 
 _COMPOSITE = "CompositeImplicitAutograd"
 _WARNING = r"(?s)\s*Warning only once for all operators.*Overriding a previously registered kernel"
@@ -72,7 +75,11 @@ class Registration:
     def install(self) -> None:
         import torch
 
-        self.below = torch.library.get_kernel(f"aten::{self.name}", self.runtime)
+        self.below: Any = None
+        try:
+            self.below = torch.library.get_kernel(f"aten::{self.name}", self.runtime)
+        except RuntimeError:
+            log.debug("aten::%s has no kernel at %s: what we do not take has nowhere to go", self.name, self.key)
         self.others = f"aten/{self.name}/{self.key}" in torch.library._impls
         self.library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
         with warnings.catch_warnings():
@@ -98,7 +105,15 @@ class Registration:
         return all(_HERE in repr(torch.library.get_kernel(f"aten::{self.name}", key)) for key in places)
 
     def torch(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        """The kernel that was there before us, torch's own or another library's."""
+        """The kernel that was there before us, torch's own or another library's.
+
+        Raises NotImplementedError where there was none.
+        """
+        if self.below is None:
+            raise NotImplementedError(
+                f"aten::{self.name} has no kernel at {self.key} but flagops', which does not take this call; "
+                "report() of its handle says why"
+            )
         try:
             return self.below.call_boxed(keyset, *args, **kwargs)
         except RuntimeError as error:
@@ -121,14 +136,17 @@ in_flight: deque[Any] = deque(maxlen=4096)
 """Removed functions, which another thread may be about to enter."""
 
 
-def acquire(name: str, key: str, make: Callable[[], Registration]) -> Any:
-    """The registration at an overload and key, installed if need be; None where torch has no kernel to replace."""
+def acquire(name: str, key: str, make: Callable[[], Registration], bare: bool = False) -> Any:
+    """The registration at an overload and key, installed if need be.
+
+    bare: also where torch has no kernel to replace; there None, if that is not asked for.
+    """
     import torch
 
     place = name, key
     if place in live:
         return live[place]
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):
+    if not bare and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):
         try:
             torch.library.get_kernel(f"aten::{name}", key)
         except RuntimeError:

@@ -182,7 +182,7 @@ def _maker(site: Site, lowering: Lowering, args: tuple[Any, ...]) -> Callable[[]
             return x
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
-    named, function = _named(site, args), getattr(torch.ops.aten, lowering.name).default
+    named, function = _named(site, args), site.functional()
     try:
         like = function(**{name: meta(x) for name, x in named.items()})
         if not like.numel():  # there, the strides that shape functions give are not those of kernels

@@ -106,6 +106,8 @@ class Site(Registration):
 
     def call(self) -> Callable[..., Any]:
         """The site as torch calls it, with the arguments by name: a loop over them would cost half a microsecond."""
+        if self.lowering is None:
+            return self._watch
         out = self.schema.arguments[self.given].name if self.given is not None else None
         names, parameters, signature = [], [], ["_current()"]
         space: dict[str, Any] = {"_site": self, "_thread": thread, "_current": config.current}
@@ -113,7 +115,7 @@ class Site(Registration):
         if self.composite:
             space |= {"_plain": _plain(), "_grad": _grad_enabled(), "_forward": surroundings.forward_level}
             signature += ["_keyset.raw_repr()", "_grad()", "_forward()"]
-        if self.lowering and self.lowering.state:
+        if self.lowering.state:
             space["_state"] = self.lowering.state
             signature.append("_state()")
         for i, argument in enumerate(self.schema.arguments):
@@ -143,13 +145,23 @@ class Site(Registration):
     def _facts(self, name: str, kind: str, out: str | None) -> str:
         """What a plan may depend on of an argument."""
         if kind in ("Tensor", "Optional[Tensor]"):
-            facts = f"{name}.shape, {name}.stride(), {name}.dtype, {name}.device"
+            facts = f"{name}.shape, {name}.stride(), {name}.dtype"
+            facts += "" if self.key == "CPU" else f", {name}.get_device()"  # a device costs more to hash
             facts += f", {name}.requires_grad" if self.composite else ""
             facts += f", {name} is {out}" if out not in (None, name) else ""
             return facts if kind == "Tensor" else f"None if {name} is None else ({facts})"
         if kind.startswith("List"):
             return f"tuple({name})"
         return f"{name}, {name}.__class__" if kind == "number" else name
+
+    def functional(self) -> Any:
+        """Torch's overload that makes its result: ``mm.default`` for ``mm.out``, ``add.Tensor`` for ``add_.Tensor``."""
+        import torch
+
+        name = self.schema.name[6:]
+        name = name if name in LOWERINGS else name.removesuffix("_")
+        overload = self.schema.overload_name.removesuffix("out").removesuffix("_")
+        return getattr(getattr(torch.ops.aten, name), overload or "default")
 
     def below_with(self, keyset: Any, args: Sequence[Any]) -> Any:
         """Torch's kernel. What a composite consists of is for the sites of its parts; other kernels are a whole."""
@@ -161,6 +173,10 @@ class Site(Registration):
             return self.torch(keyset, *args[: self.positional], **named)
         finally:
             thread.busy = busy
+
+    def _watch(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        self.untaken.add()
+        return self.torch(keyset, *args, **kwargs)
 
     def _idle(self, keyset: Any, args: tuple[Any, ...]) -> Any:
         if not thread.busy:
