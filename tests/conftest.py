@@ -1,4 +1,7 @@
-"""Profiles, and the choice of backends. Without a GPU, Triton kernels run under Triton's interpreter."""
+"""Seeds, repeats, profiles, and the choice of backends. Without a GPU, Triton kernels run in Triton's interpreter.
+
+Every draw of a test follows from the run's seed and the test's id: ``--seed N`` with the id repeats it.
+"""
 
 import os
 
@@ -9,9 +12,27 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
-import pytest
-from hypothesis import HealthCheck, settings
+import random
+import time
+import zlib
+from collections import Counter
+from types import CodeType, FunctionType
 
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, core, register_random, settings
+
+
+class _TorchRandom:
+    """torch's generator, for hypothesis to seed before each example as it does Python's and NumPy's."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH = _TorchRandom()  # hypothesis holds it weakly
+register_random(TORCH)
 settings.register_profile(
     "default",
     max_examples=100,
@@ -22,8 +43,15 @@ settings.register_profile(
 settings.register_profile("nightly", settings.get_profile("default"), max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+# What a test uses that compares by distance and not bit for bit.
+DISTANCES = {"abs", "assert_near", "assert_of", "assert_parity", "compare", "gradcheck", "gradgradcheck"}
+
 
 def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, help="of every draw; a run prints its own")
+    parser.addoption("--repeat", type=int, default=1, help="run each test so many times, with other draws")
+    parser.addoption("--seconds", type=float, default=20, help="after which a test is not repeated any more")
+    parser.addoption("--distances", action="store_true", help="only tests that compare by distance, not bit for bit")
     parser.addoption("--mutants", default="2", help="edits tried of each kernel file, drawn anew each run, or all")
     parser.addoption("--backend", action="append", help="hold only these backends to the parity suite")
     parser.addoption(
@@ -31,10 +59,97 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    if config.option.seed is None:  # workers of xdist are given it with the other options
+        config.option.seed = random.SystemRandom().randrange(1 << 31)
+
+
+def pytest_report_header(config):
+    return f"draws: --seed {config.option.seed}"
+
+
+def _seed(config, name):
+    seed = zlib.crc32(f"{config.option.seed} {name}".encode())
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - of whatever draws without a generator
+    torch.manual_seed(seed)
+    return seed
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_make_collect_report(collector):
+    """A module's own draws do not depend on what was imported before it."""
+    _seed(collector.config, collector.nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    seed = _seed(item.config, item.nodeid)
+    if item.config.option.hypothesis_seed is None:
+        core.global_force_seed = seed  # what that option sets once for all
+    if _spent[item.function] > item.config.option.seconds and item.config.option.repeat > 1:
+        pytest.skip(f"repeated for {item.config.option.seconds:g} s")
+
+
+@pytest.fixture
+def rng(request):
+    """NumPy's generator with the test's seed."""
+    return np.random.default_rng(_seed(request.config, request.node.nodeid))
+
+
+_spent = Counter()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    start = time.process_time()
+    try:
+        return (yield)
+    finally:
+        _spent[item.function] += time.process_time() - start
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        options = item.config.option
+        repeat = f" --repeat {options.repeat}" if options.repeat > 1 else ""
+        report.sections.append(("again", f"pytest --seed {options.seed}{repeat} {item.nodeid!r}"))
+    return report
+
+
+def _names(code):
+    """Every name that a function's code uses, those of functions inside it too."""
+    inner = (_names(part) for part in code.co_consts if isinstance(part, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def _measures(function, seen=()):
+    """Whether a test compares by distance, itself or through a helper of its module."""
+    used = _names(function.__code__)
+    helpers = [function.__globals__.get(name) for name in used - set(seen)]
+    return bool(used & DISTANCES) or any(
+        _measures(helper, {*seen, *used}) for helper in helpers if isinstance(helper, FunctionType)
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.distances:
+        tests = {item: getattr(item.function, "hypothesis", None) for item in items}
+        kept = [item for item, drawn in tests.items() if _measures(drawn.inner_test if drawn else item.function)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+
+
 def pytest_generate_tests(metafunc):
     """``kernel``: every (operator, backend) that has a kernel; a backend that cannot run here is named, not hidden."""
     from flagops import registry
 
+    if metafunc.config.option.repeat > 1:
+        metafunc.fixturenames.append("repeat")
+        metafunc.parametrize("repeat", range(metafunc.config.option.repeat))
     if "kernel" in metafunc.fixturenames:
         backends = metafunc.config.getoption("--backend") or registry.backend_names()
         marker = metafunc.definition.get_closest_marker("operators")

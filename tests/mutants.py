@@ -1,6 +1,6 @@
 """Small edits of the real kernels, each a bug that the parity suite must find.
 
-``python tests/mutants.py FILE [INDEX...]`` tries those of one kernel file.
+``python tests/mutants.py BACKEND FILE:INDEX...`` tries those, or with a file alone all of it.
 
 One line is printed for each mutant. A mutant may read or write anywhere, so the caller runs this as a process of its
 own and goes on behind a mutant that ended it.
@@ -67,15 +67,18 @@ def verdict(file: str, index: int, folder: Path) -> str:
     return "survived"
 
 
-def main(file: str, *chosen: int) -> None:
+def main(backend: str, *chosen: str) -> None:
     os.environ["FLAGOPS_CACHE"] = os.devnull  # an edited kernel must never meet, or leave, compiled code
-    if backend_of(file) == "triton":
+    os.environ["NUMBA_OPT"] = "0"  # compiled for a few calls
+    if backend == "triton":
         os.environ["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        for index in chosen or range(len(MUTANTS[file])):
-            print(f"{index}: ", end="", flush=True)
-            print(verdict(file, index, Path(folder)), flush=True)
+        for word in chosen:
+            file, _, index = word.partition(":")
+            for i in [int(index)] if index else range(len(MUTANTS[file])):
+                print(f"{file}:{i} ", end="", flush=True)
+                print(verdict(file, i, Path(folder)), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(*sys.argv[1:])

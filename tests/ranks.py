@@ -1,6 +1,6 @@
-"""Runs functions of this file on several gloo processes: `python tests/ranks.py` is one rank of a job.
+"""Runs functions of this file on several gloo processes: `python tests/ranks.py` is a job, its ranks are forks of it.
 
-`launch` starts the ranks, hands each the same list of cases (name of a function here, its arguments), and returns what
+`launch` starts the job, hands each the same list of cases (name of a function here, its arguments), and returns what
 every rank's function gave, pickled; a rank that raised has its exception there instead.
 """
 
@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,16 @@ def launch(
     """``results[case][rank]`` of each function on each rank."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "cases").write_bytes(pickle.dumps((cases, device, timeout)))
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", __file__, folder, str(rank), str(ranks)],
-                env=os.environ
-                | {"OMP_NUM_THREADS": "1", "FLAGOPS_BACKEND": os.environ.get("FLAGOPS_BACKEND", "torch")},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        errors = [process.communicate(timeout=600)[1] for process in processes]
+        job = subprocess.run(
+            [sys.executable, "-W", "ignore", __file__, folder, str(ranks)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "FLAGOPS_BACKEND": os.environ.get("FLAGOPS_BACKEND", "torch")},
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=600,
+        )
         results = [Path(folder, f"result{rank}") for rank in range(ranks)]
-        for path, error in zip(results, errors, strict=True):
-            assert path.exists(), error
+        for path in results:
+            assert path.exists(), job.stderr
         return [list(case) for case in zip(*(pickle.loads(path.read_bytes()) for path in results), strict=True)]
 
 
@@ -292,20 +289,44 @@ def _steps(whole: Any, ids: Any) -> Any:
     return torch.cat(logits, 1)
 
 
-def main(folder: str, rank: str, ranks: str) -> None:
+def main(folder: str, ranks: str) -> None:
+    cases, device, timeout = pickle.loads(Path(folder, "cases").read_bytes())
+    if device == "cpu":  # imported once for all ranks; a CUDA context does not survive a fork
+        import torch.distributed.checkpoint.state_dict
+        import torch.distributed.tensor.parallel  # noqa: F401
+
+        import flagops.distributed
+
+        if any(name == "model" for name, _ in cases):
+            from transformers.models.deepseek_v4 import modeling_deepseek_v4  # noqa: F401
+
+            import flagops.transformers  # noqa: F401
+    children = []
+    for rank in range(int(ranks)):
+        children.append(os.fork())
+        if not children[-1]:
+            try:
+                work(folder, rank, int(ranks), cases, device, timeout)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(0)  # a group that a failed rank has left cannot be destroyed
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def work(folder: str, rank: int, ranks: int, cases: list[Any], device: str, timeout: int) -> None:
     import torch
     import torch.distributed as dist
 
-    cases, device, timeout = pickle.loads(Path(folder, "cases").read_bytes())
     torch.set_num_threads(1)
     backend = "nccl" if device == "cuda" else "gloo"
     if device == "cuda":
-        torch.cuda.set_device(int(rank))
+        torch.cuda.set_device(rank)
     dist.init_process_group(
         backend,
         init_method=f"file://{folder}/store",
-        rank=int(rank),
-        world_size=int(ranks),
+        rank=rank,
+        world_size=ranks,
         timeout=timedelta(seconds=timeout),
     )
     results: list[Any] = []
@@ -315,7 +336,6 @@ def main(folder: str, rank: str, ranks: str) -> None:
         except Exception as error:  # the test judges it
             results.append(error)
     Path(folder, f"result{rank}").write_bytes(pickle.dumps(results))
-    os._exit(0)  # a group that a failed rank has left cannot be destroyed
 
 
 if __name__ == "__main__":

@@ -202,14 +202,15 @@ def test_fp8_weights_on_every_scheme():
             assert found["bytes"] == pytest.approx(found["cost"].weights)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_a_checkpoint_moves_between_numbers_of_ranks(tmp_path, fp8):
-    sizes = Sizes(8, 128, 2, 512, 128) if fp8 else SMALL
-    folder = {"sizes": sizes, "dtype": "float32", "folder": str(tmp_path), "fp8": fp8}
-    saved = ranks.launch(2, [("save", {"scheme": "auto", **folder})])
-    assert saved == [[None, None]]
-    (loaded,) = ranks.launch(4, [("load", {"scheme": "split-rank", **folder})])
-    assert loaded == [True] * 4
+def test_a_checkpoint_moves_between_numbers_of_ranks(tmp_path):
+    folders = [
+        {"sizes": sizes, "dtype": "float32", "folder": str(tmp_path / str(fp8)), "fp8": fp8}
+        for fp8, sizes in ((False, SMALL), (True, Sizes(8, 128, 2, 512, 128)))
+    ]
+    saved = ranks.launch(2, [("save", {"scheme": "auto", **folder}) for folder in folders])
+    assert saved == [[None, None]] * 2
+    loaded = ranks.launch(4, [("load", {"scheme": "split-rank", **folder}) for folder in folders])
+    assert loaded == [[True] * 4] * 2
 
 
 def test_what_differs_between_ranks_raises_on_all():

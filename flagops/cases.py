@@ -1,0 +1,278 @@
+"""What the calls of a card look like: drawn cases, named workloads, memory layouts.
+
+A case is plain data, so whoever chooses it (a seeded generator in ``flagops check``, hypothesis in the tests) the same
+numbers come out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flagops import arrays, registry
+from flagops.operator import Dims, Operator, Tensor
+
+Array = NDArray[Any]
+T = TypeVar("T")
+Choose = Callable[[Sequence[T]], T]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How large drawn cases are: sizes of an axis, elementary products in all, and how many examples."""
+
+    sizes: tuple[int, ...]
+    volume: int
+    examples: int
+
+
+FULL = Scope((1, 2, 3, 0, 7, 16, 17, 33, 64, 65, 130, 520, 1030), 1 << 20, 100)
+INTERPRETED = Scope((1, 2, 3, 0, 16, 17, 33, 130), 1 << 13, 20)
+BATCHES = ((), (1,), (3,), (2, 3), (0,), (2, 1, 2))
+LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded", "reversed")
+VALUES = ("normal", "large range", "special", "integers")
+SPECIAL = (0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, "max", "-max", "subnormal", "-subnormal", "tiny")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator: everything that decides its arguments, and nothing else."""
+
+    operator: str
+    dims: tuple[tuple[str, int], ...]
+    batch: tuple[int, ...] = ()
+    dtypes: tuple[tuple[str, str], ...] = ()
+    scalars: tuple[tuple[str, Any], ...] = ()
+    absent: tuple[str, ...] = ()
+    layouts: tuple[tuple[str, str], ...] = ()
+    values: str = "normal"
+    kind: str = "torch"
+    budget: int = 256 << 20
+    inplace: bool = False
+    seed: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """The inputs by name, as NumPy arrays in the drawn layouts (absent tensors are None)."""
+        op, dims = registry.operator(self.operator), dict(self.dims)
+        dtypes, layouts, scalars = dict(self.dtypes), dict(self.layouts), dict(self.scalars)
+        made: dict[str, Any] = {}
+        for name in op.inputs:
+            if name in op.scalars:
+                made[name] = scalars[name]
+            elif name in self.absent:
+                made[name] = None
+            else:
+                rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+                tensor = op.tensors[name]
+                shape = op.shape(tensor, dims, self._batch_of(name, rng))
+                made[name] = _draw(rng, tensor, shape, dtypes[name], dims, self.values)
+        if op.fit:
+            op.fit(made, dims, np.random.default_rng([self.seed, 1]))
+        return {
+            name: lay_out(x, layouts.get(name, "contiguous")) if isinstance(x, np.ndarray) else x
+            for name, x in made.items()
+        }
+
+    def _batch_of(self, name: str, rng: np.random.Generator) -> tuple[int, ...]:
+        """The batch axes of one argument; where several have them, some are 1 or left out, to broadcast."""
+        op = registry.operator(self.operator)
+        if sum(tensor.axes.startswith("...") for tensor in op.tensors.values()) < 2:
+            return self.batch
+        lead = tuple(1 if rng.random() < 0.3 else size for size in self.batch)
+        return lead[rng.integers(0, len(lead) + 1) if rng.random() < 0.3 else 0 :]
+
+    def __str__(self) -> str:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return f"Case({', '.join(f'{k}={v!r}' for k, v in fields.items() if v)})"
+
+
+def scope(backend: str) -> Scope:
+    """The scope for a backend here: Triton's interpreter is slow."""
+    return INTERPRETED if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1" else FULL
+
+
+def draw_case(op: Operator, choose: Choose[Any], within: Scope = FULL, kinds: Sequence[str] = ("torch",)) -> Case:
+    """A case of an operator, every decision made by ``choose(options)``; early options are the simple ones."""
+    names = {f for t in op.tensors.values() for w in t.axes.split() if w != "..." for f in w.split("*")}
+    ordered = sorted(n for n in names if not n.isdecimal())
+    first, room = choose(range(len(ordered))), within.volume
+    dims: Dims = dict(choose(({}, {}, {}, *op.cases)))
+    for name in () if dims else ordered[first:] + ordered[:first]:
+        options = op.sizes.get(name, within.sizes)
+        dims[name] = choose(tuple(size for size in options if size <= room) or (options[0],))
+        room //= max(dims[name], 1)
+    batched = any(t.axes.startswith("...") for t in op.tensors.values())
+    batch = choose(BATCHES) if batched else ()
+    scalars: dict[str, Any] = {}
+    for name, scalar in op.scalars.items():
+        options = scalar.choices({**dims, **scalars}) if callable(scalar.choices) else scalar.choices
+        scalars[name] = dims[scalar.axis] if scalar.axis else choose(tuple(options))
+    if op.derived:
+        dims |= op.derived(dims, scalars)
+    absent = tuple(name for name, t in op.tensors.items() if t.optional and choose((False, True)))
+    dtypes: dict[str, str] = {}
+    for name in op.tensors:
+        if name not in absent:
+            dtypes[name] = choose(op.dtype_choices(name, dtypes))
+    kind = choose(tuple(kinds))
+    drawable = {n: d for n, d in dtypes.items() if kind == "torch" or d != "float4_e2m1fn_x2"}
+    dtypes |= {n: "uint8" for n in dtypes if n not in drawable}
+    layouts = [layout for layout in LAYOUTS if kind == "numpy" or layout != "reversed"]
+    return Case(
+        operator=op.name,
+        dims=tuple(dims.items()),
+        batch=batch,
+        dtypes=tuple(dtypes.items()),
+        scalars=tuple(scalars.items()),
+        absent=absent,
+        layouts=tuple((name, choose(tuple(layouts))) for name in (*dtypes, "out")),
+        values=choose(VALUES),
+        kind=kind,
+        budget=choose((256 << 20, 1 << 16)),
+        inplace=bool(op.inplace) and choose((False, True)),
+        seed=choose(range(2**16)),
+    )
+
+
+def dtypes_near(op: Operator, dtype: str | None, absent: Sequence[str] = ()) -> dict[str, str]:
+    """The dtype of each tensor: the one asked for where the card allows it, else its first."""
+    dtypes: dict[str, str] = {}
+    for tensor in (name for name in op.tensors if name not in absent):
+        allowed = op.dtype_choices(tensor, dtypes)
+        dtypes[tensor] = dtype if dtype in allowed else allowed[0]
+    return dtypes
+
+
+def workload(op: Operator, name: str, seed: int = 0) -> Case:
+    """A named workload of the card as a case."""
+    load = dict(op.workloads[name])
+    batch, dtype = load.pop("batch", ()), load.pop("dtype", None)
+    transposed, absent = load.pop("transposed", None), tuple(load.pop("absent", ()))
+    scalars = {n: load.pop(n) for n in op.scalars if n in load}
+    dims: Dims = load
+    for scalar_name, scalar in op.scalars.items():
+        if scalar.axis:
+            dims[scalar.axis] = scalars[scalar_name] = scalars.get(scalar_name) or dims[scalar.axis]
+        elif scalar_name not in scalars:
+            scalars[scalar_name] = (scalar.choices(dims) if callable(scalar.choices) else scalar.choices)[0]
+    if op.derived:
+        dims |= op.derived(dims, scalars)
+    dtypes = dtypes_near(op, dtype, absent)
+    return Case(
+        operator=op.name,
+        dims=tuple(dims.items()),
+        batch=tuple(batch),
+        dtypes=tuple(dtypes.items()),
+        scalars=tuple(scalars.items()),
+        absent=absent,
+        layouts=((transposed, "transposed"),) if transposed else (),
+        seed=seed,
+    )
+
+
+def _draw(
+    rng: np.random.Generator, tensor: Tensor, shape: tuple[int, ...], dtype: str, dims: Dims, values: str
+) -> Array:
+    if tensor.draw is not None:
+        return np.asarray(tensor.draw(rng, shape, dtype, dims))
+    if dtype in arrays.ONE_BYTE:
+        code = rng.integers(0, 256, shape, dtype=np.uint8)
+        if dtype == "float8_e4m3fn" and values != "special":  # else most sums would be NaN
+            code[code & 0x7F == 0x7F] = 0x7E
+        return code.view(_numpy_dtype(dtype))
+    if dtype not in arrays.FLOATS:
+        raise TypeError(f"the card must say how to draw {dtype}")
+    to = arrays.numpy_dtype(dtype)
+    x = rng.standard_normal(shape)
+    if values == "integers":
+        return rng.integers(-8, 9, shape).astype(to)
+    if values == "large range":
+        return (x * np.exp2(rng.integers(-12, 6, shape))).astype(to)
+    made = x.astype(to)
+    if values == "special":
+        where = rng.random(shape) < 0.05
+        made[where] = _special(dtype)[rng.integers(0, len(SPECIAL), int(where.sum()))]
+    return made
+
+
+def _numpy_dtype(dtype: str) -> Any:
+    return np.dtype(np.uint8) if dtype == "float4_e2m1fn_x2" else arrays.numpy_dtype(dtype)
+
+
+def _special(dtype: str) -> Array:
+    import ml_dtypes
+
+    info = ml_dtypes.finfo(arrays.numpy_dtype(dtype))
+    named = {
+        "max": info.max,
+        "-max": -info.max,
+        "subnormal": info.smallest_subnormal,
+        "-subnormal": -info.smallest_subnormal,
+        "tiny": info.tiny,
+    }
+    return np.array([named.get(str(v), v) for v in SPECIAL], dtype=arrays.numpy_dtype(dtype))
+
+
+def lay_out(x: Array, layout: str) -> Array:
+    """The same values in another memory layout. ``expanded`` repeats the first row with a stride of 0."""
+    if layout == "contiguous" or x.ndim == 0:
+        return x
+    if layout == "transposed":
+        return np.ascontiguousarray(x.T).T
+    if layout == "reversed":
+        return np.ascontiguousarray(x[..., ::-1])[..., ::-1]
+    if layout == "expanded":
+        axis = next((i for i, size in enumerate(x.shape) if size > 1), 0)
+        row = np.ascontiguousarray(x.take([0], axis) if x.shape[axis] else x)
+        strides = tuple(0 if i == axis else s for i, s in enumerate(row.strides))
+        return np.lib.stride_tricks.as_strided(row, x.shape, strides)
+    if layout == "offset":
+        room = np.zeros(x.size + 3, x.dtype)
+        room[3:] = x.reshape(-1)
+        return room[3:].reshape(x.shape)
+    room = np.zeros(tuple(2 * size + 1 for size in x.shape), x.dtype)
+    view = room[tuple(slice(1, None, 2) for _ in x.shape)]
+    view[...] = x
+    return view
+
+
+def bits(x: Array) -> Array:
+    """The bits of an array as unsigned integers."""
+    return x.view(f"u{x.dtype.itemsize}")
+
+
+def writable(shape: tuple[int, ...], dtype: str, layout: str) -> tuple[Array, Array]:
+    """A poisoned array to write into, and all the memory around it: a kernel must fill the one and not the rest."""
+    to, layout = arrays.numpy_dtype(dtype), "offset" if layout in ("expanded", "contiguous") else layout
+    if layout == "offset":
+        room = np.empty(int(np.prod(shape)) + 6, to)
+        view = room[3:-3].reshape(shape)
+    elif layout == "strided":
+        room = np.empty(tuple(2 * size + 1 for size in shape), to)
+        view = room[tuple(slice(1, None, 2) for _ in shape)]
+    else:
+        room = np.empty(shape[::-1] if layout == "transposed" else shape, to)
+        view = room.T if layout == "transposed" else room[..., ::-1] if shape else room
+    bits(room)[...] = 0x5A5A5A5A5A5A5A5A & (2 ** (8 * to.itemsize) - 1)
+    if dtype in arrays.FLOATS:
+        room[...] = np.nan
+    return view, room
+
+
+def as_kind(x: Any, kind: str, dtype: str | None = None) -> Any:
+    """A NumPy array as the kind of array that a case asks for, on the same memory."""
+    if kind == "numpy" or not isinstance(x, np.ndarray):
+        return x
+    made = arrays.as_torch(x)
+    if dtype == "float4_e2m1fn_x2" and x.dtype == np.uint8:
+        import torch
+
+        return made.view(torch.float4_e2m1fn_x2)
+    return made
