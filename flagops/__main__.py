@@ -171,6 +171,7 @@ def warmup(args: argparse.Namespace) -> int:
     """Compile every kernel for every dtype now, into the cache folder."""
     from flagops import testing
 
+    chosen = [registry.operator(name) for name in args.operators] or list(registry.operators().values())
     names = args.backend or [
         n for n in registry.backend_names() if n not in ("numpy", "torch") and not registry.backend(n).unavailable()
     ]
@@ -179,7 +180,7 @@ def warmup(args: argparse.Namespace) -> int:
         if reason:
             print(f"{name}: {reason}", file=sys.stderr)
             return 1
-        for op in registry.operators().values():
+        for op in chosen:
             start = time.perf_counter()
             calls = sum(testing.touch(op, name))
             if calls:
@@ -229,7 +230,9 @@ def parser() -> argparse.ArgumentParser:
     checking.add_argument("--backend", action="append", metavar="B", help="backend, repeatable (default: all usable)")
     checking.add_argument("--examples", type=int, metavar="N", help="cases each (default 100; Triton's interpreter 20)")
     checking.add_argument("--seed", type=int, metavar="S", help="repeat a run (default: the time)")
-    command(warmup).add_argument("--backend", action="append", metavar="B", help="backend, repeatable")
+    warming = command(warmup)
+    warming.add_argument("operators", nargs="*", metavar="OP", help="operators (default: all)")
+    warming.add_argument("--backend", action="append", metavar="B", help="backend, repeatable")
     for name, (module, function, text) in FORWARDED.items():
         forwarded = commands.add_parser(name, help=text, add_help=False)
         forwarded.add_argument("rest", nargs=argparse.REMAINDER)

@@ -35,7 +35,7 @@ TORCH = _TorchRandom()  # hypothesis holds it weakly
 register_random(TORCH)
 settings.register_profile(
     "default",
-    max_examples=100,
+    max_examples=50,
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

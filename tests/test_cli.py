@@ -80,6 +80,7 @@ def test_check_fails_on_a_wrong_kernel(monkeypatch, capsys):
     ("words", "said"),
     [
         (["check", "matmull"], "did you mean 'matmul'"),
+        (["warmup", "matmull"], "did you mean 'matmul'"),
         (["check", "--backend", "nunba"], "did you mean 'numba'"),
         (["bench", "matmull"], "did you mean 'matmul'"),
         (["run"], "usage"),
@@ -108,7 +109,7 @@ def test_run_replaces_what_the_settings_say(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, torch, flagops\n"
-        "a = torch.randn(4, 4)\n"
+        "a = torch.ones(4, 4)\n"
         "a @ a\n"
         "print(sys.argv[1:], flagops.coverage('matmul')['calls'])\n"
     )
@@ -119,14 +120,15 @@ def test_run_replaces_what_the_settings_say(tmp_path):
     assert flagops("run", str(script), FLAGOPS_OPS="mmm").returncode != 0
 
 
-def test_warmup_fills_the_cache(tmp_path):
-    assert flagops("warmup", "--backend", "numba", FLAGOPS_CACHE=str(tmp_path)).returncode == 0
+@pytest.mark.parametrize("operators", [("matmul", "linear"), pytest.param((), marks=pytest.mark.slow, id="all")])
+def test_warmup_fills_the_cache(tmp_path, operators):
+    assert flagops("warmup", *operators, "--backend", "numba", FLAGOPS_CACHE=str(tmp_path)).returncode == 0
     compiled = set(tmp_path.rglob("*.nbc"))
     assert compiled
     script = (
         "import torch, flagops\n"
         "for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):\n"
-        "    a = torch.randn(33, 65).to(dtype); b = torch.randn(65, 17).to(dtype)\n"
+        "    a = torch.ones(33, 65).to(dtype); b = torch.ones(65, 17).to(dtype)\n"
         "    flagops.matmul(a, b, backend='numba'); flagops.linear(a, b.T, backend='numba')\n"
     )
     environment = os.environ | {"FLAGOPS_CACHE": str(tmp_path)}

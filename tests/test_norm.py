@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flagops
-from flagops import registry
+from flagops import registry, testing
 from flagops.arrays import as_numpy
 
 reference = registry.operators()["rms_norm"].reference
@@ -18,8 +18,8 @@ reference = registry.operators()["rms_norm"].reference
 def test_rows_have_unit_mean_square_whatever_their_scale(seed, scale):
     x = np.random.default_rng(seed).standard_normal((3, 17))
     y = reference(scale * x, None, 0.0)
-    assert np.allclose((y * y).mean(-1).astype(float), 1)
-    assert np.allclose(y.astype(float), reference(x, None, 0.0).astype(float))
+    testing.assert_near((y * y).mean(-1), np.ones(3), 40)  # two sums of 17
+    testing.assert_near(y, reference(x, None, 0.0), 8)  # x is rounded when it is scaled
 
 
 @pytest.mark.operators("rms_norm")

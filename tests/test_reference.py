@@ -15,7 +15,6 @@ from flagops import registry, testing
 fp4 = registry.operators()["fp4_dequantize"].reference
 fp8 = registry.operators()["fp8_dequantize"].reference
 attention = registry.operators()["sparse_attention"].reference
-projection = registry.operators()["grouped_output_projection"].reference
 
 
 def test_fp4_vectors():
@@ -79,7 +78,7 @@ def test_attention_vector():
     q = np.zeros((1, 1, 1, 4))
     kv = np.stack([np.ones(4), np.full(4, 3.0)])[None]
     got = attention(q, kv, np.zeros(1), np.array([[[0, -1, 1]]]), 1.0)
-    assert np.allclose(got.astype(float), 4 / 3)
+    testing.assert_near(got, np.full(got.shape, 4 / 3), 8)
 
 
 def _inputs(seed, n=9, k=5):
@@ -96,16 +95,16 @@ def _inputs(seed, n=9, k=5):
 def test_attention_laws(seed):
     q, kv, sink, indices = _inputs(seed)
     rng = np.random.default_rng(seed)
-    o = attention(q, kv, sink, indices, 0.5)
     shuffled = np.concatenate([indices, np.full((2, 3, 3), -1)], axis=-1)
-    assert np.allclose(attention(q, kv, sink, rng.permuted(shuffled, axis=-1), 0.5), o, rtol=1e-12, atol=1e-12)
+    again = attention(q, kv, sink, rng.permuted(shuffled, axis=-1), 0.5)
+    testing.assert_of("sparse_attention", again.astype(float), q, kv, sink, indices, 0.5)
     assert np.array_equal(attention(q, kv, np.full(2, -np.inf), indices, 0.5), attention(q, kv, None, indices, 0.5))
     assert not attention(q, kv, np.full(2, np.inf), indices, 0.5).any()
     assert not attention(q, kv, sink, np.full_like(indices, -1), 0.5).any()
-    single = attention(q, kv, sink, indices[..., :1], 0.5)
     rows = np.take_along_axis(kv[:, None], indices[..., :1, None], axis=2)
     logit = 0.5 * np.einsum("bshd,bskd->bshk", q, rows)
-    assert np.allclose(single.astype(float), rows / (1 + np.exp(sink[:, None] - logit)))
+    single = rows / (1 + np.exp(sink[:, None] - logit))
+    testing.assert_of("sparse_attention", single, q, kv, sink, indices[..., :1], 0.5)
 
 
 def test_window_indices():
@@ -163,13 +162,12 @@ def test_projection_is_one_product_per_group(seed):
     rng = np.random.default_rng(seed)
     o, wo_a, wo_b = (rng.standard_normal(s) for s in ((5, 6, 4), (9, 8), (7, 9)))
     z = [o[:, 2 * g : 2 * g + 2].reshape(5, 8) @ wo_a[3 * g : 3 * g + 3].T for g in range(3)]
-    assert np.allclose(projection(o, wo_a, wo_b, 3).astype(float), np.concatenate(z, axis=1) @ wo_b.T)
+    testing.assert_of("grouped_output_projection", np.concatenate(z, axis=1) @ wo_b.T, o, wo_a, wo_b, 3)
 
 
-def test_one_group_is_two_plain_products():
-    rng = np.random.default_rng(0)
+def test_one_group_is_two_plain_products(rng):
     o, wo_a, wo_b = (rng.standard_normal(s) for s in ((5, 2, 4), (3, 8), (7, 3)))
-    assert np.allclose(projection(o, wo_a, wo_b, 1).astype(float), o.reshape(5, 8) @ wo_a.T @ wo_b.T)
+    testing.assert_of("grouped_output_projection", o.reshape(5, 8) @ wo_a.T @ wo_b.T, o, wo_a, wo_b, 1)
 
 
 def test_the_comparison_can_fail():

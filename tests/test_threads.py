@@ -13,6 +13,7 @@ import pytest
 SETUP = """
 import os, sys, threading
 import torch, flagops
+torch.manual_seed(0)
 a, b = torch.randn(257, 300), torch.randn(300, 129)
 packed, scale = (torch.randint(0, 127, s, dtype=torch.uint8) for s in ((300, 64), (300, 4)))
 q, kv, indices = torch.randn(1, 40, 4, 32), torch.randn(1, 64, 32), torch.randint(-1, 64, (1, 40, 50))
@@ -24,6 +25,8 @@ calls = {
     "sparse_attention": lambda: flagops.sparse_attention(q, kv, None, indices, 0.2, backend="numba"),
     "lightning_indexer": lambda: flagops.lightning_indexer(q, kv, q[..., 0], 9, backend="numba"),
 }
+for name in os.environ.get("LEFT_OUT", "").split():
+    del calls[name]
 expected = {name: call() for name, call in calls.items()}
 def same(name):
     return torch.equal(calls[name](), expected[name])
@@ -84,10 +87,10 @@ def test_the_first_calls_may_be_concurrent():
     run(
         """
         wrong = []
-        fresh = torch.randn(33, 65, dtype=torch.float64), torch.randn(65, 17, dtype=torch.float64)
+        fresh = [torch.randint(-8, 9, shape).double() for shape in ((33, 65), (65, 17))]  # sums are exact
         def work():
             got = flagops.matmul(*fresh, backend="numba")
-            wrong.extend([] if torch.allclose(got, fresh[0] @ fresh[1]) else [1])
+            wrong.extend([] if torch.equal(got, fresh[0] @ fresh[1]) else [1])
         threads = [threading.Thread(target=work) for _ in range(4)]
         [t.start() for t in threads]; [t.join() for t in threads]
         assert not wrong
@@ -123,18 +126,17 @@ def test_results_do_not_depend_on_the_number_of_threads():
     """)
 
 
+SLOW = "linear fp8_dequantize sparse_attention lightning_indexer"  # to compile; they add nothing to what is asked here
+
+
 def test_a_cache_that_cannot_be_written(tmp_path):
     folder = tmp_path / "file"
     folder.write_text("in the way")
-    run("assert all(same(name) for name in calls)", FLAGOPS_CACHE=str(folder))
-
-
-def test_the_cache_is_where_it_is_said_to_be(tmp_path):
-    run("assert same('matmul')", FLAGOPS_CACHE=str(tmp_path))
-    assert list(tmp_path.rglob("*.nbi"))
+    run("assert all(same(name) for name in calls)", FLAGOPS_CACHE=str(folder), LEFT_OUT=SLOW)
 
 
 def test_a_second_process_compiles_nothing(tmp_path):
+    """And the cache is where it is said to be."""
     script = """
         from numba.core import event
         torch.set_num_threads(2)
@@ -145,6 +147,7 @@ def test_a_second_process_compiles_nothing(tmp_path):
         print(len(recorder.buffer))
     """
     first, second = (int(run(script, FLAGOPS_CACHE=str(tmp_path))) for _ in range(2))
+    assert list(tmp_path.rglob("*.nbi"))
     assert first > 0
     assert second == 0
 
