@@ -16,7 +16,7 @@ from flagops.transformers._binding import Binding, view  # noqa: E402
 from flagops.transformers._masks import dense, first_rows, index_mask, joined  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from patching import BOUND, LAYERS, logits, rows, small_deepseek_v4, tokens  # noqa: E402
+from patching import BOUND, LAYERS, caching, logits, rows, small_deepseek_v4, tokens  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,8 @@ def test_lists_are_the_dense_mask(data):
         cut = data.draw(st.integers(0, length))
         places = torch.cat([torch.arange(cut), torch.arange(length - cut)]).expand(batch, -1)
     arguments = {"inputs_embeds": torch.zeros(batch, length, 2), "attention_mask": mask, "position_ids": places}
-    expected = create_sliding_window_causal_mask(config=config, past_key_values=cache, **arguments)
-    lists = create_sliding_window_causal_mask(config=view(binding), past_key_values=cache, **arguments)
+    expected = create_sliding_window_causal_mask(config=config, **caching(cache), **arguments)
+    lists = create_sliding_window_causal_mask(config=view(binding), **caching(cache), **arguments)
     assert lists.dtype == torch.int32
     assert lists.shape[:2] == (batch, length)
     assert lists.shape[2] <= config.sliding_window

@@ -15,7 +15,19 @@ import flagops  # noqa: E402
 from flagops.transformers import OPS  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from patching import BACKENDS, BOUND, CLEAR, continued, logits, rows, small_deepseek_v4, tokens, watched  # noqa: E402
+from patching import (  # noqa: E402
+    BACKENDS,
+    BOUND,
+    CLEAR,
+    caching,
+    continued,
+    logits,
+    returned,
+    rows,
+    small_deepseek_v4,
+    tokens,
+    watched,
+)
 
 
 def close(got, expected):
@@ -77,8 +89,8 @@ def test_pieces_and_turns(models, sizes, batch, backend):
         for turn, (end, size) in enumerate(zip(accumulate(sizes), sizes, strict=True)):
             handle = flagops.patch(model, backend=backend) if turn % 2 == first else None
             with torch.no_grad():
-                out = model(input_ids=ids[:, end - size : end], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+                out = model(input_ids=ids[:, end - size : end], **caching(cache), use_cache=True)
+            cache = returned(out)
             pieces.append(out.logits)
             if handle:
                 handle.disable()
@@ -132,8 +144,8 @@ def test_padding(models, backend, side, positions):
         found, cache, x, seen, at = [], None, ids, mask, place
         with torch.no_grad():
             for _ in range(12):
-                out = model(input_ids=x, attention_mask=seen, position_ids=at, past_key_values=cache, use_cache=True)
-                cache, x = out.past_key_values, ids[:, len(found) : len(found) + 1]
+                out = model(input_ids=x, attention_mask=seen, position_ids=at, **caching(cache), use_cache=True)
+                cache, x = returned(out), ids[:, len(found) : len(found) + 1]
                 found.append(out.logits)
                 seen = torch.cat([seen, seen.new_ones(3, 1)], 1)
                 at = at[:, -1:] + 1 if positions else None
@@ -181,7 +193,7 @@ def test_reordered_and_copied_caches(models):
 
     def run():
         with torch.no_grad():
-            cache = model(input_ids=ids[:, :22], use_cache=True).past_key_values
+            cache = returned(model(input_ids=ids[:, :22], use_cache=True))
             spare = copy.deepcopy(cache)
             cache.reorder_cache(order)
             swapped = continued(model, ids[order, 22:], [1] * 18, cache)
@@ -200,7 +212,7 @@ def test_a_reset_cache_starts_anew(models):
     expected = logits(model, ids)
     with flagops.patch(model, backend="torch"):
         with torch.no_grad():
-            cache = model(input_ids=ids[:, :23], use_cache=True).past_key_values
+            cache = returned(model(input_ids=ids[:, :23], use_cache=True))
         cache.reset()
         close(continued(model, ids, (3, 1, 1, 25), cache), expected)
 
@@ -211,9 +223,9 @@ def test_inference_mode_and_after(models):
     expected = continued(model, ids, (20, *[1] * 40))
     with flagops.patch(model, backend="torch"):
         with torch.inference_mode():
-            cache = model(input_ids=ids[:, :20], use_cache=True).past_key_values
+            cache = returned(model(input_ids=ids[:, :20], use_cache=True))
             for at in range(20, 30):
-                model(input_ids=ids[:, at : at + 1], past_key_values=cache)
+                model(input_ids=ids[:, at : at + 1], **caching(cache))
         close(continued(model, ids[:, 30:], [1] * 30, cache), expected[:, 30:])
 
 

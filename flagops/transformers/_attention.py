@@ -12,7 +12,7 @@ from flagops.errors import Unsupported
 from ._binding import NAME, Binding, binding_of, heads_of
 from ._cache import beside
 from ._compress import compressed
-from ._fit import MODELING, kept, renamed, unfit
+from ._fit import MODELING, kept, renamed, shown, unfit
 from ._layers import unweighted
 from ._masks import dense, is_lists, joined, listed, read
 from ._numerics import rotate, stored
@@ -198,6 +198,8 @@ def _attend(
     if handle:
         if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
             reason = "the attention probabilities are asked for"
+        elif shown(module):
+            reason = "a hook sees the attention probabilities"
         elif dropout:
             reason = "attention dropout"
         arguments = reason or _arguments(module, query, key, value, attention_mask, scaling)

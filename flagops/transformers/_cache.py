@@ -44,16 +44,18 @@ def fresh_state(batch: int, bias: torch.Tensor, overlap: int, device: Any) -> tu
     return kv, torch.full_like(kv, float("-inf"))
 
 
-def strange(layer: Any, name: str, more: int) -> str | None:
+def strange(layer: Any, name: str, batch: int, more: int) -> str | None:
     """Why a cache layer cannot be continued past transformers' own methods, or None.
 
-    more: tokens that its window holds already and its compressor does not.
+    more: tokens of the `batch` that its window holds already and its compressor does not.
     """
     modeling, cls = sys.modules[MODELING], type(layer)
     for method in ("store_compression_weights", "update_compressor_states"):
         if getattr(cls, method, None) is not getattr(modeling.DeepseekV4HCACache, method):
             return f"a {cls.__name__} is no cache layer of DeepSeek-V4"
     buffered = layer.buffer_kv[name]
+    if buffered is not None and buffered.shape[0] != batch:
+        return f"the cache holds the compressors' state of {buffered.shape[0]} sequences, not {batch}"
     seen = layer.entry_count[name] * layer.compress_rate + (0 if buffered is None else buffered.shape[1])
     if seen + more != layer.get_seq_length():
         return "the cache was cropped, which the state of transformers' compressors does not follow"

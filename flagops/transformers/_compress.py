@@ -180,7 +180,7 @@ def _entries(
         return None
     layer = None if cache is None else unwrapped(cache.layers[layer_idx])
     reason = unfit(module.kv_proj, hidden_states) or unfit(module.gate_proj, hidden_states)
-    reason = reason or (None if layer is None else strange(layer, name, hidden_states.shape[1]))
+    reason = reason or (None if layer is None else strange(layer, name, *hidden_states.shape[:2]))
     if reason:
         handle.leave("compress_kv", hidden_states, reason)
         return None

@@ -163,6 +163,12 @@ def hooked(module: Any) -> bool:
     )
 
 
+def shown(module: Any) -> bool:
+    """Whether a hook sees a module's outputs; transformers' own recorder does not count, which asks for what it wants."""
+    hooks = (*module._forward_hooks.values(), *modules._global_forward_hooks.values())
+    return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
+
+
 def kept(module: Any, name: str, cls: str) -> str | None:
     """Why a part's work cannot be done outside of it, or None: what watches it, or stands for it, would not know."""
     part = getattr(module, name)
@@ -179,7 +185,9 @@ def kept(module: Any, name: str, cls: str) -> str | None:
 def unfit(linear: Any, x: torch.Tensor) -> str | None:
     """Why the weight of a linear layer cannot be used past the layer itself, or None."""
     if type(linear) is not torch.nn.Linear and type(linear).__name__ != "DeepseekV4GroupedLinear":
-        return f"a {type(linear).__name__} is no plain linear layer"
+        cls = type(linear)
+        name = f"{cls.__module__}.Linear" if cls.__name__ == "Linear" else cls.__name__  # such as peft's
+        return f"a {name} is no plain linear layer"
     weight, own = linear.weight, linear.__dict__
     if type(weight) is not torch.nn.Parameter or linear.bias is not None:
         return "a linear layer has a bias, or a weight that is no plain parameter"
