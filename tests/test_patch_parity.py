@@ -217,6 +217,82 @@ def test_a_reset_cache_starts_anew(models):
         close(continued(model, ids, (3, 1, 1, 25), cache), expected)
 
 
+@pytest.mark.parametrize(("count", "crop", "sizes"), [(24, -3, (1, 1)), (24, -3, (5,)), (5, -2, (1,)), (24, 0, (1, 4))])
+def test_a_cache_rolled_back(models, count, crop, sizes):
+    """The layers of compressors do not record their past: an error, as in transformers, unless nothing was cropped."""
+    from transformers import DynamicCache
+
+    model, ids = models[0], tokens(40)
+
+    def run():
+        cache = DynamicCache(config=model.config)
+        cache.activate_past_recording()
+        logits(model, ids[:, :count], **caching(cache), use_cache=True)
+        cache.crop(crop)
+        return continued(model, ids[:, count + crop :], sizes, cache)
+
+    if not crop:
+        expected = run()
+        with flagops.patch(model, backend="torch"):
+            return close(run(), expected)
+    with pytest.raises(RuntimeError):
+        run()
+    with flagops.patch(model, backend="torch"), pytest.raises(RuntimeError, match="that was cropped"):
+        run()
+
+
+@pytest.mark.parametrize(("count", "crop"), [(3, -1), (3, -3), (2, -1)])
+def test_a_cache_cropped_within_its_window(models, count, crop):
+    """Where transformers goes on with compressors that have seen what was cropped: its own code, and a reason."""
+    from transformers import DynamicCache
+
+    model, ids = models[0], tokens(40)
+
+    def run():
+        cache = DynamicCache(config=model.config)
+        logits(model, ids[:, :count], **caching(cache), use_cache=True)
+        cache.crop(crop)
+        return continued(model, ids[:, count + crop :], (1, 7, 2), cache)
+
+    expected = run()
+    with flagops.patch(model, backend="torch") as handle:
+        close(run(), expected)
+    (reason,) = rows(handle)["compress_kv"].passed
+    assert reason == "the cache was cropped, which the state of transformers' compressors does not follow"
+
+
+@pytest.mark.parametrize(("method", "argument"), [("batch_select_indices", [1]), ("batch_repeat_interleave", 2)])
+def test_a_cache_of_another_batch(models, method, argument):
+    """Which transformers' compressors do not follow either."""
+    model, ids = models[0], tokens(30, 2)
+
+    def run():
+        with torch.no_grad():
+            cache = returned(model(input_ids=ids[:, :22], use_cache=True))
+            getattr(cache, method)(argument)
+        return continued(model, tokens(8, cache.layers[0].keys.shape[0]), (1, 7), cache)
+
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        run()
+    with flagops.patch(model, backend="torch"), pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        run()
+
+
+def test_a_static_cache():
+    """Where all layers slide; transformers has none for compressors."""
+    from transformers import StaticCache
+
+    model, ids = small_deepseek_v4(compress_ratios=[0, 0, 0, 0]), tokens(20)
+
+    def run():
+        return continued(model, ids, (9, 1, 1, 9), StaticCache(config=model.config, max_cache_len=32))
+
+    expected = run()
+    with flagops.patch(model, backend="torch") as handle:
+        close(run(), expected)
+    assert handle.report().share == 1
+
+
 def test_inference_mode_and_after(models):
     """Tensors of an inference mode cannot be written outside of it."""
     model, ids = models[0], tokens(60)

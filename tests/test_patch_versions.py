@@ -104,7 +104,9 @@ def test_an_unknown_function(model, expected, modeling, monkeypatch):
     monkeypatch.setattr(modeling, "apply_rotary_pos_emb", call)
     with flagops.patch(model, backend="torch") as handle:
         close(continued(model, tokens(24), SIZES), expected)
-    reason = "apply_rotary_pos_emb takes (x, cos, sin, axis=1), and flagops calls it with (x, cos, sin, unsqueeze_dim=1)"
+    reason = (
+        "apply_rotary_pos_emb takes (x, cos, sin, axis=1), and flagops calls it with (x, cos, sin, unsqueeze_dim=1)"
+    )
     assert f"model.layers.0.self_attn: {reason}" in handle.report().bypassed
     assert "sparse_attention" not in rows(handle)
 

@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as modules
 
 MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
@@ -164,7 +165,7 @@ def hooked(module: Any) -> bool:
 
 
 def shown(module: Any) -> bool:
-    """Whether a hook sees a module's outputs; transformers' own recorder does not count, which asks for what it wants."""
+    """Whether a hook sees a module's outputs, other than transformers' own recorder, which asks for what it wants."""
     hooks = (*module._forward_hooks.values(), *modules._global_forward_hooks.values())
     return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
 
@@ -189,7 +190,8 @@ def unfit(linear: Any, x: torch.Tensor) -> str | None:
         name = f"{cls.__module__}.Linear" if cls.__name__ == "Linear" else cls.__name__  # such as peft's
         return f"a {name} is no plain linear layer"
     weight, own = linear.weight, linear.__dict__
-    if type(weight) is not torch.nn.Parameter or linear.bias is not None:
+    exported = torch.compiler.is_compiling() and isinstance(weight, FakeTensor)
+    if not (type(weight) is torch.nn.Parameter or exported) or linear.bias is not None:
         return "a linear layer has a bias, or a weight that is no plain parameter"
     if hooked(linear):
         return "a hook watches a linear layer"
