@@ -79,9 +79,12 @@ class AttentionConfig:
 
     @classmethod
     def of_transformers(cls, config: Any, **changes: Any) -> AttentionConfig:
-        """From a transformers `DeepseekV4Config`, with transformers' numerics unless ``official=True`` is given."""
+        """From a transformers `DeepseekV4Config`, with transformers' numerics unless ``official=True`` is given.
+
+        Raises ValueError for what the layers do not compute: biases, several key-value heads, other rotary tables.
+        """
         main, compress = (config.rope_parameters[name] for name in ("main", "compress"))
-        stretched = compress["rope_type"] == "yarn"
+        _refuse(config, main, compress)
         values = {
             "heads": config.num_attention_heads,
             "head_dim": config.head_dim,
@@ -96,17 +99,40 @@ class AttentionConfig:
             "eps": config.rms_norm_eps,
             "rope_base": main["rope_theta"],
             "compress_rope_base": compress["rope_theta"],
-            "rope_factor": compress["factor"] if stretched else 1.0,
-            "rope_original": compress.get("original_max_position_embeddings") or config.max_position_embeddings,
-            "beta_fast": compress.get("beta_fast") or 32.0,
-            "beta_slow": compress.get("beta_slow") or 1.0,
             "official": False,
         }
+        if compress["rope_type"] == "default":
+            values["rope_factor"] = 1.0
+        else:  # with the defaults of transformers
+            original = compress["original_max_position_embeddings"]
+            values["rope_factor"] = compress["factor"] or config.max_position_embeddings / original
+            values["rope_original"] = original
+            values["beta_fast"] = compress.get("beta_fast") or 32.0
+            values["beta_slow"] = compress.get("beta_slow") or 1.0
         return cls(**values | changes)
 
     def ratio(self, kind: str) -> int:
         """Tokens that one compressed entry stands for, 0 where there are none."""
         return {"sliding": 0, "csa": self.csa_ratio, "hca": self.hca_ratio}[kind]
+
+
+def _refuse(config: Any, main: dict[str, Any], compress: dict[str, Any]) -> None:
+    """Raises ValueError for each setting of a `DeepseekV4Config` that would make another model of its layers."""
+    factor = compress.get("attention_factor")
+    if factor is None and compress["rope_type"] == "yarn":
+        factor = f"that of factor {compress['factor']}"
+    rotated = {int(config.head_dim * rope.get("partial_rotary_factor", 1.0)) for rope in (main, compress)}
+    for name, found, *allowed in (
+        ("attention_bias", config.attention_bias, False),
+        ("num_key_value_heads", config.num_key_value_heads, 1),
+        ("rope_parameters['main']['rope_type']", main["rope_type"], "default"),
+        ("rope_parameters['compress']['rope_type']", compress["rope_type"], "default", "yarn"),
+        ("rope_parameters['compress']['attention_factor']", factor, None, 1.0),
+        ("rope_parameters['compress']['truncate']", compress.get("truncate", True), True),
+        ("the number of rotated channels by rope_parameters", rotated, {config.qk_rope_head_dim}),
+    ):
+        if found not in allowed:
+            raise ValueError(f"AttentionConfig: {name} is {found}, expected {' or '.join(map(str, allowed))}")
 
 
 class AttentionCache:

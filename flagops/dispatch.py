@@ -346,9 +346,13 @@ def _order_row(x: Any) -> Mapping[str, Sequence[str]]:
     return rows.get(arrays.device_class(x)) or rows["other"]
 
 
-def left_to_torch(operator: str, x: Any) -> bool:
-    """Whether `flagops.enable` leaves an operator's calls to torch where no backend is named: measured as faster."""
-    return f"{operator}.{arrays.dtype_name(x)}" in _order_row(x).get("left to torch", ())
+def left_to_torch(operator: str, x: Any, training: bool = False) -> bool:
+    """Whether `flagops.enable` leaves an operator's calls to torch where no backend is named: measured as faster.
+
+    training: whether a gradient is recorded, so that the backward counts as well.
+    """
+    row = _order_row(x).get("left to torch", ())
+    return f"{operator}.{arrays.dtype_name(x)}" in row or (training and f"{operator}.training" in row)
 
 
 def default_order(operator: Operator, bound: Bound, x: Any) -> tuple[str, ...]:

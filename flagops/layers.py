@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,81 +12,13 @@ from flagops import arrays, config
 from flagops.cache import NAMES, AttentionCache, AttentionConfig
 from flagops.errors import Unsupported
 from flagops.indices import chunk_window, visible_entries
+from flagops.weights import AttentionWeights, CompressorWeights, IndexerWeights, check, packed
 
+__all__ = [
+    "AttentionWeights", "CompressorWeights", "IndexerWeights", "csa_attention", "hca_attention",
+    "sliding_window_attention",
+]  # fmt: skip
 Backend = str | Sequence[str] | None
-
-
-@dataclass
-class CompressorWeights:
-    """A compressor: ``wkv`` and ``wgate`` ``[o * d, D]``, ``ape`` ``[m, o * d]`` float32, ``norm`` ``[d]``."""
-
-    wkv: Any
-    wgate: Any
-    ape: Any
-    norm: Any
-
-
-@dataclass
-class IndexerWeights:
-    """The indexer of a CSA layer: ``wq_b`` ``[h * d, q_lora]``, ``weights_proj`` ``[h, D]``, its own compressor."""
-
-    wq_b: Any
-    weights_proj: Any
-    compressor: CompressorWeights
-    wq_b_scale: Any = None
-
-
-@dataclass
-class AttentionWeights:
-    """The tensors of one layer by the names of the official checkpoint.
-
-    ``wq_a`` ``[q_lora, D]``, ``wq_b`` ``[H * c, q_lora]``, ``wkv`` ``[c, D]``, ``wo_a`` ``[G * r, H / G * c]``,
-    ``wo_b`` ``[D, G * r]``, each in the dtype of the hidden states or, with its scale, in FP8 or packed FP4; ``q_norm``
-    and ``kv_norm`` in that dtype or float32; ``attn_sink`` ``[H]`` float32.
-    """
-
-    wq_a: Any
-    q_norm: Any
-    wq_b: Any
-    wkv: Any
-    kv_norm: Any
-    wo_a: Any
-    wo_b: Any
-    attn_sink: Any
-    compressor: CompressorWeights | None = None
-    indexer: IndexerWeights | None = None
-    wq_a_scale: Any = None
-    wq_b_scale: Any = None
-    wkv_scale: Any = None
-    wo_a_scale: Any = None
-    wo_b_scale: Any = None
-
-    @classmethod
-    def of_checkpoint(cls, tensors: Mapping[str, Any], prefix: str) -> AttentionWeights:
-        """From tensors by their names in a checkpoint, such as ``prefix = "layers.2.attn."``."""
-
-        def compressor(at: str) -> CompressorWeights | None:
-            if f"{at}ape" not in tensors:
-                return None
-            wkv, wgate, norm = (tensors[f"{at}{name}.weight"] for name in ("wkv", "wgate", "norm"))
-            return CompressorWeights(wkv, wgate, tensors[f"{at}ape"], norm)
-
-        at = f"{prefix}indexer."
-        inner = compressor(f"{at}compressor.")
-        indexer = None
-        if inner:
-            wq_b, proj = tensors[f"{at}wq_b.weight"], tensors[f"{at}weights_proj.weight"]
-            indexer = IndexerWeights(wq_b, proj, inner, tensors.get(f"{at}wq_b.scale"))
-        return cls(
-            **{name: tensors[f"{prefix}{name}.weight"] for name in (*_PROJECTIONS, "q_norm", "kv_norm")},
-            **{f"{name}_scale": tensors.get(f"{prefix}{name}.scale") for name in _PROJECTIONS},
-            attn_sink=tensors[f"{prefix}attn_sink"],
-            compressor=compressor(f"{prefix}compressor."),
-            indexer=indexer,
-        )
-
-
-_PROJECTIONS = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")
 
 
 def sliding_window_attention(
@@ -164,7 +95,7 @@ def _layer(
     kind: str, x: Any, weights: AttentionWeights, cache: AttentionCache, start: int | None, out: Any, backend: Backend
 ) -> Any:
     name, shape = NAMES[kind], cache.config
-    _validate(name, kind, x, weights, out)
+    _validate(name, kind, x, weights, shape, out)
     cache.check(kind, x, start)
     if out is None:
         out = arrays.empty(tuple(x.shape), arrays.dtype_name(x), x)
@@ -178,10 +109,10 @@ def _layer(
     chunk = shape.window + entries
     cache.keys.write(chunk, run.keys(), backend)
     states: dict[str, tuple[Any, Any]] = {}
-    if weights.compressor and run.ratio:
+    if weights.compressor:
         found = run.compressed(weights.compressor, cache, "compressor", states)
         cache.keys.write(chunk - found.shape[1], run.quantised(found), backend)
-    if weights.indexer and kind == "csa":
+    if weights.indexer:
         assert cache.index_keys is not None
         found = run.compressed(weights.indexer.compressor, cache, "indexer", states)
         cache.index_keys.write(entries - found.shape[1], run.hashed(found), backend)
@@ -202,18 +133,24 @@ def _layer(
     return out
 
 
-def _validate(name: str, kind: str, x: Any, weights: AttentionWeights, out: Any) -> None:
+def _validate(
+    name: str, kind: str, x: Any, weights: AttentionWeights, shape: AttentionConfig, out: Any
+) -> None:  # fmt: skip
     if not (arrays.is_torch(x) or arrays.is_numpy(x)):
         raise TypeError(f"{name}: x must be a torch tensor or a NumPy array, got {type(x).__name__}")
     if arrays.dtype_name(x) not in arrays.FLOATS:
         raise TypeError(f"{name}: x is {arrays.dtype_name(x)}, expected {' or '.join(arrays.FLOATS)}")
     if len(x.shape) != 3:
         raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected 3 dimensions [b, s, D]")
-    if x.shape[2] != weights.wq_a.shape[1] * (2 if _packed(weights.wq_a) else 1):
+    for words, kinds in (("a compressor", ("csa", "hca")), ("an indexer", ("csa",))):
+        part = words.split()[1]
+        held = getattr(weights, part) is not None
+        if held != (kind in kinds):
+            found = f"{words}, which a {kind} layer has not" if held else f"no {part}, which a {kind} layer has"
+            raise ValueError(f"{name}: the weights hold {found}")
+    if weights.wq_a is not None and x.shape[2] != weights.wq_a.shape[1] * (2 if packed(weights.wq_a) else 1):
         raise ValueError(f"{name}: x has {x.shape[2]} channels, wq_a takes {weights.wq_a.shape[1]}")
-    for needed, kinds in (("compressor", ("csa", "hca")), ("indexer", ("csa",))):
-        if kind in kinds and getattr(weights, needed) is None:
-            raise ValueError(f"{name}: the weights hold no {needed}")
+    check(name, kind, x.shape[2], weights, shape)
     if out is not None and tuple(out.shape) != tuple(x.shape):
         raise ValueError(f"{name}: out has shape {tuple(out.shape)}, expected {tuple(x.shape)}")
     if out is not None and arrays.dtype_name(out) != arrays.dtype_name(x):
@@ -230,10 +167,6 @@ def _all(*parts: Any) -> list[Any]:
     for part in parts:
         found += _all(*vars(part).values()) if hasattr(part, "__dataclass_fields__") else [part]
     return found
-
-
-def _packed(weight: Any) -> bool:
-    return arrays.dtype_name(weight) in ("uint8", "int8", "float4_e2m1fn_x2")
 
 
 class _Run:
@@ -253,7 +186,7 @@ class _Run:
         if scale is None:
             return flagops.linear(x, weight, None, out=out, backend=self.backend)
         codes, scales = flagops.fp8_quantize(x, backend=self.backend)
-        product = flagops.fp4_matmul if _packed(weight) else flagops.fp8_matmul
+        product = flagops.fp4_matmul if packed(weight) else flagops.fp8_matmul
         return product(codes, scales, weight, scale, arrays.dtype_name(x), out=out, backend=self.backend)
 
     def normalised(self, x: Any, weight: Any, stepwise: bool = False) -> Any:

@@ -171,6 +171,16 @@ def read_any(folder):
     return {name: x for shard in sorted(folder.glob("*.safetensors")) for name, x in load_file(shard).items()}
 
 
+def changed(dst, name, at, by=1):
+    """One bit of a tensor changed in place, its element's number given."""
+    shard = dst / json.loads((dst / INDEX).read_text())["weight_map"][name]
+    raw = bytearray(shard.read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    start = json.loads(raw[8 : 8 + length])[name]["data_offsets"][0]
+    raw[8 + length + start + 2 * at] ^= by
+    shard.write_bytes(raw)
+
+
 def same(found, expected):
     """Bit by bit, with the name of the first tensor that differs."""
     assert set(found) == set(expected)

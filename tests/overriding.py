@@ -4,11 +4,16 @@ import pytest
 import torch
 
 import flagops
-from flagops import aten, fused, interpose, override
+from flagops import override
+from flagops.override import interpose
+from flagops.override.lowerings import LOWERINGS
+from flagops.override.sites import forms
 
-NAMES = [op + suffix for suffix, ops in aten.FORMS.items() for op in ops]
-PLACES = [(name, "CPU") for name in [*NAMES, *override.WATCHED]]
-PLACES += [(name, key) for name in fused.OPERATORS for key in ("CPU", "AutogradCPU")]
+FORMS = {name: tuple(forms(name)) for name in LOWERINGS}
+PRODUCTS = ("mm", "bmm", "baddbmm", "mv", "dot", "addmm", "addmv")
+COMPOSITE = tuple(name for name, lowering in LOWERINGS.items() if lowering.composite)
+PLACES = [(overload, key) for overloads in FORMS.values() for overload in overloads for key in ("CPU", "AutogradCPU")]
+PLACES += [(name, "CPU") for name in override.WATCHED]
 
 
 def usable(*names):

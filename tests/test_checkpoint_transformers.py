@@ -209,3 +209,61 @@ def test_deepseek_v3(tmp_path):
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor), name
     np.testing.assert_array_equal(logits(ours).float().numpy(), logits(theirs).float().numpy())
+
+
+def test_a_nested_configuration(tmp_path):
+    """FP8 described in text_config alone, where transformers finds it too; a vision tower that is not quantised."""
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**shape, vocab_size=64, num_key_value_heads=2, initializer_range=0.1),
+        vision_config=transformers.CLIPVisionConfig(**shape, image_size=28, patch_size=14),
+        image_token_index=63, architectures=["LlavaForConditionalGeneration"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlavaForConditionalGeneration(config).eval().save_pretrained(tmp_path / "plain")
+    pairs, rest = [], {}
+    for name, x in data.read_any(tmp_path / "plain").items():
+        if re.search(r"language_model.*_proj\.weight$", name):
+            weight, scale = to_fp8(x)
+            pairs.append(((name, weight), (f"{name}_scale_inv", scale)))
+        else:
+            rest[name] = x.bfloat16()
+    assert len(pairs) == 14
+    said = config.to_dict()
+    said["text_config"] |= {"quantization_config": QUANTIZATION, "dtype": "float8_e4m3fn"}
+    src = data.write(tmp_path / "src", data.spread(pairs, rest, 2, 0), said, others=False)
+    checkpoint.convert(src, tmp_path / "dst")
+
+    def load(folder, **more):
+        return transformers.AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **more)
+
+    ours, info = load(tmp_path / "dst", dtype="auto")
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
+    assert getattr(ours.config.get_text_config(), "quantization_config", None) is None
+    assert {x.dtype for x in ours.parameters()} == {torch.bfloat16}
+    theirs = load(src, dtype=torch.bfloat16)[0].state_dict()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(theirs[name], tensor), name
+
+
+@pytest.mark.parametrize("keep", [["*.attn.wq_b.*"], ["*.experts.*"], ["layers.1.attn.*", "*.shared_experts.*"]])
+def test_a_checkpoint_with_kept_tensors_is_the_same_model(tmp_path, keep):
+    """On a CPU, dequantised as it is loaded; where it would not be, only modules that were kept are quantised ones."""
+    from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    src = source(tmp_path / "src", "original")
+    kept = checkpoint.convert(src, tmp_path / "dst", keep=keep, shard_size="1MiB").kept
+    ours, info = loaded(tmp_path / "dst")
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
+    theirs, _ = loaded(src)
+    np.testing.assert_array_equal(logits(ours).float().numpy(), logits(theirs).float().numpy())
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "dst")
+    with torch.device("meta"):
+        blank = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+    quantizer._process_model_before_weight_loading(blank)
+    quantised = {name for name, module in blank.named_modules() if isinstance(module, FP8Linear | FP8Experts)}
+    wanted = {name.removesuffix(".scale") for name in kept if name.endswith(".scale")}
+    wanted = {re.sub(r"\.experts\..*", ".experts", name) for name in wanted}
+    assert {official(f"{name}.weight").removesuffix(".weight") for name in quantised} == wanted

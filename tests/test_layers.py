@@ -1,9 +1,10 @@
 """Whole attention layers, on every backend: against the specification in float64, transformers, and themselves."""
 
 import copy
+import sys
 from dataclasses import replace
+from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -11,212 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flagops
-from flagops import AttentionCache, AttentionConfig, AttentionWeights, CompressorWeights, IndexerWeights, registry
+from flagops import AttentionCache, AttentionConfig, AttentionWeights, CompressorWeights, IndexerWeights
 from flagops.arrays import as_numpy, as_torch
-from flagops.cache import KINDS, NAMES, PackedRows
+from flagops.cache import KINDS, PackedRows
 
-OPERATORS = (
-    "linear", "rms_norm", "rotary_embedding", "yarn_table", "fp8_fake_quantize", "hadamard", "fp4_fake_quantize",
-    "compress_kv", "lightning_indexer", "sparse_attention", "grouped_output_projection",
+sys.path.insert(0, str(Path(__file__).parent))
+from layer_data import (
+    TINY,
+    D,
+    Spec,
+    assert_near,
+    expected,
+    hidden_states,
+    in_chunks,
+    layer,
+    of_every_kind,
+    on_every_backend,
+    plain,
+    weights,
 )  # fmt: skip
-TINY = AttentionConfig(
-    heads=4, head_dim=24, rope_dim=8, groups=2, window=8, csa_ratio=4, hca_ratio=8, index_heads=6, index_dim=16,
-    top_k=3, rope_original=64, kv_block=16, index_block=16,
-)  # fmt: skip
-D = 32
-
-
-def _backends():
-    for name in registry.backend_names():
-        reason = registry.backend(name).unavailable()
-        unwritten = [op for op in OPERATORS if not registry.written(op, name)]
-        if not reason and unwritten:
-            reason = f"no kernel of {', '.join(unwritten)}"
-        yield pytest.param(name, marks=pytest.mark.skip(reason=f"{name}: {reason}") if reason else ())
-
-
-on_every_backend = pytest.mark.parametrize("backend", list(_backends()))
-of_every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def layer(kind):
-    return getattr(flagops, NAMES[kind])
-
-
-def compressor(draw, series, width, ratio, hidden=D):
-    wkv, wgate = draw(series * width, hidden), draw(series * width, hidden)
-    return CompressorWeights(wkv, wgate, 2 * draw(ratio, series * width).float(), 1 + draw(width).float())
-
-
-def weights(kind, seed=0, config=TINY, hidden=D, lora=16, rank=8, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
-
-    heads, width = config.heads, config.head_dim
-    made = AttentionWeights(
-        wq_a=draw(lora, hidden),
-        q_norm=1 + draw(lora).float(),
-        wq_b=draw(heads * width, lora),
-        wkv=draw(width, hidden),
-        kv_norm=1 + draw(width).float(),
-        wo_a=draw(config.groups * rank, heads // config.groups * width),
-        wo_b=draw(hidden, config.groups * rank),
-        attn_sink=draw(heads).float(),
-    )
-    if kind != "sliding":
-        made.compressor = compressor(draw, 2 if kind == "csa" else 1, width, config.ratio(kind), hidden)
-    if kind == "csa":
-        inner = compressor(draw, 2, config.index_dim, config.csa_ratio, hidden)
-        queries = draw(config.index_heads * config.index_dim, lora)
-        made.indexer = IndexerWeights(queries, draw(config.index_heads, hidden), inner)
-    return made
-
-
-def hidden_states(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def in_chunks(kind, x, made, sizes, backend, cache):
-    parts, at = [], cache.position
-    for size in sizes:
-        parts.append(layer(kind)(x[:, at : at + size], made, cache, start=at, backend=backend))
-        at += size
-    return torch.cat(parts, 1)
-
-
-# The specification, sections 4 to 8, in float64 and one token at a time.
-
-
-class Spec:
-    def __init__(self, kind, made, config):
-        self.kind, self.config, self.m = kind, config, config.ratio(kind)
-        self.w, self.margin = made, np.inf
-        half = config.rope_dim // 2
-        theta = (config.rope_base if kind == "sliding" else config.compress_rope_base) ** (-np.arange(half) / half)
-        if kind != "sliding":
-            turns = np.array([config.beta_fast, config.beta_slow])
-            corr = config.rope_dim * np.log(config.rope_original / (2 * np.pi * turns))
-            corr /= 2 * np.log(config.compress_rope_base)
-            low, high = max(np.floor(corr[0]), 0), min(np.ceil(corr[1]), config.rope_dim - 1)
-            ramp = np.clip((np.arange(half) - low) / ((high - low) or 0.001), 0, 1)
-            theta = theta / config.rope_factor * ramp + theta * (1 - ramp)
-        self.theta = theta
-
-    def norm(self, x, weight=1.0):
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.config.eps) * weight
-
-    def rope(self, x, p, sign=1):
-        z = x[..., -self.config.rope_dim :: 2] + 1j * x[..., 1 - self.config.rope_dim :: 2]
-        z = z * np.exp(1j * sign * p * self.theta)
-        turned = np.stack([z.real, z.imag], -1).reshape(*x.shape[:-1], self.config.rope_dim)
-        return np.concatenate([x[..., : -self.config.rope_dim], turned], -1)
-
-    def fp8(self, x):
-        if not self.config.official:
-            return x
-        still, block = x[: -self.config.rope_dim].reshape(-1, self.config.kv_block), 448.0
-        scale = 2 ** np.ceil(np.log2(np.maximum(np.abs(still).max(-1, keepdims=True), 1e-4) / block))
-        codes = (still / scale).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(float)
-        return np.concatenate([(codes * scale).ravel(), x[-self.config.rope_dim :]])
-
-    def fp4(self, x):
-        if not self.config.official:
-            return x
-        matrix = np.ones((1, 1))
-        while len(matrix) < x.shape[-1]:
-            matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-        blocks = (x @ matrix / len(matrix) ** 0.5).reshape(*x.shape[:-1], -1, self.config.index_block)
-        scale = 2 ** np.ceil(np.log2(np.abs(blocks).max(-1, keepdims=True) / 6))
-        levels = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # even codes first: they win ties
-        values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-        nearest = levels[np.abs(np.abs(blocks / scale)[..., None] - values[levels]).argmin(-1)]
-        return (np.sign(blocks) * values[nearest] * scale).reshape(x.shape)
-
-    def compressed(self, x, w):
-        """Entries, normalised and rotated."""
-        kv, z = x @ w["wkv"].T, x @ w["wgate"].T
-        m, d, entries = self.m, len(w["norm"]), []
-        for i in range(len(x) // m):
-            now = slice(i * m, i * m + m)
-            if self.kind == "hca":
-                values, scores = kv[now], z[now] + w["ape"]
-            else:
-                values, scores = kv[now, d:], z[now, d:] + w["ape"][:, d:]
-                if i:
-                    before = slice(i * m - m, i * m)
-                    values = np.concatenate([kv[before, :d], values])
-                    scores = np.concatenate([z[before, :d] + w["ape"][:, :d], scores])
-            p = np.exp(scores - scores.max(0))
-            entries.append(self.rope(self.norm((p * values).sum(0) / p.sum(0), w["norm"]), i * m))
-        return entries
-
-    def chosen(self, t, x, latent, keys, w):
-        seen = (t + 1) // self.m
-        if seen <= self.config.top_k:
-            return range(seen)
-        q = (w["wq_b"] @ latent).reshape(self.config.index_heads, self.config.index_dim)
-        q = self.fp4(self.rope(q, t))
-        factor = (self.config.index_dim * self.config.index_heads) ** -0.5
-        scores = np.array([(w["weights_proj"] @ x * factor) @ np.maximum(q @ k, 0) for k in keys[:seen]])
-        order = np.argsort(-scores, kind="stable")
-        last, first_out = scores[order[self.config.top_k - 1]], scores[order[self.config.top_k]]
-        self.margin = min(self.margin, (last - first_out) / np.abs(scores).max())
-        return order[: self.config.top_k]
-
-    def __call__(self, x):
-        """One sequence [s, D]."""
-        config, w = self.config, plain(self.w)
-        keys = [self.fp8(self.rope(self.norm(w["wkv"] @ h, w["kv_norm"]), t)) for t, h in enumerate(x)]
-        entries, index_keys = [], []
-        if self.m:
-            entries = [self.fp8(e) for e in self.compressed(x, w["compressor"])]
-        if self.kind == "csa":
-            index_keys = [self.fp4(e) for e in self.compressed(x, w["indexer"]["compressor"])]
-        result = []
-        for t, h in enumerate(x):
-            latent = self.norm(w["wq_a"] @ h, w["q_norm"])
-            q = self.rope(self.norm((w["wq_b"] @ latent).reshape(config.heads, config.head_dim)), t)
-            seen = keys[max(0, t - config.window + 1) : t + 1]
-            if self.kind == "hca":
-                seen = seen + entries[: (t + 1) // self.m]
-            if self.kind == "csa":
-                seen = seen + [entries[i] for i in self.chosen(t, h, latent, index_keys, w["indexer"])]
-            kv = np.array(seen)
-            logits = q @ kv.T * config.head_dim**-0.5
-            p = np.exp(logits)
-            o = p @ kv / (p.sum(1, keepdims=True) + np.exp(w["attn_sink"])[:, None])
-            o = self.rope(o, t, -1).reshape(config.groups, -1)
-            z = [a @ g for a, g in zip(np.split(w["wo_a"], config.groups), o, strict=True)]
-            result.append(w["wo_b"] @ np.concatenate(z))
-        return np.array(result)
-
-
-def plain(w):
-    """Weights as float64 arrays by name."""
-    return {
-        name: plain(x) if hasattr(x, "__dataclass_fields__") else as_numpy(x).astype(float)
-        for name, x in vars(w).items()
-        if x is not None
-    }
-
-
-def expected(kind, x, config=TINY, **options):
-    """The output by the specification, of weights whose top-k leaves no doubt."""
-    for seed in range(100):
-        made = weights(kind, seed, config, **options)
-        spec = Spec(kind, made, config)
-        result = np.array([spec(row) for row in x.double().numpy()])
-        if spec.margin > 1e-3:
-            return made, torch.from_numpy(result)
-    raise AssertionError("no weights with a clear choice")
-
-
-def assert_near(got, want, share=1e-4):
-    assert got.shape == want.shape
-    error, scale = (got.double() - want.double()).abs().max(), want.double().abs().max()
-    assert error <= share * scale, f"off by {float(error)} of {float(scale)}"
 
 
 @on_every_backend
@@ -422,84 +236,6 @@ def test_room_made_at_once_is_enough(kind):
     assert cache.nbytes == held
     with pytest.raises(ValueError, match="51 positions, the cache was made for 50"):
         layer(kind)(x[:, :1], made, cache)
-
-
-# Calls that do not fit.
-
-
-def _state(cache):
-    """Everything that later calls can read."""
-    rows = cache.config.window + (cache.position // cache.config.ratio(cache.kind) if cache.kind != "sliding" else 0)
-    return [cache.position, cache.keys.all(rows).clone(), copy.deepcopy(cache.states)]
-
-
-def _broken(kind, made, cache, monkeypatch):
-    x = hidden_states(2, 3, D)
-    other = next(k for k in KINDS if k != kind)
-    yield r"the cache is one of a \w+ layer, expected", lambda: layer(other)(x, weights(other), cache)
-    for start in (cache.position - 1, cache.position + 1, 0):
-        yield "expected 13", lambda start=start: layer(kind)(x, made, cache, start=start)
-    yield "x has batch 3, the cache holds batch 2", lambda: layer(kind)(hidden_states(3, 3, D), made, cache)
-    double = weights(kind, dtype=torch.float64)
-    yield "x has dtype float64, the cache holds dtype float32", lambda: layer(kind)(x.double(), double, cache)
-    yield "x has device meta, the cache holds device cpu", lambda: layer(kind)(x.to("meta"), made, cache)
-    yield "x has 31 channels", lambda: layer(kind)(x[..., 1:], made, cache)
-    yield r"expected 3 dimensions \[b, s, D\]", lambda: layer(kind)(x[0], made, cache)
-    narrow = copy.copy(made)
-    narrow.wo_b = made.wo_b[:, 1:]
-    yield "wo_b", lambda: layer(kind)(x, narrow, cache)
-    if kind != "sliding":
-        bare = copy.copy(made)
-        bare.compressor = None
-        yield "the weights hold no compressor", lambda: layer(kind)(x, bare, cache)
-
-
-@of_every_kind
-def test_a_call_that_does_not_fit_leaves_the_cache_as_it_was(kind, monkeypatch):
-    made, x = weights(kind), hidden_states(2, 20, D)
-    cache, untouched = AttentionCache(TINY, kind), AttentionCache(TINY, kind)
-    for each in (cache, untouched):
-        in_chunks(kind, x, made, [13], "numba", each)
-    before = _state(cache)
-    for message, call in _broken(kind, made, cache, monkeypatch):
-        with pytest.raises(ValueError, match=message):
-            call()
-    after = _state(cache)
-    assert after[0] == before[0]
-    assert torch.equal(after[1], before[1])
-    for size in (1, 4, 7):  # a kernel that fails at the end, where windows close or not
-
-        def fail(*args, **kwargs):
-            raise RuntimeError("out of luck")
-
-        with monkeypatch.context() as patched:
-            patched.setattr(flagops, "grouped_output_projection", fail)
-            with pytest.raises(RuntimeError, match="out of luck"):
-                layer(kind)(x[:, 13 : 13 + size], made, cache, backend="numba")
-    got, want = (in_chunks(kind, x, made, [1, 2, 4], "numba", each) for each in (cache, untouched))
-    assert torch.equal(got, want)
-
-
-def test_refusals():
-    with pytest.raises(ValueError, match=r"kind must be one of sliding, csa, hca, got 'dense'"):
-        AttentionCache(TINY, "dense")
-    with pytest.raises(ValueError, match="layout must be one of plain, fp8"):
-        AttentionCache(TINY, "csa", layout="int8")
-    with pytest.raises(ValueError, match="exact for quantised keys only; this config has official=False"):
-        AttentionCache(AttentionConfig(official=False), "csa", layout="fp8")
-    with pytest.raises(ValueError, match="the fp8 layout keeps bfloat16, x is float32"):
-        layer("csa")(hidden_states(1, 3, D), weights("csa"), AttentionCache(TINY, "csa", layout="fp8"))
-    with pytest.raises(ValueError, match="blocks of 64 do not divide the 40 channels"):
-        AttentionConfig(head_dim=104)
-    with pytest.raises(ValueError, match="holds no sequence yet"):
-        AttentionCache(TINY, "csa").reorder([0])
-    with pytest.raises(TypeError, match="must be a torch tensor or a NumPy array, got list"):
-        layer("csa")([1.0], weights("csa"), AttentionCache(TINY, "csa"))
-    x = hidden_states(1, 3, D).requires_grad_()
-    with pytest.raises(flagops.Unsupported, match="csa_attention has no backward"):
-        layer("csa")(x, weights("csa"), AttentionCache(TINY, "csa"))
-    with torch.no_grad():
-        layer("csa")(x, weights("csa"), AttentionCache(TINY, "csa"))
 
 
 @of_every_kind

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 
 import flagops
-from flagops import aten, config, fused, interpose, override
+from flagops import config, override
+from flagops.override import interpose, lowerings, sites
 
 sys.path.insert(0, str(Path(__file__).parent))
-from overriding import NAMES, PLAIN, counted, kernels, untouched, usable  # noqa: F401
+from overriding import COMPOSITE, FORMS, PLAIN, PRODUCTS, counted, kernels, untouched, usable  # noqa: F401
 
 BACKENDS = usable("numba", "numpy")
-FUSED = " ".join(fused.OPERATORS)
+FUSED = " ".join(name for name in lowerings.LOWERINGS if name not in PRODUCTS)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -158,15 +159,16 @@ def test_the_override_below_is_removed_meanwhile():
 
 
 def test_composite_operators_are_refused(monkeypatch):
-    monkeypatch.setitem(aten.OPERATORS, "matmul", "matmul")
-    monkeypatch.setitem(aten.FORMS, "", (*aten.FORMS[""], "matmul"))
+    wrong = lowerings.Lowering("matmul", "matmul", lambda to, self, other: to("matmul", self, other))
+    monkeypatch.setitem(lowerings.LOWERINGS, "matmul", wrong)
     with pytest.raises(TypeError, match="aten::matmul is composite"):
         flagops.enable()
 
 
 def test_composite_operators_in_the_table():
-    for name in [*NAMES, *override.WATCHED]:
-        assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CompositeImplicitAutograd")
+    for name in [*FORMS, *override.WATCHED]:
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CompositeImplicitAutograd")
+        assert composite == (name in COMPOSITE)
 
 
 # names
@@ -354,7 +356,7 @@ def test_threads_while_handles_come_and_go():
 def test_a_forked_child():
     code = (
         "import os, threading, flagops, torch\n"
-        "from flagops import interpose\n"
+        "from flagops.override import interpose\n"
         "x = torch.randn(5, 5)\n"
         "plain = x @ x\n"
         "flagops.enable(backend='numpy')\n"
@@ -375,3 +377,30 @@ def test_privateuse1_device_in_python():
         [sys.executable, Path(__file__).with_name("privateuse1.py")], capture_output=True, text=True, timeout=300
     )
     assert (result.returncode, result.stdout) == (0, "mirrored\n"), result.stderr[-2000:]
+
+
+def test_a_site_where_torch_has_no_kernel():
+    """A device may lack the kernel: ours computes what it takes, and the rest is an error that says so."""
+
+    def product(to, self, mat2, out_dtype):
+        if out_dtype != self.dtype:
+            raise lowerings.Pass("another result dtype")
+        return to("matmul", self, mat2)
+
+    lowering = lowerings.Lowering("mm", "matmul", product)
+    x = torch.randn(3, 4)
+    with pytest.raises(NotImplementedError):
+        torch.mm(x, x.t(), out_dtype=torch.float32)
+    assert interpose.acquire("mm.dtype", "CPU", lambda: sites.Site("mm.dtype", "CPU", lowering)) is None
+    site = interpose.acquire("mm.dtype", "CPU", lambda: sites.Site("mm.dtype", "CPU", lowering), bare=True)
+    with flagops.enable("mm", backend="numpy") as handle:
+        site.handles.append(handle)
+        torch.testing.assert_close(torch.mm(x, x.t(), out_dtype=torch.float32), x @ x.t(), rtol=0, atol=0)
+        with pytest.raises(NotImplementedError, match=r"aten::mm.dtype has no kernel at CPU but flagops'"):
+            torch.mm(x.bfloat16(), x.t().bfloat16(), out_dtype=torch.float32)
+        assert counted(handle, "mm.dtype") == (1, {"another result dtype": 1})
+    site.handles.clear()
+    interpose.release(site)
+    interpose.sweep()
+    with pytest.raises(NotImplementedError, match="Could not run"):
+        torch.mm(x, x.t(), out_dtype=torch.float32)

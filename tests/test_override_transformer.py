@@ -80,11 +80,10 @@ def test_attention_that_torch_keeps():
         F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
         with pytest.raises(RuntimeError):
             F.scaled_dot_product_attention(q, k[:, :2], v[:, :2])
-        with contextlib.suppress(RuntimeError):  # some versions refuse it
-            F.scaled_dot_product_attention(q, k, v, torch.ones(5, 5, dtype=torch.bool), is_causal=True)
+        F.scaled_dot_product_attention(q, k[:, :1], v[:, :1])
     assert counted(handle, "scaled_dot_product_attention") == (
         0,
-        {"dropout": 1, "heads that differ without enable_gqa": 1, "a mask beside is_causal": 1},
+        {"dropout": 1, "arguments that torch refuses": 1, "heads that differ without enable_gqa": 1},
     )
 
 
@@ -211,4 +210,4 @@ def test_compiled_and_transformed_code_sees_what_they_consist_of():
         for a, b in zip(got, expected, strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
     assert torch.allclose(mapped, F.rms_norm(x, (8,)), rtol=1e-5)
-    assert counted(handle, "rms_norm") == (0, {})
+    assert counted(handle, "rms_norm") == (0, {"a transform of torch.func is active": 1})

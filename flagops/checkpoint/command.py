@@ -21,6 +21,7 @@ _CONVERT = """examples:
   flagops convert DeepSeek-V4-Flash V4-Flash-BF16 --dry-run        what would be done, and is there room
   flagops convert DeepSeek-V4-Flash V4-Flash-BF16                  the same command goes on after an interruption
   flagops convert DeepSeek-V4-Flash V4-Flash-FP8 --to fp8          FP4 experts to FP8, without loss or not at all
+  flagops convert DeepSeek-V4.1-Flash V41-BF16 --keep '*.engram.embed.*'   the tables as they are stored, and said so
   flagops convert DeepSeek-V3 V3-BF16 --memory 2GiB --workers 4 --json > summary.json
 """
 _VERIFY = """examples:
@@ -41,6 +42,10 @@ def convert(argv: Sequence[str]) -> int:
     """The sub-command; returns the exit code."""
     parser = _parser("convert", "Write FP4 and FP8 weights of safetensors in BF16 or FP8.", _CONVERT)
     parser.add_argument("--to", choices=TARGETS, default="bf16", help="bf16 (default), or FP4 to fp8 without loss")
+    parser.add_argument(
+        "--keep", action="append", default=[], metavar="PATTERN",
+        help="leave tensors of such names as they are stored, a weight with its scale (repeatable)",
+    )  # fmt: skip
     parser.add_argument("--shard-size", default="5GiB", metavar="SIZE", help="tensors in a file (default 5GiB)")
     parser.add_argument("--dry-run", action="store_true", help="plan, check sizes and disk, write nothing")
     args = _parsed(parser, argv)
@@ -50,6 +55,7 @@ def convert(argv: Sequence[str]) -> int:
             args.src,
             args.dst,
             to=args.to,
+            keep=args.keep,
             shard_size=args.shard_size,
             memory=args.memory,
             workers=args.workers,
@@ -138,6 +144,7 @@ def report(summary: Summary) -> str:
     lines = [
         f"{summary.source} -> {summary.destination}: {summary.state}",
         f"tensors: {tensors}; {summary.dropped_scales} scales dropped",
+        *_kept(summary),
         f"output: {amount(summary.output_bytes)} in {summary.shards} shards and {len(summary.copied)} copied files",
         f"index: {declared} -> {total['output']:,} bytes",
         f"config.json: {'; '.join(summary.config_changes) or 'unchanged'}",
@@ -156,3 +163,10 @@ def report(summary: Summary) -> str:
     if summary.resumed_shards:
         lines.append(f"{summary.resumed_shards} shards were finished before")
     return "\n".join(lines + summary.notes)
+
+
+def _kept(summary: Summary) -> list[str]:
+    if not summary.keep:
+        return []
+    names = ", ".join(summary.kept[:4]) + (", ..." if len(summary.kept) > 4 else "")
+    return [f"kept as stored by --keep {' '.join(map(repr, summary.keep))}: {len(summary.kept)} tensors ({names})"]

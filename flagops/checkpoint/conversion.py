@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class Summary:
     planned_memory: int
     workers: int
     backend: str
+    keep: list[str]
+    kept: list[str]
     config_changes: list[str]
     copied: list[str]
     left_out: list[str]
@@ -64,6 +67,7 @@ def convert(
     dst: Any,
     *,
     to: str = "bf16",
+    keep: str | Iterable[str] = (),
     shard_size: str | int = "5GiB",
     memory: str | int = "4GiB",
     workers: int | None = None,
@@ -73,14 +77,16 @@ def convert(
 ) -> Summary:
     """Write a checkpoint of FP4 and FP8 weights in BF16, or its FP4 weights in FP8, into another folder.
 
-    Calling it again with the same arguments goes on after an interruption of any kind. The files depend on `src`, `to`
-    and `shard_size` alone. Tensors that are neither FP4 nor FP8 are copied bit by bit, draft layers (``mtp.*``) are
-    converted like all others.
+    Calling it again with the same arguments goes on after an interruption of any kind. The files depend on `src`, `to`,
+    `keep` and `shard_size` alone. Tensors that are neither FP4 nor FP8 are copied bit by bit, draft layers (``mtp.*``)
+    are converted like all others.
 
     Args:
         src: a folder with safetensors and their index.
         dst: the folder to write; missing, empty, or left by the same conversion.
         to: ``"bf16"``, or ``"fp8"`` for FP4 weights to FP8 in 128 x 128 blocks without loss.
+        keep: patterns (as of `fnmatch`) of the names of tensors to leave as they are stored, a weight and its scale
+            together; the configuration then goes on to describe them, and names the modules that were converted.
         shard_size: bytes of tensors in a file, such as ``"5GiB"``; a larger tensor has a file of its own.
         memory: the most bytes of memory that the process may take.
         workers: threads; None for one a processor, as far as memory goes.
@@ -97,7 +103,7 @@ def convert(
         OSError: reading or writing failed; what is finished stays, and the same call goes on.
         Unsupported: no backend can run.
     """
-    return Conversion(src, dst, to, shard_size, memory, workers, backend, progress or Silent()).convert(dry_run)
+    return Conversion(src, dst, to, keep, shard_size, memory, workers, backend, progress or Silent()).convert(dry_run)
 
 
 class Conversion:
@@ -108,6 +114,7 @@ class Conversion:
         src: Any,
         dst: Any,
         to: str,
+        keep: str | Iterable[str],
         shard_size: str | int,
         memory: str | int,
         workers: int | None,
@@ -119,7 +126,7 @@ class Conversion:
             raise Refused(f"--workers {workers}: expected at least 1")
         self.memory, self.dst = parse_size(memory), Path(dst).resolve()
         work.folders(Path(src).resolve(), self.dst)
-        self.plan = Plan(Source(src), to, parse_size(shard_size))
+        self.plan = Plan(Source(src), to, parse_size(shard_size), keep)
         self.kernels = Kernels(self.plan, backend)
         self.kernels.warm()
         self.tasks: list[str | Shard] = [*self.plan.source.others, *self.plan.shards]
@@ -146,6 +153,8 @@ class Conversion:
             planned_memory=self.share.bytes,
             workers=self.share.workers,
             backend=self.kernels.backend,
+            keep=plan.keep,
+            kept=plan.kept,
             config_changes=plan.changes,
             copied=source.others,
             left_out=source.left_out,
@@ -157,7 +166,7 @@ class Conversion:
         notes = [f"{len(source.left_out)} files left out: {', '.join(source.left_out[:8])}"] if source.left_out else []
         if source.config is None:
             notes.append("SRC has no config.json: blocks of 128 x 128 are assumed, and the output has none either")
-        return notes
+        return notes + self.plan.notes
 
     def convert(self, dry_run: bool) -> Summary:
         plan, summary = self.plan, self.summary()
@@ -200,6 +209,12 @@ class Conversion:
             path = self.dst / name
             if not path.is_file() or path.stat().st_size != entry.bytes:
                 raise Refused(f"{path} is missing or not whole, in a finished conversion; empty DST and convert again")
+        for name, text in self.plan.texts.items():
+            if entries.get(name) != entry_of(text):
+                raise Refused(
+                    f"{self.dst / name} was written by another flagops, and SRC now gives another one; "
+                    "empty DST and convert again"
+                )
         return True
 
     def _room(self, summary: Summary, done: dict[str, Entry]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,23 @@ from .stream import Kernels, Stream
 _SLICE = 2 << 20  # elements; enough for the kernels to use all processors
 _OUTPUTS = ("bfloat16", "float16", "float32")
 _NUMPY = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu", "BOOL": "bool"}
+_NO_ARRAYS = ("F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
 def load(
-    src: Any, dtype: Any = "bfloat16", *, framework: str = "torch", backend: str | None = None
+    src: Any,
+    dtype: Any = "bfloat16",
+    *,
+    keep: str | Iterable[str] = (),
+    framework: str = "torch",
+    backend: str | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Named tensors of a checkpoint one by one, FP4 and FP8 weights dequantised, in the order of its files.
 
     Args:
         src: a folder with safetensors and their index.
         dtype: what FP4 and FP8 weights become, ``"bfloat16"``, ``"float16"`` or ``"float32"``; others stay as they are.
+        keep: patterns of the names of tensors to yield as they are stored, scales included, as in `convert`.
         framework: ``"torch"`` for tensors on the CPU, ``"numpy"`` for arrays (of ml_dtypes where NumPy has no dtype).
         backend: of the kernels; None for the fastest.
 
@@ -40,7 +47,10 @@ def load(
         raise Refused(f"dtype {name}: expected {', '.join(_OUTPUTS)}")
     if framework not in ("torch", "numpy"):
         raise Refused(f"framework {framework!r}: expected 'torch' or 'numpy'")
-    plan = Plan(Source(src))
+    plan = Plan(Source(src), keep=keep)
+    for out in plan.outputs:
+        if out.dtype in _NO_ARRAYS:
+            raise Refused(f"keep: {out.weight} is of a dtype that arrays lack here; leave it to `convert`")
     return _load(plan, name, framework, Kernels(plan, backend))
 
 

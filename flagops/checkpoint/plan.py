@@ -6,23 +6,32 @@ refused, for a guess would give a model that loads and is wrong.
 
 from __future__ import annotations
 
+import difflib
+import glob
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
+from .configuration import Configuration, modules, statements
 from .source import BITS, CONFIG, INDEX, Refused, Source, Stored
 
 LAYOUT = 1  # raised when the same source and options are laid out otherwise
 TARGETS = ("bf16", "fp8")
-COPY, FP4, FP8, RECODE, RECODED_SCALE, KEEP, KEPT_SCALE = (
+COPY, FP4, FP8, RECODE, RECODED_SCALE, KEEP, KEPT_SCALE, STORED = (
     "copied", "FP4 to BF16", "FP8 to BF16", "FP4 to FP8", "scale of FP4 to FP8", "FP8 kept", "scale of FP8 kept",
+    "kept as stored",
 )  # fmt: skip
 _FP4_DTYPES = ("I8", "U8", "F4")
-_METHODS = ("fp8", "deepseek_v4_fp8")
-_REMEDY = "flagops knows FP4 and FP8 blocks of DeepSeek checkpoints; exclude or convert the tensor by other means"
+_CODES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+_WIDE = ("BF16", "F16", "F32")
+_FP8_SCALES = ("F8_E8M0", "U8", "F32")
+_ROW = (1, 32)  # elements of FP8 that share a scale in the MX formats, as in the Engram tables of DeepSeek-V4.1
+_ELSEWHERE = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +44,7 @@ class Output:
     action: str
     weight: Stored
     scale: Stored | None = None
+    block: tuple[int, int] = (128, 128)
 
     @property
     def size(self) -> int:
@@ -79,18 +89,29 @@ class Shard:
 
 
 class Plan:
-    """The files that a conversion writes. Raises Refused for what cannot be converted, naming it."""
+    """The files that a conversion writes. Raises Refused for what cannot be converted, naming it.
 
-    def __init__(self, source: Source, to: str = "bf16", shard_size: int = 5 << 30) -> None:
+    keep: patterns of the names of tensors that are left as they are stored, a weight and its scale together.
+    """
+
+    def __init__(
+        self, source: Source, to: str = "bf16", shard_size: int = 5 << 30, keep: str | Iterable[str] = ()
+    ) -> None:
         if to not in TARGETS:
             raise Refused(f"--to {to}: expected {' or '.join(TARGETS)}")
         self.source, self.to, self.shard_size = source, to, shard_size
-        self.block = _block(source.config)
-        self.config, self.changes = _config(source.config, to)
-        self.outputs = outputs(source.tensors, to, self.block)
+        self.keep = sorted({keep} if isinstance(keep, str) else set(keep))
+        self.kept = _kept(source.tensors, self.keep)
+        said = Configuration(source.config)
+        self.outputs = outputs(source.tensors, to, said.block, self.kept)
         wanted = (FP4, FP8) if to == "bf16" else (RECODE,)
         if not any(out.action in wanted for out in self.outputs):
-            raise Refused(f"{source.folder} holds no tensor to convert from {' or '.join(wanted)}; use it as it is")
+            beyond = f" beyond --keep {' '.join(self.keep)}" if self.keep else ""
+            raise Refused(
+                f"{source.folder} holds no tensor to convert from {' or '.join(wanted)}{beyond}; use it as it is"
+            )
+        self.config, self.changes = self._configuration(said)
+        self.notes = _beside(source)
         groups = _groups(self.outputs, shard_size)
         names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
         self.shards = [Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
@@ -98,10 +119,29 @@ class Plan:
         self.counts = dict(Counter(out.action for out in self.outputs))
         self.dropped = len(source.tensors) - len({out.name for out in self.outputs} & source.tensors.keys())
 
+    def _configuration(self, said: Configuration) -> tuple[dict[str, Any] | None, list[str]]:
+        tensors = {name: self.source.tensors[name] for name in self.kept}
+        packed = [t for t in tensors.values() if t.dtype in _FP4_DTYPES and _scales(t, tensors)]
+        if self.to == "fp8":
+            if packed:
+                raise Refused(f"--keep: {packed[0]} would stay FP4 beside FP4 made FP8; use --to bf16")
+            wide = (out.name for out in self.outputs if out.action == KEPT_SCALE and out.dtype == "F32")
+            return said.in_fp8(next(wide, None))
+        left = {t.name for t in packed} | {t.name for t in tensors.values() if t.dtype in _CODES}
+        converted = [out.name for out in self.outputs if out.action in (FP4, FP8)]
+        plain = [
+            out.name
+            for out in self.outputs
+            if out.dtype in _WIDE and out.name.endswith(".weight") and len(out.shape) > 1
+        ]
+        others, kept = modules(converted, plain, sorted(left))
+        return said.in_bf16(kept, others, bool(packed))
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a finished or interrupted conversion must have been made of to be this one."""
-        return {"source": self.source.fingerprint(), "to": self.to, "shard_size": self.shard_size, "layout": LAYOUT}
+        made = {"source": self.source.fingerprint(), "to": self.to, "shard_size": self.shard_size, "layout": LAYOUT}
+        return made | ({"keep": self.keep} if self.keep else {})
 
     @cached_property
     def texts(self) -> dict[str, bytes]:
@@ -127,9 +167,13 @@ class Plan:
                 yield out.name, shard
 
 
-def outputs(tensors: dict[str, Stored], to: str, block: tuple[int, int] = (128, 128)) -> list[Output]:
+def outputs(
+    tensors: dict[str, Stored], to: str, block: tuple[int, int] = (128, 128), kept: Iterable[str] = ()
+) -> list[Output]:
     """What becomes of each tensor, in the order of the source; a scale that is kept follows its weight."""
-    scales = {t.name: scale for t in tensors.values() if (scale := _scale(t, tensors)) is not None}
+    kept = set(kept)
+    rest = [tensor for tensor in tensors.values() if tensor.name not in kept]
+    scales = {t.name: scale for t in rest if (scale := _scale(t, tensors)) is not None}
     claimed: dict[str, str] = {}
     for weight, scale in scales.items():
         if scale.name in claimed or scale.name in scales:
@@ -139,16 +183,70 @@ def outputs(tensors: dict[str, Stored], to: str, block: tuple[int, int] = (128, 
     for tensor in tensors.values():
         if tensor.name in claimed:
             continue
-        if tensor.name in scales:
+        if tensor.name in kept:
+            made.append(Output(tensor.name, tensor.dtype, tensor.shape, STORED, tensor))
+        elif tensor.name in scales:
             made += _converted(tensor, scales[tensor.name], to, block)
         elif BITS[tensor.dtype] <= 8 and tensor.dtype != "BOOL":
             missing = "no weight of one byte" if tensor.dtype == "F8_E8M0" else "no scale"
-            raise Refused(f"{tensor} has one byte for an element or less, and {missing} belongs to it; {_REMEDY}")
+            raise Refused(
+                f"{tensor} has one byte for an element or less, and {missing} belongs to it; {_remedy(tensor)}"
+            )
         elif tensor.name.endswith("_scale_inv"):
             raise Refused(f"{tensor} is a scale, but {tensor.name.removesuffix('_scale_inv')!r} is not of one byte")
         else:
             made.append(Output(tensor.name, tensor.dtype, tensor.shape, COPY, tensor))
     return made
+
+
+def _kept(tensors: dict[str, Stored], patterns: Sequence[str]) -> list[str]:
+    """The names that patterns match, a weight and its scale together, in the order of the files."""
+    found = set()
+    for pattern in patterns:
+        matched = {name for name in tensors if fnmatchcase(name, pattern)}
+        if not matched:
+            raise Refused(f"--keep {pattern}: no tensor has such a name; did you mean {_nearest(pattern, tensors)!r}?")
+        found |= matched
+    for tensor in tensors.values() if found else ():
+        pair = {tensor.name, *(scale.name for scale in _scales(tensor, tensors))}
+        found |= pair if pair & found else set()
+    return [name for name in tensors if name in found]
+
+
+def _nearest(pattern: str, names: Iterable[str]) -> str:
+    """The name most like a pattern, its numbers replaced; one that holds the pattern's longest word, if any does."""
+    kinds = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names}
+    longest = max(re.split(r"[*?.\[\]]+", pattern), key=len)
+    holding = sorted(kind for kind in kinds if longest in kind) or sorted(kinds)
+    return difflib.get_close_matches(pattern, holding, n=1, cutoff=0)[0]
+
+
+def _beside(source: Source) -> list[str]:
+    """Notes on copied files that still describe the formats of the source; refuses one that others would believe."""
+    notes = []
+    for name in source.others:
+        last = name.rpartition("/")[2]
+        if name in _ELSEWHERE:
+            raise Refused(
+                f"{source.folder / name} describes a quantisation beside {CONFIG}: say it there, or remove it"
+            )
+        if last == CONFIG and (found := _says(source, name)):
+            notes.append(f"{name} is copied as it is and still says {', '.join(found[:4])}")
+    return notes
+
+
+def _says(source: Source, name: str) -> list[str]:
+    try:
+        return statements(json.loads(source.path(name).read_bytes()))
+    except (ValueError, RecursionError):  # no JSON: nobody reads a format in it
+        return []
+
+
+def _remedy(tensor: Stored) -> str:
+    return (
+        f"flagops knows FP4 and FP8 blocks of DeepSeek checkpoints: leave the tensor as it is stored with "
+        f"--keep '{glob.escape(tensor.name)}', or convert it by other means"
+    )
 
 
 def slices(rows: int, columns: int, unit: tuple[int, int], limit: int) -> Iterator[tuple[int, int, int, int]]:
@@ -177,14 +275,18 @@ def slices(rows: int, columns: int, unit: tuple[int, int], limit: int) -> Iterat
                 yield row, row + 1, column, min(column + step, columns)
 
 
-def _scale(tensor: Stored, tensors: dict[str, Stored]) -> Stored | None:
-    """The scale that belongs to a tensor by name, for `X.weight` in either naming and for stacked experts."""
+def _scales(tensor: Stored, tensors: dict[str, Stored]) -> list[Stored]:
+    """What scales a tensor by its name, for `X.weight` in either naming and for stacked experts."""
     if tensor.dtype not in (*_FP4_DTYPES, "F8_E4M3"):
-        return None
+        return []
     names = [f"{tensor.name}_scale_inv"]
     if tensor.name.endswith(".weight"):
         names.append(f"{tensor.name.removesuffix('.weight')}.scale")
-    found = [tensors[name] for name in names if name in tensors]
+    return [tensors[name] for name in names if name in tensors]
+
+
+def _scale(tensor: Stored, tensors: dict[str, Stored]) -> Stored | None:
+    found = _scales(tensor, tensors)
     if len(found) > 1:
         raise Refused(f"{tensor} has two scales, {found[0]} and {found[1]}; keep one of them")
     return found[0] if found else None
@@ -192,26 +294,15 @@ def _scale(tensor: Stored, tensors: dict[str, Stored]) -> Stored | None:
 
 def _converted(weight: Stored, scale: Stored, to: str, block: tuple[int, int]) -> list[Output]:
     if len(weight.shape) < 2:
-        raise Refused(f"{weight} is no matrix, scaled by {scale}; {_REMEDY}")
+        raise Refused(f"{weight} is no matrix, scaled by {scale}; {_remedy(weight)}")
     if weight.dtype == "F8_E4M3":
-        expected = _blocks(weight.shape, block)
-        if scale.dtype not in ("F8_E8M0", "U8", "F32") or scale.shape != expected:
-            raise Refused(
-                f"{weight} is scaled by {scale}, expected F8_E8M0 or F32 {list(expected)}: "
-                f"one scale for each {block[0]} x {block[1]} block; {_REMEDY}"
-            )
-        if to == "bf16":
-            return [Output(weight.name, "BF16", weight.shape, FP8, weight, scale)]
-        return [
-            Output(weight.name, weight.dtype, weight.shape, KEEP, weight, scale),
-            Output(scale.name, scale.dtype, scale.shape, KEPT_SCALE, scale),
-        ]
+        return _fp8(weight, scale, to, block)
     *lead, rows, last = weight.shape
     columns = last if weight.dtype == "F4" else 2 * last
     if scale.dtype not in ("F8_E8M0", "U8") or columns % 32 or scale.shape != (*lead, rows, columns // 32):
         raise Refused(
             f"{weight} is scaled by {scale}, expected F8_E8M0 {[*lead, rows, columns / 32]}: "
-            f"one scale for 32 of K = {columns}; {_REMEDY}"
+            f"one scale for 32 of K = {columns}; {_remedy(weight)}"
         )
     shape = (*lead, rows, columns)
     if to == "bf16":
@@ -221,6 +312,23 @@ def _converted(weight: Stored, scale: Stored, to: str, block: tuple[int, int]) -
     return [
         Output(weight.name, "F8_E4M3", shape, RECODE, weight, scale),
         Output(scale.name, "F8_E8M0", _blocks(shape, block), RECODED_SCALE, weight, scale),
+    ]
+
+
+def _fp8(weight: Stored, scale: Stored, to: str, block: tuple[int, int]) -> list[Output]:
+    """FP8 in the blocks of the configuration, or in rows of 32 where the shape of the scale says so."""
+    fitting = (each for each in (block, _ROW) if scale.shape == _blocks(weight.shape, each))
+    found = next(fitting, None)
+    if found is None or scale.dtype not in _FP8_SCALES:
+        height, width = block
+        shapes = f"{list(_blocks(weight.shape, block))}: one scale for each {height} x {width} block"
+        shapes += f", or {list(_blocks(weight.shape, _ROW))}: one for each 1 x 32"
+        raise Refused(f"{weight} is scaled by {scale}, expected F8_E8M0 or F32 {shapes}; {_remedy(weight)}")
+    if to == "bf16":
+        return [Output(weight.name, "BF16", weight.shape, FP8, weight, scale, found)]
+    return [
+        Output(weight.name, weight.dtype, weight.shape, KEEP, weight, scale),
+        Output(scale.name, scale.dtype, scale.shape, KEPT_SCALE, scale),
     ]
 
 
@@ -247,47 +355,6 @@ def _pairs(outputs: Iterable[Output]) -> Iterator[list[Output]]:
         group.append(out)
     if group:
         yield group
-
-
-def _block(config: dict[str, Any] | None) -> tuple[int, int]:
-    quantization = (config or {}).get("quantization_config")
-    if quantization is None:
-        return 128, 128
-    if not isinstance(quantization, dict):
-        raise Refused(f"{CONFIG}: quantization_config is {quantization!r}, expected an object")
-    method = quantization.get("quant_method", "fp8")
-    if method not in _METHODS:
-        raise Refused(f"{CONFIG}: quant_method {method!r} is not known, expected {' or '.join(_METHODS)}")
-    block = quantization.get("weight_block_size", [128, 128])
-    if not isinstance(block, list) or len(block) != 2 or any(type(n) is not int or n < 1 for n in block):
-        raise Refused(f"{CONFIG}: weight_block_size is {block!r}, expected two positive numbers such as [128, 128]")
-    return block[0], block[1]
-
-
-def _config(config: dict[str, Any] | None, to: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """The configuration of the output, and what was changed in words."""
-    if config is None:
-        return None, []
-    made = dict(config)
-    changes = []
-    if to == "fp8":
-        quantization = made.get("quantization_config")
-        if isinstance(quantization, dict) and "expert_dtype" in quantization:
-            made["quantization_config"] = {**quantization, "expert_dtype": "fp8"}
-            changes.append("set quantization_config.expert_dtype to 'fp8'")
-        if "expert_dtype" in made or not changes:
-            made["expert_dtype"] = "fp8"
-            changes.append("set expert_dtype to 'fp8'")
-        return made, changes
-    for name in ("quantization_config", "expert_dtype"):
-        if name in made:
-            del made[name]
-            changes.append(f"remove {name}")
-    for name in [name for name in ("torch_dtype", "dtype") if name in made] or ["torch_dtype"]:
-        if made.get(name) != "bfloat16":
-            made[name] = "bfloat16"
-            changes.append(f"set {name} to 'bfloat16'")
-    return made, changes
 
 
 def _blocks(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:

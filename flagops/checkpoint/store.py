@@ -177,9 +177,10 @@ def same_made(folder: Path, found: Any, identity: dict[str, Any]) -> None:
     if found == identity:
         return
     found = found if isinstance(found, dict) else {}
-    names = [name for name in identity if found.get(name) != identity[name]]
+    names = [name for name in identity | found if found.get(name) != identity.get(name)]
     what = "another SRC, or one changed since" if {"source", "stamps"} & set(names) else "other options"
-    shown = ", ".join(f"{n} {found.get(n)} instead of {identity[n]}" for n in names if n in ("to", "shard_size"))
+    options = [name for name in names if name in ("to", "keep", "shard_size")]
+    shown = ", ".join(f"{name} {found.get(name)} instead of {identity.get(name)}" for name in options)
     raise Refused(
         f"{folder} holds a conversion of {what}{f' ({shown})' if shown else ''}; "
         "repeat that very command, empty the folder or choose another"

@@ -11,7 +11,7 @@ import numpy as np
 from flagops import arrays, config, registry
 from flagops.errors import Unsupported
 
-from .plan import COPY, FP4, FP8, KEEP, KEPT_SCALE, RECODE, RECODED_SCALE, Output, Plan, Shard, slices
+from .plan import COPY, FP4, FP8, KEEP, KEPT_SCALE, RECODE, RECODED_SCALE, STORED, Output, Plan, Shard, slices
 from .source import Reader, Refused
 
 BLOCK = 128  # rows and columns that share a scale in FP8 recoded from FP4
@@ -149,8 +149,8 @@ class Stream:
     def output(self, out: Output) -> Iterator[Any]:
         """The bytes of one output as uint8 arrays, each valid until the next is asked for."""
         made: dict[str, Callable[[Output], Iterator[Any]]] = {
-            COPY: self._watched, KEPT_SCALE: self._kept_scale, KEEP: self._keep, FP4: self._fp4, FP8: self._fp8,
-            RECODE: self._recode, RECODED_SCALE: self._recoded_scale,
+            COPY: self._watched, STORED: self._copy, KEPT_SCALE: self._kept_scale, KEEP: self._keep,
+            FP4: self._fp4, FP8: self._fp8, RECODE: self._recode, RECODED_SCALE: self._recoded_scale,
         }  # fmt: skip
         return made[out.action](out)
 
@@ -198,7 +198,7 @@ class Stream:
     def _fp8(self, out: Output) -> Iterator[Any]:
         assert out.scale is not None
         matrices, rows, columns = out.matrix
-        height, width = self._plan.block
+        height, width = out.block
         across = -(-columns // width)
         coded = out.scale.dtype != "F32"
         for matrix in range(matrices):

@@ -61,10 +61,10 @@ def verify(
     if (dst / JOURNAL).exists():
         raise Difference(f"{dst} is not finished: {JOURNAL} is still there; repeat the command that began it")
     identity, entries = found
-    to, shard_size = str(identity.get("to")), identity.get("shard_size")
-    if not isinstance(shard_size, int):
+    to, shard_size, keep = str(identity.get("to")), identity.get("shard_size"), identity.get("keep", [])
+    if not (isinstance(shard_size, int) and isinstance(keep, list) and all(isinstance(name, str) for name in keep)):
         raise Difference(f"{dst / MANIFEST} does not say with which options it was made")
-    conversion = Conversion(src, dst, to, shard_size, memory, workers, backend, progress or Silent())
+    conversion = Conversion(src, dst, to, keep, shard_size, memory, workers, backend, progress or Silent())
     summary = conversion.summary()
     files = _expected(conversion, identity, entries)
     seed = random.SystemRandom().getrandbits(32) if seed is None else seed
@@ -88,8 +88,8 @@ def verify(
 def _expected(conversion: Conversion, identity: dict[str, Any], entries: dict[str, Entry]) -> set[str]:
     """The files that a conversion must have, after the manifest, configuration and index have been held to it."""
     plan, dst = conversion.plan, conversion.dst
-    for name, value in plan.identity.items():
-        if identity.get(name) != value:
+    for name in sorted(plan.identity | identity):
+        if identity.get(name) != plan.identity.get(name):
             raise Difference(f"{dst} was not made of {plan.source.folder}: its manifest has another {name}")
     expected = {*plan.source.others, *plan.texts, *(shard.name for shard in plan.shards)}
     for name in sorted(expected ^ set(entries)):

@@ -7,6 +7,7 @@ break the kernel that library saved, so such a function stays, idle, until it is
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 import warnings
@@ -14,6 +15,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+log = logging.getLogger("flagops")
+
+_COMPOSITE = "CompositeImplicitAutograd"
 _WARNING = r"(?s)\s*Warning only once for all operators.*Overriding a previously registered kernel"
 
 
@@ -46,6 +50,7 @@ class Registration:
     """One of our functions at one overload and dispatch key, and the kernel below it.
 
     composite: it keeps the gradients of an operator that torch composes of others.
+    runtime: a key at which torch calls it, the key itself but for a composition, which serves many.
     """
 
     composite = False
@@ -54,9 +59,10 @@ class Registration:
         import torch
 
         has = torch._C._dispatch_has_kernel_for_dispatch_key
-        if not self.composite and has(f"aten::{name}", "CompositeImplicitAutograd"):
+        if not self.composite and has(f"aten::{name}", _COMPOSITE):
             raise TypeError(f"aten::{name} is composite: a kernel at {key} would lose its gradients")
         self.name, self.key = name, key
+        self.runtime = "CPU" if torch._C._dispatch_is_alias_key(getattr(torch._C.DispatchKey, key)) else key
         self.handles: list[Any] = []
         self.plans: dict[Any, Any] = {}
         self.function = self.call()
@@ -69,7 +75,11 @@ class Registration:
     def install(self) -> None:
         import torch
 
-        self.below = torch.library.get_kernel(f"aten::{self.name}", self.key)
+        self.below: Any = None
+        try:
+            self.below = torch.library.get_kernel(f"aten::{self.name}", self.runtime)
+        except RuntimeError:
+            log.debug("aten::%s has no kernel at %s: what we do not take has nowhere to go", self.name, self.key)
         self.others = f"aten/{self.name}/{self.key}" in torch.library._impls
         self.library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
         with warnings.catch_warnings():
@@ -77,7 +87,7 @@ class Registration:
             self.library.impl(  # type: ignore[no-untyped-call]
                 self.name, self.function, self.key, with_keyset=True, allow_override=True
             )
-        self.own = torch.library.get_kernel(f"aten::{self.name}", self.key)
+        self.own = torch.library.get_kernel(f"aten::{self.name}", self.runtime)
 
     def uninstall(self) -> None:
         import torch
@@ -91,10 +101,19 @@ class Registration:
         """Whether torch would call us, or an older registration of ours, and nobody else's override."""
         import torch
 
-        return _HERE in repr(torch.library.get_kernel(f"aten::{self.name}", self.key))
+        places = {self.runtime, f"Autograd{self.runtime}"} if self.runtime != self.key else {self.key}
+        return all(_HERE in repr(torch.library.get_kernel(f"aten::{self.name}", key)) for key in places)
 
     def torch(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        """The kernel that was there before us, torch's own or another library's."""
+        """The kernel that was there before us, torch's own or another library's.
+
+        Raises NotImplementedError where there was none.
+        """
+        if self.below is None:
+            raise NotImplementedError(
+                f"aten::{self.name} has no kernel at {self.key} but flagops', which does not take this call; "
+                "report() of its handle says why"
+            )
         try:
             return self.below.call_boxed(keyset, *args, **kwargs)
         except RuntimeError as error:
@@ -117,17 +136,21 @@ in_flight: deque[Any] = deque(maxlen=4096)
 """Removed functions, which another thread may be about to enter."""
 
 
-def acquire(name: str, key: str, make: Callable[[], Registration]) -> Registration | None:
-    """The registration at an overload and key, installed if need be; None where torch has no kernel to replace."""
+def acquire(name: str, key: str, make: Callable[[], Registration], bare: bool = False) -> Any:
+    """The registration at an overload and key, installed if need be.
+
+    bare: also where torch has no kernel to replace; there None, if that is not asked for.
+    """
     import torch
 
     place = name, key
     if place in live:
         return live[place]
-    try:
-        torch.library.get_kernel(f"aten::{name}", key)
-    except RuntimeError:
-        return None
+    if not bare and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):
+        try:
+            torch.library.get_kernel(f"aten::{name}", key)
+        except RuntimeError:
+            return None
     if place in idle:
         idle[place].install()
         live[place] = idle.pop(place)

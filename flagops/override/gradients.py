@@ -1,0 +1,118 @@
+"""The gradient of a composite that a kernel of ours computed: our backward, or torch's where ours cannot serve.
+
+Second derivatives, batched gradients and whatever else watches the backward take the composition of torch, computed
+again from the saved inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flagops import dispatch, surroundings
+
+from .interpose import thread
+
+if TYPE_CHECKING:
+    from .recipes import Part
+    from .sites import Site
+
+
+def differentiable(
+    site: Site,
+    plan: dispatch.Plan,
+    parts: Sequence[Part],
+    constants: Sequence[Any],
+    compute: Callable[[tuple[Any, ...]], Any],
+) -> Callable[[tuple[Any, ...]], Any]:
+    """`compute` with gradients. Raises Unsupported for an operator that has no backward."""
+    backward = dispatch.backward(plan.operator, plan.kernel)
+    own = _Backward(site, plan, parts[:-1], constants, backward, compute)
+    return lambda args: _Own.apply(own, *args)  # type: ignore[no-untyped-call]
+
+
+class _Backward:
+    def __init__(
+        self,
+        site: Site,
+        plan: dispatch.Plan,
+        parts: Sequence[Part],
+        constants: Sequence[Any],
+        backward: Callable[..., Any],
+        compute: Callable[[tuple[Any, ...]], Any],
+    ) -> None:
+        self.site, self.parts, self.constants = site, parts, constants
+        self.backward, self.compute = backward, compute
+        self.shape = plan.bound.shape
+        self.tensors = plan.operator.tensor_positions
+
+    def ours(self, grad: torch.Tensor, args: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
+        """Gradients of the kernel's arguments, brought back through the views to those of the call."""
+        held = (*args, None, *self.constants)
+        leaves: dict[int, torch.Tensor] = {}
+        clean: list[Any] = []
+        with torch.enable_grad():
+            for i, view in self.parts:
+                x = held[i]
+                if view is not None:
+                    if needs[i]:
+                        x = leaves.setdefault(i, x.detach().requires_grad_())
+                    x = view(x)
+                clean.append(x)
+        wanted = tuple(i < len(needs) and needs[i] for i in (self.parts[p][0] for p in self.tensors))
+        plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in clean]
+        found = self.backward(grad.reshape(self.shape), *plain, wanted)
+        result: list[Any] = [None] * len(args)
+        for position, gradient, need in zip(self.tensors, found, wanted, strict=True):
+            if not need:
+                continue
+            i, view = self.parts[position]
+            gradient = gradient.to(held[i].dtype)
+            if view is not None:
+                (gradient,) = torch.autograd.grad(clean[position], leaves[i], gradient, retain_graph=True)
+            result[i] = gradient if result[i] is None else result[i] + gradient
+        return result
+
+    def torchs(self, grad: torch.Tensor, args: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
+        """Gradients through what torch composes, which can be differentiated and transformed again."""
+        busy, thread.busy = thread.busy, True
+        try:
+            with torch.enable_grad():  # views, since one tensor may be several arguments
+                args = [x.view_as(x) if need else x for x, need in zip(args, needs, strict=True)]
+                named = dict(zip(self.site.keywords, args[self.site.positional :], strict=True))
+                y = getattr(torch.ops.aten, self.site.name).default(*args[: self.site.positional], **named)
+        finally:
+            thread.busy = busy
+        wanted = [x for x, need in zip(args, needs, strict=True) if need]
+        again = torch.is_grad_enabled()
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=again, allow_unused=True))
+        return [next(found) if need else None for need in needs]
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: _Backward, *args: Any) -> torch.Tensor:
+        ctx.own = own
+        ctx.others = [None if isinstance(x, torch.Tensor) else x for x in args]
+        ctx.saved = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
+        ctx.save_for_backward(*(args[i] for i in ctx.saved))
+        return own.compute(args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        args = list(ctx.others)
+        for i, x in zip(ctx.saved, ctx.saved_tensors, strict=True):
+            args[i] = x
+        needs = ctx.needs_input_grad[1:]
+        return (None, *(ctx.own.ours if _plain(grad) else ctx.own.torchs)(grad, args, needs))
+
+
+def _plain(grad: torch.Tensor) -> bool:
+    """Whether a backward is numbers alone: not recorded, watched or transformed."""
+    if torch.is_grad_enabled() or surroundings.watched() or surroundings.forward_level():
+        return False
+    if torch._C._functorch.is_legacy_batchedtensor(grad):  # jacobian(vectorize=True), is_grads_batched
+        return False
+    return type(grad).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl

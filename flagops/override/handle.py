@@ -1,0 +1,212 @@
+"""`flagops.enable`: torch's matmul family and fused operators computed by flagops kernels, until it is disabled.
+
+Each overload is registered once per dispatch key and process, however many handles want it; the newest handle decides.
+What no kernel takes goes to the kernel that was there before, and is counted with its reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from flagops import config, registry
+from flagops.errors import Unsupported, suggestion
+from flagops.report import Report, Row
+
+from . import fuel, interpose
+from .interpose import Counter, lock
+from .lowerings import LOWERINGS
+from .sites import COMPOSITE, Site, forms
+
+log = logging.getLogger("flagops")
+
+WATCHED = {
+    "_scaled_dot_product_flash_attention_for_cpu": "scaled_dot_product_attention, fused",
+    "_scaled_dot_product_flash_attention": "scaled_dot_product_attention, fused",
+    "_scaled_dot_product_efficient_attention": "scaled_dot_product_attention, fused",
+    "_scaled_dot_product_cudnn_attention": "scaled_dot_product_attention, fused",
+    "_scaled_dot_product_fused_attention_overrideable": "scaled_dot_product_attention, fused",
+    "_addmm_activation": "linear and activation in one (TransformerEncoder in inference)",
+    "_scaled_mm": "products of FP8 matrices",
+    "_grouped_mm": "grouped products (mixture of experts)",
+    "_int_mm": "products of int8 matrices",
+    "mkldnn_rnn_layer": "LSTM layers in oneDNN",
+}
+"""Operators that, where a device has kernels for them, multiply matrices and bypass the replaced ones.
+
+Their calls are counted and not changed."""
+
+COMPILED = "graphs compiled by torch.compile, but for the products that inductor leaves to aten"
+UNSEEN = (
+    "linear layers that oneDNN holds prepacked (torch.utils.mkldnn, frozen graphs)",
+    "convolutions",
+)
+"""What multiplies matrices where nobody can count it."""
+
+
+class Handle:
+    """Replacements in force until `disable`; of several handles that want an operator the newest has it."""
+
+    def __init__(self, ops: tuple[str, ...], backend: str | tuple[str, ...] | None, keys: tuple[str, ...]) -> None:
+        self.ops, self.backend, self.keys = ops, backend, keys
+        self._sites: list[Site] = []
+        self._counters: dict[tuple[str, str, str, str], Counter] = {}
+        self._before: dict[Site, int] = {}
+        self._bypassed: dict[str, int | None] | None = None
+        self._graphs = _compiled_graphs()
+
+    def _install(self) -> None:
+        for name in dict.fromkeys((*self.ops, *WATCHED)):
+            lowering = LOWERINGS.get(name)
+            wanted = lowering is not None and name in self.ops
+            keys = _places(name, self.keys) if lowering and lowering.composite else self.keys
+            for overload in forms(name) if wanted else (name,):
+                for key in keys:
+                    self._acquire(overload, key, functools.partial(Site, overload, key, lowering), wanted)
+
+    def _acquire(self, overload: str, key: str, make: Callable[[], Site], wanted: bool) -> None:
+        site = interpose.acquire(overload, key, make, bare=wanted)
+        if site is None:
+            return
+        site.handles.append(self)
+        site.plans = {}
+        self._sites.append(site)
+        if overload in WATCHED and overload not in self.ops:
+            self._before[site] = site.untaken.value()
+
+    def counter(self, name: str, at: str, by: str, reason: str) -> Callable[[], int]:
+        """What counts the calls of an overload at a dispatch key that were computed by `by`, or left for a reason."""
+        key = (name, at, by, reason)
+        with lock:
+            if key not in self._counters:
+                self._counters[key] = Counter()
+                fate = f"left to torch: {reason}" if reason else f"computed by {by}"
+                log.info("aten::%s at %s is %s", name, at, fate)
+            return self._counters[key].add
+
+    def disable(self) -> None:
+        """Put everything back as it was, whatever the order of several handles; a second call does nothing."""
+        with lock:
+            self._bypassed = self._bypassing()
+            for site in self._sites:
+                site.handles.remove(self)
+                site.plans = {}
+                if not site.handles:
+                    interpose.release(site)
+            self._sites = []
+            interpose.sweep()
+
+    def report(self) -> Report:
+        """What was replaced, what was left to torch and why, and what bypasses the replaced operators.
+
+        A call counts for the handle that decided it, the newest of those that want its operator.
+        """
+        with lock:
+            counts = {key: counter.value() for key, counter in self._counters.items()}
+            bypassed = self._bypassing()
+        rows = {(name, key): Row(f"aten::{name}", key, {}, {}) for name, key, _, _ in counts}
+        for (name, key, by, reason), count in counts.items():
+            row = rows[name, key]
+            if count:
+                (row.passed if reason else row.replaced)[reason or by] = count
+        return Report(tuple(row for row in rows.values() if row.calls), bypassed)
+
+    def _bypassing(self) -> dict[str, int | None]:
+        if self._bypassed is not None:
+            return self._bypassed
+        found: dict[str, int | None] = {}
+        for site, before in self._before.items():
+            what = WATCHED[site.name]
+            found[what] = (found.get(what) or 0) + site.untaken.value() - before
+        graphs = _compiled_graphs() - self._graphs
+        return found | {COMPILED: graphs or None} | dict.fromkeys(UNSEEN)
+
+    def __enter__(self) -> Handle:
+        if self._bypassed is not None:
+            raise RuntimeError("this handle was disabled, nothing is replaced; call flagops.enable() for a new one")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.disable()
+
+
+def enable(ops: str | Sequence[str] | None = None, backend: str | Sequence[str] | None = None) -> Handle:
+    """Compute torch's matmul family, rms_norm, scaled_dot_product_attention, _grouped_mm and _scaled_mm with flagops
+    kernels, in eager code of the whole process, until disabled. Gradients stay torch's or are flagops' own.
+
+    ops: what to replace. ``"all"``, or names joined by commas or in a list, of flagops operators (``matmul``:
+        ``mm bmm baddbmm mv dot``, ``linear``: ``addmm addmv``, ``grouped_matmul``: ``_grouped_mm``, ``fp8_matmul``:
+        ``_scaled_mm``, ``rms_norm``, ...) or of aten's (``addmm``); a minus takes away, as in
+        ``"all,-linear"``. With None the variable FLAGOPS_OPS decides, else ``"all"``. In-place and ``out=`` forms
+        follow their operator, and so does what torch builds on them: ``linear``, ``matmul``, ``einsum``, ``vdot``, ...
+    backend: as in every operator: None takes the best for each call, a name that one alone, a sequence the first that
+        fits. A call that it does not take goes to torch's own kernel and is counted.
+
+    Returns a `Handle`: a context manager with ``disable()`` and ``report()``. Handles may overlap and end in any order.
+
+    Raises ValueError for a name that does not exist and Unsupported for a backend that cannot run here.
+    """
+    chosen = _selected(config.current().ops if ops is None else ops)
+    if backend is not None and not isinstance(backend, str):
+        backend = tuple(backend)
+    with lock:
+        fuel.fill(config.current().fuel)
+        interpose.sweep()
+        handle = Handle(chosen, backend, _keys(backend))
+        try:
+            handle._install()
+        except BaseException:
+            handle.disable()
+            raise
+    log.info("enabled at %s: %s", ", ".join(handle.keys), " ".join(chosen) or "nothing")
+    return handle
+
+
+def _selected(ops: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of aten, without suffix, for what `enable` was asked to replace."""
+    wanted, known = config.names(ops), {name: lowering.operator for name, lowering in LOWERINGS.items()}
+    chosen: dict[str, None] = {}
+    if wanted and wanted[0].startswith("-"):
+        chosen.update(dict.fromkeys(known))
+    for word in wanted:
+        name = word.removeprefix("-")
+        group = [op for op, operator in known.items() if name in ("all", op, operator)]
+        if not group and name not in registry.operators():
+            names = ["all", *known, *registry.operators()]
+            raise ValueError(f"enable: no operator is called {name!r}{suggestion(name, names)}")
+        if not group and name == word:
+            raise ValueError(f"enable: {name} replaces no operator of torch; call flagops.{name}, or see flagops.patch")
+        for op in group:
+            chosen.pop(op, None) if name != word else chosen.setdefault(op)
+    return tuple(chosen)
+
+
+def _keys(backend: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The dispatch keys of the backends that can run, as far as torch has devices for them."""
+    import torch
+
+    wish = (backend,) if isinstance(backend, str) else backend or config.current().backend
+    reasons = {name: registry.backend(name).unavailable() for name in wish or registry.backend_names()}
+    if wish and all(reasons.values()):
+        raise Unsupported("enable: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    custom = hasattr(torch, torch._C._get_privateuse1_backend_name())
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    usable = (name for name, reason in reasons.items() if not reason)
+    keys = dict.fromkeys(key for name in usable for key in registry.backend(name).dispatch_keys)
+    return tuple(key for key in keys if (custom if key == "PrivateUse1" else has("aten::mm", key)))
+
+
+def _places(composite: str, keys: Sequence[str]) -> tuple[str, ...]:
+    """Where to replace a composition: there itself, and where another library put a kernel before it."""
+    import torch
+
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    above = (place for key in keys for place in (key, f"Autograd{key}"))
+    return COMPOSITE, *(place for place in above if has(f"aten::{composite}", place))
+
+
+def _compiled_graphs() -> int:
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0

@@ -1,0 +1,141 @@
+"""Torch's fused operators of transformers in terms of flagops': norms, attention, grouped and FP8 products.
+
+`rms_norm` and `scaled_dot_product_attention` are composite in torch: what they consist of has the gradients. Ours have
+a backward of their own, and hand what that cannot do (second derivatives, transforms) to what torch composes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from . import Call, Pass, To, lowers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@lowers("rms_norm", to="rms_norm", composite=True)
+def rms_norm(
+    to: To, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Call:
+    import torch
+
+    if not input.is_floating_point():
+        raise Pass(f"dtype {str(input.dtype).removeprefix('torch.')}")
+    if eps is None:
+        eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
+    axes = len(normalized_shape)
+    if axes == 1:
+        return to("rms_norm", input, weight, eps, False)
+    shape = (*input.shape[: input.dim() - axes], math.prod(normalized_shape))
+    try:
+        flat, out = input.view(shape), to.out.view(shape)
+    except RuntimeError:
+        raise Pass("axes that are no view as one") from None
+    return to("rms_norm", flat, None if weight is None else weight.reshape(-1), eps, False, out=out)
+
+
+def _sdpa_switches() -> tuple[bool, ...]:
+    import torch
+
+    return torch._C._get_flash_sdp_enabled(), torch._C._get_overrideable_sdp_enabled()
+
+
+def _fused_strides(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[int, ...] | None:
+    """Torch's fused kernels lay their result out as the query; the composed one as it is shaped."""
+    import torch
+
+    choice = torch._fused_sdp_choice(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return torch.empty_like(query, device="meta").stride() if choice > 0 else None
+
+
+@lowers(
+    "scaled_dot_product_attention",
+    to="scaled_dot_product_attention",
+    composite=True,
+    state=_sdpa_switches,
+    layout=_fused_strides,
+)
+def attention(
+    to: To,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Call:
+    if dropout_p:
+        raise Pass("dropout")
+    if not any(_sdpa_switches()):
+        raise Pass("sdpa_kernel asks for torch's own")
+    rank = query.dim()
+    if rank < 2 or rank != key.dim() or rank != value.dim():
+        raise Pass("operands of different ranks, or without tokens")
+    if attn_mask is not None and is_causal:
+        raise Pass("a mask beside is_causal")
+    out = to.out
+    if rank == 2:
+        query, key, value, out = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), out.unsqueeze(0)
+    heads = {x.shape[-3] for x in (query, key, value)}
+    if key.shape[-3] != value.shape[-3] or (len(heads) > 1 and not enable_gqa):
+        raise Pass("heads that differ without enable_gqa")
+    if attn_mask is not None:
+        if attn_mask.dim() > max(rank, 3):
+            raise Pass("a mask of more axes than the query")
+        while attn_mask.dim() < 3:
+            attn_mask = attn_mask.unsqueeze(0)
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-2], query.shape[-2], key.shape[-2])
+    return to("scaled_dot_product_attention", query, key, value, attn_mask, is_causal, scale, out=out)
+
+
+@lowers("_grouped_mm", to="grouped_matmul")
+def grouped(
+    to: To, self: Tensor, mat2: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Call:
+    if self.dim() != 2 or mat2.dim() != 3 or offs is None:
+        raise Pass("operands other than a matrix and a stack of them")
+    if bias is not None or (out_dtype is not None and out_dtype != self.dtype):
+        raise Pass("a bias or another result dtype")
+    return to("grouped_matmul", self, mat2, offs)
+
+
+@lowers("_scaled_mm", to="fp8_matmul")
+def scaled(
+    to: To,
+    self: Tensor,
+    mat2: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    scale_result: Tensor | None = None,
+    out_dtype: Any = None,
+    use_fast_accum: bool = False,
+) -> Call:
+    if bias is not None or scale_result is not None or out_dtype is None:
+        raise Pass("a bias, a scale of the result or a result in FP8")
+    (m, k), n = self.shape, mat2.shape[1]
+    rows, depth = -(-n // 128), -(-k // 128)
+    if scale_a.numel() == 1 and scale_b.numel() == 1:
+        left, right = scale_a.reshape(1, 1).expand(m, depth), scale_b.reshape(1, 1).expand(rows, depth)
+    elif tuple(scale_a.shape) == (m, depth) and tuple(scale_b.shape) == (depth, rows):
+        left, right = scale_a, scale_b.t()
+    else:
+        raise Pass("scales of rows, or of blocks other than 1 x 128 and 128 x 128")
+    return to("fp8_matmul", self, left, mat2.t(), right, str(out_dtype).removeprefix("torch."))

@@ -1,0 +1,129 @@
+"""Torch's matrix products: views as one product, a bias as a linear layer, and scaled sums.
+
+Where a kernel could not keep to torch's meaning, `Pass` sends the call to torch's own kernel, which computes it or
+raises torch's own error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from flagops import config
+
+from . import Call, Pass, To, lowers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@lowers("mm", "bmm", to="matmul")
+def product(to: To, self: Tensor, mat2: Tensor) -> Call:
+    _alike(to, self, mat2)
+    return to("matmul", self, mat2)
+
+
+@lowers("baddbmm", to="matmul")
+def baddbmm(to: To, self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Call | None:
+    _alike(to, batch1, batch2, self)
+    return _sum("matmul", to, self, (batch1, batch2), to.out, beta, alpha)
+
+
+@lowers("mv", to="matmul")
+def mv(to: To, self: Tensor, vec: Tensor) -> Call:
+    _alike(to, self, vec)
+    return to("matmul", vec.unsqueeze(0), self.t(), out=to.out.unsqueeze(0))
+
+
+@lowers("dot", to="matmul")
+def dot(to: To, self: Tensor, tensor: Tensor) -> Call:
+    _alike(to, self, tensor)
+    return to("matmul", self.unsqueeze(0), tensor.unsqueeze(1), out=to.out.view(1, 1))
+
+
+@lowers("addmm", to="linear")
+def addmm(to: To, self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Call | None:
+    _alike(to, mat1, mat2, self)
+    return _sum("linear", to, self, (mat1, mat2.t()), to.out, beta, alpha)
+
+
+@lowers("addmv", to="linear")
+def addmv(to: To, self: Tensor, mat: Tensor, vec: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Call | None:
+    _alike(to, mat, vec, self)
+    if not mat.numel():
+        raise Pass("an empty matrix, for which torch gives what is added in its own shape")
+    return _sum("linear", to, self, (vec.unsqueeze(0), mat), to.out.unsqueeze(0), beta, alpha)
+
+
+def _alike(to: To, *inputs: Tensor) -> None:
+    """Kernels multiply floats of one dtype and leave their factors alone."""
+    first = inputs[0]
+    if not first.dtype.is_floating_point or first.dtype.itemsize == 1:
+        raise Pass(f"dtype {str(first.dtype).removeprefix('torch.')}")
+    for x in (*inputs, to.out):
+        if x.dtype != first.dtype:
+            raise Pass("dtypes differ")
+    if to.given and any(x is to.out for x in inputs[:2]):
+        raise Pass("out may share memory with an input")
+
+
+def _sum(
+    operator: str, to: To, added: Tensor, factors: tuple[Tensor, Tensor], out: Tensor, beta: Any, alpha: Any
+) -> Call | None:
+    """``beta * added + alpha * product``, where `out` is the destination as the operator has it."""
+    for name, value in (("beta", beta), ("alpha", alpha)):
+        if not isinstance(value, (int, float)):
+            raise Pass(f"{name} is a {type(value).__name__}")
+    bias = (None,) if operator == "linear" else ()
+    if not factors[0].shape[-1]:
+        alpha = 1  # torch multiplies nothing then, not even a NaN
+    if beta == 0 and alpha == 1:
+        return to(operator, *factors, *bias, out=out)
+    if alpha == 0:
+        raise Pass("alpha is 0, which torch does not multiply")
+    if bias and beta == alpha == 1 and added is not to.out:
+        row = _row(added)
+        if row is not None:
+            return to(operator, *factors, row.expand(out.shape[-1]), out=out)
+    _scaled(operator, to, added, factors, bias, out, float(beta), float(alpha))
+    return None
+
+
+def _row(added: Tensor) -> Tensor | None:
+    """What is added to every row of the result, if it is the same to all."""
+    if added.dim() < 2:
+        return added
+    return added[0] if added.shape[0] == 1 or (added.stride(0) == 0 and added.shape[0]) else None
+
+
+def _scaled(
+    operator: str,
+    to: To,
+    added: Tensor,
+    factors: Sequence[Tensor],
+    bias: tuple[None, ...],
+    out: Tensor,
+    beta: float,
+    alpha: float,
+) -> None:
+    """The product, then scale and sum in float32 (float64) and one rounding; half types are multiplied in float32."""
+    import torch
+
+    half = added.dtype.itemsize == 2
+    if half and added.device.type != "cpu":
+        raise Pass("a scaled or full matrix is added in half precision")
+    wide = torch.float32 if half else added.dtype
+    apart = half or added is to.out
+    copies = (sum(x.numel() for x in factors) if half else 0) + (math.prod(out.shape) if apart else 0)
+    if copies * wide.itemsize > config.budget():
+        raise Pass("its temporaries are beyond the budget")
+    total = torch.empty_like(out, dtype=wide) if apart else out
+    to.run(operator, *(x.to(wide) for x in factors), *bias, out=total)
+    if alpha != 1:
+        total.mul_(alpha)
+    total = total.view(to.out.shape)
+    if beta != 0:
+        total.add_(added, alpha=beta)
+    if apart:
+        to.out.copy_(total)

@@ -1,0 +1,322 @@
+"""What a lowering did, once, as a recipe that is replayed: a kernel, and each of its arguments as a view of the call's.
+
+An argument that lies in the memory of no argument of the call was computed; then the call is lowered again each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flagops import arrays, config, dispatch, registry, surroundings
+
+from . import fuel
+from .lowerings import Call, Lowering, Pass, To
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .sites import Site
+
+log = logging.getLogger("flagops")
+
+View = Callable[["Tensor"], "Tensor"]
+Part = tuple[int, "View | None"]
+"""A kernel's argument: which value of the call it is, and the view of it, if it is not the value itself."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``compute(args)`` makes the result of a call; `by` names operator and backend."""
+
+    compute: Callable[[tuple[Any, ...]], Any]
+    by: str
+
+
+def record(site: Site, backend: Any, lowering: Lowering, args: tuple[Any, ...]) -> Recipe:
+    """The recipe for calls like this one. Raises Pass or Unsupported with the reason why torch should take them."""
+    import torch
+
+    tensors = [args[i] for i in site.tensors if args[i] is not None]
+    needs_grad = site.composite and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if site.composite and surroundings.forward_level():
+        raise Pass("a level of forward-mode differentiation is open")
+    if any(x.device != tensors[0].device or x.layout != torch.strided for x in tensors):
+        raise Pass("devices or layouts differ")
+    if not (backend or config.current().backend) and dispatch.left_to_torch(lowering.operator, tensors[0], needs_grad):
+        raise Pass(f"torch's own kernel{' and its backward are' if needs_grad else ' is'} faster on this device")
+    with torch.no_grad():
+        make = _maker(site, lowering, args)
+        roles = _apart(args, site)
+        destination = make() if site.given is None else roles[site.given]
+        if site.given is not None:
+            _refuse_out(args[site.given], make())
+        chosen: list[dispatch.Plan] = []
+
+        def step(operator: str, *values: Any, out: Tensor) -> None:
+            chosen.append(_choose(operator, (*values, out), backend))
+
+        call = lowering.function(To(destination, site.given is not None, step), **_named(site, roles))
+        if call is not None:
+            step(call.operator, *call.inputs, out=call.out)
+        plan = chosen[-1]
+        parts = None if call is None else _parts(plan, call, (*roles, destination), site.given)
+    by = f"{plan.operator.name}/{plan.backend}"
+    goal = _Destination(site, by, make, None if site.given is None else _clash(site, args))
+    guard = _guard(tensors[0])
+    if parts is None:
+        if needs_grad:
+            raise Pass("a layout that would be copied, where a gradient is recorded")
+        return Recipe(functools.partial(_lowered_again, site, lowering, backend, goal, guard), by)
+    compute = _replayed(plan, *parts, goal, guard)
+    if needs_grad:
+        from .gradients import differentiable
+
+        compute = differentiable(site, plan, *parts, compute)
+    return Recipe(compute, by)
+
+
+def _named(site: Site, args: Sequence[Any]) -> dict[str, Any]:
+    """The arguments by name, but for those that are nothing but a destination."""
+    pairs = zip(site.schema.arguments, args, strict=True)
+    return {argument.name: x for argument, x in pairs if not argument.is_out}
+
+
+def _apart(args: tuple[Any, ...], site: Site) -> list[Any]:
+    """The arguments with memory of their own each: whose view a kernel's argument is shall not hang on this call.
+
+    A destination is never the caller's, since a lowering that takes several steps writes it while it is recorded. Where
+    an argument *is* the destination it stays so; signatures tell such calls apart.
+    """
+    import torch
+
+    out = None if site.given is None else args[site.given]
+    seen: set[int] = set()
+    roles = list(args)
+    for i in site.tensors:
+        x = args[i]
+        if x is None:
+            continue
+        memory = x.untyped_storage()._cdata
+        if memory in seen or x is out:
+            roles[i] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        seen.add(memory)
+    if site.given is not None:
+        for i in site.tensors:
+            roles[i] = roles[site.given] if args[i] is out else roles[i]
+    return roles
+
+
+@dataclass(frozen=True)
+class _Destination:
+    """Where a call's result goes, and what may stand against writing it there."""
+
+    site: Site
+    by: str
+    make: Callable[[], Tensor]
+    clash: Callable[[tuple[Any, ...], Tensor], bool] | None
+
+    def spend(self, args: tuple[Any, ...]) -> None:
+        """A call's fuel, where that is limited."""
+        site = self.site
+        inputs = [args[i] for i in site.tensors if not site.schema.arguments[i].is_out]
+        if fuel.tank is not None and not fuel.tank.take(site.name, self.by, inputs):
+            raise Pass("out of fuel")
+
+    def of(self, args: tuple[Any, ...]) -> Tensor:
+        if self.clash is None:
+            return self.make()
+        out: Tensor = args[self.site.given]  # type: ignore[index]
+        if self.clash(args, out):
+            raise Pass("out may share memory with an input")
+        return out
+
+
+def _replayed(
+    plan: dispatch.Plan,
+    parts: Sequence[Part],
+    constants: Sequence[Any],
+    destination: _Destination,
+    guard: Callable[[], Any] | None,
+) -> Callable[[tuple[Any, ...]], Any]:
+    run, values = plan.run, plan.operator.values if plan.check_values else None
+    as_it_is = not constants and all(i == at and view is None for at, (i, view) in enumerate(parts))
+    give = destination.of if destination.clash else lambda args, make=destination.make: make()
+
+    def compute(args: tuple[Any, ...]) -> Any:
+        if fuel.tank is not None:
+            destination.spend(args)
+        out = give(args)
+        if as_it_is:
+            clean: Sequence[Any] = (*args, out)
+        else:
+            held = (*args, out, *constants)
+            clean = [held[i] if view is None else view(held[i]) for i, view in parts]
+        if values is not None:
+            _refuse_values(values(*clean[:-1]))
+        if guard is None:
+            run(*clean)
+        else:
+            with guard():
+                run(*clean)
+        return out
+
+    return compute
+
+
+def _refuse_values(problem: str | None) -> None:
+    if problem:
+        raise Pass(problem)
+
+
+def _maker(site: Site, lowering: Lowering, args: tuple[Any, ...]) -> Callable[[], Tensor]:
+    """What makes a tensor as torch's result is: its own shape function says, or its layout where that is a kernel's."""
+    import torch
+
+    def meta(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+    named, function = _named(site, args), site.functional()
+    try:
+        like = function(**{name: meta(x) for name, x in named.items()})
+        if not like.numel():  # there, the strides that shape functions give are not those of kernels
+            like = function(**named)
+    except Exception as error:  # whatever it raises, torch's kernel raises it better
+        log.debug("aten::%s is refused by torch's shape function: %s", site.name, error)
+        raise Pass("arguments that torch refuses") from None
+    strides = lowering.layout(**named) if lowering.layout else None
+    return functools.partial(
+        torch.empty_strided,
+        tuple(like.shape),
+        strides or like.stride(),
+        dtype=like.dtype,
+        device=args[site.tensors[0]].device,
+    )
+
+
+def _refuse_out(out: Tensor, like: Tensor) -> None:
+    if out.dtype != like.dtype or out.device != like.device or out.layout != like.layout:
+        raise Pass("dtypes, devices or layouts differ")
+    if out.shape != like.shape:
+        raise Pass("out has another shape than the result")
+    if out.numel() and _overlaps_itself(out):
+        raise Pass("out may overlap itself")
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    reach = 0
+    for step, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += (size - 1) * step
+    return False
+
+
+def _choose(operator: str, values: Sequence[Any], backend: Any) -> dispatch.Plan:
+    try:
+        plan = dispatch.plan(registry.operator(operator), values, backend)
+    except (TypeError, ValueError) as error:
+        raise Pass(str(error)) from None
+    if plan.forwards_to == "aten":
+        raise Pass("torch's own kernel is the choice")
+    return plan
+
+
+def _clash(site: Site, args: tuple[Any, ...]) -> Callable[[tuple[Any, ...], Tensor], bool]:
+    """Whether the destination shares memory with an input, but for one that it *is*: that the lowering has seen."""
+    assert site.given is not None
+    own = arrays.span(args[site.given])[1]
+    spans = [(i, arrays.span(args[i])[1]) for i in site.tensors if i != site.given and args[i] is not None]
+
+    def clash(args: tuple[Any, ...], out: Tensor) -> bool:
+        start = out.data_ptr()
+        for i, reach in spans:
+            x = args[i]
+            if x is not out:
+                there = x.data_ptr()
+                if start < there + reach and there < start + own:
+                    return True
+        return False
+
+    return clash
+
+
+def _parts(
+    plan: dispatch.Plan, call: Call, held: tuple[Any, ...], given: int | None
+) -> tuple[list[Part], list[Any]] | None:
+    """Each argument of the kernel as a view of a value of the call, the destination last, or as a constant.
+
+    None if one of them is a computed tensor.
+    """
+    import torch
+
+    owners = [(i, x) for i, x in enumerate(held) if isinstance(x, torch.Tensor) and i != given]
+    constants: list[Any] = []
+    parts: list[Part] = []
+    for x in plan.clean((*call.inputs, call.out)):
+        if not isinstance(x, torch.Tensor):
+            parts.append((len(held) + len(constants), None))
+            constants.append(x)
+            continue
+        source = next((i for i, y in owners if x is y or _same_memory(x, y)), None)
+        if source is None:
+            return None
+        parts.append((source, None if x is held[source] else _view(held[source], x)))
+    return parts, constants
+
+
+def _same_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
+
+
+def _view(source: Tensor, x: Tensor) -> View:
+    """What makes a view like x of tensors like `source`."""
+    shape, strides, dtype = tuple(x.shape), x.stride(), x.dtype
+    if dtype != source.dtype:
+        inner = _view(source, x.view(source.dtype))
+        return lambda y: inner(y).view(dtype)
+    offset = x.storage_offset() - source.storage_offset()
+    if x.dim() == source.dim() == 2 and not offset and (shape, strides) == (source.shape[::-1], source.stride()[::-1]):
+        return lambda y: y.t()  # costs half of as_strided
+    return lambda y: y.as_strided(shape, strides, y.storage_offset() + offset)
+
+
+def _lowered_again(
+    site: Site,
+    lowering: Lowering,
+    backend: Any,
+    goal: _Destination,
+    guard: Callable[[], Any] | None,
+    args: tuple[Any, ...],
+) -> Any:
+    """A call whose kernels get computed tensors."""
+
+    def run(operator: str, *values: Any, out: Tensor) -> None:
+        plan = _choose(operator, (*values, out), backend)
+        if plan.check_values and plan.operator.values:
+            _refuse_values(plan.operator.values(*values))
+        plan.run(*plan.clean((*values, out)))
+
+    goal.spend(args)
+    out = goal.of(args)
+    with guard() if guard else contextlib.nullcontext():
+        call = lowering.function(To(out, site.given is not None, run), **_named(site, args))
+        if call is not None:
+            run(call.operator, *call.inputs, out=call.out)
+    return out
+
+
+def _guard(x: Tensor) -> Any:
+    """Kernels start on the current device; make it that of their tensors."""
+    import torch
+
+    if x.device.type != "cuda" or torch.cuda.device_count() < 2:
+        return None
+    return functools.partial(torch.cuda.device, x.device)

@@ -1,0 +1,279 @@
+"""The one kind of function that stands before a torch kernel: a site, made from the schema of its overload.
+
+A call looks up the plan of its signature: shapes, strides, dtypes, devices and scalars, nothing else. The first call of
+a signature runs the lowering and records what became of it, as a recipe of views, or why torch's kernel takes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import keyword
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flagops import config, surroundings
+from flagops.errors import Unsupported
+
+from .interpose import Counter, Registration, thread
+from .lowerings import LOWERINGS, Lowering, Pass
+from .recipes import Recipe, record
+
+if TYPE_CHECKING:
+    import torch
+
+COMPOSITE = "CompositeImplicitAutograd"
+DEVICES = ("CPU", "CUDA", "PrivateUse1")
+
+_PLANS_KEPT = 4096
+
+
+class Wish(Protocol):
+    """What a site asks of a handle."""
+
+    ops: tuple[str, ...]
+    keys: tuple[str, ...]
+    backend: str | tuple[str, ...] | None
+
+    def counter(self, name: str, key: str, by: str, reason: str) -> Callable[[], int]: ...
+
+
+Plan = Callable[[Any, tuple[Any, ...]], Any]
+"""What becomes of the calls of one signature: takes the key set of torch's dispatcher and the arguments."""
+
+
+@functools.cache
+def _schemas() -> dict[str, list[torch.FunctionSchema]]:
+    import torch
+
+    found: dict[str, list[torch.FunctionSchema]] = {}
+    for schema in torch._C._jit_get_all_schemas():
+        if schema.name.startswith("aten::"):
+            found.setdefault(schema.name[6:], []).append(schema)
+    return found
+
+
+@functools.cache
+def forms(name: str) -> dict[str, torch.FunctionSchema]:
+    """The overloads of an aten name that its lowering knows: functional, ``.out`` and in place."""
+    known = set(LOWERINGS[name].parameters)
+    found = {}
+    for schema in (*_schemas()[name], *_schemas().get(f"{name}_", ())):
+        if {argument.name for argument in schema.arguments if not argument.is_out} <= known:
+            overload = f".{schema.overload_name}" if schema.overload_name else ""
+            found[schema.name[6:] + overload] = schema
+    return found
+
+
+def schema_of(overload: str) -> torch.FunctionSchema:
+    """The schema of ``"mm.out"``."""
+    name, _, overload_name = overload.partition(".")
+    return next(schema for schema in _schemas()[name] if schema.overload_name == overload_name)
+
+
+@functools.cache
+def _plain() -> dict[int, tuple[str, bool]]:
+    """Key sets of calls on tensors of a device and nothing else, and whether autograd is among them.
+
+    Whatever else a call may mean adds a key: modes and tensor subclasses, transforms of `torch.func`, negative bits.
+    """
+    import torch
+
+    plain = {}
+    for device in DEVICES:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
+        plain[keys.raw_repr()] = device, False
+        plain[keys.add(getattr(torch._C.DispatchKey, f"Autograd{device}")).raw_repr()] = device, True
+    return plain
+
+
+class Site(Registration):
+    """One overload at one dispatch key, computed by our kernels where a handle wants it and a recipe can be made.
+
+    lowering: None where calls are only counted.
+    """
+
+    def __init__(self, overload: str, key: str, lowering: Lowering | None) -> None:
+        self.lowering, self.schema = lowering, schema_of(overload)
+        self.composite = lowering is not None and lowering.composite
+        self.untaken = Counter()  # calls that no handle wanted to compute
+        arguments = self.schema.arguments
+        self.positional = sum(not argument.kwarg_only for argument in arguments)
+        self.keywords = [argument.name for argument in arguments[self.positional :]]
+        written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+        self.given = written[0] if written else None
+        self.tensors = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
+        super().__init__(overload, key)
+
+    def call(self) -> Callable[..., Any]:
+        """The site as torch calls it, with the arguments by name: a loop over them would cost half a microsecond."""
+        if self.lowering is None:
+            return self._watch
+        out = self.schema.arguments[self.given].name if self.given is not None else None
+        names, parameters, signature = [], [], ["_current()"]
+        space: dict[str, Any] = {"_site": self, "_thread": thread, "_current": config.current}
+        space |= {"_idle": self._idle, "_aside": self._aside, "_plan": self._plan}
+        if self.composite:
+            space |= {"_plain": _plain(), "_grad": _grad_enabled(), "_forward": surroundings.forward_level}
+            signature += ["_keyset.raw_repr()", "_grad()", "_forward()"]
+        if self.lowering.state:
+            space["_state"] = self.lowering.state
+            signature.append("_state()")
+        for i, argument in enumerate(self.schema.arguments):
+            name = argument.name + "_" * keyword.iskeyword(argument.name)
+            names.append(name)
+            parameters += ["*"] if i == self.positional else []
+            if argument.has_default_value():
+                space[f"_default{i}"] = argument.default_value
+                parameters.append(f"{name}=_default{i}")
+            else:
+                parameters.append(name)
+            signature.append(self._facts(name, str(argument.type), out))
+        every = f"({', '.join(names)},)"
+        aside = f"    if _keyset.raw_repr() not in _plain:\n        return _aside(_keyset, {every})\n"
+        source = (
+            f"def call(_keyset, {', '.join(parameters)}):\n"
+            f"    if _thread.busy or not _site.handles:\n        return _idle(_keyset, {every})\n"
+            f"{aside if self.composite else ''}"
+            f"    _plans, _signature = _site.plans, ({', '.join(signature)})\n"
+            f"    _found = _plans.get(_signature) or _plan(_plans, _signature, {every})\n"
+            f"    return _found(_keyset, {every})\n"
+        )
+        exec(compile(source, f"<aten::{self.schema.name[6:]} by flagops>", "exec"), space)
+        function: Callable[..., Any] = space["call"]
+        return function
+
+    def _facts(self, name: str, kind: str, out: str | None) -> str:
+        """What a plan may depend on of an argument."""
+        if kind in ("Tensor", "Optional[Tensor]"):
+            facts = f"{name}.shape, {name}.stride(), {name}.dtype"
+            facts += "" if self.key == "CPU" else f", {name}.get_device()"  # a device costs more to hash
+            facts += f", {name}.requires_grad" if self.composite else ""
+            facts += f", {name} is {out}" if out not in (None, name) else ""
+            return facts if kind == "Tensor" else f"None if {name} is None else ({facts})"
+        if kind.startswith("List"):
+            return f"tuple({name})"
+        return f"{name}, {name}.__class__" if kind == "number" else name
+
+    def functional(self) -> Any:
+        """Torch's overload that makes its result: ``mm.default`` for ``mm.out``, ``add.Tensor`` for ``add_.Tensor``."""
+        import torch
+
+        name = self.schema.name[6:]
+        name = name if name in LOWERINGS else name.removesuffix("_")
+        overload = self.schema.overload_name.removesuffix("out").removesuffix("_")
+        return getattr(getattr(torch.ops.aten, name), overload or "default")
+
+    def below_with(self, keyset: Any, args: Sequence[Any]) -> Any:
+        """Torch's kernel. What a composite consists of is for the sites of its parts; other kernels are a whole."""
+        named = dict(zip(self.keywords, args[self.positional :], strict=True))
+        if self.composite:
+            return self.torch(keyset, *args[: self.positional], **named)
+        busy, thread.busy = thread.busy, True
+        try:
+            return self.torch(keyset, *args[: self.positional], **named)
+        finally:
+            thread.busy = busy
+
+    def _watch(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        self.untaken.add()
+        return self.torch(keyset, *args, **kwargs)
+
+    def _idle(self, keyset: Any, args: tuple[Any, ...]) -> Any:
+        if not thread.busy:
+            self.untaken.add()
+        return self.below_with(keyset, args)
+
+    def _aside(self, keyset: Any, args: tuple[Any, ...]) -> Any:
+        """A composite's call that is not one on plain tensors: whoever watches shall see what it consists of."""
+        reason = self._why_not_plain(keyset, args)
+        if reason:
+            self._leave(args, reason)
+        return self.below_with(keyset, args)
+
+    def _why_not_plain(self, keyset: Any, args: tuple[Any, ...]) -> str | None:
+        import torch
+
+        tensors = [args[i] for i in self.tensors if args[i] is not None]
+        key = torch._C.DispatchKey
+        if keyset.has(key.PythonDispatcher) or all(x.device.type == "meta" for x in tensors):
+            return None  # a graph is made, nothing is computed
+        reason = surroundings.watched()
+        if reason:
+            return reason
+        for x in tensors:
+            if keyset.has(key.ZeroTensor) and x._is_zerotensor():
+                return "a zero tensor without memory"
+            if type(x).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+                return f"{type(x).__name__} keeps no elements of its own"
+            if x.layout is not torch.strided or x.is_nested:
+                return "a layout other than strided"
+        if keyset.has(key.Negative) or keyset.has(key.Conjugate):
+            return "a negated or conjugated view"
+        return f"torch dispatches it by {keyset}"
+
+    def _leave(self, args: tuple[Any, ...], reason: str) -> None:
+        handle, key = self._decide(args)
+        if handle:
+            handle.counter(self.name, key, "", reason)()
+
+    def _decide(self, args: tuple[Any, ...]) -> tuple[Wish | None, str]:
+        """The newest handle that wants the call, and the dispatch key of the device."""
+        base = self.schema.name[6:]
+        name = base if base in LOWERINGS else base.removesuffix("_")
+        key = self.key
+        if self.composite:
+            kind = next(args[i] for i in self.tensors if args[i] is not None).device.type
+            key = {"cpu": "CPU", "cuda": "CUDA"}.get(kind, "PrivateUse1")
+        wanted = (h for h in reversed(self.handles.copy()) if name in h.ops and key in h.keys)
+        return next(wanted, None), key
+
+    def _plan(self, plans: dict[Any, Plan], signature: Any, args: tuple[Any, ...]) -> Plan:
+        handle, key = self._decide(args)
+        plan: Plan
+        if handle is None or self.lowering is None:
+            plan = self._counted(self.untaken.add)
+        else:
+            thread.busy = True
+            try:
+                recipe = record(self, handle.backend, self.lowering, args)
+                plan = self._computed(recipe, handle, key)
+            except (Pass, Unsupported) as reason:
+                plan = self._counted(handle.counter(self.name, key, "", str(reason)))
+            finally:
+                thread.busy = False
+        if len(plans) >= _PLANS_KEPT:
+            plans.clear()
+        plans[signature] = plan
+        return plan
+
+    def _counted(self, count: Callable[[], int]) -> Plan:
+        def run(keyset: Any, args: tuple[Any, ...]) -> Any:
+            count()
+            return self.below_with(keyset, args)
+
+        return run
+
+    def _computed(self, recipe: Recipe, handle: Wish, key: str) -> Plan:
+        compute, count = recipe.compute, handle.counter(self.name, key, recipe.by, "")
+
+        def run(keyset: Any, args: tuple[Any, ...]) -> Any:
+            thread.busy = True
+            try:
+                result = compute(args)
+            except (Pass, Unsupported) as error:
+                reason = str(error)
+            else:
+                count()
+                return result
+            finally:
+                thread.busy = False
+            self._leave(args, reason)
+            return self.below_with(keyset, args)
+
+        return run
+
+
+def _grad_enabled() -> Callable[[], bool]:
+    import torch
+
+    return torch.is_grad_enabled
