@@ -16,6 +16,11 @@ PLACES = [(overload, key) for overloads in FORMS.values() for overload in overlo
 PLACES += [(name, "CPU") for name in override.WATCHED]
 
 
+def whole(*shape, dtype=torch.float32):
+    """Small whole numbers: sums of their products are exact, in whatever order they are taken."""
+    return torch.randint(-8, 9, shape).to(dtype)
+
+
 def usable(*names):
     return [name for name in names if not flagops.registry.backend(name).unavailable()]
 

@@ -53,7 +53,7 @@ def whole_or_hidden(dst, reference):
 @pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_every_call(source, tmp_path, step):
     src, _ = source
-    seed = random.SystemRandom().randrange(1000)
+    seed = random.randrange(1000)
     done = crash("sweep", src, tmp_path, step, seed)
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     swept = json.loads(done.stdout)
@@ -70,7 +70,6 @@ def test_every_life_keeps_what_the_one_before_finished(source, tmp_path):
 @pytest.mark.parametrize("times", [2, pytest.param(60, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments(source, tmp_path, times):
     src, reference = source
-    draw = random.Random()
     killed = 0
     for i in range(times):
         dst = tmp_path / str(i)
@@ -79,7 +78,7 @@ def test_kill_9_at_random_moments(source, tmp_path, times):
             process = subprocess.Popen(command)
             while process.poll() is None and not (dst / JOURNAL).exists():
                 time.sleep(0.002)
-            time.sleep(draw.uniform(0, last))
+            time.sleep(random.uniform(0, last))
             process.kill()
             killed += process.wait() == -signal.SIGKILL
             whole_or_hidden(dst, reference)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from flagops import registry
 from flagops.distributed import SCHEMES, Layout, Sizes
 from flagops.distributed import plan as planning
+from flagops.testing import assert_near
 
 _spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
 ranks = importlib.util.module_from_spec(_spec)
@@ -116,8 +117,8 @@ def expected(sizes, dtype, tokens, seed):
 
 
 @pytest.mark.parametrize(("processes", "groups"), [(2, (4, 2, 1)), (4, (8, 4, 2, 1)), (8, (16, 8, 4, 2))])
-def test_every_scheme_equals_the_reference(processes, groups, request):
-    seed = int(np.random.default_rng().integers(1 << 16))
+def test_every_scheme_equals_the_reference(processes, groups, request, rng):
+    seed = int(rng.integers(1 << 16))
     todo = [case for g in groups for case in cases(g, seed)]
     results = ranks.launch(processes, todo, request.config.getoption("--device"))
     for (_, case), result in zip(todo, results, strict=True):
@@ -132,7 +133,8 @@ def test_every_scheme_equals_the_reference(processes, groups, request):
             assert (np.abs(found["y"] - exact) <= bound).all(), label
             assert found["repeats"], label
             assert found["restored"], label
-            assert found["sent"] == pytest.approx(_sent(found["cost"], dtype) * case["tokens"]), label
+            sent = np.float64(_sent(found["cost"], dtype) * case["tokens"])
+            assert_near(np.float64(found["sent"]), sent, 1000, label=label)  # shares of ranks, added call by call
             assert found["bytes"] == found["cost"].weights, label
         if dtype == "float64":
             _same_gradients(case, result, seed)
@@ -144,17 +146,24 @@ def _sent(cost, dtype):
 
 def _same_gradients(case, result, seed):
     sizes = case["sizes"]
-    wo_a, wo_b = (x.requires_grad_() for x in ranks.weights(sizes, "float64", seed))
-    o = ranks.heads(sizes, case["tokens"], "float64", seed).requires_grad_()
+    inputs = ranks.heads(sizes, case["tokens"], "float64", seed), *ranks.weights(sizes, "float64", seed)
+    weight = torch.linspace(-1, 1, case["tokens"] * sizes.hidden, dtype=torch.float64)
+    exact = _gradients(inputs, weight, sizes.groups)
+    magnitudes = _gradients([x.abs() for x in inputs], weight.abs(), sizes.groups)
+    terms = 2 * (sizes.width + sizes.groups * sizes.rank + sizes.hidden + case["tokens"])
+    got = np.concatenate([found["grad_o"] for found in result], 1)
+    assert_near(got, exact[0], terms, magnitudes[0], str(case))
+    for found in result:
+        for mine, whole, size in zip(found["grads"], exact[1:], magnitudes[1:], strict=True):
+            assert_near(mine, whole, terms, size, str(case))
+
+
+def _gradients(inputs, weight, groups):
     import flagops
 
-    y = flagops.grouped_output_projection(o, wo_a, wo_b, sizes.groups, backend="torch")
-    (y * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)).sum().backward()
-    got = np.concatenate([found["grad_o"] for found in result], 1)
-    np.testing.assert_allclose(got, o.grad.numpy(), rtol=1e-10, atol=1e-12, err_msg=str(case))
-    for found in result:
-        for mine, whole in zip(found["grads"], (wo_a, wo_b), strict=True):
-            np.testing.assert_allclose(mine, whole.grad.numpy(), rtol=1e-10, atol=1e-12, err_msg=str(case))
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    y = flagops.grouped_output_projection(*leaves, groups, backend="torch")
+    return [x.numpy() for x in torch.autograd.grad((y * weight.view(y.shape)).sum(), leaves)]
 
 
 @st.composite
@@ -199,7 +208,7 @@ def test_fp8_weights_on_every_scheme():
             scale = float(y.float().abs().max())
             assert np.abs(found["y"] - as_numpy(y.float())).max() <= 0.02 * scale, case
             assert found["restored"]
-            assert found["bytes"] == pytest.approx(found["cost"].weights)
+            assert_near(np.float64(found["bytes"]), np.float64(found["cost"].weights), 4)
 
 
 def test_a_checkpoint_moves_between_numbers_of_ranks(tmp_path):
@@ -280,7 +289,7 @@ for scheme in SCHEMES:
     module = ranks.module(sizes, "float32", 0).to({device!r})
     parallelize_module(module, ranks.mesh({device!r}), GroupedOutputProjectionParallel(scheme=scheme))
     held = sum(x.to_local().nbytes for x in module.parameters())
-    y = module(torch.randn(3, 2, 64, device={device!r}))
+    y = module(torch.ones(3, 2, 64, device={device!r}))
     assert y.shape == (3, 96)
     assert held == module.parallel.layout.cost(4).weights, (scheme, held)
     print(scheme, held)

@@ -58,12 +58,12 @@ def test_nan_is_chosen_after_every_number(kernel):
 
 
 @INDEXERS
-def test_queries_see_the_windows_that_are_closed(kernel):
+def test_queries_see_the_windows_that_are_closed(kernel, rng):
     """With windows of 4 tokens the first three queries see nothing; the others what they can, then -1."""
     _, backend = kernel
     s, k = 13, 2
     visible = [(t + 1) // 4 for t in range(s)]
-    rows = chosen(backend, np.random.default_rng().permuted([[1.0, 2.0, 3.0]] * s, axis=1), k, visible, offset=s)
+    rows = chosen(backend, rng.permuted([[1.0, 2.0, 3.0]] * s, axis=1), k, visible, offset=s)
     for seen, row in zip(visible, rows, strict=True):
         assert row[min(seen, k) :] == [-1] * (k - min(seen, k))
         assert all(s <= index < s + seen for index in row[: min(seen, k)])
@@ -92,10 +92,9 @@ def test_what_fits_is_not_scored(monkeypatch):
 
 
 @INDEXERS
-def test_negative_weights_and_exact_ties_are_those_of_the_reference(kernel):
+def test_negative_weights_and_exact_ties_are_those_of_the_reference(kernel, rng):
     """Small integers: every score is exact, most tie, and each list is the reference's."""
     operator, backend = registry.operator("lightning_indexer"), kernel[1]
-    rng = np.random.default_rng()
     shapes = [(2, 9, 3, 4, 77, 20)] if backend == SLOW else [(2, 9, 3, 4, 777, 50), (1, 2, 64, 8, 9000, 100)]
     for b, s, h, d, n, k in shapes:
         visible = rng.integers(0, n + 1, (b, s)).astype(np.int32)

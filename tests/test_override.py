@@ -15,9 +15,10 @@ from hypothesis import given, settings
 
 import flagops
 from flagops import config, dispatch
+from flagops.testing import assert_near, assert_of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from overriding import FORMS, PRODUCTS, counted, untouched, usable  # noqa: F401
+from overriding import FORMS, PRODUCTS, counted, untouched, usable, whole  # noqa: F401
 
 BACKENDS = usable("numba", "numpy")
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
@@ -128,7 +129,6 @@ DIFFERENTIABLE = {
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients_are_torchs(name):
     function, shapes = DIFFERENTIABLE[name]
-    torch.manual_seed(0)
     values = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     weight = torch.randn_like(function(*values))
 
@@ -145,11 +145,10 @@ def test_gradients_are_torchs(name):
         assert torch.autograd.gradgradcheck(function, leaves)
         assert handle.report().replaced > 2
     for x, y in zip(ours, plain, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+        assert_near(x, y, 200, y.abs().sum() + 1)  # two derivatives, each sum in any order
 
 
 def test_transforms_of_functions():
-    torch.manual_seed(0)
     x, w, b = (torch.randn(shape, dtype=torch.float64) for shape in ((6, 3, 4), (5, 4), (5,)))
 
     def results():
@@ -163,22 +162,18 @@ def test_transforms_of_functions():
         ours = results()
         assert handle.report().share == 1
     for u, v in zip(ours, plain, strict=True):
-        torch.testing.assert_close(u, v, rtol=1e-12, atol=1e-12)
+        assert_near(u, v, 40, v.abs().sum() + 1)
 
 
 def test_half_precision_training_step():
-    torch.manual_seed(0)
     layer = torch.nn.Linear(8, 5).bfloat16()
     x = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
-    exact = torch.ones(3, 5).double() @ layer.weight.double()
     with flagops.enable(backend="numpy") as handle:
         layer(x).sum().backward()
         assert counted(handle, "addmm") == (1, {})
         assert counted(handle, "mm") == (2, {})
-    torch.testing.assert_close(x.grad.double(), exact, rtol=2.0**-8, atol=1e-6)
-    torch.testing.assert_close(
-        layer.weight.grad.double(), x.detach().double().sum(0).expand(5, 8), rtol=2.0**-8, atol=1e-6
-    )
+    assert_of("matmul", x.grad, torch.ones(3, 5).bfloat16(), layer.weight)
+    assert_of("matmul", layer.weight.grad, torch.ones(5, 3).bfloat16(), x)
 
 
 # reach
@@ -205,8 +200,8 @@ def test_half_precision_training_step():
     ],
 )
 def test_what_torch_builds_on_them(name, reached):
-    x, w, b = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5)
-    grouped = torch.randn(8, 16).bfloat16(), torch.randn(2, 16, 8).bfloat16()
+    x, w, b = whole(2, 3, 4), whole(5, 4), whole(5)
+    grouped = whole(8, 16, dtype=torch.bfloat16), whole(2, 16, 8, dtype=torch.bfloat16)
     calls = {
         "linear": lambda: F.linear(x[0], w, b),
         "linear of a stack": lambda: F.linear(x, w, b),
@@ -230,27 +225,27 @@ def test_what_torch_builds_on_them(name, reached):
         replaced, passed = counted(handle, reached)
     assert replaced >= 1
     assert not passed
-    torch.testing.assert_close(ours, plain)
+    assert torch.equal(ours, plain)
 
 
 def test_views_that_torch_resolves_above():
-    x = torch.randn(3, 4)
+    x = whole(3, 4)
     with flagops.enable(backend="numpy") as handle:
         negative = torch._neg_view(x) @ x.t()
         assert handle.report().replaced == 1
-    torch.testing.assert_close(negative, -(x @ x.t()))
+    assert torch.equal(negative, -(x @ x.t()))
 
 
 def test_modes_of_torch():
     layer, x = torch.nn.Linear(4, 5), torch.randn(3, 4)
-    plain = layer(x)
+    inputs = x, layer.weight, layer.bias
     with flagops.enable(backend="numpy") as handle:
         with torch.inference_mode():
-            torch.testing.assert_close(layer(x), plain)
+            assert_of("linear", layer(x), *inputs)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
         with torch.device("meta"):
-            torch.testing.assert_close(layer(x), plain)
+            assert_of("linear", layer(x), *inputs)
         assert counted(handle, "addmm") == (3, {})
 
 
@@ -316,8 +311,7 @@ def test_added_in_place_may_be_what_is_added():
 
 def test_calls_that_look_alike():
     """One handle remembers what it chose; nothing that matters may be missing from what it remembers it by."""
-    a, b = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    dense = torch.randn(3, 3, dtype=torch.float64)
+    a, b, dense = (whole(*shape, dtype=torch.float64) for shape in ((3, 4), (4, 3), (3, 3)))
     columns = dense[:, :1].expand(3, 3)
     cases = [
         (added, beta, alpha, own)
@@ -332,8 +326,8 @@ def test_calls_that_look_alike():
                 added = added.clone() if own else added
                 exact = beta * added + alpha * (a @ b)
                 out = added if own else torch.empty(3, 3, dtype=torch.float64)
-                torch.testing.assert_close(torch.addmm(added, a, b, beta=beta, alpha=alpha), exact)
-                torch.testing.assert_close(torch.addmm(added, a, b, beta=beta, alpha=alpha, out=out), exact)
+                assert torch.equal(torch.addmm(added, a, b, beta=beta, alpha=alpha), exact)
+                assert torch.equal(torch.addmm(added, a, b, beta=beta, alpha=alpha, out=out), exact)
         assert handle.report().share == 1
         for dtype in (torch.float64, torch.float32, torch.long):
             assert torch.mm(a.to(dtype), b.to(dtype)).dtype == dtype

@@ -75,13 +75,12 @@ def test_gradients_reach_only_what_asks(kernel):
     for position, x in enumerate(x for x in full if isinstance(x, torch.Tensor) and x.requires_grad):
         args = [y if y is x or not isinstance(y, torch.Tensor) else y.detach() for y in full]
         (got,) = torch.autograd.grad(_total(name, getattr(flagops, name)(*args, backend=backend)), [x])
-        assert torch.allclose(got, wanted[position], rtol=1e-10, atol=1e-12)
+        testing.assert_near(got, wanted[position], 1000, wanted[position].abs().max())  # sums in another order
 
 
 @pytest.mark.operators(*DIFFERENTIABLE)
 def test_half_gradients_have_the_inputs_dtype_and_are_near(kernel):
     name, backend = kernel
-    torch.manual_seed(0)
     args = calls(dtype=torch.bfloat16)[name]
     wide = [
         x.detach().double().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
@@ -137,7 +136,7 @@ def test_compile_keeps_the_call_in_one_graph(name):
 def test_compile_trains():
     a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5, requires_grad=True)
     torch.compile(lambda a, b: flagops.matmul(a, b).sum(), fullgraph=True, backend="aot_eager")(a, b).backward()
-    assert torch.allclose(a.grad, b.detach().sum(1).expand(3, 4))
+    testing.assert_near(a.grad, b.detach().sum(1).expand(3, 4), 10, b.detach().abs().sum(1).expand(3, 4))
 
 
 def test_inductor_runs_our_kernel():
@@ -145,13 +144,13 @@ def test_inductor_runs_our_kernel():
     before = flagops.coverage("matmul")["calls"].get("numba", 0)
     with flagops.using(backend="numba"):
         got = torch.compile(lambda a, b: flagops.matmul(a, b) + 1, fullgraph=True)(a, b)
-    assert torch.allclose(got, a @ b + 1, atol=1e-5)
+    testing.assert_near(got, a @ b + 1, 10, a.abs() @ b.abs() + 1)
     assert flagops.coverage("matmul")["calls"]["numba"] == before + 1
 
 
 def test_transforms_and_subclasses_go_through_torch():
     a, b = torch.randn(6, 3, 4), torch.randn(4, 5)
-    assert torch.allclose(torch.func.vmap(lambda x: flagops.matmul(x, b))(a), a @ b, atol=1e-5)
+    testing.assert_of("matmul", torch.func.vmap(lambda x: flagops.matmul(x, b))(a), a, b)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode() as mode:
