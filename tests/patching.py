@@ -13,7 +13,7 @@ from flagops.examples import small_deepseek_v4
 __all__ = ["small_deepseek_v4"]
 
 BACKENDS = ("numba", "torch")
-BOUND = 1e-4
+BOUND = 1e-4  # promised for logits in float32
 LAYERS = 3
 CLEAR = 1e-5  # relative to the largest score: float32 models that round differently agree to 2e-6
 
@@ -59,6 +59,13 @@ def gradients(model, ids, **more):
     model.zero_grad()
     model(input_ids=ids, labels=ids, **more).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same_gradients(got, expected, share=BOUND):
+    """Float32 gradients of a model whose weights and tokens are seeded: to this share of each one's largest element."""
+    assert got.keys() == expected.keys()
+    for name, x in expected.items():
+        assert float((got[name] - x).abs().max()) <= share * float(x.abs().max()), name
 
 
 def state(model):

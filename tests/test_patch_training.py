@@ -12,7 +12,19 @@ import flagops  # noqa: E402
 from flagops.transformers import OPS  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from patching import BACKENDS, Exact, caching, exact_twin, gradients, returned, rows, small_deepseek_v4, tokens  # noqa: E402
+from patching import (  # noqa: E402
+    BACKENDS,
+    BOUND,
+    Exact,
+    caching,
+    exact_twin,
+    gradients,
+    returned,
+    rows,
+    same_gradients,
+    small_deepseek_v4,
+    tokens,
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +81,7 @@ def test_gradient_checkpointing(model, reentrant):
             got = gradients(model, ids, use_cache=False)
     finally:
         model.activation_checkpointing_disable()
-    for name, x in expected.items():
-        torch.testing.assert_close(got[name], x, rtol=1e-3, atol=1e-4 * float(x.abs().max()), msg=name)
+    same_gradients(got, expected)
     found = rows(handle)
     assert found.pop("hc_post").passed == {"transformers checkpoints its own layer": 3}
     assert found["sparse_attention"].replaced == {"torch": 6}, "once forward, once again for the gradient"
@@ -93,7 +104,7 @@ def test_steps_of_an_optimizer():
             loss.backward()
             optimizer.step()
             losses[-1].append(float(loss.detach()))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert all(abs(got - expected) < BOUND * expected for got, expected in zip(losses[1], losses[0], strict=True))
     assert losses[0][-1] < losses[0][0]
 
 
@@ -109,9 +120,8 @@ def test_a_frozen_model_with_one_trained_part(model):
             got = gradients(model, ids)
     finally:
         model.requires_grad_(True)
-    (name,) = expected
-    scale = float(expected[name].abs().max())
-    torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-4 * scale)
+    assert len(expected) == 1
+    same_gradients(got, expected)
     assert handle.report().share == 1
 
 
@@ -131,9 +141,7 @@ def test_a_gradient_through_several_tokens_of_a_cache(model):
     expected = run()
     with flagops.patch(model, backend="torch"):
         got = run()
-    assert got.keys() == expected.keys()
-    for name, x in expected.items():
-        torch.testing.assert_close(got[name], x, rtol=1e-3, atol=1e-4 * float(x.abs().max()), msg=name)
+    same_gradients(got, expected)
 
 
 def test_router_losses(model):
@@ -142,6 +150,5 @@ def test_router_losses(model):
     expected = gradients(model, ids, output_router_logits=True)
     with flagops.patch(model, backend="torch") as handle:
         got = gradients(model, ids, output_router_logits=True)
-    for name, x in expected.items():
-        torch.testing.assert_close(got[name], x, rtol=1e-3, atol=1e-4 * float(x.abs().max()), msg=name)
+    same_gradients(got, expected)
     assert handle.report().share == 1
