@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,27 +9,27 @@ from torch import Tensor
 
 from flagops import config
 
-Results = tuple[Tensor, Tensor, Tensor]
+from ._tensors import Results, give, room, tokens
 
 
 def hc_split_sinkhorn(
     mix: Tensor, scale: Tensor, base: Tensor, mult: int, iters: int, eps: float, out: Results
 ) -> None:
     """As many tokens at a time as the byte budget allows."""
-    flat = _tokens(mix, mix.shape[:-1], 1)
-    pre, post, comb = (_room(x, mix.dim() - 1) for x in out)
+    flat = tokens(mix, mix.shape[:-1], 1)
+    pre, post, comb = (room(x, mix.dim() - 1) for x in out)
     for rows in _chunks(len(flat), 8 * mix.shape[-1] * mix.element_size()):
         found = _coefficients(flat[rows].t(), scale, base, mult, iters, eps)
         pre[rows], post[rows], comb[rows] = (x.movedim(-1, 0) for x in found)
-    _give(out, (pre, post, comb))
+    give(out, (pre, post, comb))
 
 
 def hc_split_sinkhorn_backward(
     grad: Results, mix: Tensor, scale: Tensor, base: Tensor, mult: int, iters: int, eps: float, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     lead, tails = mix.shape[:-1], (1, 1, 2)
-    flat = _tokens(mix, lead, 1)
-    grads = [_tokens(g, lead, tail) for g, tail in zip(grad, tails, strict=True)]
+    flat = tokens(mix, lead, 1)
+    grads = [tokens(g, lead, tail) for g, tail in zip(grad, tails, strict=True)]
     grad_mix, grad_scale, grad_base = torch.empty_like(flat), torch.zeros_like(scale), torch.zeros_like(base)
     for rows in _chunks(len(flat), _kept(mult, iters) * mix.element_size()):
         x, given = flat[rows].t(), [g[rows].movedim(0, -1) for g in grads]
@@ -45,15 +44,15 @@ def hc_pre(
     x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, eps: float, norm_eps: float, out: Results
 ) -> None:
     """A chunk of tokens is widened once, for the projection and for the collapse."""
-    flat, n = _tokens(x, x.shape[:-2], 2), x.shape[-2]
-    y, post, comb = (_room(z, x.dim() - 2) for z in out)
+    flat, n = tokens(x, x.shape[:-2], 2), x.shape[-2]
+    y, post, comb = (room(z, x.dim() - 2) for z in out)
     for rows in _chunks(len(flat), n * (3 * x.shape[-1] + 16 * n) * fn.element_size()):
         streams = flat[rows].to(fn.dtype)
         mix = _project(streams, fn, norm_eps)[0]
         pre, *others = _coefficients(mix.t(), scale, base, n, iters, eps)
         post[rows], comb[rows] = (z.movedim(-1, 0) for z in others)
         y[rows] = torch.bmm(pre.t().unsqueeze(1), streams).squeeze(1).to(y.dtype)
-    _give(out, (y, post, comb))
+    give(out, (y, post, comb))
 
 
 def hc_pre_backward(
@@ -68,8 +67,8 @@ def hc_pre_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     lead, n = x.shape[:-2], x.shape[-2]
-    flat, tails = _tokens(x, lead, 2), (1, 1, 2)
-    grad_y, *others = (_tokens(g, lead, tail) for g, tail in zip(grad, tails, strict=True))
+    flat, tails = tokens(x, lead, 2), (1, 1, 2)
+    grad_y, *others = (tokens(g, lead, tail) for g, tail in zip(grad, tails, strict=True))
     grad_x = torch.empty_like(flat)
     grad_fn, grad_base, grad_scale = (torch.zeros_like(p) for p in (fn, base, scale))
     for rows in _chunks(len(flat), (6 * n * x.shape[-1] + _kept(n, iters)) * fn.element_size()):
@@ -89,13 +88,13 @@ def hc_pre_backward(
 
 def hc_head(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float, out: Tensor) -> None:
     """A chunk of tokens is widened once, for the projection and for the collapse."""
-    flat = _tokens(x, x.shape[:-2], 2)
-    y = _room(out, x.dim() - 2)
+    flat = tokens(x, x.shape[:-2], 2)
+    y = room(out, x.dim() - 2)
     for rows in _chunks(len(flat), 3 * x.shape[-2] * x.shape[-1] * fn.element_size()):
         streams = flat[rows].to(fn.dtype)
         pre = torch.sigmoid(_project(streams, fn, norm_eps)[0] * scale + base) + eps
         y[rows] = torch.bmm(pre.unsqueeze(1), streams).squeeze(1).to(y.dtype)
-    _give((out,), (y,))
+    give((out,), (y,))
 
 
 def hc_head_backward(
@@ -108,7 +107,7 @@ def hc_head_backward(
     norm_eps: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    flat, grads = _tokens(x, x.shape[:-2], 2), _tokens(grad, x.shape[:-2], 1)
+    flat, grads = tokens(x, x.shape[:-2], 2), tokens(grad, x.shape[:-2], 1)
     grad_x = torch.empty_like(flat)
     grad_fn, grad_base, grad_scale = (torch.zeros_like(p) for p in (fn, base, scale))
     for rows in _chunks(len(flat), 6 * x.shape[-2] * x.shape[-1] * fn.element_size()):
@@ -126,12 +125,12 @@ def hc_head_backward(
 def hc_post(y: Tensor, x: Tensor, post: Tensor, comb: Tensor, out: Tensor) -> None:
     """One batched product of a few tokens at a time."""
     lead, (n, d) = out.shape[:-2], out.shape[-2:]
-    new, streams, gates, mixing = (_tokens(z, lead, tail) for z, tail in ((y, 1), (x, 2), (post, 1), (comb, 2)))
-    result = _room(out, len(lead))
+    new, streams, gates, mixing = (tokens(z, lead, tail) for z, tail in ((y, 1), (x, 2), (post, 1), (comb, 2)))
+    result = room(out, len(lead))
     for rows in _chunks(len(streams), 4 * (n + 1) * d * post.element_size()):
         added = gates[rows].unsqueeze(-1) * new[rows].to(post.dtype).unsqueeze(1)
         result[rows] = torch.baddbmm(added, mixing[rows].mT, streams[rows].to(post.dtype)).to(out.dtype)
-    _give((out,), (result,))
+    give((out,), (result,))
 
 
 def hc_post_backward(
@@ -139,8 +138,8 @@ def hc_post_backward(
 ) -> tuple[Tensor | None, ...]:
     lead, (n, d) = grad.shape[:-2], grad.shape[-2:]
     inputs = (y, 1), (x, 2), (post, 1), (comb, 2)
-    new, streams, gates, mixing = (_tokens(z, lead, tail) for z, tail in inputs)
-    slopes = _tokens(grad, lead, 2)
+    new, streams, gates, mixing = (tokens(z, lead, tail) for z, tail in inputs)
+    slopes = tokens(grad, lead, 2)
     grads = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (new, streams, gates, mixing)]
     for rows in _chunks(len(streams), 6 * (n + 1) * d * post.element_size()):
         g, v, s = (z[rows].to(post.dtype) for z in (slopes, new, streams))
@@ -153,24 +152,6 @@ def hc_post_backward(
         for g, (z, _), needed in zip(grads, inputs, needs, strict=True)
     ]
     return tuple(found)
-
-
-def _tokens(x: Tensor, lead: Sequence[int], tail: int) -> Tensor:
-    """Batch axes, broadcast to `lead`, as one."""
-    shape = x.shape[x.dim() - tail :]
-    return x.expand(*lead, *shape).reshape(math.prod(lead), *shape)
-
-
-def _room(x: Tensor, lead: int) -> Tensor:
-    """The output with its first `lead` axes as one: itself where it is contiguous, else new memory."""
-    whole = x if x.is_contiguous() else x.new_empty(x.shape)
-    return whole.view(math.prod(x.shape[:lead]), *x.shape[lead:])
-
-
-def _give(outs: Sequence[Tensor], found: Sequence[Tensor]) -> None:
-    for out, x in zip(outs, found, strict=True):
-        if not out.is_contiguous():
-            out.copy_(x.view(out.shape))
 
 
 def _asked(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:

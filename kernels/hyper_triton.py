@@ -10,8 +10,8 @@ import triton.language as tl
 
 from flagops.registry import kernel
 
+from ._tensors import Results, give, room, tokens
 from ._triton import LOG2E, dot, launch, narrow, precision, processors, too_long, widen
-from .hyper_torch import Results, _give, _room, _tokens
 
 PROJECT = {"BT": 16, "BK": 64, "num_warps": 4, "num_stages": 2}
 COLLAPSE = {"BT": 4, "BD": 512, "num_warps": 4}
@@ -211,16 +211,16 @@ def hc_split_sinkhorn(
     mix: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, mult: int, iters: int, eps: float, out: Results
 ) -> None:
     """A program holds the matrices of 32 tokens through all rounds."""
-    flat = _tokens(mix, mix.shape[:-1], 1)
+    flat = tokens(mix, mix.shape[:-1], 1)
     if not len(flat):
         return
-    found = [_room(x, mix.dim() - 1) for x in out]
+    found = [room(x, mix.dim() - 1) for x in out]
     launch(
         split_kernel, (triton.cdiv(len(flat), SPLIT["BT"]),), mix.device,
         flat, scale.contiguous(), base.contiguous(), *found, _bits(eps), len(flat), iters, *flat.stride(),
         N=mult, P=triton.next_power_of_2(mult), **SPLIT,
     )  # fmt: skip
-    _give(out, found)
+    give(out, found)
 
 
 def hc_pre_unsupported(
@@ -247,9 +247,9 @@ def hc_pre(
     out: Results,
 ) -> None:
     """Two kernels for as many tokens as L2 holds; the projection of few tokens is cut into parts."""
-    found = [_room(z, x.dim() - 2) for z in out]
-    _run(_tokens(x, x.shape[:-2], 2), fn, base, scale, iters, eps, norm_eps, found)
-    _give(out, found)
+    found = [room(z, x.dim() - 2) for z in out]
+    _run(tokens(x, x.shape[:-2], 2), fn, base, scale, iters, eps, norm_eps, found)
+    give(out, found)
 
 
 def hc_head_unsupported(
@@ -269,9 +269,9 @@ def hc_head(
     out: torch.Tensor,
 ) -> None:
     """As `hc_pre`, with one gate for each stream."""
-    found = _room(out, x.dim() - 2)
-    _run(_tokens(x, x.shape[:-2], 2), fn, base, scale, 0, eps, norm_eps, [found])
-    _give((out,), (found,))
+    found = room(out, x.dim() - 2)
+    _run(tokens(x, x.shape[:-2], 2), fn, base, scale, 0, eps, norm_eps, [found])
+    give((out,), (found,))
 
 
 def _run(
@@ -324,11 +324,11 @@ def hc_post(y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Te
     if not out.numel():
         return
     lead, (n, d) = out.shape[:-2], out.shape[-2:]
-    parts = [_tokens(z, lead, tail) for z, tail in ((y, 1), (x, 2), (post, 1), (comb, 2))]
-    found = _room(out, len(lead))
+    parts = [tokens(z, lead, tail) for z, tail in ((y, 1), (x, 2), (post, 1), (comb, 2))]
+    found = room(out, len(lead))
     launch(
         mix_kernel, (len(found), triton.cdiv(d, MIX["BD"])), out.device,
         *parts, found, d, *(step for z in parts for step in z.stride()), *found.stride(),
         N=n, P=triton.next_power_of_2(n), **MIX,
     )  # fmt: skip
-    _give((out,), (found,))
+    give((out,), (found,))

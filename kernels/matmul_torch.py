@@ -7,6 +7,8 @@ from torch import Tensor
 
 from flagops.registry import kernel
 
+from ._tensors import matrix
+
 _HALF = (torch.float16, torch.bfloat16)
 _TILE = 4 << 20  # elements of one step's float32 operands and result
 
@@ -89,11 +91,6 @@ def _tile(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, step: int) -> 
     if bias is not None:
         total += bias
     out.copy_(total)
-
-
-def matrix(x: Tensor) -> Tensor:
-    """The last axis against all others."""
-    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ import triton.language as tl
 
 from flagops.registry import kernel
 
+from ._muon import iterate
 from ._triton import launch, too_long
 from .matmul_triton import product
-from .muon_torch import iterate
 
 BLEND = {"BLOCK": 1024, "num_warps": 4}
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from flagops import config
 from flagops.arrays import dtype_name
 
+from ._tensors import matrix
 from .dequantize_torch import fp8_dequantize
-from .matmul_torch import matrix, product, wide
+from .matmul_torch import product, wide
 from .qmatmul_torch import fp8_matmul
 from .quantize_torch import fp8_quantize
 

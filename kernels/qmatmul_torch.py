@@ -9,8 +9,8 @@ from torch import Tensor
 
 from flagops import config
 
+from ._tensors import matrix
 from .dequantize_torch import fp4_dequantize, fp8_dequantize
-from .matmul_torch import matrix
 
 _CACHED = 4 << 20  # bytes of a tile on a CPU
 

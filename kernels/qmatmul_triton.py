@@ -14,9 +14,9 @@ import triton.language as tl
 from flagops import config
 from flagops.registry import kernel
 
+from ._tensors import matrix
 from ._triton import INTERPRET, dot, launch, narrow, precision, processors, target, too_long
 from .dequantize_triton import power_of_two
-from .matmul_torch import matrix
 from .matmul_triton import sum_kernel
 
 Tile = dict[str, int]

@@ -25,8 +25,19 @@ MUTANTS: dict[str, list[tuple[str, str, str, int]]] = {f: m for t in TABLES for 
 EQUIVALENT: dict[tuple[str, int], str] = {k: v for t in TABLES for k, v in t.get("EQUIVALENT", {}).items()}
 
 
+def kernels() -> Path:
+    return Path(importlib.util.find_spec("flagops.kernels._rows").origin).parent
+
+
 def backend_of(file: str) -> str:
-    return "triton" if "triton" in file else "torch" if "torch" in file else "numba"
+    """The backend of a kernel file; of a helper, the first one whose kernels import it."""
+    found = [
+        backend
+        for backend in ("numba", "torch", "triton")
+        if file.endswith(f"_{backend}.py")
+        or any(f"from .{file[:-3]} import" in path.read_text() for path in kernels().glob(f"*_{backend}.py"))
+    ]
+    return found[0] if found else "numba"
 
 
 def mutate(source: str, old: str, new: str, occurrence: int) -> str:

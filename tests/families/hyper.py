@@ -40,6 +40,12 @@ MUTANTS = {
         ("hc_post", "torch.baddbmm(added, mixing[rows].mT,", "torch.baddbmm(added, mixing[rows],", 0),
         ("hc_head", "torch.sigmoid(_project(streams, fn, norm_eps)[0] * scale + base) + eps", "torch.sigmoid(_project(streams, fn, norm_eps)[0] * scale + base)", 0),
     ],
+    "_tensors.py": [
+        ("hc_post", "x if x.is_contiguous() else x.new_empty", "x.new_empty", 0),
+        ("hc_post", "if not out.is_contiguous():", "if out.is_contiguous():", 0),
+        ("hc_pre", "x.dim() - tail :", "x.dim() - tail - 1 :", 0),
+        ("fp8_matmul", "x.flatten(0, -2) if x.dim() > 1", "x.flatten(0, -2) if x.dim() > 2", 0),
+    ],
     "hyper_triton.py": [
         ("hc_split_sinkhorn", "column * tl.sum(x * row[:, :, None], 1) + eps", "column * tl.sum(x * row[:, :, None], 1)", 0),
         ("hc_split_sinkhorn", "for _ in range(1, iters):", "for _ in range(0, iters):", 0),

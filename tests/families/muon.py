@@ -14,6 +14,8 @@ MUTANTS = {
     ],
     "muon_torch.py": [
         ("newton_schulz", "beta=b, alpha=c", "beta=c, alpha=b", 0),
+    ],
+    "_muon.py": [
         ("newton_schulz", "torch.where(norm == 0, 1, norm)", "norm", 0),
         ("newton_schulz", "dim=(-2, -1), keepdim=True)", "dim=(-3, -2, -1), keepdim=True)", 0),
     ],
