@@ -18,7 +18,7 @@ def calls(t, codes):
 
 
 MUTANTS = {
-    "hyper_numba.py": [
+    "numba/hyper.py": [
         ("hc_split_sinkhorn", "matrix, n, n * pair, pair, columns, factors, small", "matrix, n, pair, n * pair, columns, factors, small", 0),
         ("hc_split_sinkhorn", "for _ in range(iters - 1):", "for _ in range(iters):", 0),
         ("hc_split_sinkhorn", "vdiv(factor, fma(p, factor, small))", "vdiv(factor, vmul(p, factor))", 0),
@@ -33,7 +33,7 @@ MUTANTS = {
         ("hc_head", "(stream * x_steps[0] + begin * x_steps[1])", "(stream * x_steps[0] + begin)", 0),
         ("hc_head", "sums + j * unit, ld, begin > 0)", "sums + j * unit, ld, False)", 0),
     ],
-    "hyper_torch.py": [
+    "torch/hyper.py": [
         ("hc_split_sinkhorn", "comb.sum(step % 2, keepdim=True)", "comb.sum(1 - step % 2, keepdim=True)", 0),
         ("hc_split_sinkhorn", "unflatten(0, (n, n)), 1).add_(eps)", "unflatten(0, (n, n)), 1)", 0),
         ("hc_pre", "torch.rsqrt(mean + norm_eps)", "torch.rsqrt(mean)", 0),
@@ -46,7 +46,7 @@ MUTANTS = {
         ("hc_pre", "x.dim() - tail :", "x.dim() - tail - 1 :", 0),
         ("fp8_matmul", "x.flatten(0, -2) if x.dim() > 1", "x.flatten(0, -2) if x.dim() > 2", 0),
     ],
-    "hyper_triton.py": [
+    "triton/hyper.py": [
         ("hc_split_sinkhorn", "column * tl.sum(x * row[:, :, None], 1) + eps", "column * tl.sum(x * row[:, :, None], 1)", 0),
         ("hc_split_sinkhorn", "for _ in range(1, iters):", "for _ in range(0, iters):", 0),
         ("hc_head", "(k // D).to(tl.int64) * x_n", "(k % D).to(tl.int64) * x_n", 0),
