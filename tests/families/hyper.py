@@ -28,7 +28,6 @@ MUTANTS = {
         ("hc_split_sinkhorn", "i * steps[0] + j * steps[1] +", "j * steps[0] + i * steps[1] +", 0),
         ("hc_pre", "address - first * width * size(real)", "address", 0),
         ("hc_post", "(j * comb[2][0] + k * comb[2][1])", "(k * comb[2][0] + j * comb[2][1])", 0),
-        ("hc_post", "0 if size == 1 else step", "step", 0),
         ("hc_post", "goal + c * out[2][1] * item", "goal + c * item", 0),
         ("hc_head", "(stream * x_steps[0] + begin * x_steps[1])", "(stream * x_steps[0] + begin)", 0),
         ("hc_head", "sums + j * unit, ld, begin > 0)", "sums + j * unit, ld, False)", 0),

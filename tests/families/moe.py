@@ -18,7 +18,6 @@ MUTANTS = {
         ("moe_gate", "score = load(tag, scores + best * unit)", "score = load(tag, biased + best * unit)", 0),
         ("moe_gate", "token * table_steps[0]", "token", 0),
         ("swiglu", "gate_column * item, 0, gate_column", "gate_column * item, 0, 1", 0),
-        ("swiglu", "0 if size == 1 else step", "step", 0),
     ],
     "numba/_moe_rows.py": [
         ("swiglu", "vmost(vleast(vload(real, u + i * unit), above), below)", "vleast(vload(real, u + i * unit), above)", 0),

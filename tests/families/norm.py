@@ -19,6 +19,9 @@ MUTANTS = {
     "_rows.py": [
         ("rms_norm", "outer == size * inner", "outer >= size * inner", 0),
         ("rms_norm", "if size == 1:", "if size == 2:", 0),
+        ("hc_post", "0 if n == 1 else step", "step", 0),
+        ("swiglu", "0 if n == 1 else step", "step", 0),
+        ("rotary_embedding", "0 if n == 1 else step", "step", 0),
     ],
     "torch/norm.py": [
         ("rms_norm", "mean(-1, keepdim=True).add_(eps).rsqrt_())", "mean(-1, keepdim=True).rsqrt_())", 0),
