@@ -1,6 +1,6 @@
 """Small edits of the real kernels, each a bug that the parity suite must find.
 
-``python tests/mutants.py BACKEND FILE:INDEX...`` tries those, such as ``numba numba/norm.py:0``; a file alone, all of it.
+``python tests/mutants.py BACKEND FILE:INDEX...`` tries those, such as ``numba numba/norm.py:0``; of a file alone, all.
 
 One line is printed for each mutant. A mutant may read or write anywhere, so the caller runs this as a process of its
 own and goes on behind a mutant that ended it.
