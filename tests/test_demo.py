@@ -46,12 +46,19 @@ def test_command(backends):
             assert row["delta"] <= row["bound"] == 1e-4
             assert row["replaced"] == row["calls"] > 0
             assert row["problem"] is None
+        if name in ("numba", "torch"):
+            assert 0 < row["of_computing"] < 1
+            assert row["computing"] > 100
+            assert (row["of_time"] is None) == torch.cuda.is_available()
 
 
 def test_tables(capsys):
     assert demo.run([*FEW, "--backend", "torch"]) == 0
     out, err = capsys.readouterr()
     assert "100% of" in out
+    assert "of all" in out
+    assert "of CPU" in out
+    assert "of all calls that compute" in " ".join(out.split())
     assert "yes, 3" in out
     assert "small random DeepSeek-V4, float32, torch ..." in err
 
@@ -83,6 +90,7 @@ def test_nothing_replaced_fails(capsys, monkeypatch):
     code, rows = document(capsys, "--backend", "torch")
     assert code == 1
     assert rows["torch"]["problem"] == "no call was replaced"
+    assert rows["torch"]["of_computing"] is None
     assert rows["torch"]["fallbacks"]["not today"] == rows["torch"]["calls"]
 
 
