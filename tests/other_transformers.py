@@ -1,7 +1,7 @@
 """The tests of `flagops.patch` on other versions of transformers: ``python tests/other_transformers.py [VERSION...]
 [-- pytest's arguments]``; without a version on the oldest and the newest supported one, but for the installed.
 
-Each gets an environment of its own in ``.venv/transformers/VERSION``, which borrows all other packages. It is made once.
+Each gets an environment of its own in ``.venv/transformers/VERSION``, made once, which borrows all other packages.
 """
 
 import importlib.metadata
