@@ -60,15 +60,17 @@ def patch(
     numerics: ``"transformers"`` computes what transformers does, rounding no more than it; ``"official"`` follows
         DeepSeek's inference code where that differs: keys and compressed entries go through FP8 (in blocks of 64
         channels, but for the rotated ones), the indexer's queries and keys through a Hadamard transform and FP4, rotary
-        tables stay float32, the norm of single heads is rounded step by step.
-
+        tables stay float32, the norm of single heads is rounded step by step. These steps are taken whichever operators
+        are replaced, by another backend where the named one has none for them.
     mesh: a `torch.distributed` DeviceMesh over whose dimension `mesh_dim` the heads of attention and indexer are
         divided, and the output projection by `scheme` (see `flagops.distributed`); every rank calls with the same whole
         model. Each then computes the whole model's logits, and gradients of its own shards.
 
     Returns a `Handle`, also a context manager: ``disable()`` restores the model exactly, ``report()`` says what ran.
-    What flagops cannot take (a mask that is more than visible or not, dropout, a recorded attention) runs as before
-    and is counted with its reason. Training works; a deep copy stays patched until the same handle is disabled.
+    What flagops cannot take (a mask that is more than visible or not, dropout, a recorded attention, a part that
+    somebody watches or wraps) runs as before and is counted with its reason; a module whose forward or parts are not
+    those that flagops knows is left alone and named. Training works; a deep copy stays patched until the same handle is
+    disabled, and what is pickled is the model without the patch.
 
     Raises TypeError for a model that holds no DeepSeek-V4 attention, ValueError for an unknown operator, backend or
     numerics, and Unsupported for a backend that cannot run here.

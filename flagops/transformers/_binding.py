@@ -56,13 +56,19 @@ class Binding:
     @property
     def awake(self) -> bool:
         """Whether any handle wants anything: not so in a deep copy whose handle is disabled."""
-        return any(handle.active for handle in self.handles)
+        return self._newest() is not None
 
     @property
     def official(self) -> Handle | None:
         """The newest handle if it asks for the official numerics."""
-        newest = next((handle for handle in reversed(self.handles) if handle.active), None)
+        newest = self._newest()
         return newest if newest and newest.official else None
+
+    def _newest(self) -> Handle | None:
+        for handle in reversed(self.handles):
+            if handle.active:
+                return handle
+        return None
 
     def add(self, handle: Handle) -> None:
         self.handles.append(handle)
@@ -169,8 +175,8 @@ def served(config: Any) -> bool:
     """Whether every attention layer of a view's model still reads lists: none was put there after the patch."""
     model = config._binding.module
     for layer in getattr(model, "layers", ()):
-        attention = layer.self_attn
-        binding = attention.__dict__.get(OWN)
+        attention = layer._modules.get("self_attn")
+        binding = None if attention is None else attention.__dict__.get(OWN)
         if binding is None or not binding.use("sparse_attention"):
             return False
     return True

@@ -172,7 +172,7 @@ def shown(module: Any) -> bool:
 
 def kept(module: Any, name: str, cls: str) -> str | None:
     """Why a part's work cannot be done outside of it, or None: what watches it, or stands for it, would not know."""
-    part = getattr(module, name)
+    part = module._modules.get(name)  # for every token: torch's own look-up takes longer than all of this
     if getattr(type(part), "forward", None) is not _CLASSES[cls].forward:
         return f"its {name} is a {type(part).__name__}"
     if hooked(part):

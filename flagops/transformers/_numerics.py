@@ -41,9 +41,14 @@ def stored(binding: Binding, x: torch.Tensor, rotated: int) -> torch.Tensor:
 
 
 class _Straight(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    def forward(x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
         return rounded.view_as(rounded)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
