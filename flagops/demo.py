@@ -43,7 +43,7 @@ LONG_PROMPT = 2048
 EXTRA = "pip install 'flagops[transformers]'"
 WARM_UP = 2
 SHORT = {"numpy": 4, "triton": 8}
-"""Tokens compared where a backend (the NumPy references, Triton's interpreter) is too slow on a CPU for the whole answer;
+"""Tokens compared where a backend (the NumPy references, Triton's interpreter) is too slow on a CPU for all of it;
 its share of the calls is then not measured either."""
 BRIEF = 1e6
 """Microseconds of a run so brief that other programs disturb it; the least disturbed of three is taken."""

@@ -132,8 +132,8 @@ _RULE = {"bfloat16": f" ({BOUND_BFLOAT16} times what torch's own is off from flo
 
 _SHARES = f"""\
 replaced: what flagops' kernels computed, of the calls of those operators that flagops replaces, of all calls that
-compute something (views do not), and of the CPU time of all operators; these two for the prompt and {MEASURED - 1} more
-token, but for backends that are slow here"""
+compute something (views do not), and of the time that all operators take on the CPU; these two for the prompt and
+{MEASURED - 1} more token, but for backends that are slow here"""
 
 
 class Progress:

@@ -187,8 +187,9 @@ def test_fp8_refuses_scales_of_two_kinds(tmp_path):
     weight, factor, _ = data.fp8(rng, 128, 128, floating=True)
     tensors = {"a.weight": packed, "a.scale": scale, "b.weight": weight, "b.weight_scale_inv": factor}
     src = data.write(tmp_path / "src", {SHARD: tensors})
-    with pytest.raises(checkpoint.Refused, match=r"b\.weight_scale_inv keeps scales of float32, but.*e8m0"):
-        checkpoint.convert(src, tmp_path / "dst", to="fp8")
+    for keep in ((), "b.weight"):
+        with pytest.raises(checkpoint.Refused, match=r"b\.weight_scale_inv keeps scales of float32, but.*e8m0"):
+            checkpoint.convert(src, tmp_path / "dst", to="fp8", keep=keep)
 
 
 def test_what_others_would_believe_beside_the_configuration(tmp_path):

@@ -209,6 +209,13 @@ def test_what_no_configuration_could_describe_is_refused(tmp_path, keep, to, con
     assert not (tmp_path / "dst").exists()
 
 
+@pytest.mark.parametrize("config", [CONFIG, {"text_config": {"weight_block_size": [32, 32]}}])
+def test_what_is_loaded_needs_no_configuration(tmp_path, config):
+    src, expected, tensors = v41(tmp_path / "src", config)
+    kept = {name: x for name, x in tensors.items() if ".experts.0." in name}
+    data.same(dict(checkpoint.load(src, keep="*.experts.0.*")), expected | kept)
+
+
 def test_going_on_with_other_patterns_is_refused(tmp_path, monkeypatch):
     src, _, _ = v41(tmp_path / "src")
     dst = tmp_path / "dst"

@@ -127,10 +127,10 @@ class Conversion:
         self.memory, self.dst = parse_size(memory), Path(dst).resolve()
         work.folders(Path(src).resolve(), self.dst)
         self.plan = Plan(Source(src), to, parse_size(shard_size), keep)
+        self.total = self.plan.total  # also makes the texts, before anything is compiled and memory is divided
         self.kernels = Kernels(self.plan, backend)
         self.kernels.warm()
         self.tasks: list[str | Shard] = [*self.plan.source.others, *self.plan.shards]
-        self.total = self.plan.total  # also makes the texts, before memory is divided
         self.peak = work.peak()
         self.share = work.share(self.plan, self.kernels, self.memory, workers, len(self.tasks))
         self.progress = progress
@@ -155,7 +155,7 @@ class Conversion:
             backend=self.kernels.backend,
             keep=plan.keep,
             kept=plan.kept,
-            config_changes=plan.changes,
+            config_changes=plan.configuration[1],
             copied=source.others,
             left_out=source.left_out,
             notes=self._notes(),

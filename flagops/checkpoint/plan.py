@@ -102,16 +102,14 @@ class Plan:
         self.source, self.to, self.shard_size = source, to, shard_size
         self.keep = sorted({keep} if isinstance(keep, str) else set(keep))
         self.kept = _kept(source.tensors, self.keep)
-        said = Configuration(source.config)
-        self.outputs = outputs(source.tensors, to, said.block, self.kept)
+        self.said = Configuration(source.config)
+        self.outputs = outputs(source.tensors, to, self.said.block, self.kept)
         wanted = (FP4, FP8) if to == "bf16" else (RECODE,)
         if not any(out.action in wanted for out in self.outputs):
             beyond = f" beyond --keep {' '.join(self.keep)}" if self.keep else ""
             raise Refused(
                 f"{source.folder} holds no tensor to convert from {' or '.join(wanted)}{beyond}; use it as it is"
             )
-        self.config, self.changes = self._configuration(said)
-        self.notes = _beside(source)
         groups = _groups(self.outputs, shard_size)
         names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
         self.shards = [Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
@@ -119,14 +117,23 @@ class Plan:
         self.counts = dict(Counter(out.action for out in self.outputs))
         self.dropped = len(source.tensors) - len({out.name for out in self.outputs} & source.tensors.keys())
 
-    def _configuration(self, said: Configuration) -> tuple[dict[str, Any] | None, list[str]]:
+    @cached_property
+    def notes(self) -> list[str]:
+        """What copied files go on to say."""
+        return _beside(self.source)
+
+    @cached_property
+    def configuration(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """That of the output, and what was changed in it, in words."""
         tensors = {name: self.source.tensors[name] for name in self.kept}
         packed = [t for t in tensors.values() if t.dtype in _FP4_DTYPES and _scales(t, tensors)]
         if self.to == "fp8":
             if packed:
                 raise Refused(f"--keep: {packed[0]} would stay FP4 beside FP4 made FP8; use --to bf16")
-            wide = (out.name for out in self.outputs if out.action == KEPT_SCALE and out.dtype == "F32")
-            return said.in_fp8(next(wide, None))
+            scales = {scale.name for t in tensors.values() for scale in _scales(t, tensors)}
+            scales |= {out.name for out in self.outputs if out.action == KEPT_SCALE}
+            wide = (name for name in sorted(scales) if self.source.tensors[name].dtype == "F32")
+            return self.said.in_fp8(next(wide, None))
         left = {t.name for t in packed} | {t.name for t in tensors.values() if t.dtype in _CODES}
         converted = [out.name for out in self.outputs if out.action in (FP4, FP8)]
         plain = [
@@ -135,7 +142,7 @@ class Plan:
             if out.dtype in _WIDE and out.name.endswith(".weight") and len(out.shape) > 1
         ]
         others, kept = modules(converted, plain, sorted(left))
-        return said.in_bf16(kept, others, bool(packed))
+        return self.said.in_bf16(kept, others, bool(packed))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -151,8 +158,9 @@ class Plan:
             "weight_map": {name: shard.name for name, shard in sorted(self._places())},
         }
         texts = {INDEX: (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()}
-        if self.config is not None:
-            texts = {CONFIG: (json.dumps(self.config, indent=2, ensure_ascii=False) + "\n").encode()} | texts
+        config, _ = self.configuration
+        if config is not None:
+            texts = {CONFIG: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()} | texts
         return texts
 
     @cached_property
