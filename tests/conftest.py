@@ -12,6 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
+import functools
 import random
 import time
 import zlib
@@ -44,7 +45,8 @@ settings.register_profile("nightly", settings.get_profile("default"), max_exampl
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # What a test uses that compares by distance and not bit for bit.
-DISTANCES = {"abs", "assert_near", "assert_of", "assert_parity", "compare", "gradcheck", "gradgradcheck"}
+DISTANCES = {"abs", "allclose", "assert_close", "assert_near", "assert_of", "assert_parity", "compare"}
+DISTANCES |= {"BOUND", "gradcheck", "gradgradcheck"}
 
 
 def pytest_addoption(parser):
@@ -126,12 +128,13 @@ def _names(code):
     return set(code.co_names).union(*inner)
 
 
-def _measures(function, seen=()):
+@functools.cache
+def _measures(function, seen=frozenset()):
     """Whether a test compares by distance, itself or through a helper of its module."""
     used = _names(function.__code__)
-    helpers = [function.__globals__.get(name) for name in used - set(seen)]
+    helpers = [function.__globals__.get(name) for name in used - seen]
     return bool(used & DISTANCES) or any(
-        _measures(helper, {*seen, *used}) for helper in helpers if isinstance(helper, FunctionType)
+        _measures(helper, seen | used) for helper in helpers if isinstance(helper, FunctionType)
     )
 
 
