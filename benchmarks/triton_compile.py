@@ -27,12 +27,12 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 FP4_TILE, FP8_TILE = (
-    getattr(importlib.import_module("flagops.kernels.dequantize_triton"), f"FP{n}_TILE") for n in (4, 8)
+    getattr(importlib.import_module("flagops.kernels.triton.dequantize"), f"FP{n}_TILE") for n in (4, 8)
 )
-QUANTIZE = importlib.import_module("flagops.kernels.quantize_triton")
-QMATMUL = importlib.import_module("flagops.kernels.qmatmul_triton").TILES
-HYPER = importlib.import_module("flagops.kernels.hyper_triton")
-COMPRESS, INDEXER = (importlib.import_module(f"flagops.kernels.{name}_triton") for name in ("compress", "indexer"))
+QUANTIZE = importlib.import_module("flagops.kernels.triton.quantize")
+QMATMUL = importlib.import_module("flagops.kernels.triton.qmatmul").TILES
+HYPER = importlib.import_module("flagops.kernels.triton.hyper")
+COMPRESS, INDEXER = (importlib.import_module(f"flagops.kernels.triton.{name}") for name in ("compress", "indexer"))
 TARGETS = {
     "sm_90": (GPUTarget("cuda", 90, 32), "cuda", 227 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "hip", 64 << 10),
@@ -72,7 +72,7 @@ class Entry:
         """The module's own table: ``TILES[device][dtype class]``, a list of meta-parameters and launch options."""
         if self.fixed:
             return [self.fixed]
-        tables = importlib.import_module(f"flagops.kernels.{self.module}").TILES[kind]
+        tables = importlib.import_module(f"flagops.kernels.triton.{self.module}").TILES[kind]
         tiles = tables["half" if dtype in HALF else dtype]
         return [tile for tile in tiles if tile.get("SLICE", 0) <= self.widest]
 
@@ -83,121 +83,121 @@ COMBINE = dict.fromkeys(("parts", "maxima", "sums", "sink"), "acc") | {"out": "d
 ATTENTION_UNITS = ("q_d", "kv_d", "sink_h", "index_k", "out_d")
 ENTRIES = [
     Entry(
-        "matmul_triton", "product_kernel", dict.fromkeys(("a", "b", "bias", "out"), "dtype"), FLOATS,
+        "matmul", "product_kernel", dict.fromkeys(("a", "b", "bias", "out"), "dtype"), FLOATS,
         units=("a_k", "b_k", "out_n", "bias_n"), label="linear",
         constants={"GROUP": 8, "BIAS": True, "EVEN": True, "PRECISION": "ieee"},
     ),
     Entry(
-        "matmul_triton", "product_kernel", dict.fromkeys(("a", "b", "bias", "out"), "dtype"), FLOATS,
+        "matmul", "product_kernel", dict.fromkeys(("a", "b", "bias", "out"), "dtype"), FLOATS,
         units=("a_k", "b_n", "out_n"), label="ragged k",
         constants={"GROUP": 8, "BIAS": False, "EVEN": False, "PRECISION": "ieee"},
     ),
     Entry(
-        "matmul_triton", "sum_kernel", {"parts": "acc", "bias": "dtype", "out": "dtype"}, FLOATS,
+        "matmul", "sum_kernel", {"parts": "acc", "bias": "dtype", "out": "dtype"}, FLOATS,
         units=("out_n", "bias_n"), scalars={"size": "i64"}, label="split k",
         constants={"BIAS": True}, fixed={"BLOCK": 256, "num_warps": 4},
     ),
     Entry(
-        "attention_triton", "attention_kernel", ATTENTION, HALF,
+        "attention", "attention_kernel", ATTENTION, HALF,
         units=ATTENTION_UNITS, scalars={"scale_bits": "i64"}, label="one pass",
         constants={"WHOLE": True, "FULL": True, "SINK": True, "PARTIAL": False, "PRECISION": "ieee"},
     ),
     Entry(
-        "attention_triton", "attention_kernel", ATTENTION | {"out": "acc"}, HALF,
+        "attention", "attention_kernel", ATTENTION | {"out": "acc"}, HALF,
         units=ATTENTION_UNITS, scalars={"scale_bits": "i64"}, label="split keys, odd width",
         constants={"WHOLE": True, "FULL": False, "SINK": True, "PARTIAL": True, "PRECISION": "ieee"},
     ),
     Entry(
-        "attention_triton", "attention_kernel", ATTENTION, FLOATS,
+        "attention", "attention_kernel", ATTENTION, FLOATS,
         units=ATTENTION_UNITS, scalars={"scale_bits": "i64"}, label="in pieces", widest=256,
         constants={"WHOLE": False, "FULL": False, "SINK": True, "PARTIAL": False, "PRECISION": "ieee"},
     ),
     Entry(
-        "attention_triton", "combine_kernel", COMBINE, FLOATS,
+        "attention", "combine_kernel", COMBINE, FLOATS,
         units=("sink_h", "out_d"), label="split keys",
         constants={"SINK": True}, fixed={"P": 32, "BLOCK": 128, "num_warps": 4},
     ),
     Entry(
-        "dequantize_triton", "fp4_kernel", {"packed": "u8", "scale": "u8", "out": "dtype"}, FLOATS[:3],
+        "dequantize", "fp4_kernel", {"packed": "u8", "scale": "u8", "out": "dtype"}, FLOATS[:3],
         units=("packed_c", "scale_c", "out_c"), label="contiguous", constants={"FLAT": True}, fixed=FP4_TILE,
     ),
     Entry(
-        "dequantize_triton", "fp4_kernel", {"packed": "u8", "scale": "u8", "out": "dtype"}, ("bfloat16",),
+        "dequantize", "fp4_kernel", {"packed": "u8", "scale": "u8", "out": "dtype"}, ("bfloat16",),
         units=("packed_c", "scale_c", "out_c"), label="rows", constants={"FLAT": False}, fixed=FP4_TILE,
     ),
     Entry(
-        "dequantize_triton", "fp8_kernel", {"weight": "u8", "scale": "u8", "out": "dtype"}, FLOATS[:3],
+        "dequantize", "fp8_kernel", {"weight": "u8", "scale": "u8", "out": "dtype"}, FLOATS[:3],
         units=("weight_c", "scale_c", "out_c"), label="e8m0", constants={"SHARED": True}, fixed=FP8_TILE,
     ),
     Entry(
-        "dequantize_triton", "fp8_kernel", {"weight": "u8", "scale": "fp32", "out": "dtype"}, ("bfloat16",),
+        "dequantize", "fp8_kernel", {"weight": "u8", "scale": "fp32", "out": "dtype"}, ("bfloat16",),
         units=("weight_c", "scale_c", "out_c"), label="float32 scales", constants={"SHARED": True}, fixed=FP8_TILE,
     ),
     Entry(
-        "dequantize_triton", "fp8_kernel", {"weight": "u8", "scale": "u8", "out": "dtype"}, ("bfloat16",),
+        "dequantize", "fp8_kernel", {"weight": "u8", "scale": "u8", "out": "dtype"}, ("bfloat16",),
         units=("weight_c", "scale_c", "out_c"), label="odd blocks", constants={"SHARED": False}, fixed=FP8_TILE,
     ),
     Entry(
-        "norm_triton", "norm_kernel", {"x": "dtype", "weight": "fp32", "out": "dtype"}, FLOATS[:3],
+        "norm", "norm_kernel", {"x": "dtype", "weight": "fp32", "out": "dtype"}, FLOATS[:3],
         units=("x_n", "weight_n", "out_n"), scalars={"eps_bits": "i64"}, label="hidden states",
         constants={"WHOLE": True, "WEIGHT": True, "STEPWISE": False},
         fixed={"ROWS": 1, "BLOCK": 8192, "num_warps": 8},
     ),
     Entry(
-        "norm_triton", "norm_kernel", {"x": "dtype", "weight": "fp32", "out": "dtype"}, HALF,
+        "norm", "norm_kernel", {"x": "dtype", "weight": "fp32", "out": "dtype"}, HALF,
         units=("x_n", "weight_n", "out_n"), scalars={"eps_bits": "i64"}, label="heads in steps",
         constants={"WHOLE": True, "WEIGHT": False, "STEPWISE": True}, fixed={"ROWS": 8, "BLOCK": 512, "num_warps": 8},
     ),
     Entry(
-        "rotary_triton", "rotary_kernel", {"x": "dtype", "cos": "acc", "sin": "acc", "out": "dtype"}, FLOATS,
+        "rotary", "rotary_kernel", {"x": "dtype", "cos": "acc", "sin": "acc", "out": "dtype"}, FLOATS,
         units=("x_d", "cos_r", "sin_r", "out_d"), scalars={"sign": "i32"}, constants={"COPY": True},
         fixed={"HEADS": 16, "BLOCK": 128, "num_warps": 4},
     ),
     Entry(
-        "rotary_triton", "table_kernel", {"positions": "i32", "theta": "fp32", "cos": "fp32", "sin": "fp32"},
+        "rotary", "table_kernel", {"positions": "i32", "theta": "fp32", "cos": "fp32", "sin": "fp32"},
         ("float32",), units=("cos_r", "sin_r"), fixed={"BLOCK": 256, "num_warps": 4},
     ),
     Entry(
-        "quantize_triton", "encode_kernel", {"x": "dtype", "codes": "u8", "scales": "u8"}, FLOATS[:3],
+        "quantize", "encode_kernel", {"x": "dtype", "codes": "u8", "scales": "u8"}, FLOATS[:3],
         units=("x_c", "codes_c", "scales_c"), label="FP8, 128", fixed={"GROUPS": 32, "BLOCK": 128, "num_warps": 4},
         constants={"POWERS": True, "FOUR": False, "FAKE": False, "LONG": False, "FLAT": True},
     ),
     Entry(
-        "quantize_triton", "encode_kernel", {"x": "dtype", "codes": "u8", "scales": "fp32"}, ("bfloat16",),
+        "quantize", "encode_kernel", {"x": "dtype", "codes": "u8", "scales": "fp32"}, ("bfloat16",),
         units=("x_c", "codes_c", "scales_c"), label="FP8, float32 scales",
         constants={"POWERS": False, "FOUR": False, "FAKE": False, "LONG": False, "FLAT": True},
         fixed={"GROUPS": 32, "BLOCK": 128, "num_warps": 4},
     ),
     Entry(
-        "quantize_triton", "encode_kernel", {"x": "dtype", "codes": "dtype", "scales": "dtype"}, ("bfloat16",),
+        "quantize", "encode_kernel", {"x": "dtype", "codes": "dtype", "scales": "dtype"}, ("bfloat16",),
         units=("x_c", "codes_c", "scales_c"), label="FP8 and back, 64",
         constants={"POWERS": True, "FOUR": False, "FAKE": True, "LONG": False, "FLAT": True},
         fixed={"GROUPS": 64, "BLOCK": 64, "num_warps": 4},
     ),
     Entry(
-        "quantize_triton", "encode_kernel", {"x": "dtype", "codes": "u8", "scales": "u8"}, ("bfloat16",),
+        "quantize", "encode_kernel", {"x": "dtype", "codes": "u8", "scales": "u8"}, ("bfloat16",),
         units=("x_c", "codes_c", "scales_c"), label="FP4, 32", fixed={"GROUPS": 128, "BLOCK": 32, "num_warps": 4},
         constants={"POWERS": True, "FOUR": True, "FAKE": False, "LONG": False, "FLAT": True},
     ),
     Entry(
-        "quantize_triton", "encode_kernel", {"x": "dtype", "codes": "dtype", "scales": "dtype"}, ("bfloat16",),
+        "quantize", "encode_kernel", {"x": "dtype", "codes": "dtype", "scales": "dtype"}, ("bfloat16",),
         units=("x_c", "codes_c", "scales_c"), label="FP4 and back, 32",
         constants={"POWERS": True, "FOUR": True, "FAKE": True, "LONG": False, "FLAT": True},
         fixed={"GROUPS": 128, "BLOCK": 32, "num_warps": 4},
     ),
     Entry(
-        "quantize_triton", "recode_kernel",
+        "quantize", "recode_kernel",
         dict.fromkeys(("packed", "scale", "weight", "scales", "lossless"), "u8"), ("float32",),
         units=("packed_c", "scale_c", "weight_c", "scales_c", "lossless_c"), fixed=QUANTIZE.RECODE_TILE,
     ),
     Entry(
-        "quantize_triton", "hadamard_kernel", {"x": "dtype", "out": "dtype"}, FLOATS,
+        "quantize", "hadamard_kernel", {"x": "dtype", "out": "dtype"}, FLOATS,
         units=("x_c", "out_c"), scalars={"scale_bits": "i64"}, label="128",
         constants={"STAGES": 7, "LONG": False, "FLAT": True}, fixed={"ROWS": 32, "D": 128, "num_warps": 4},
     ),
     *(
         Entry(
-            "qmatmul_triton", f"{kind}_kernel",
+            "qmatmul", f"{kind}_kernel",
             {"a": "u8", "a_scale": "u8", "b": "u8", "b_scale": "u8", "out": "dtype"}, ("bfloat16",),
             units=("a_k", "a_scale_k", "b_k", "b_scale_k", "out_n"), label="converted" if converts else "by bits",
             constants={"GROUP": 8, "EVEN": True, "CONVERT": converts, **more}, fixed=tile,
@@ -209,7 +209,7 @@ ENTRIES = [
     ),
     *(
         Entry(
-            "qmatmul_triton", "fp8_kernel",
+            "qmatmul", "fp8_kernel",
             {"a": "dtype", "a_scale": "u8", "b": "u8", "b_scale": "u8", "out": "dtype"}, ("bfloat16",),
             units=("a_k", "a_scale_k", "b_k", "b_scale_k", "out_n"), label="plain activations",
             constants={"GROUP": 8, "EVEN": True, "CONVERT": kind == "cuda", "PLAIN": True, "PRECISION": "ieee"},
@@ -220,7 +220,7 @@ ENTRIES = [
     ),
     *(
         Entry(
-            "sdpa_triton", "dense_kernel", dict.fromkeys(("q", "k", "v", "mask", "out"), "dtype"), dtypes,
+            "sdpa", "dense_kernel", dict.fromkeys(("q", "k", "v", "mask", "out"), "dtype"), dtypes,
             units=("q_d", "k_d", "v_d", "mask_n", "out_v"), scalars={"scale_bits": "i64"}, label=label, widest=widest,
             constants={"CAUSAL": causal, "MASK": mask, "PRECISION": "ieee"},
         )
@@ -229,34 +229,34 @@ ENTRIES = [
         )
     ),
     Entry(
-        "muon_triton", "blend_kernel", dict.fromkeys(("x", "y", "a", "b"), "dtype"), FLOATS[2:],
+        "muon", "blend_kernel", dict.fromkeys(("x", "y", "a", "b"), "dtype"), FLOATS[2:],
         scalars={"size": "i64"}, fixed={"BLOCK": 1024, "num_warps": 4},
     ),
     Entry(
-        "hyper_triton", "split_kernel", dict.fromkeys(("mix", "scale", "base", "pre", "post", "comb"), "dtype"),
+        "hyper", "split_kernel", dict.fromkeys(("mix", "scale", "base", "pre", "post", "comb"), "dtype"),
         FLOATS[2:], units=("mix_c",), scalars={"eps_bits": "i64"}, label="four streams",
         constants={"N": 4, "P": 4}, fixed=HYPER.SPLIT,
     ),
     Entry(
-        "hyper_triton", "project_kernel", {"x": "dtype", "fn": "acc", "sums": "acc"}, FLOATS,
+        "hyper", "project_kernel", {"x": "dtype", "fn": "acc", "sums": "acc"}, FLOATS,
         units=("x_d", "fn_k"), label="24 columns", constants={"C": 24, "PC": 32, "PRECISION": "ieee"},
         fixed=HYPER.PROJECT,
     ),
     Entry(
-        "hyper_triton", "collapse_kernel",
+        "hyper", "collapse_kernel",
         {"x": "dtype", "y": "dtype"} | dict.fromkeys(("sums", "scale", "base", "post", "comb"), "acc"), FLOATS,
         units=("x_d",), scalars={"eps_bits": "i64", "norm_bits": "i64"}, label="four streams",
         constants={"FULL": True, "C": 24, "N": 4, "P": 4}, fixed=HYPER.COLLAPSE,
     ),
     Entry(
-        "hyper_triton", "mix_kernel",
+        "hyper", "mix_kernel",
         dict.fromkeys(("x", "y", "out"), "dtype") | dict.fromkeys(("post", "comb"), "acc"), FLOATS,
         units=("y_d", "x_d", "post_n", "comb_k", "out_d"), label="four streams", constants={"N": 4, "P": 4},
         fixed=HYPER.MIX,
     ),
     *(
         Entry(
-            "experts_triton", "coded_kernel",
+            "experts", "coded_kernel",
             {"a": "bf16", "b": "u8", "scale": "u8", "out": "dtype", "work": "i32", "rows": "i64"}, ("bfloat16",),
             units=("b_k", "scale_k"), label=f"{'FP4' if four else 'FP8'} {'converted' if converts else 'by bits'}",
             constants={"GATHER": True, "EVEN": True, "FOUR": four, "CONVERT": converts}, fixed=tile,
@@ -268,7 +268,7 @@ ENTRIES = [
     ),
     *(
         Entry(
-            "experts_triton", "grouped_kernel",
+            "experts", "grouped_kernel",
             {"a": "dtype", "b": "dtype", "out": "dtype", "work": "i32", "rows": "i64"}, dtypes,
             units=("a_k", "b_k", "out_n"), constants={"GATHER": True, "EVEN": True, "PRECISION": "ieee"},
             fixed={"BM": m, "BN": n, "BK": k, "num_warps": warps, "num_stages": stages},
@@ -278,38 +278,38 @@ ENTRIES = [
         )
     ),
     Entry(
-        "experts_triton", "activate_kernel",
+        "experts", "activate_kernel",
         {"both": "dtype", "order": "i64", "weights": "acc", "out": "dtype"}, FLOATS, units=("weights_k",),
         scalars={"limit_bits": "i64"}, constants={"FAKE": False, "FOUR": False}, fixed={"ROWS": 8, "num_warps": 4},
     ),
     Entry(
-        "experts_triton", "activate_kernel",
+        "experts", "activate_kernel",
         {"both": "dtype", "order": "i64", "weights": "acc", "out": "bf16"}, FLOATS[:3], units=("weights_k",),
         scalars={"limit_bits": "i64"}, label="to FP8", constants={"FAKE": True, "FOUR": True},
         fixed={"ROWS": 8, "num_warps": 4},
     ),
     Entry(
-        "experts_triton", "fake_kernel", {"x": "dtype", "out": "bf16"}, FLOATS[:3], units=("x_d",),
+        "experts", "fake_kernel", {"x": "dtype", "out": "bf16"}, FLOATS[:3], units=("x_d",),
         constants={"FOUR": True}, fixed={"ROWS": 8, "num_warps": 4},
     ),
     Entry(
-        "experts_triton", "combine_kernel", {"y": "dtype", "position": "i64", "shared": "dtype", "out": "dtype"},
+        "experts", "combine_kernel", {"y": "dtype", "position": "i64", "shared": "dtype", "out": "dtype"},
         FLOATS, units=("shared_d", "out_d"), constants={"SHARED": True}, fixed={"BLOCK": 512, "num_warps": 4},
     ),
     Entry(
-        "moe_triton", "route_kernel",
+        "moe", "route_kernel",
         {"z": "dtype", "bias": "dtype", "table": "i64", "tokens": "i64", "weights": "dtype", "indices": "i32"},
         FLOATS[2:], units=("bias_e", "table_k", "tokens_t", "weights_k", "indices_k"), scalars={"scale_bits": "i64"},
         constants={"K": 6, "SLOTS": 8, "BIAS": True, "TABLE": False}, fixed={"ROWS": 4, "BLOCK": 256, "num_warps": 4},
     ),
     Entry(
-        "moe_triton", "swiglu_kernel", {"gate": "dtype", "up": "dtype", "weight": "acc", "out": "dtype"}, FLOATS,
+        "moe", "swiglu_kernel", {"gate": "dtype", "up": "dtype", "weight": "acc", "out": "dtype"}, FLOATS,
         units=("gate_n", "up_n", "out_n"), scalars={"limit_bits": "i64"}, constants={"WEIGHT": True},
         fixed={"ROWS": 1, "BLOCK": 1024, "num_warps": 4},
     ),
     *(
         Entry(
-            "compress_triton", name,
+            "compress", name,
             dict.fromkeys(("kv", "scores", "bias", "kv_state", "score_state"), "acc") | {"entries": "dtype"}, dtypes,
             units=("bias_c", "kv_c", "score_c", *["entry_d"][: name == "pool_kernel"]), fixed=tile,
         )
@@ -320,7 +320,7 @@ ENTRIES = [
     ),
     *(
         Entry(
-            "indexer_triton", "score_kernel",
+            "indexer", "score_kernel",
             dict.fromkeys(("q", "keys"), "dtype") | {"weights": "acc", "visible": "i32", "scores": keys}, dtypes,
             units=("q_d", "key_d", "weight_h", "visible_s"), label=label,
             constants={"WHOLE": whole, "VISIBLE": True, "PRECISION": "ieee"},
@@ -333,7 +333,7 @@ ENTRIES = [
     ),
     *(
         Entry(
-            "indexer_triton", "select_kernel",
+            "indexer", "select_kernel",
             dict.fromkeys(("places", "visible", "to_places"), "i32") | {"keys": keys, "to_keys": keys}, dtypes,
             units=("visible_s", "to_k"), label="of a list" if listed else "of scores",
             constants={"LISTED": listed, "LAST": listed, "VISIBLE": True}, fixed=INDEXER.SELECT,
@@ -365,7 +365,7 @@ class Row:
 
 
 def _source(entry: Entry, dtype: str, tile: dict[str, Any]) -> ASTSource:
-    kernel = getattr(importlib.import_module(f"flagops.kernels.{entry.module}"), entry.kernel)
+    kernel = getattr(importlib.import_module(f"flagops.kernels.triton.{entry.module}"), entry.kernel)
     elements = {"dtype": SHORT[dtype], "acc": "fp64" if dtype == "float64" else "fp32"}
     constants = {**dict.fromkeys(entry.units, 1), **entry.constants}
     constants |= {name: value for name, value in tile.items() if name in kernel.arg_names}

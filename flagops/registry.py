@@ -1,7 +1,7 @@
 """Finds operators and kernels by name and loads each on first use.
 
 A function under `operator` in ``reference/<family>.py`` is an operator; a function of the same name in
-``<family>_<backend>.py`` of a backend's kernel package is its kernel there. No list has to be edited.
+``kernels/<backend>/<family>.py`` is its kernel there. No list has to be edited.
 """
 
 from __future__ import annotations
@@ -139,6 +139,17 @@ def backend(name: str) -> Backend:
         return _Broken(name, f"its descriptor failed to load: {type(error).__name__}: {error}")
 
 
+def home(operator_name: str, backend_name: str) -> str:
+    """The module where a backend's kernel of an operator is looked for, "" if it keeps its kernels in none.
+
+    A folder of ours holds ``<family>.py``; a package of others ``<family>_<name>.py``, as the protocol says.
+    """
+    package, family = backend(backend_name).kernels, operator(operator_name).family
+    if callable(package) or not package:
+        return ""
+    return f"{package}.{family}" if package.startswith("flagops.kernels.") else f"{package}.{family}_{backend_name}"
+
+
 @cache
 def find(operator_name: str, backend_name: str) -> Kernel:
     """The kernel of an operator for a backend. Raises Unsupported with the reason if there is none."""
@@ -149,7 +160,7 @@ def find(operator_name: str, backend_name: str) -> Kernel:
     if callable(owner.kernels):
         module, function = None, owner.kernels(op)
     else:
-        module = _module(f"{owner.kernels}.{op.family}_{owner.name}")
+        module = _module(home(operator_name, backend_name))
         function = getattr(module, op.name, None)
     if function is None:
         raise Unsupported(f"{backend_name} has no kernel for {op.name}")
@@ -158,11 +169,11 @@ def find(operator_name: str, backend_name: str) -> Kernel:
 
 def written(operator_name: str, backend_name: str) -> bool:
     """Whether the source of a kernel exists, also where its backend cannot run."""
-    package = backend(backend_name).kernels
-    if callable(package):
+    if callable(backend(backend_name).kernels):
         return True
+    module = home(operator_name, backend_name)
     try:
-        spec = find_spec(f"{package}.{operator(operator_name).family}_{backend_name}") if package else None
+        spec = find_spec(module) if module else None
     except ModuleNotFoundError:
         return False
     return bool(spec and spec.origin and f"\ndef {operator_name}(" in Path(spec.origin).read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """Small edits of the real kernels, each a bug that the parity suite must find.
 
-``python tests/mutants.py BACKEND FILE:INDEX...`` tries those, or with a file alone all of it.
+``python tests/mutants.py BACKEND FILE:INDEX...`` tries those, such as ``numba numba/norm.py:0``; of a file alone, all.
 
 One line is printed for each mutant. A mutant may read or write anywhere, so the caller runs this as a process of its
 own and goes on behind a mutant that ended it.
@@ -18,15 +18,26 @@ from pathlib import Path
 
 TABLES = [runpy.run_path(str(path)) for path in sorted(Path(__file__).with_name("families").glob("*.py"))]
 
-# file: [(operator that must notice, text, its replacement, which occurrence)]
+# file in kernels/: [(operator that must notice, text, its replacement, which occurrence)]
 MUTANTS: dict[str, list[tuple[str, str, str, int]]] = {f: m for t in TABLES for f, m in t["MUTANTS"].items()}
 
 # Mutants that survive, by file and index, each with why no result can tell it apart.
 EQUIVALENT: dict[tuple[str, int], str] = {k: v for t in TABLES for k, v in t.get("EQUIVALENT", {}).items()}
 
 
+def kernels() -> Path:
+    (folder,) = importlib.util.find_spec("flagops.kernels").submodule_search_locations
+    return Path(folder)
+
+
 def backend_of(file: str) -> str:
-    return "triton" if "triton" in file else "torch" if "torch" in file else "numba"
+    """The backend in whose folder a file lies; of a helper above the folders, the first whose kernels import it."""
+    folder, _, name = file.rpartition("/")
+    line = f"from ..{name[:-3]} import"
+    folders = (
+        b for b in ("numba", "torch", "triton") if any(line in p.read_text() for p in kernels().glob(f"{b}/*.py"))
+    )
+    return folder or next(folders)
 
 
 def mutate(source: str, old: str, new: str, occurrence: int) -> str:
@@ -44,10 +55,9 @@ def verdict(file: str, index: int, folder: Path) -> str:
     name, old, new, occurrence = MUTANTS[file][index]
     for module in [m for m in sys.modules if m.startswith("flagops.kernels.")]:
         del sys.modules[module]
-    real = Path(importlib.util.find_spec(f"flagops.kernels.{file[:-3]}").origin)
-    edited = folder / f"{file[:-3]}_{index}.py"
-    edited.write_text(mutate(real.read_text(), old, new, occurrence))
-    spec = importlib.util.spec_from_file_location(f"flagops.kernels.{file[:-3]}", edited)
+    edited = folder / f"{file[:-3].replace('/', '_')}_{index}.py"
+    edited.write_text(mutate((kernels() / file).read_text(), old, new, occurrence))
+    spec = importlib.util.spec_from_file_location(f"flagops.kernels.{file[:-3].replace('/', '.')}", edited)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

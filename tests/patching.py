@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import json
 
 import torch
@@ -15,6 +16,19 @@ BACKENDS = ("numba", "torch")
 BOUND = 1e-4  # promised for logits in float32
 LAYERS = 3
 CLEAR = 1e-5  # relative to the largest score: float32 models that round differently agree to 2e-6
+
+
+def caching(cache):
+    """A cache as the arguments that this version of transformers takes it by, and gives it back by."""
+    from transformers import DeepseekV4ForCausalLM
+
+    renamed = "cache" in inspect.signature(DeepseekV4ForCausalLM.forward).parameters
+    return {"cache" if renamed else "past_key_values": cache}
+
+
+def returned(out):
+    (name,) = caching(None)
+    return out[name]
 
 
 def tokens(count, batch=1, seed=0, vocabulary=64):
@@ -35,9 +49,9 @@ def continued(model, ids, sizes, cache=None):
     pieces, at = [], 0
     with torch.no_grad():
         for size in sizes:
-            out = model(input_ids=ids[:, at : at + size], past_key_values=cache, use_cache=True)
+            out = model(input_ids=ids[:, at : at + size], **caching(cache), use_cache=True)
             pieces.append(out.logits)
-            cache, at = out.past_key_values, at + size
+            cache, at = returned(out), at + size
     return torch.cat(pieces, 1)
 
 

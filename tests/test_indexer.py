@@ -80,7 +80,7 @@ def test_more_than_there_is_and_nothing_at_all(kernel):
 
 
 def test_what_fits_is_not_scored(monkeypatch):
-    import flagops.kernels.indexer_torch as module
+    import flagops.kernels.torch.indexer as module
 
     monkeypatch.setattr(module, "_best", lambda *_: pytest.fail("scored"))
     q, keys, weights = torch.ones(1, 2, 1, 1), torch.ones(1, 5, 1), torch.ones(1, 2, 1)

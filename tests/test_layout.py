@@ -1,8 +1,10 @@
 """Packaging: what is imported, what is shipped, and what must not be shadowed."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,10 +17,10 @@ ROOT = Path(__file__).parents[1]
 IN_CHECKOUT = (ROOT / "kernels").is_dir() and Path(flagops.__file__).parents[1] == ROOT
 
 
-def python(script, cwd=None, **environment):
+def python(script, *options, cwd=None, **environment):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("FLAGOPS_", "TRITON_"))}
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=cwd, env=clean | environment
+        [sys.executable, *options, "-c", script], capture_output=True, text=True, cwd=cwd, env=clean | environment
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -68,15 +70,42 @@ def test_with_numpy_and_ml_dtypes_alone(error):
     assert python(script).splitlines()[-1] == "3.0"
 
 
-def test_no_folder_shadows_a_library():
+OPEN = """
+import importlib, sys
+from importlib.util import find_spec
+from pathlib import Path
+import flagops
+from flagops import registry
+
+kernels = [Path(folder).resolve() for folder in importlib.import_module("flagops.kernels").__path__]
+assert not {Path(entry or ".").resolve() for entry in sys.path} & {at for k in kernels for at in (k, *k.iterdir())}
+homes = set()
+for library in filter(find_spec, ("numba", "torch", "triton")):
+    homes |= {registry.home(op, library) for op in registry.operators() if registry.written(op, library)}
+    loaded = Path(importlib.import_module(library).__file__).resolve()
+    assert not any(loaded.is_relative_to(folder) for folder in kernels), loaded
+assert homes
+for home in sorted(homes):
+    at = Path(importlib.import_module(home).__file__).resolve()
+    assert any(at.is_relative_to(folder) for folder in kernels), at
+"""
+"""Opens every kernel whose library is here, and says which folders and libraries it met."""
+
+
+def test_no_folder_shadows_a_library(tmp_path):
+    """kernels/numba, torch and triton are no packages, and no path leads to them: not even to `kernels`."""
     if not IN_CHECKOUT:
         pytest.skip("not a checkout")
+    assert {path.name for path in (ROOT / "kernels").iterdir() if path.is_dir()} >= {"numba", "torch", "triton"}
     for folder in ("kernels", "reference", "tests", "benchmarks"):
-        assert not (ROOT / folder / "__init__.py").exists(), f"{folder}/__init__.py would make a top-level package"
-    for path in (ROOT / "kernels").glob("*.py"):
-        assert path.stem not in ("torch", "numba", "triton", "numpy")
+        found = list((ROOT / folder).rglob("__init__.py"))
+        assert not found, f"{found} would make a top-level package, or one named as a library"
     found = python("import importlib.util as u; s = u.find_spec('kernels'); print(s and s.origin)", cwd=ROOT)
     assert found in ("None", ""), "kernels/ must stay a namespace that a real `kernels` package beats"
+    exec(OPEN, {})  # as pytest's importlib mode has it
+    python(OPEN, cwd=ROOT)
+    nearest = OPEN.replace("assert not {Path", "{Path")
+    python(nearest, cwd=ROOT / "kernels")  # where a library of the same name is found all the same
 
 
 def test_transformers_imports_from_the_root():
@@ -85,36 +114,58 @@ def test_transformers_imports_from_the_root():
     assert python(script, cwd=ROOT, HF_HUB_OFFLINE="1") == "[]"
 
 
-def test_a_wheel_holds_one_package_with_everything(tmp_path):
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A source distribution of this checkout; a wheel and an editable installation of what it unpacks to."""
     if not IN_CHECKOUT:
         pytest.skip("not a checkout")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(tmp_path),
-        ".",
-    ]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    shipped = set(zipfile.ZipFile(wheel).namelist())
-    assert {name.partition("/")[0] for name in shipped if ".dist-info" not in name} == {"flagops"}
+    pytest.importorskip("setuptools", "77")
+    folder = tmp_path_factory.mktemp("built")
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, folder / "checkout", ignore=left_out)
+    build = "from setuptools import build_meta; print(build_meta.build_{}({!r}))"
+    python(build.format("sdist", str(folder)), cwd=folder / "checkout")
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as sdist:
+        sdist.extractall(folder, filter="data")
+    source = folder / archive.name.removesuffix(".tar.gz")
+    for kind in ("wheel", "editable"):
+        (folder / kind).mkdir()
+        python(build.format(kind, str(folder / kind)), cwd=source)
+        (wheel,) = (folder / kind).glob("*.whl")
+        zipfile.ZipFile(wheel).extractall(folder / kind / "site")
+    return source, folder / "wheel" / "site", folder / "editable" / "site"
+
+
+def test_a_wheel_holds_one_package_with_everything(built):
+    source, site, _ = built
+    shipped = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}
+    shipped = {name for name in shipped if ".dist-info/" not in name}
+    expected = {"flagops/py.typed", "flagops/__init__.pyi", "flagops/order.json"}
     for folder, target in (("flagops", "flagops"), ("kernels", "flagops/kernels"), ("reference", "flagops/reference")):
-        for path in (ROOT / folder).rglob("*.py"):
-            assert f"{target}/{path.relative_to(ROOT / folder)}" in shipped
-    assert {"flagops/py.typed", "flagops/__init__.pyi", "flagops/order.json"} <= shipped
-    site = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(site)
+        files = {path.relative_to(ROOT / folder).as_posix() for path in (ROOT / folder).rglob("*.py")}
+        assert files == {path.relative_to(source / folder).as_posix() for path in (source / folder).rglob("*.py")}
+        expected |= {f"{target}/{name}" for name in files}
+    assert shipped == expected
     script = (
         "import flagops; assert 'site' in flagops.__file__; from flagops.__main__ import main;"
         "raise SystemExit(main(['check', 'matmul', '--backend', 'numpy', '--backend', 'torch', '--examples', '5']))"
     )
-    assert "WRONG" not in python(script, cwd=tmp_path, PYTHONPATH=str(site))
+    assert "WRONG" not in python(script, cwd=site.parent, PYTHONPATH=str(site))
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_an_installation_opens_every_kernel(built, kind):
+    """With nothing on the path but what pip would install and the libraries that are installed here."""
+    source, wheel, editable = built
+    site, home = (wheel, wheel) if kind == "wheel" else (editable, source)
+    libraries = [entry for entry in sys.path if entry and Path(entry).resolve() != ROOT]
+    said = "print(Path(flagops.__file__).parents[1].resolve())\nprint(sorted(homes))"
+    script = f"import site, sys; site.addsitedir({str(site)!r}); sys.path += {libraries!r}\n{OPEN}{said}"
+    found, homes = python(script, "-S", cwd=site.parent).splitlines()
+    assert found == str(home.resolve())
+    exec(OPEN, here := {})
+    assert homes == str(sorted(here["homes"]))
 
 
 def test_the_stub_is_current():

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from flagops import registry
+
 SCRIPT = Path(__file__).with_name("mutants.py")
 _spec = importlib.util.spec_from_file_location("mutants", SCRIPT)
 mutants = importlib.util.module_from_spec(_spec)
@@ -53,7 +55,17 @@ def test_mutants_are_killed(backend, share, request):
 
 
 def test_every_kernel_file_has_mutants():
-    kernels = Path(importlib.util.find_spec("flagops.kernels.matmul_numba").origin).parent
     # every numba kernel runs through _simd and _attention_simd; two files only name what _gemm and _qmatmul do
-    without = {"_simd.py", "_attention_simd.py", "matmul_numba.py", "qmatmul_numba.py"}
-    assert {path.name for path in kernels.glob("*.py")} - without == set(mutants.MUTANTS)
+    without = {f"numba/{name}.py" for name in ("_simd", "_attention_simd", "matmul", "qmatmul")}
+    folder = mutants.kernels()
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")} - without == set(mutants.MUTANTS)
+    assert sum(len(table["MUTANTS"]) for table in mutants.TABLES) == len(mutants.MUTANTS), "two tables name one file"
+    assert {file for file, _ in mutants.EQUIVALENT} <= set(mutants.MUTANTS)
+
+
+@pytest.mark.parametrize("file", mutants.MUTANTS)
+def test_every_edit_is_one_of_its_file(file):
+    source = (mutants.kernels() / file).read_text()
+    for operator, *edit in mutants.MUTANTS[file]:
+        assert registry.written(operator, mutants.backend_of(file))
+        assert mutants.mutate(source, *edit) != source, edit

@@ -1,5 +1,6 @@
 """Lists of keys in place of masks: what transformers' masks say, and no tensor of their size."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from flagops.transformers._binding import Binding, view  # noqa: E402
 from flagops.transformers._masks import dense, first_rows, index_mask, joined  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from patching import BOUND, LAYERS, logits, rows, small_deepseek_v4, tokens  # noqa: E402
+from patching import BOUND, LAYERS, caching, logits, rows, small_deepseek_v4, tokens  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,8 @@ def test_lists_are_the_dense_mask(data):
         cut = data.draw(st.integers(0, length))
         places = torch.cat([torch.arange(cut), torch.arange(length - cut)]).expand(batch, -1)
     arguments = {"inputs_embeds": torch.zeros(batch, length, 2), "attention_mask": mask, "position_ids": places}
-    expected = create_sliding_window_causal_mask(config=config, past_key_values=cache, **arguments)
-    lists = create_sliding_window_causal_mask(config=view(binding), past_key_values=cache, **arguments)
+    expected = create_sliding_window_causal_mask(config=config, **caching(cache), **arguments)
+    lists = create_sliding_window_causal_mask(config=view(binding), **caching(cache), **arguments)
     assert lists.dtype == torch.int32
     assert lists.shape[:2] == (batch, length)
     assert lists.shape[2] <= config.sliding_window
@@ -116,6 +117,49 @@ def test_a_mask_of_visible_and_hidden_keys_is_read(model):
     expected = logits(model, ids, attention_mask=mask)
     with flagops.patch(model, backend="torch") as handle:
         torch.testing.assert_close(logits(model, ids, attention_mask=mask), expected, rtol=0, atol=BOUND)
+    assert handle.report().share == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64])
+def test_a_mask_of_no_floats_is_left_to_transformers(model, dtype):
+    """Which adds its numbers to the logits."""
+    ids, mask = tokens(24), torch.ones(24, 24).tril()[None, None].to(dtype)
+    expected = logits(model, ids, attention_mask=mask)
+    with flagops.patch(model, backend="torch") as handle:
+        torch.testing.assert_close(logits(model, ids, attention_mask=mask), expected, rtol=0, atol=BOUND)
+    reason = f"a mask of {dtype}, where transformers' own are added to the logits"
+    assert rows(handle)["sparse_attention"].passed == {reason: LAYERS}
+
+
+def test_a_mask_of_three_axes_is_no_list(model):
+    """As transformers answers it."""
+    ids, mask = tokens(24), {"sliding_attention": torch.ones(1, 24, 24).tril().bool()}
+    with pytest.raises(RuntimeError, match="same number of dimensions"):
+        logits(model, ids, attention_mask=mask)
+    with flagops.patch(model, backend="torch"), pytest.raises(RuntimeError, match="same number of dimensions"):
+        logits(model, ids, attention_mask=mask)
+
+
+def test_an_attention_layer_that_came_after_the_patch(model):
+    """It reads no lists, so its model makes dense masks for all of its layers."""
+    changed, ids = small_deepseek_v4(), tokens(4)
+    expected = logits(changed, ids)
+    with flagops.patch(changed, backend="torch") as handle:
+        changed.model.layers[0].self_attn = copy.deepcopy(model.model.layers[0].self_attn)
+        torch.testing.assert_close(logits(changed, ids), expected, rtol=0, atol=BOUND)
+    assert rows(handle)["sparse_attention"].replaced == {"torch": LAYERS - 1}
+
+
+def test_embeddings_without_token_ids(model):
+    """Hash layers look experts up by token ids; without such layers embeddings are enough."""
+    with torch.no_grad():
+        embedded = model.model.embed_tokens(tokens(24))
+        with flagops.patch(model, backend="torch"), pytest.raises(ValueError, match="expected input_ids"):
+            model(inputs_embeds=embedded)
+        scored = small_deepseek_v4(num_hash_layers=0)
+        expected = scored(inputs_embeds=embedded).logits
+        with flagops.patch(scored, backend="torch") as handle:
+            torch.testing.assert_close(scored(inputs_embeds=embedded).logits, expected, rtol=0, atol=BOUND)
     assert handle.report().share == 1
 
 

@@ -1,5 +1,7 @@
 """The official numerics under `flagops.patch`, against transformers' code with NumPy quantisers between its steps."""
 
+import contextlib
+import copy
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ pytest.importorskip("transformers")
 
 import flagops  # noqa: E402
 from flagops.examples import random_deepseek_v4  # noqa: E402
+from flagops.transformers import OPS  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from patching import BACKENDS, continued, gradients, logits, rows, same_gradients, small_deepseek_v4, tokens  # noqa: E402
@@ -43,8 +46,8 @@ def model():
     )
 
 
-@pytest.fixture
-def quantised(monkeypatch):
+@contextlib.contextmanager
+def quantised():
     """transformers' rotation, and then what the inference code does to keys, entries and the indexer's operands."""
     from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
@@ -60,16 +63,19 @@ def quantised(monkeypatch):
             return torch.cat([plain + (rounded - plain).detach(), y[..., HEAD - ROTATED :]], -1)
         return y
 
-    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", both)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling, "apply_rotary_pos_emb", both)
+        yield
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_numerics(model, quantised, backend):
+def test_numerics(model, backend):
     """A key that rounds the other way moves all that follows it, so not every draw must agree; almost all do."""
     near = []
     for seed in range(5):
         ids = tokens(48, 1, seed)
-        expected = logits(model, ids)
+        with quantised():
+            expected = logits(model, ids)
         with flagops.patch(model, backend=backend, numerics="official") as handle:
             near.append(float((continued(model, ids, (40, *[1] * 8)) - expected).abs().max()))
         assert handle.report().share == 1
@@ -80,9 +86,76 @@ def test_numerics(model, quantised, backend):
     assert {"fp8_fake_quantize", "fp4_fake_quantize", "hadamard"} <= rows(handle).keys()
 
 
-def test_rotary_tables_stay_float32(model):
-    import copy
+@pytest.mark.parametrize("op", OPS)
+def test_numerics_are_a_switch_of_their_own(model, op):
+    """Whichever operators are replaced, and wherever transformers' own code runs: with a cache and without."""
+    ops, near = ["compress_kv", op] if op == "lightning_indexer" else [op], []
+    for seed in range(5):
+        ids = tokens(48, 1, seed)
+        with quantised():
+            expected = logits(model, ids)
+        with flagops.patch(model, ops=ops, backend="torch", numerics="official") as handle:
+            alone = logits(model, ids, use_cache=False)
+            near.append(float((continued(model, ids, (40, *[1] * 8)) - expected).abs().max()))
+            near.append(float((alone - expected).abs().max()))
+        assert rows(handle).keys() >= {*ops, "fp8_fake_quantize", "fp4_fake_quantize", "hadamard"}
+        assert handle.report().share == 1
+    assert sorted(near)[4] < 1e-4, near
 
+
+def test_numerics_where_a_hook_watches(model):
+    """A compressor that must run its own layers rounds its entries all the same."""
+    near, compressors = [], [layer.self_attn.compressor for layer in model.model.layers[1:]]
+    watched = [m for part in compressors for m in (part.kv_proj, getattr(part, "indexer", part).kv_proj)]
+    hooks = [module.register_forward_hook(lambda *_: None) for module in watched]
+    try:
+        for seed in range(5):
+            ids = tokens(48, 1, seed)
+            with quantised():
+                expected = logits(model, ids)
+            with flagops.patch(model, backend="torch", numerics="official") as handle:
+                near.append(float((continued(model, ids, (40, *[1] * 8)) - expected).abs().max()))
+            assert rows(handle)["compress_kv"].passed == {"a hook watches a linear layer": 27}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert sorted(near)[2] < 1e-4, near
+
+
+@pytest.mark.parametrize("ops", ["swiglu", "rms_norm"])
+def test_the_norm_of_single_heads_is_rounded_step_by_step(model, ops):
+    half = copy.deepcopy(model).bfloat16()
+    norm = half.model.layers[0].self_attn.q_b_norm
+    x = torch.randn(2, 3, HEAD, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = flagops.rms_norm(x, None, norm.eps, True, backend="numpy")
+    assert not torch.equal(norm(x), expected)
+    with flagops.patch(half, ops=ops, backend="torch", numerics="official"):
+        assert torch.equal(norm(x), expected)
+    with flagops.patch(half, ops=ops, backend="torch"):
+        assert not torch.equal(norm(x), expected)
+
+
+def test_a_backend_without_the_quantisers_rounds_with_another(model, monkeypatch):
+    """The rounding is not left out; what is asked for in vain is counted."""
+    real, refused = flagops.fp8_fake_quantize, []
+
+    def quantize(*args, backend=None, **kwargs):
+        if backend == "torch":
+            refused.append(backend)
+            raise flagops.Unsupported("not today")
+        return real(*args, backend=backend, **kwargs)
+
+    ids = tokens(30)
+    with flagops.patch(model, backend="torch", numerics="official"):
+        expected = logits(model, ids)
+    monkeypatch.setattr(flagops, "fp8_fake_quantize", quantize)
+    with flagops.patch(model, backend="torch", numerics="official") as handle:
+        assert torch.equal(logits(model, ids), expected)
+    assert refused
+    assert rows(handle)["fp8_fake_quantize"].passed == {"not today": len(refused)}
+
+
+def test_rotary_tables_stay_float32(model):
     half = copy.deepcopy(model).bfloat16()
     x, places = torch.zeros(1, dtype=torch.bfloat16), torch.arange(20)[None]
     with flagops.patch(half, backend="torch", numerics="official"):
@@ -97,11 +170,12 @@ def test_bad_numerics():
         flagops.patch(small_deepseek_v4(), numerics="oficial")
 
 
-def test_gradients_pass_straight_through(model, quantised):
+def test_gradients_pass_straight_through(model):
     """Of the first draw in which no key rounds the other way."""
     for seed in range(8):
         ids = tokens(32, 1, seed)
-        expected, exact = gradients(model, ids, use_cache=False), logits(model, ids)
+        with quantised():
+            expected, exact = gradients(model, ids, use_cache=False), logits(model, ids)
         with flagops.patch(model, backend="torch", numerics="official") as handle:
             got, near = gradients(model, ids, use_cache=False), logits(model, ids)
         assert handle.report().share == 1

@@ -15,7 +15,19 @@ import flagops  # noqa: E402
 from flagops.transformers import OPS  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from patching import BACKENDS, BOUND, CLEAR, continued, logits, rows, small_deepseek_v4, tokens, watched  # noqa: E402
+from patching import (  # noqa: E402
+    BACKENDS,
+    BOUND,
+    CLEAR,
+    caching,
+    continued,
+    logits,
+    returned,
+    rows,
+    small_deepseek_v4,
+    tokens,
+    watched,
+)
 
 
 def close(got, expected):
@@ -77,8 +89,8 @@ def test_pieces_and_turns(models, sizes, batch, backend):
         for turn, (end, size) in enumerate(zip(accumulate(sizes), sizes, strict=True)):
             handle = flagops.patch(model, backend=backend) if turn % 2 == first else None
             with torch.no_grad():
-                out = model(input_ids=ids[:, end - size : end], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+                out = model(input_ids=ids[:, end - size : end], **caching(cache), use_cache=True)
+            cache = returned(out)
             pieces.append(out.logits)
             if handle:
                 handle.disable()
@@ -132,8 +144,8 @@ def test_padding(models, backend, side, positions):
         found, cache, x, seen, at = [], None, ids, mask, place
         with torch.no_grad():
             for _ in range(12):
-                out = model(input_ids=x, attention_mask=seen, position_ids=at, past_key_values=cache, use_cache=True)
-                cache, x = out.past_key_values, ids[:, len(found) : len(found) + 1]
+                out = model(input_ids=x, attention_mask=seen, position_ids=at, **caching(cache), use_cache=True)
+                cache, x = returned(out), ids[:, len(found) : len(found) + 1]
                 found.append(out.logits)
                 seen = torch.cat([seen, seen.new_ones(3, 1)], 1)
                 at = at[:, -1:] + 1 if positions else None
@@ -181,7 +193,7 @@ def test_reordered_and_copied_caches(models):
 
     def run():
         with torch.no_grad():
-            cache = model(input_ids=ids[:, :22], use_cache=True).past_key_values
+            cache = returned(model(input_ids=ids[:, :22], use_cache=True))
             spare = copy.deepcopy(cache)
             cache.reorder_cache(order)
             swapped = continued(model, ids[order, 22:], [1] * 18, cache)
@@ -200,9 +212,85 @@ def test_a_reset_cache_starts_anew(models):
     expected = logits(model, ids)
     with flagops.patch(model, backend="torch"):
         with torch.no_grad():
-            cache = model(input_ids=ids[:, :23], use_cache=True).past_key_values
+            cache = returned(model(input_ids=ids[:, :23], use_cache=True))
         cache.reset()
         close(continued(model, ids, (3, 1, 1, 25), cache), expected)
+
+
+@pytest.mark.parametrize(("count", "crop", "sizes"), [(24, -3, (1, 1)), (24, -3, (5,)), (5, -2, (1,)), (24, 0, (1, 4))])
+def test_a_cache_rolled_back(models, count, crop, sizes):
+    """The layers of compressors do not record their past: an error, as in transformers, unless nothing was cropped."""
+    from transformers import DynamicCache
+
+    model, ids = models[0], tokens(40)
+
+    def run():
+        cache = DynamicCache(config=model.config)
+        cache.activate_past_recording()
+        logits(model, ids[:, :count], **caching(cache), use_cache=True)
+        cache.crop(crop)
+        return continued(model, ids[:, count + crop :], sizes, cache)
+
+    if not crop:
+        expected = run()
+        with flagops.patch(model, backend="torch"):
+            return close(run(), expected)
+    with pytest.raises(RuntimeError):
+        run()
+    with flagops.patch(model, backend="torch"), pytest.raises(RuntimeError, match="that was cropped"):
+        run()
+
+
+@pytest.mark.parametrize(("count", "crop"), [(3, -1), (3, -3), (2, -1)])
+def test_a_cache_cropped_within_its_window(models, count, crop):
+    """Where transformers goes on with compressors that have seen what was cropped: its own code, and a reason."""
+    from transformers import DynamicCache
+
+    model, ids = models[0], tokens(40)
+
+    def run():
+        cache = DynamicCache(config=model.config)
+        logits(model, ids[:, :count], **caching(cache), use_cache=True)
+        cache.crop(crop)
+        return continued(model, ids[:, count + crop :], (1, 7, 2), cache)
+
+    expected = run()
+    with flagops.patch(model, backend="torch") as handle:
+        close(run(), expected)
+    (reason,) = rows(handle)["compress_kv"].passed
+    assert reason == "the cache was cropped, which the state of transformers' compressors does not follow"
+
+
+@pytest.mark.parametrize(("method", "argument"), [("batch_select_indices", [1]), ("batch_repeat_interleave", 2)])
+def test_a_cache_of_another_batch(models, method, argument):
+    """Which transformers' compressors do not follow either."""
+    model, ids = models[0], tokens(30, 2)
+
+    def run():
+        with torch.no_grad():
+            cache = returned(model(input_ids=ids[:, :22], use_cache=True))
+            getattr(cache, method)(argument)
+        return continued(model, tokens(8, cache.layers[0].keys.shape[0]), (1, 7), cache)
+
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        run()
+    with flagops.patch(model, backend="torch"), pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        run()
+
+
+def test_a_static_cache():
+    """Where all layers slide; transformers has none for compressors."""
+    from transformers import StaticCache
+
+    model, ids = small_deepseek_v4(compress_ratios=[0, 0, 0, 0]), tokens(20)
+
+    def run():
+        return continued(model, ids, (9, 1, 1, 9), StaticCache(config=model.config, max_cache_len=32))
+
+    expected = run()
+    with flagops.patch(model, backend="torch") as handle:
+        close(run(), expected)
+    assert handle.report().share == 1
 
 
 def test_inference_mode_and_after(models):
@@ -211,9 +299,9 @@ def test_inference_mode_and_after(models):
     expected = continued(model, ids, (20, *[1] * 40))
     with flagops.patch(model, backend="torch"):
         with torch.inference_mode():
-            cache = model(input_ids=ids[:, :20], use_cache=True).past_key_values
+            cache = returned(model(input_ids=ids[:, :20], use_cache=True))
             for at in range(20, 30):
-                model(input_ids=ids[:, at : at + 1], past_key_values=cache)
+                model(input_ids=ids[:, at : at + 1], **caching(cache))
         close(continued(model, ids[:, 30:], [1] * 30, cache), expected[:, 30:])
 
 

@@ -252,6 +252,30 @@ def test_a_compiled_layer(model, own):
     close(plain, expected)
 
 
+@pytest.mark.parametrize("ops", [["sparse_attention"], [op for op in OPS if op != "sparse_attention"]])
+def test_a_compiled_layer_of_some_operators(model, own, ops):
+    """No part asks a tensor for a value, whichever operators are replaced."""
+    ids = tokens(24)
+    expected = logits(model, ids)
+    for layer in own.model.layers[1:]:
+        layer.compile(backend="eager", fullgraph=True)
+    with flagops.patch(own, ops=ops, backend="torch"):
+        flagops.coverage()
+        close(logits(own, ids, use_cache=False), expected)
+    assert flagops.coverage(ops[0])["calls"]["torch"] > 0
+
+
+@pytest.mark.parametrize("ops", [OPS, ["sparse_attention"], ["compress_kv", "lightning_indexer"]])
+def test_an_exported_model(model, ops):
+    """The graph calls the operators; other tokens than those it was made with give their own logits."""
+    with flagops.patch(model, ops=ops, backend="torch"), torch.no_grad():
+        program = torch.export.export(model, (), {"input_ids": tokens(24), "use_cache": False})
+    called = {str(node.target) for node in program.graph.nodes}
+    assert {f"flagops.{op}.default" for op in ops if op != "lightning_indexer"} <= called
+    found = program.module()(input_ids=tokens(24, 1, 7), use_cache=False).logits
+    close(found, logits(model, tokens(24, 1, 7)))
+
+
 def test_a_compiled_layer_in_training(model, own):
     ids = tokens(24, 2)
     expected = gradients(model, ids, use_cache=False)

@@ -12,7 +12,19 @@ import flagops  # noqa: E402
 from flagops.transformers import OPS  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from patching import BACKENDS, BOUND, Exact, exact_twin, gradients, rows, same_gradients, small_deepseek_v4, tokens  # noqa: E402
+from patching import (  # noqa: E402
+    BACKENDS,
+    BOUND,
+    Exact,
+    caching,
+    exact_twin,
+    gradients,
+    returned,
+    rows,
+    same_gradients,
+    small_deepseek_v4,
+    tokens,
+)
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +133,8 @@ def test_a_gradient_through_several_tokens_of_a_cache(model):
         model.zero_grad()
         cache, loss = None, 0.0
         for part in (ids[:, :20], *ids[:, 20:].split(1, 1)):
-            out = model(input_ids=part, past_key_values=cache, use_cache=True)
-            cache, loss = out.past_key_values, loss + out.logits.square().mean()
+            out = model(input_ids=part, **caching(cache), use_cache=True)
+            cache, loss = returned(out), loss + out.logits.square().mean()
         loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

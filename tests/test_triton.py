@@ -23,7 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _kernel(name):
-    return importlib.import_module(f"flagops.kernels.{registry.operator(name).family}_triton")
+    return importlib.import_module(f"flagops.kernels.triton.{registry.operator(name).family}")
 
 
 COMPILE = """

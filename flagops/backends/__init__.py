@@ -31,7 +31,10 @@ class Backend(Protocol):
     """One lower-case word without underscore: the suffix of its kernel modules and the value of ``backend=``."""
 
     kernels: str | Callable[[Any], Callable[..., None] | None]
-    """The package of its kernel modules, ``<kernels>.<family>_<name>``, or a function from operator to kernel."""
+    """The package of its kernel modules, ``<kernels>.<family>_<name>``, or a function from operator to kernel.
+
+    In a folder of flagops' own, such as ``flagops.kernels.numba``, modules are named by their family alone.
+    """
 
     dispatch_keys: tuple[str, ...]
     """torch dispatch keys at which `flagops.enable` may install its kernels, such as ``("CPU",)``."""

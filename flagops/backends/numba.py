@@ -30,7 +30,7 @@ class _Numba:
     """Kernels compiled for the host CPU by numba; torch CPU tensors and NumPy arrays."""
 
     name = "numba"
-    kernels = "flagops.kernels"
+    kernels = "flagops.kernels.numba"
     dispatch_keys = ("CPU",)
 
     @cache  # noqa: B019  (one instance per process)
@@ -129,18 +129,14 @@ def _launcher(kernel: Any) -> Any:
 @cache
 def _cache_folder(package: str) -> Path | None:
     """The folder for one package of kernels, made if need be; None where none can be written."""
-    from importlib.resources import files
-
     import llvmlite.binding as llvm
     import numba
 
     facts = numba.__version__, llvm.get_host_cpu_name(), sorted(features()), _OPTIONS
     digest = hashlib.sha256(repr(facts).encode())
     try:
-        for source in sorted(files(package).iterdir(), key=lambda file: file.name):
-            if source.name.endswith("_numba.py") or (source.name.startswith("_") and source.name.endswith(".py")):
-                digest.update(source.name.encode() + b"\0" + source.read_bytes())
-        digest.update(files("flagops.backends").joinpath("_team.py").read_bytes())
+        for name, content in _sources(package):
+            digest.update(name.encode() + b"\0" + content)
         folder = Path(config.cache_folder()) / "numba" / digest.hexdigest()[:20]
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -149,6 +145,17 @@ def _cache_folder(package: str) -> Path | None:
         log.info("compiled numba kernels are not cached: %s", error)
         return None
     return folder
+
+
+def _sources(package: str) -> Iterator[tuple[str, bytes]]:
+    """What kernels of a package may compile: its modules, helpers (``_*.py``) of the one above, and their launcher."""
+    from importlib.resources import files
+
+    above = package.rpartition(".")[0]
+    for folder, prefix in (package, ""), (above, "_"), ("flagops.backends", "_team"):
+        for source in sorted(files(folder).iterdir(), key=lambda file: file.name) if folder else ():
+            if source.name.startswith(prefix) and source.name.endswith(".py"):
+                yield f"{folder}/{source.name}", source.read_bytes()
 
 
 @cache

@@ -10,7 +10,7 @@ from flagops.backends import missing
 
 class _Torch:
     name = "torch"
-    kernels = "flagops.kernels"
+    kernels = "flagops.kernels.torch"
     dispatch_keys = ("CPU", "CUDA", "PrivateUse1")
 
     def unavailable(self) -> str | None:

@@ -43,7 +43,7 @@ def _interpreter_fails(version: str) -> str | None:
 
 class _Triton:
     name = "triton"
-    kernels = "flagops.kernels"
+    kernels = "flagops.kernels.triton"
     dispatch_keys: tuple[str, ...] = ("CPU",) if _interpreting() else ("CUDA", "PrivateUse1")
 
     def unavailable(self) -> str | None:

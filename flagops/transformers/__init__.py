@@ -10,17 +10,20 @@ own format, so that a patched and an unpatched model may take turns in one gener
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flagops import registry
 from flagops.config import names
 from flagops.errors import Unsupported, suggestion
 
-from . import _attention, _compress, _layers, _moe
-from ._binding import MODELING, NAME, Binding, foreign
+from ._attention import attention_forward
+from ._binding import NAME, Binding
+from ._fit import MODELING, foreign, learn, misfit, stand_in, unknown, unlike
 from ._handle import Handle
+from ._kinds import KINDS, LISTS
 from ._masks import index_mask, visible_indices
+from ._moe import experts_forward
 
 __all__ = ["NAME", "NUMERICS", "OPS", "Handle", "patch", "visible_indices"]
 
@@ -89,6 +92,7 @@ def patch(
             "expected a loaded transformers DeepseekV4ForCausalLM or DeepseekV4Model"
         )
     _register()
+    learn()
     handle = Handle(chosen, backend, numerics)
     if mesh is not None:
         from ._mesh import NEEDED, divide
@@ -107,58 +111,38 @@ def _bindings(model: Any, modeling: Any, handle: Handle) -> Iterator[Binding]:
     left: set[Any] = set()  # parts of an attention layer that must run its own code
     ordered = sorted(model.named_modules(), key=lambda item: not isinstance(item[1], modeling.DeepseekV4Attention))
     for name, module in ordered:
-        kind = next(
-            (cls for cls in type(module).__mro__ if cls.__name__ in _KINDS and cls.__module__ == MODELING), None
-        )
-        if kind is None or module in left:
+        cls = _known_class(module)
+        if cls is None or module in left:
             continue
-        ops, forward, implementation = _KINDS[kind.__name__]
-        if not ops & handle.ops and not (handle.official and not ops):
+        kind = KINDS[cls.__name__]
+        if not kind.ops & handle.ops and not (handle.official and kind.numerics):
             continue
-        reason = foreign(module, kind) if forward else None
-        reason = reason or _unlike(module, modeling)
+        reason = _unfit(module, cls)
         if reason:
             handle.leave_alone(name, reason)
-            left.update(module.modules())
-        elif implementation == "attn" and not forward:
+            if cls.__name__ in LISTS:
+                left.update(module.modules())
+        elif kind.implementation == "attn":
             layers = [m for m in module.modules() if isinstance(m, modeling.DeepseekV4Attention)]
             if patched.issuperset(layers):
-                yield Binding.of(module, ops, forward, implementation)
+                yield Binding.of(module, kind.ops, None, "attn")
         else:
             patched.add(module)
-            yield Binding.of(module, ops, forward, implementation)
+            yield Binding.of(module, kind.ops, stand_in(kind, cls), kind.implementation)
 
 
-def _unlike(module: Any, modeling: Any) -> str | None:
-    """What a configuration asks of a module that flagops has no operator for, or None."""
-    act, score = getattr(module, "act_fn", None), getattr(module, "score_fn", None)
-    if act is not None and type(act) is not type(modeling.ACT2FN["silu"]):
-        return f"its activation is {type(act).__name__}"
-    if score is not None and type(score) is not type(modeling.ACT2FN["sqrtsoftplus"]):
-        return f"its scores are {type(score).__name__}"
-    return None
+def _known_class(module: Any) -> Any:
+    """The class of transformers' DeepSeek-V4 that a module is of, if there is something for it."""
+    return next((cls for cls in type(module).__mro__ if cls.__name__ in KINDS and cls.__module__ == MODELING), None)
 
 
-_Kind = tuple[frozenset[str], Callable[..., Any] | None, str | None]
-_COMPRESS = frozenset({"compress_kv", "lightning_indexer"})
-_KINDS: dict[str, _Kind] = {
-    "DeepseekV4Attention": (_attention.OPS, _attention.attention, None),
-    "DeepseekV4HCACompressor": (_COMPRESS, _compress.compressor, None),
-    "DeepseekV4CSACompressor": (_COMPRESS, _compress.compressor, None),
-    "DeepseekV4Indexer": (_COMPRESS, _compress.indexer, None),
-    "DeepseekV4Model": (frozenset({"sparse_attention"}), None, "attn"),
-    "DeepseekV4RotaryEmbedding": (frozenset(), _layers.rotary_tables, None),
-    "DeepseekV4RMSNorm": (frozenset({"rms_norm"}), _layers.rms_norm, None),
-    "DeepseekV4UnweightedRMSNorm": (frozenset({"rms_norm"}), _layers.unweighted_rms_norm, None),
-    "DeepseekV4HyperConnection": (frozenset({"hc_pre"}), _layers.hyper_connection, None),
-    "DeepseekV4HyperHead": (frozenset({"hc_head"}), _layers.hyper_head, None),
-    "DeepseekV4DecoderLayer": (frozenset({"hc_post"}), _layers.decoder_layer, None),
-    "DeepseekV4SparseMoeBlock": (frozenset({"moe_gate"}), _moe.moe_block, None),
-    "DeepseekV4TopKRouter": (frozenset({"moe_gate"}), _moe.router, None),
-    "DeepseekV4HashRouter": (frozenset({"moe_gate"}), _moe.router, None),
-    "DeepseekV4Experts": (frozenset({"moe_experts"}), None, "experts"),
-    "DeepseekV4MLP": (frozenset({"swiglu"}), _moe.shared_expert, None),
-}
+def _unfit(module: Any, cls: Any) -> str | None:
+    """Why a module must run its own code, or None: what a stand-in calls must be called as flagops knows, too."""
+    kind = KINDS[cls.__name__]
+    reason = foreign(module, cls) if kind.forwards else None
+    reason = reason or unknown(kind, cls) or misfit(module, kind) or unlike(module)
+    parts = {_known_class(part) for part in module.children()} - {None} if kind.forwards else ()
+    return reason or next(filter(None, (unknown(KINDS[part.__name__], part) for part in parts)), None)
 
 
 def _register() -> None:
@@ -167,6 +151,6 @@ def _register() -> None:
 
     import flagops.torch_ops  # noqa: F401  (graphs of torch.compile name the operators)
 
-    AttentionInterface.register(NAME, _attention.attention_forward)
+    AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, index_mask)
-    ExpertsInterface.register(NAME, _moe.experts_forward)
+    ExpertsInterface.register(NAME, experts_forward)

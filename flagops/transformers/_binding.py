@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache
+from operator import itemgetter
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-import torch
+from ._fit import OWN, slot
 
 if TYPE_CHECKING:
     from ._handle import Handle
     from ._mesh import Heads
 
 NAME = "flagops"
-MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
-_OWN = "_flagops"
 HEADS = "_flagops_heads"
 
 
@@ -44,7 +43,7 @@ class Binding:
 
     @classmethod
     def of(cls, module: Any, *args: Any) -> Binding:
-        known: Binding | None = module.__dict__.get(_OWN)
+        known: Binding | None = module.__dict__.get(OWN)
         return known or cls(module, *args)
 
     def use(self, op: str) -> Handle | None:
@@ -60,16 +59,17 @@ class Binding:
         return any(handle.active for handle in self.handles)
 
     @property
-    def official(self) -> bool:
-        """Whether the newest handle asks for the official numerics."""
-        return next((handle.official for handle in reversed(self.handles) if handle.active), False)
+    def official(self) -> Handle | None:
+        """The newest handle if it asks for the official numerics."""
+        newest = next((handle for handle in reversed(self.handles) if handle.active), None)
+        return newest if newest and newest.official else None
 
     def add(self, handle: Handle) -> None:
         self.handles.append(handle)
         own = self.module.__dict__
-        own[_OWN] = self
-        if self.forward and not any(self._is_mine(own.get(slot)) for slot in ("forward", "_old_forward")):
-            own[_slot(self.module)] = MethodType(self.forward, self.module)
+        own[OWN] = self
+        if self.forward and not any(self._is_mine(own.get(name)) for name in ("forward", "_old_forward")):
+            own[slot(self.module)] = MethodType(self.forward, self.module)
         if self.implementation:
             own["config"] = view(self)
 
@@ -78,7 +78,7 @@ class Binding:
         if self.handles:
             return
         own = self.module.__dict__
-        own.pop(_OWN, None)
+        own.pop(OWN, None)
         if self._is_mine(own.get("forward")):
             del own["forward"]
         if self._is_mine(own.get("_old_forward")):  # beneath a hook of accelerate
@@ -86,58 +86,23 @@ class Binding:
         if self.implementation and is_view(own.get("config")):
             own["config"] = self.config
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
+        made = memo[id(self)] = object.__new__(Binding)
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __reduce__(self) -> Any:
+        """Nothing is pickled of a patch: a model that is loaded runs its own code, and needs no flagops for it."""
+        return type(None), ()
+
     def _is_mine(self, method: Any) -> bool:
         return isinstance(method, MethodType) and method.__func__ is self.forward
 
 
-def _slot(module: Any) -> str:
-    """Where the forward lies that computes: accelerate's hooks keep it under another name."""
-    return "_old_forward" if {"_hf_hook", "_old_forward"} <= module.__dict__.keys() else "forward"
-
-
-def foreign(module: Any, cls: type) -> str | None:
-    """Why a module does not run its class's own code, or None."""
-    if type(module).forward is not cls.forward:  # type: ignore[attr-defined]
-        return f"a {type(module).__name__} has a forward of its own"
-    own = module.__dict__
-    found = own.get(_slot(module))
-    if found is None or _OWN in own or getattr(found, "__func__", None) is cls.forward:  # type: ignore[attr-defined]
-        return None
-    return f"somebody else has bound the forward of a {cls.__name__}"
-
-
-def unfit(linear: Any, x: torch.Tensor) -> str | None:
-    """Why the weight of a linear layer cannot be used past the layer itself, or None."""
-    if type(linear) is not torch.nn.Linear and type(linear).__name__ != "DeepseekV4GroupedLinear":
-        return f"a {type(linear).__name__} is no plain linear layer"
-    weight, own = linear.weight, linear.__dict__
-    if type(weight) is not torch.nn.Parameter or linear.bias is not None:
-        return "a linear layer has a bias, or a weight that is no plain parameter"
-    if hooked(linear):
-        return "a hook watches a linear layer"
-    if "forward" in own and "_hf_hook" not in own:
-        return "somebody else has bound the forward of a linear layer"
-    return mixed(x, weight)
-
-
-def mixed(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
-    """Why an operator cannot take an input and weights together, or None."""
-    for weight in weights:
-        if weight.device != x.device:
-            return f"weights are on {weight.device}"
-        if weight.dtype != x.dtype:
-            return f"input and weights mix {' and '.join(sorted({str(x.dtype), str(weight.dtype)}))}"
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
-        return "autocast casts weights"
-    return None
-
-
-def hooked(module: Any) -> bool:
-    """Whether a hook of torch sees the module's inputs or outputs."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def binding_of(module: Any) -> Binding:
+    """What is bound to a module; a binding that nobody wants anything of for a copy that has lost its own."""
+    found: Binding | None = module.__dict__.get(OWN)
+    return found or Binding(module, frozenset())
 
 
 def heads_of(module: Any) -> Heads | None:
@@ -179,8 +144,11 @@ class _Viewed:
             return view(copy.deepcopy(binding, memo))
         return copy.deepcopy(binding.config, memo)
 
+    def __copy__(self) -> Any:
+        return copy.copy(self._binding.config)
+
     def __reduce__(self) -> Any:
-        return copy.copy, (self._binding.config,)
+        return itemgetter(0), ((self._binding.config,),)  # itself, shared with whoever else is pickled with it
 
 
 @cache
@@ -195,6 +163,17 @@ def view(binding: Binding) -> Any:
     object.__setattr__(made, "__dict__", binding.config.__dict__)
     object.__setattr__(made, "_binding", binding)
     return made
+
+
+def served(config: Any) -> bool:
+    """Whether every attention layer of a view's model still reads lists: none was put there after the patch."""
+    model = config._binding.module
+    for layer in getattr(model, "layers", ()):
+        attention = layer.self_attn
+        binding = attention.__dict__.get(OWN)
+        if binding is None or not binding.use("sparse_attention"):
+            return False
+    return True
 
 
 def is_view(config: Any) -> bool:

@@ -8,10 +8,13 @@ used only as long as the layer still holds the very tensors that were published 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from ._fit import MODELING
 
 _OWN = "_flagops"
 
@@ -39,6 +42,24 @@ def fresh_state(batch: int, bias: torch.Tensor, overlap: int, device: Any) -> tu
     shape = (batch, overlap * bias.shape[0], bias.shape[1])
     kv = torch.zeros(shape, dtype=bias.dtype, device=device)
     return kv, torch.full_like(kv, float("-inf"))
+
+
+def strange(layer: Any, name: str, batch: int, more: int) -> str | None:
+    """Why a cache layer cannot be continued past transformers' own methods, or None.
+
+    more: tokens of the `batch` that its window holds already and its compressor does not.
+    """
+    modeling, cls = sys.modules[MODELING], type(layer)
+    for method in ("store_compression_weights", "update_compressor_states"):
+        if getattr(cls, method, None) is not getattr(modeling.DeepseekV4HCACache, method):
+            return f"a {cls.__name__} is no cache layer of DeepSeek-V4"
+    buffered = layer.buffer_kv[name]
+    if buffered is not None and buffered.shape[0] != batch:
+        return f"the cache holds the compressors' state of {buffered.shape[0]} sequences, not {batch}"
+    seen = layer.entry_count[name] * layer.compress_rate + (0 if buffered is None else buffered.shape[1])
+    if seen + more != layer.get_seq_length():
+        return "the cache was cropped, which the state of transformers' compressors does not follow"
+    return None
 
 
 def take(layer: Any, name: str, batch: int, bias: torch.Tensor, overlap: int) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -114,7 +135,7 @@ def beside(layer: Any, kv: torch.Tensor, entries: torch.Tensor, window: int) -> 
     held = None if layer is None else layer.compressed_kv["compressor"]
     if held is None or kv.shape[2] > window or held.shape[1] != entries.shape[2] or _fixed():
         return torch.cat([kv, entries], 2)
-    if held.dtype != kv.dtype or held.shape[0] != kv.shape[0]:
+    if held.dtype != kv.dtype or held.shape[0] != kv.shape[0] or held.data_ptr() != entries.data_ptr():
         return torch.cat([kv, entries], 2)
     room = _room(layer, "compressor", 0, window)
     first = room.head - kv.shape[2]

@@ -1,40 +1,95 @@
-"""The compressors and the indexer of transformers' DeepSeek-V4: entries in its cache format, lists for masks."""
+"""The compressors and the indexer of transformers' DeepSeek-V4: entries in its cache format, lists for masks.
+
+What a module gives when it is called is what transformers gives, for whoever wraps or watches it; between an attention
+layer, its compressor and its indexer, where nobody does, flow lists.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from flagops.errors import Unsupported
 
-from ._attention import fake_quantize, rotate
-from ._binding import Binding, heads_of, unfit
-from ._cache import append, fresh_state, put, take
-from ._masks import first_rows
+from ._binding import Binding, binding_of, heads_of
+from ._cache import append, fresh_state, put, strange, take
+from ._fit import kept, renamed, unfit
+from ._masks import dense, first_rows
+from ._numerics import rotate, rounding, stored, turned, unwrapped
 
 
+@renamed
 def compressor(
     module: Any,
     hidden_states: torch.Tensor,
     q_residual: torch.Tensor,
     position_ids: torch.Tensor,
-    past_key_values: Any,
+    cache: Any,
     layer_idx: int,
 ) -> Any:
-    """Stands for the forward of DeepseekV4HCACompressor and DeepseekV4CSACompressor.
+    """Stands for the forward of DeepseekV4HCACompressor and DeepseekV4CSACompressor."""
+    entries, seen = compressed(module, hidden_states, q_residual, position_ids, cache, layer_idx)
+    if seen is None or seen.is_floating_point():
+        return entries, seen
+    return entries, dense(seen, entries.shape[2], entries.dtype, float("-inf")).expand(entries.shape[0], -1, -1, -1)
 
-    Returns the entries ``[b, 1, n, d]`` and, where transformers has a mask, lists of those that each query sees.
-    """
-    binding: Binding = module._flagops
-    layer = None if past_key_values is None else past_key_values.layers[layer_idx]
-    entries = _entries(module, binding, "compressor", hidden_states, layer)
-    indexer = getattr(module, "indexer", None)
+
+@renamed
+def indexer(
+    module: Any,
+    hidden_states: torch.Tensor,
+    q_residual: torch.Tensor,
+    position_ids: torch.Tensor,
+    cache: Any,
+    layer_idx: int,
+) -> torch.Tensor:
+    """Stands for DeepseekV4Indexer.forward."""
+    return _indexed(module, hidden_states, q_residual, position_ids, cache, layer_idx, "somebody calls the indexer")
+
+
+def _5_23(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A stand-in under the signature that transformers 5.23 had."""
+
+    def older(
+        module: Any,
+        hidden_states: torch.Tensor,
+        q_residual: torch.Tensor,
+        position_ids: torch.Tensor,
+        past_key_values: Any,
+        layer_idx: int,
+    ) -> Any:
+        return forward(module, hidden_states, q_residual, position_ids, past_key_values, layer_idx)
+
+    return older
+
+
+compressor_5_23, indexer_5_23 = _5_23(compressor), _5_23(indexer)
+
+
+def compressed(
+    module: Any,
+    hidden_states: torch.Tensor,
+    q_residual: torch.Tensor,
+    position_ids: torch.Tensor,
+    cache: Any,
+    layer_idx: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The entries ``[b, 1, n, d]`` and, where transformers has a mask, those that each query sees: as lists, or as
+    transformers' mask where its own code runs."""
+    binding = binding_of(module)
+    entries = _entries(module, binding, "compressor", hidden_states, cache, layer_idx)
     if entries is None:
-        return type(module).forward(module, hidden_states, q_residual, position_ids, past_key_values, layer_idx)
-    if indexer is not None:
-        lists = indexer(hidden_states, q_residual, position_ids, past_key_values, layer_idx)
+        cache = rounding(module, binding, cache, layer_idx)
+        return type(module).forward(module, hidden_states, q_residual, position_ids, cache, layer_idx)
+    if hasattr(module, "indexer"):
+        arguments = hidden_states, q_residual, position_ids, cache, layer_idx
+        if kept(module, "indexer", "DeepseekV4Indexer"):
+            lists = module.indexer(*arguments)
+        else:
+            lists = _indexed(module.indexer, *arguments)
     elif position_ids.shape[1] == 1 or not entries.shape[1]:
         lists = None
     else:
@@ -42,25 +97,29 @@ def compressor(
     return entries.unsqueeze(1), lists
 
 
-def indexer(
+def _indexed(
     module: Any,
     hidden_states: torch.Tensor,
     q_residual: torch.Tensor,
     position_ids: torch.Tensor,
-    past_key_values: Any,
+    cache: Any,
     layer_idx: int,
+    watched: str | None = None,
 ) -> torch.Tensor:
-    """Stands for DeepseekV4Indexer.forward; entries of each query ``[b, s, k]``, -1 behind the last."""
-    binding: Binding = module._flagops
-    layer = None if past_key_values is None else past_key_values.layers[layer_idx]
-    with torch.no_grad():
-        keys = _entries(module, binding, "indexer", hidden_states, layer)
+    """Entries of each query ``[b, s, k]``, -1 where there is none; in transformers' order, and by its scorer, if that
+    is `watched`."""
+    binding = binding_of(module)
+    watched = watched or kept(module, "q_b_proj", "Linear") or kept(module, "scorer", "DeepseekV4IndexerScorer")
+    watched = watched or kept(module.scorer, "weights_proj", "Linear")
+    with nullcontext() if watched else torch.no_grad():
+        keys = _entries(module, binding, "indexer", hidden_states, cache, layer_idx)
         if keys is None:
-            return type(module).forward(module, hidden_states, q_residual, position_ids, past_key_values, layer_idx)
+            cache = rounding(module, binding, cache, layer_idx)
+            return type(module).forward(module, hidden_states, q_residual, position_ids, cache, layer_idx)
         seen = _seen(module, position_ids, keys).expand(keys.shape[0], -1)
-        if keys.shape[1] <= module.index_topk:
+        if keys.shape[1] <= module.index_topk and not watched:
             return first_rows(seen, keys.shape[1])
-        return _select(module, binding, hidden_states, q_residual, position_ids, keys, seen)
+        return _select(module, binding, hidden_states, q_residual, position_ids, keys, seen, watched)
 
 
 def _select(
@@ -71,35 +130,38 @@ def _select(
     position_ids: torch.Tensor,
     keys: torch.Tensor,
     seen: torch.Tensor,
+    watched: str | None,
 ) -> torch.Tensor:
     shared = heads_of(module)
+    if shared and watched:
+        raise Unsupported(f"an indexer over a mesh cannot run its parts one by one, but {watched}")
     q = shared.rows(latent, module.q_b_proj) if shared else module.q_b_proj(latent)
     q = q.view(*latent.shape[:2], -1, module.head_dim)
     cos, sin = module.rotary_emb(hidden_states, position_ids=position_ids, layer_type=module.rope_layer_type)
     q = rotate(binding, q, cos, sin)
-    if binding.official:
-        q = _turn(binding, q)
     handle = binding.use("lightning_indexer")
-    if handle:
-        if q.dtype == keys.dtype:
-            scorer = module.scorer
-            project = scorer.weights_proj
-            weights = shared.rows(hidden_states, project) if shared else project(hidden_states)
-            if not binding.official:  # whose weights are rounded to the dtype of the activations
-                weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-            weights = weights * (scorer.softmax_scale * scorer.weights_scaling)
-            if shared:
-                return shared.select(q, keys, weights, module.index_topk, seen)
-            found = handle.call("lightning_indexer", q, keys, weights, module.index_topk, seen, 0)
-            if found is not None:
-                return found
-        else:
-            handle.leave("lightning_indexer", q, f"queries and keys mix {q.dtype} and {keys.dtype}")
+    reason = watched or (None if q.dtype == keys.dtype else f"queries and keys mix {q.dtype} and {keys.dtype}")
+    if handle and reason:
+        handle.leave("lightning_indexer", q, reason)
+    elif handle:
+        scorer = module.scorer
+        project = scorer.weights_proj
+        weights = shared.rows(hidden_states, project) if shared else project(hidden_states)
+        if not binding.official:  # whose weights are rounded to the dtype of the activations
+            weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        weights = weights * (scorer.softmax_scale * scorer.weights_scaling)
+        turned_q = turned(binding, q)
+        if shared:
+            return shared.select(turned_q, keys, weights, module.index_topk, seen)
+        found = handle.call("lightning_indexer", turned_q, keys, weights, module.index_topk, seen, 0)
+        if found is not None:
+            return found
     if shared:
-        raise Unsupported("the indexer over a mesh needs queries and keys of one dtype")
+        raise Unsupported(f"the indexer over a mesh: {reason or 'no backend takes the call, see report()'}")
     scores = module.scorer(q, keys, hidden_states)
     hidden = torch.arange(keys.shape[1], device=keys.device) >= seen.unsqueeze(-1)
-    chosen = scores.masked_fill(hidden, float("-inf")).topk(module.index_topk, dim=-1).indices
+    count = min(module.index_topk, keys.shape[1])
+    chosen = scores.masked_fill(hidden, float("-inf")).topk(count, dim=-1).indices
     return torch.where(chosen >= seen.unsqueeze(-1), -1, chosen)
 
 
@@ -109,12 +171,16 @@ def _seen(module: Any, position_ids: torch.Tensor, entries: torch.Tensor) -> tor
     return closed.clamp(0, entries.shape[1]).to(torch.int32)
 
 
-def _entries(module: Any, binding: Binding, name: str, hidden_states: torch.Tensor, layer: Any) -> torch.Tensor | None:
+def _entries(
+    module: Any, binding: Binding, name: str, hidden_states: torch.Tensor, cache: Any, layer_idx: int
+) -> torch.Tensor | None:
     """All entries of a compressor after these tokens, ``[b, n, d]``; None where transformers' own code must run."""
     handle = binding.use("compress_kv")
     if handle is None:
         return None
+    layer = None if cache is None else unwrapped(cache.layers[layer_idx])
     reason = unfit(module.kv_proj, hidden_states) or unfit(module.gate_proj, hidden_states)
+    reason = reason or (None if layer is None else strange(layer, name, *hidden_states.shape[:2]))
     if reason:
         handle.leave("compress_kv", hidden_states, reason)
         return None
@@ -143,19 +209,6 @@ def _entries(module: Any, binding: Binding, name: str, hidden_states: torch.Tens
         positions = (torch.arange(new.shape[1], device=new.device) + closed).unsqueeze(0) * m
         cos, sin = module.rotary_emb(new, position_ids=positions, layer_type=module.rope_layer_type)
         new = rotate(binding, new.unsqueeze(2), cos, sin)
-        if binding.official:
-            plain = module.head_dim - 2 * cos.shape[-1]
-            new = _turn(binding, new) if name == "indexer" else fake_quantize(binding, new, plain)
+        new = turned(binding, new) if name == "indexer" else stored(binding, new, 2 * cos.shape[-1])
         new = new.squeeze(2)
     return new if layer is None else append(layer, name, new)
-
-
-def _turn(binding: Binding, x: torch.Tensor) -> torch.Tensor:
-    """The indexer's queries and keys in the official numerics: a Hadamard transform, then FP4."""
-    handle = binding.use("compress_kv")
-    assert handle is not None
-    turned = handle.call("hadamard", x, None)
-    if turned is None:
-        return x
-    result = handle.call("fp4_fake_quantize", turned, math.gcd(x.shape[-1], 32))
-    return turned if result is None else result

@@ -92,6 +92,13 @@ class Handle:
         self._count(op, args[0], backend, "")
         return result
 
+    def round(self, op: str, *args: Any) -> Any:
+        """A step of the official numerics, which no choice of backends turns off: the first that takes it."""
+        import flagops
+
+        result = self.call(op, *args)
+        return getattr(flagops, op)(*args) if result is None else result
+
     def leave(self, op: str, like: torch.Tensor, reason: str) -> None:
         """Count a call that transformers' own code computes."""
         if torch.compiler.is_compiling():

@@ -12,7 +12,9 @@ from typing import Any, TypeGuard
 
 import torch
 
-from ._binding import is_view
+from ._binding import is_view, served
+
+_KNOWN = {"dtype", "allow_is_causal_skip", "allow_is_bidirectional_skip"}  # what says nothing of who sees what
 
 
 def index_mask(
@@ -37,7 +39,7 @@ def index_mask(
 
     if mask_function is None:
         mask_function = masking_utils.causal_mask_function
-    if not is_view(config) or local_size is None or use_vmap:
+    if not is_view(config) or local_size is None or use_vmap or not kwargs.keys() <= _KNOWN or not served(config):
         return masking_utils.eager_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -63,7 +65,7 @@ def index_mask(
 
 
 def is_lists(mask: Any) -> TypeGuard[torch.Tensor]:
-    return isinstance(mask, torch.Tensor) and not mask.is_floating_point() and mask.dim() == 3
+    return isinstance(mask, torch.Tensor) and mask.dtype is torch.int32 and mask.dim() == 3
 
 
 def dense(lists: torch.Tensor, keys: int, dtype: torch.dtype, hidden: float | None = None) -> torch.Tensor:
@@ -89,40 +91,58 @@ def visible_indices(mask: torch.Tensor) -> torch.Tensor | None:
     return indices
 
 
+def listed(block: torch.Tensor) -> torch.Tensor:
+    """The lists of a mask that is known to hold 0 and -inf alone, as transformers' compressors make it."""
+    if torch.compiler.is_compiling():  # no list may be as long as the values say
+        rows = torch.arange(block.shape[-1], dtype=torch.int32, device=block.device)
+        return torch.where(block[:, 0] == 0, rows, -1)
+    found = visible_indices(block[:, 0])
+    assert found is not None, "a compressor's mask is 0 and -inf"
+    return found
+
+
 def first_rows(seen: torch.Tensor, count: int) -> torch.Tensor:
     """The lists ``[b, s, count]`` of rows 0 to ``seen - 1``."""
     rows = torch.arange(count, dtype=torch.int32, device=seen.device)
     return torch.where(rows < seen.unsqueeze(-1), rows, -1)
 
 
-def joined(mask: Any, own: int, extra: torch.Tensor | None, entries: int) -> tuple[Any, str | None]:
-    """A layer's mask over its own keys and the entries of its compressor behind them: lists, and no reason; or the mask
-    that transformers' code would make of them, and why it cannot be lists.
-
-    extra: the entries that each query sees, as lists or as an additive mask; None for all of them.
-    """
+def read(mask: Any) -> tuple[torch.Tensor | None, str | None]:
+    """A mask as lists, or why it cannot be."""
     if mask is None:
         return None, "no mask came (is the mask function registered under the same name?)"
     if is_lists(mask):
-        lists, reason = mask, None
-    elif mask.dim() != 4 or mask.shape[1] != 1:
-        lists, reason = None, f"a mask of shape {tuple(mask.shape)}"
-    else:
-        lists = visible_indices(mask[:, 0])
-        reason = None if lists is not None else "the mask is more than visible or hidden"
-    if not is_lists(mask) and mask.shape[-1] >= own + entries:  # it covers the entries as well
-        return (mask, reason) if lists is None else (lists, None)
-    if extra is not None and extra.is_floating_point():
-        found = visible_indices(extra[:, 0])
-        assert found is not None, "a compressor's mask is 0 and -inf"
-        extra = found
+        return mask, None
+    if not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
+        kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+        return None, f"a mask of {kind}, where transformers' own are added to the logits"
+    if mask.dim() != 4 or mask.shape[1] != 1:
+        return None, f"a mask of shape {tuple(mask.shape)}"
+    if torch.compiler.is_compiling():
+        return None, "a mask whose values a compiler cannot read"
+    lists = visible_indices(mask[:, 0])
+    return lists, None if lists is not None else "the mask is more than visible or hidden"
+
+
+def joined(
+    mask: Any, own: int, extra: torch.Tensor | None, entries: int, wanted: bool = True
+) -> tuple[Any, str | None]:
+    """A layer's mask over its own keys and the entries of its compressor behind them: lists where they are wanted, and
+    no reason; or the mask that transformers' code would make of them, and why it cannot be lists.
+
+    extra: the entries that each query sees, as lists or as an additive mask; None for all of them.
+    """
+    lists, reason = (mask, None) if is_lists(mask) else read(mask) if wanted else (None, None)
+    if lists is not None and lists is not mask and mask.shape[-1] >= own + entries:
+        return lists, None  # it covers the entries as well
+    if lists is not None and entries and extra is not None and extra.is_floating_point():
+        found, reason = read(extra)
+        if found is None:
+            mask, lists = dense(lists, own, extra.dtype) if lists is mask else mask, None
+        else:
+            extra = found
     if lists is None:
-        if not entries:
-            return mask, reason
-        if extra is None:
-            return torch.nn.functional.pad(mask, (0, entries)), reason
-        behind = dense(extra, entries, mask.dtype, float("-inf"))
-        return torch.cat([mask, behind.expand(mask.shape[0], -1, -1, -1)], -1), reason
+        return _added(mask, own, extra, entries), reason
     if not entries:
         return lists, None
     if extra is None:
@@ -130,3 +150,14 @@ def joined(mask: Any, own: int, extra: torch.Tensor | None, entries: int) -> tup
     batch = max(lists.shape[0], extra.shape[0])
     shifted = torch.where(extra < 0, -1, extra + own).to(torch.int32)
     return torch.cat([lists.expand(batch, -1, -1), shifted.expand(batch, -1, -1)], -1), None
+
+
+def _added(mask: Any, own: int, extra: torch.Tensor | None, entries: int) -> Any:
+    """A mask as transformers extends it over the entries."""
+    if not isinstance(mask, torch.Tensor) or mask.shape[-1] >= own + entries:
+        return mask
+    if extra is None:
+        return torch.nn.functional.pad(mask, (0, entries))
+    if not extra.is_floating_point():
+        extra = dense(extra, entries, torch.float32, float("-inf"))
+    return torch.cat([mask, extra.expand(mask.shape[0], -1, -1, -1).to(mask.dtype)], -1)

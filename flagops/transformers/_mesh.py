@@ -97,6 +97,9 @@ class Heads:
         for module in self._marked():
             module.__dict__.pop(HEADS, None)
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a model divided over a mesh cannot be copied or pickled; disable() gathers its weights")
+
     @property
     def sinks(self) -> torch.Tensor:
         return local(self.attention.sinks)

@@ -10,7 +10,7 @@ def calls(t, codes):
 
 
 MUTANTS = {
-    "attention_numba.py": [
+    "numba/attention.py": [
         ("sparse_attention", "if 0 <= row < rows:", "if 0 < row < rows:", 0),
         ("sparse_attention", "if 0 <= row < rows:", "if 0 <= row < rows - 1:", 0),
         ("sparse_attention", "t * index_steps[1]", "t", 0),
@@ -27,7 +27,7 @@ MUTANTS = {
         ("sparse_attention", "store(real, p + j * unit, cast(real, -np.inf))", "store(real, p + j * unit, real)", 0),
         ("sparse_attention", "target + i * out_steps[2] * item", "target + i * width * item", 0),
     ],
-    "attention_torch.py": [
+    "torch/attention.py": [
         ("sparse_attention", "(indices >= 0) & (indices < count)", "(indices > 0) & (indices < count)", 0),
         ("sparse_attention", "mul_(scale)", "mul_(1)", 0),
         ("sparse_attention", "mass = mass * fade + p.sum(-1, keepdim=True)", "mass = mass + p.sum(-1, keepdim=True)", 0),
@@ -35,7 +35,7 @@ MUTANTS = {
         ("sparse_attention", "mass.double() + torch.exp(", "mass.double() - torch.exp(", 0),
         ("sparse_attention", ".masked_fill_(~valid.any(-1)[:, None, None], 0)", "", 0),
     ],
-    "attention_triton.py": [
+    "triton/attention.py": [
         ("sparse_attention", "(index >= 0) & (index < N)", "(index > 0) & (index < N)", 0),
         ("sparse_attention", "score * scale", "score", 0),
         ("sparse_attention", "total += tl.exp2((tl.load(sink + head * sink_h, here", "total -= tl.exp2((tl.load(sink + head * sink_h, here", 0),

@@ -10,7 +10,7 @@ def calls(t, codes):
 
 
 MUTANTS = {
-    "compress_numba.py": [
+    "numba/compress.py": [
         ("compress_kv", "(inside + row - old) % m", "(row - old) % m", 0),
         ("compress_kv", "channels - width + c", "c", 1),
         ("compress_kv", "row -= m", "row -= 1", 0),
@@ -24,13 +24,13 @@ MUTANTS = {
         ("compress_kv", "emitted + windows", "emitted", 0),
         ("compress_kv", "min(batch, first + together)", "first + together", 0),
     ],
-    "compress_torch.py": [
+    "torch/compress.py": [
         ("compress_kv", "(inside + torch.arange", "(torch.arange", 0),
         ("compress_kv", "line[:, closed : closed + before]", "line[:, before : 2 * before]", 0),
         ("compress_kv", "windows * m, channels - width :]", "windows * m, :width]", 0),
         ("compress_kv", "held : held + line.shape[1]", "before : before + line.shape[1]", 0),
     ],
-    "compress_triton.py": [
+    "triton/compress.py": [
         ("compress_kv", "(inside + place) % M", "place % M", 0),
         ("compress_kv", "tl.where(slot < before, 0, C - width)", "tl.where(slot < before, 0, 0)", 1),
         ("compress_kv", "row -= M", "row -= 1", 0),

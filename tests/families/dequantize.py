@@ -9,7 +9,7 @@ def calls(t, codes):
 
 
 MUTANTS = {
-    "dequantize_numba.py": [
+    "numba/dequantize.py": [
         ("fp4_dequantize", "(_E2M1, -_E2M1)", "(_E2M1, 0 - _E2M1)", 0),
         ("fp4_dequantize", "np.arange(255) - 127.0", "np.arange(255) - 126.0", 0),
         ("fp4_dequantize", "np.nan)", "np.inf)", 0),
@@ -21,18 +21,18 @@ MUTANTS = {
         ("fp8_dequantize", "row // block_rows != band", "band < 0", 0),
         ("fp8_dequantize", "_multiply(products, tables, scales, scale_column", "_multiply(products, tables, scales, 1", 0),
     ],
-    "_dequantize_simd.py": [
+    "numba/_dequantize_simd.py": [
         ("fp4_dequantize", "for lane in (i, 16 + i)", "for lane in (16 + i, i)", 0),
         ("fp8_dequantize", "_splat(bits, lanes, 128)), _splat(bits, lanes, bits.width - 8)", "_splat(bits, lanes, 64)), _splat(bits, lanes, bits.width - 7)", 0),
         ("fp8_dequantize", "builder.and_(code, _I64(127))", "builder.and_(code, _I64(63))", 0),
     ],
-    "dequantize_torch.py": [
+    "torch/dequantize.py": [
         ("fp4_dequantize", "values[byte & 15], values[byte >> 4]", "values[byte >> 4], values[byte & 15]", 0),
         ("fp8_dequantize", "row // height", "row // width", 0),
         ("fp8_dequantize", "first // width :", "0 :", 0),
         ("fp8_dequantize", "(code // 8 - 10)", "(code // 8 - 9)", 0),
     ],
-    "dequantize_triton.py": [
+    "triton/dequantize.py": [
         ("fp4_dequantize", "tl.join(pair & 15, pair >> 4)", "tl.join(pair >> 4, pair & 15)", 0),
         ("fp4_dequantize", "tl.where(code == 0, 0x400000,", "tl.where(code == 0, 0,", 0),
         ("fp4_dequantize", "tl.where(code == 255, 0x7FC00000, code << 23)", "code << 23", 0),

@@ -13,19 +13,19 @@ def calls(t, codes):
 
 
 MUTANTS = {
-    "experts_numba.py": [
+    "numba/experts.py": [
         ("grouped_matmul", "as_numpy(out)[bounds[-1] :] = 0", "pass", 0),
         ("moe_experts", "some // slots", "some % slots", 0),
         ("moe_experts", "bounds - first", "bounds", 0),
     ],
-    "experts_torch.py": [
+    "torch/experts.py": [
         ("grouped_matmul", "out[start:].zero_()", "pass", 0),
         ("moe_experts", "chosen // indices.shape[1]", "chosen % len(x)", 0),
         ("moe_experts", "_fake(h) if packed else h", "h", 0),
         ("moe_experts", "largest * (1 / 448)", "largest * (1 / 1000)", 0),
         ("moe_experts", "scale[start // BLOCK : -(-stop // BLOCK)]", "scale[: -(-stop // BLOCK)]", 0),
     ],
-    "experts_triton.py": [
+    "triton/experts.py": [
         ("grouped_matmul", "tl.where(expert < E, K, 0)", "K", 0),
         ("grouped_matmul", "(tile - after[known] + tiles[known])", "(tile - after[known])", 0),
         ("moe_experts", "column % 2 * 64 + column // 2", "column", 0),

@@ -18,7 +18,7 @@ def calls(t, codes):
 
 
 MUTANTS = {
-    "hyper_numba.py": [
+    "numba/hyper.py": [
         ("hc_split_sinkhorn", "matrix, n, n * pair, pair, columns, factors, small", "matrix, n, pair, n * pair, columns, factors, small", 0),
         ("hc_split_sinkhorn", "for _ in range(iters - 1):", "for _ in range(iters):", 0),
         ("hc_split_sinkhorn", "vdiv(factor, fma(p, factor, small))", "vdiv(factor, vmul(p, factor))", 0),
@@ -28,19 +28,24 @@ MUTANTS = {
         ("hc_split_sinkhorn", "i * steps[0] + j * steps[1] +", "j * steps[0] + i * steps[1] +", 0),
         ("hc_pre", "address - first * width * size(real)", "address", 0),
         ("hc_post", "(j * comb[2][0] + k * comb[2][1])", "(k * comb[2][0] + j * comb[2][1])", 0),
-        ("hc_post", "0 if size == 1 else step", "step", 0),
         ("hc_post", "goal + c * out[2][1] * item", "goal + c * item", 0),
         ("hc_head", "(stream * x_steps[0] + begin * x_steps[1])", "(stream * x_steps[0] + begin)", 0),
         ("hc_head", "sums + j * unit, ld, begin > 0)", "sums + j * unit, ld, False)", 0),
     ],
-    "hyper_torch.py": [
+    "torch/hyper.py": [
         ("hc_split_sinkhorn", "comb.sum(step % 2, keepdim=True)", "comb.sum(1 - step % 2, keepdim=True)", 0),
         ("hc_split_sinkhorn", "unflatten(0, (n, n)), 1).add_(eps)", "unflatten(0, (n, n)), 1)", 0),
         ("hc_pre", "torch.rsqrt(mean + norm_eps)", "torch.rsqrt(mean)", 0),
         ("hc_post", "torch.baddbmm(added, mixing[rows].mT,", "torch.baddbmm(added, mixing[rows],", 0),
         ("hc_head", "torch.sigmoid(_project(streams, fn, norm_eps)[0] * scale + base) + eps", "torch.sigmoid(_project(streams, fn, norm_eps)[0] * scale + base)", 0),
     ],
-    "hyper_triton.py": [
+    "_tensors.py": [
+        ("hc_post", "x if x.is_contiguous() else x.new_empty", "x.new_empty", 0),
+        ("hc_post", "if not out.is_contiguous():", "if out.is_contiguous():", 0),
+        ("hc_pre", "x.dim() - tail :", "x.dim() - tail - 1 :", 0),
+        ("fp8_matmul", "x.flatten(0, -2) if x.dim() > 1", "x.flatten(0, -2) if x.dim() > 2", 0),
+    ],
+    "triton/hyper.py": [
         ("hc_split_sinkhorn", "column * tl.sum(x * row[:, :, None], 1) + eps", "column * tl.sum(x * row[:, :, None], 1)", 0),
         ("hc_split_sinkhorn", "for _ in range(1, iters):", "for _ in range(0, iters):", 0),
         ("hc_head", "(k // D).to(tl.int64) * x_n", "(k % D).to(tl.int64) * x_n", 0),

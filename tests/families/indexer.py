@@ -9,7 +9,7 @@ def calls(t, codes):
 
 
 MUTANTS = {
-    "indexer_numba.py": [
+    "numba/indexer.py": [
         ("lightning_indexer", "(best[i] == least and equal > 0)", "best[i] == least", 0),
         ("lightning_indexer", "remaining -= counts[digit]", "remaining -= 1", 0),
         ("lightning_indexer", "(digit ^ 128) - 128", "digit", 0),
@@ -19,18 +19,18 @@ MUTANTS = {
         ("lightning_indexer", "key_steps[1], key_steps[2]", "key_steps[1], 1", 0),
         ("lightning_indexer", "0, weight_steps[2]", "0, 1", 0),
     ],
-    "_indexer_simd.py": [
+    "numba/_indexer_simd.py": [
         ("lightning_indexer", "zero), zero, arguments[0]", "zero), arguments[0], zero", 0),
         ("lightning_indexer", "builder.lshr(sign, kind(1))", "sign", 0),
         ("lightning_indexer", "least, number", "number, least", 0),
     ],
-    "indexer_torch.py": [
+    "torch/indexer.py": [
         ("lightning_indexer", "entry >= limit.unsqueeze(1)", "entry > limit.unsqueeze(1)", 0),
         ("lightning_indexer", "held.shape[1] - 1, -1, -1, device", "held.shape[1], device", 0),
         ("lightning_indexer", "kept.sort(1).values", "kept", 0),
         ("lightning_indexer", "scores.isnan()", "scores.isinf()", 0),
     ],
-    "indexer_triton.py": [
+    "triton/indexer.py": [
         ("lightning_indexer", "product < 0", "product < -1", 0),
         ("lightning_indexer", "tl.cumsum(equal, 0) <= remaining", "tl.cumsum(equal, 0) < remaining", 0),
         ("lightning_indexer", "(digit - 128)", "digit", 0),

@@ -9,7 +9,7 @@ def calls(t, codes):
 
 
 MUTANTS = {
-    "_gemm.py": [
+    "numba/_gemm.py": [
         ("matmul", "blocks[term, 0] + first * ak", "blocks[term, 0]", 0),
         ("matmul", "blocks[term, 0] + first * ak", "blocks[term, 0]", 1),
         ("matmul", "column * bn + first) * item", "column * bn) * item", 0),
@@ -32,12 +32,12 @@ MUTANTS = {
         ("linear", "value = vadd(value, vload(tag, bias + c * item))", "value = vload(float_tag, origin + c * width)", 0),
         ("linear", "column * bias_stride * size(out_tag) if bias != 0", "0 if bias != 0", 0),
     ],
-    "matmul_torch.py": [
+    "torch/matmul.py": [
         ("linear", "total += bias", "total += 0", 0),
         ("linear", "torch.addmm(bias, matrix(x), weight.mT, out=", "torch.mm(matrix(x), weight.mT, out=", 0),
         ("matmul", "a[..., :step].float()", "a[..., :step].bfloat16()", 0),
     ],
-    "matmul_triton.py": [
+    "triton/matmul.py": [
         ("matmul", "depth.to(tl.int64)[None, :] * a_k", "depth.to(tl.int64)[None, :]", 0),
         ("matmul", "inside_m[:, None] & inside_n[None, :]", "inside_m[:, None] | inside_n[None, :]", 0),
         ("matmul", "left = tl.arange(0, BK) < end - k", "left = tl.arange(0, BK) <= end - k", 0),
@@ -45,7 +45,7 @@ MUTANTS = {
         ("matmul", "within * b_inner", "within * a_inner", 0),
         ("linear", "columns.to(tl.int64) * bias_n", "columns.to(tl.int64)", 0),
     ],
-    "_triton.py": [
+    "triton/_common.py": [
         ("matmul", "a, b = widen(a), widen(b)", "a, b = a, b", 0),
         ("matmul", "+ 0x7FFF + (kept & 1)", "+ 0x8000", 0),
         ("matmul", "+ 0x7FFF + (kept & 1)", "", 0),

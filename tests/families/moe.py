@@ -12,15 +12,14 @@ def calls(t, codes):
 
 
 MUTANTS = {
-    "moe_numba.py": [
+    "numba/moe.py": [
         ("moe_gate", "value > highest", "value >= highest", 0),
         ("moe_gate", "taken[best] = 1", "taken[best] = 0", 0),
         ("moe_gate", "score = load(tag, scores + best * unit)", "score = load(tag, biased + best * unit)", 0),
         ("moe_gate", "token * table_steps[0]", "token", 0),
         ("swiglu", "gate_column * item, 0, gate_column", "gate_column * item, 0, 1", 0),
-        ("swiglu", "0 if size == 1 else step", "step", 0),
     ],
-    "_moe_rows.py": [
+    "numba/_moe_rows.py": [
         ("swiglu", "vmost(vleast(vload(real, u + i * unit), above), below)", "vleast(vload(real, u + i * unit), above)", 0),
         ("swiglu", "vchoose(gate, fall)", "fall", 0),
         ("moe_gate", "1 / (2 * i + 1)", "1 / (2 * i + 3)", 0),
@@ -30,13 +29,13 @@ MUTANTS = {
         ("moe_experts", "vround_e4m3(vmul(", "(vmul(", 0),
     ],
     "_moe.py": [("moe_experts", "not in FLOATS", "in FLOATS", 0)],
-    "moe_torch.py": [
+    "torch/moe.py": [
         ("moe_gate", "descending=True, stable=True", "descending=True, stable=False", 0),
         ("moe_gate", "scores.gather(1, indices), scale", "(scores if bias is None else scores + bias).gather(1, indices), scale", 0),
         ("swiglu", "g.clamp(max=limit)", "g.clamp(-limit, limit)", 0),
         ("swiglu", "weight[..., rows]", "weight[..., :1]", 0),
     ],
-    "moe_triton.py": [
+    "triton/moe.py": [
         ("moe_gate", "expert, BLOCK - 1), 1)", "BLOCK - 1 - expert, BLOCK - 1), 1)", 0),
         ("moe_gate", "+ 1.0 / (2 * (terms - 1 - i) + 1)", "+ 1.0 / (2 * (terms - i) + 1)", 0),
         ("moe_gate", "slot * weights_k", "slot", 0),

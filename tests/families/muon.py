@@ -6,18 +6,20 @@ def calls(t, codes):
 
 
 MUTANTS = {
-    "muon_numba.py": [
+    "numba/muon.py": [
         ("newton_schulz", "square *= c", "square *= b", 0),
         ("newton_schulz", "x *= a", "x *= 1", 0),
         ("newton_schulz", "np.where(top == 0, 1, top)", "1", 0),
         ("newton_schulz", "places[start : start + some]", "places[:some]", 0),
     ],
-    "muon_torch.py": [
+    "torch/muon.py": [
         ("newton_schulz", "beta=b, alpha=c", "beta=c, alpha=b", 0),
+    ],
+    "_muon.py": [
         ("newton_schulz", "torch.where(norm == 0, 1, norm)", "norm", 0),
         ("newton_schulz", "dim=(-2, -1), keepdim=True)", "dim=(-3, -2, -1), keepdim=True)", 0),
     ],
-    "muon_triton.py": [
+    "triton/muon.py": [
         ("newton_schulz", "square, weights[1], weights[2]", "square, weights[2], weights[1]", 0),
         ("newton_schulz", "inside = at < size", "inside = at < size - 1", 0),
     ],

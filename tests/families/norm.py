@@ -6,7 +6,7 @@ def calls(t, codes):
 
 
 MUTANTS = {
-    "norm_numba.py": [
+    "numba/norm.py": [
         ("rms_norm", "i * x_steps[0] + j * x_steps[1] + k * x_steps[2]", "i * x_steps[0] + j * x_steps[1] + k * column", 0),
         ("rms_norm", "load(weight_tag, weight + i * weight_step * size(weight_tag))", "load(weight_tag, weight + i * size(weight_tag))", 0),
         ("rms_norm", "c, d = fma(p, p, c), fma(q, q, d)", "c, d = fma(p, p, c), fma(p, q, d)", 0),
@@ -19,13 +19,16 @@ MUTANTS = {
     "_rows.py": [
         ("rms_norm", "outer == size * inner", "outer >= size * inner", 0),
         ("rms_norm", "if size == 1:", "if size == 2:", 0),
+        ("hc_post", "0 if n == 1 else step", "step", 0),
+        ("swiglu", "0 if n == 1 else step", "step", 0),
+        ("rotary_embedding", "0 if n == 1 else step", "step", 0),
     ],
-    "norm_torch.py": [
+    "torch/norm.py": [
         ("rms_norm", "mean(-1, keepdim=True).add_(eps).rsqrt_())", "mean(-1, keepdim=True).rsqrt_())", 0),
         ("rms_norm", "(mean.float() + eps).to(dtype)", "(mean.float() + eps)", 0),
         ("rms_norm", "y.to(dtype).float().mul_(weight)", "y.mul_(weight)", 0),
     ],
-    "norm_triton.py": [
+    "triton/norm.py": [
         ("rms_norm", "square = rounded(square, half).to(tl.float64)", "square = square.to(tl.float64)", 0),
         ("rms_norm", "row // N2 % N1", "row // N1 % N2", 0),
         ("rms_norm", "weight + at.to(tl.int64) * weight_n", "weight + at.to(tl.int64)", 0),

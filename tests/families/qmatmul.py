@@ -9,7 +9,7 @@ def calls(t, codes):
 
 
 MUTANTS = {
-    "_qmatmul.py": [
+    "numba/_qmatmul.py": [
         ("fp8_matmul", "first // BLOCK * scale_step", "first // BLOCK", 0),
         ("fp8_matmul", "(first + at) // BLOCK * sk", "at // BLOCK * sk", 0),
         ("fp8_matmul", "if bk != 1 or deep % PAIR:", "if bk != 1:", 0),
@@ -20,19 +20,19 @@ MUTANTS = {
         ("moe_experts", "group * sg + column // BLOCK * sn", "column // BLOCK * sn", 0),
         ("fp4_matmul", "32 * deep, into, ldc, part > 0)", "32 * deep, into, ldc, part > 1)", 0),
     ],
-    "_qmatmul_simd.py": [
+    "numba/_qmatmul_simd.py": [
         ("fp4_matmul", "+ 4 * (lane // 4) for lane in range(16)]", "+ 4 * (lane // 8) for lane in range(16)]", 0),
         ("fp4_matmul", "np.arange(255) - 127.0", "np.arange(255) - 126.0", 0),
         ("fp8_matmul", "[0xBFFF]", "[0xFFFF]", 0),
         ("fp8_matmul", "builder.select(any_nan, ir.Constant(total.type, [float(\"nan\")] * LANES), total)", "total", 0),
         ("fp8_matmul", "range(part * LANES, (part + 1) * LANES)", "range(0, LANES)", 0),
     ],
-    "qmatmul_torch.py": [
+    "torch/qmatmul.py": [
         ("fp8_matmul", "rows // 128", "rows // 64", 0),
         ("fp4_matmul", "b_scale[first:last]", "b_scale[: last - first]", 0),
         ("fp4_matmul", "fp8_dequantize(codes[down], factors[down]", "fp8_dequantize(codes[down], factors[: len(x)]", 0),
     ],
-    "qmatmul_triton.py": [
+    "triton/qmatmul.py": [
         ("fp8_matmul", "column // 128 * b_scale_n", "column * 0", 0),
         ("fp8_matmul", "b_scale += b_scale_k", "b_scale += 0", 0),
         ("fp8_matmul", "tl.where(size == 0x7F, 0x7E00, bits)", "bits", 0),

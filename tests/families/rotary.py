@@ -13,14 +13,13 @@ def calls(t, codes):
 
 
 MUTANTS = {
-    "rotary_numba.py": [
+    "numba/rotary.py": [
         ("rotary_embedding", "store(real, s + 2 * p * unit, -value)", "store(real, s + 2 * p * unit, value)", 0),
         ("rotary_embedding", "cast(real, -1.0 if inverse else 1.0)", "cast(real, 1.0)", 0),
         ("rotary_embedding", "h * x_head", "h * d", 0),
         ("rotary_embedding", "p * sin_step * unit", "p * cos_step * unit", 0),
         ("rotary_embedding", "a * cosine - b * sine", "a * cosine + b * sine", 0),
         ("rotary_embedding", "[lane ^ 1 for lane", "[lane for lane", 0),
-        ("rotary_embedding", "0 if n == 1 else step", "step", 0),
         ("yarn_table", "j * cos_steps[1] + k * cos_steps[2]) * 4", "j * cos_steps[1] + k * cos_step) * 4", 0),
         ("yarn_table", "np.float64(np.float32(position * theta[p]))", "np.float64(position) * np.float64(theta[p])", 0),
     ],
@@ -29,12 +28,12 @@ MUTANTS = {
         ("yarn_table", "math.floor(edges[0])", "math.ceil(edges[0])", 0),
         ("yarn_table", "plain * (one - ramp)", "plain * ramp", 0),
     ],
-    "rotary_torch.py": [
+    "torch/rotary.py": [
         ("rotary_embedding", "s = -s if inverse else s", "s = s", 0),
         ("rotary_embedding", "(a * c - b * s, a * s + b * c)", "(a * c - b * s, a * c + b * s)", 0),
         ("rotary_embedding", "if not same and first:", "if same and first:", 0),
     ],
-    "rotary_triton.py": [
+    "triton/rotary.py": [
         ("rotary_embedding", "x + (at + 1) * x_d", "x + at * x_d", 0),
         ("rotary_embedding", "* sign", "", 0),
         ("rotary_embedding", "head[:, None] * x_h", "head[:, None] * D", 0),

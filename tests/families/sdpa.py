@@ -6,7 +6,7 @@ def calls(t, codes):
 
 
 MUTANTS = {
-    "sdpa_numba.py": [
+    "numba/sdpa.py": [
         ("scaled_dot_product_attention", "(is_causal and at + j > t)", "(is_causal and at + j >= t)", 0),
         ("scaled_dot_product_attention", "group * shared + head] + t * query[2]", "group * shared + head] + t * width", 0),
         ("scaled_dot_product_attention", "score = load(real, line + j * unit) * multiple", "score = load(real, line + j * unit)", 0),
@@ -14,13 +14,13 @@ MUTANTS = {
         ("scaled_dot_product_attention", "seen = 0 if top == -np.inf else reach", "seen = reach", 0),
         ("scaled_dot_product_attention", "if is_causal and first // length ==", "if is_causal or first // length ==", 0),
     ],
-    "sdpa_torch.py": [
+    "torch/sdpa.py": [
         ("scaled_dot_product_attention", "column > row.unsqueeze(1)", "column >= row.unsqueeze(1)", 0),
         ("scaled_dot_product_attention", "mass = mass * fade + p.sum(-1, keepdim=True)", "mass = mass + p.sum(-1, keepdim=True)", 0),
         ("scaled_dot_product_attention", "other = (*place[:-1], place[-1] // shared)", "other = (*place[:-1], place[-1] % len(key.shape[-3:-2]))", 0),
         ("scaled_dot_product_attention", ".masked_fill_(unseen, 0), top", ", top", 0),
     ],
-    "sdpa_triton.py": [
+    "triton/sdpa.py": [
         ("scaled_dot_product_attention", "column[None, :] <= row[:, None]", "column[None, :] < row[:, None]", 0),
         ("scaled_dot_product_attention", "(h // SHARED).to(tl.int64)", "(h % SHARED).to(tl.int64)", 0),
         ("scaled_dot_product_attention", "score += given.to(number)", "score -= given.to(number)", 0),

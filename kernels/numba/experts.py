@@ -1,0 +1,90 @@
+"""Products of rows grouped by expert on the CPU: rows are sorted, and each expert that is hit reads its weights once.
+
+Once, that is, for as many of its rows as fit the byte budget. FP8 and FP4 weights are decoded inside the product.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from flagops import config
+from flagops.arrays import as_numpy, dtype_name, numpy_dtype
+from flagops.backends.numba import parallel, pointer, strides
+from flagops.registry import kernel
+
+from .._moe import quantised, refusal
+from ._gemm import TAGS, View, contract_groups, view
+from ._moe_rows import STEP, activate, add_rows, by_expert, gather, round_rows, widen_rows
+from ._qmatmul import product, scales
+
+_GRAIN = 1 << 15  # elements worth a thread
+
+
+@kernel(deterministic=True)
+def grouped_matmul(a: Any, b: Any, offsets: Any, out: Any) -> None:
+    """The products of all experts together, block of rows after block, through strides."""
+    bounds = np.concatenate(([0], as_numpy(offsets)), dtype=np.int64)
+    contract_groups(dtype_name(out), view(a), view(b), view(out), bounds)
+    as_numpy(out)[bounds[-1] :] = 0
+
+
+def moe_experts_unsupported(
+    x: Any, weights: Any, indices: Any, gate_up: Any, down: Any, gate_up_scale: Any, down_scale: Any,
+    limit: float | None, shared: Any,
+) -> str | None:  # fmt: skip
+    return refusal(x, weights, gate_up, shared)
+
+
+@kernel(deterministic=True, batch_invariant=True, note="experts in ascending order, each weight read once for its rows")
+def moe_experts(
+    x: Any, weights: Any, indices: Any, gate_up: Any, down: Any, gate_up_scale: Any, down_scale: Any,
+    limit: float | None, shared: Any, out: Any,
+) -> None:  # fmt: skip
+    """Rows are gathered expert after expert, and their outputs added to a sum in the accumulator's format."""
+    (rows, width), slots, inner = x.shape, indices.shape[1], gate_up.shape[1] // 2
+    if not rows * width:
+        return
+    name, tag = dtype_name(x), TAGS[dtype_name(x)]
+    packed, item, kept = quantised(gate_up), x.itemsize, numpy_dtype(dtype_name(x))
+    passed = np.dtype(np.float32) if packed else kept
+    total = np.empty((rows, width), np.float64 if name == "float64" else np.float32)
+    few = -(-_GRAIN // width)
+    source = (0, 0, 0) if shared is None else (pointer(shared), *strides(shared))
+    parallel(widen_rows, rows, tag, width, *source, pointer(total), minimum=few)
+    pairs, bounds = by_expert(as_numpy(indices).reshape(-1).astype(np.int64), len(gate_up))
+    per_row = (width + inner) * passed.itemsize + (width + 2 * inner) * item
+    step = min(len(pairs), max(1, config.budget() // 4 // (per_row + 1)))
+    held = np.empty(step * per_row, np.uint8)
+    given = pointer(held)
+    h = given + step * width * passed.itemsize
+    both = h + step * inner * passed.itemsize
+    y = both + step * 2 * inner * item
+    for first in range(0, len(pairs), step or 1):
+        some = pairs[first : first + step]
+        tokens, count, within = some // slots, len(some), bounds - first
+        parallel(gather, count, tag, width, tokens, pointer(x), *strides(x), packed, given, minimum=few)
+        _project(name, _rows(given, count, width), gate_up, gate_up_scale, within, _rows(both, count, 2 * inner))
+        parallel(
+            activate, count, tag, inner, both, some, slots, pointer(weights), *strides(weights),
+            math.inf if limit is None else limit, packed, h, minimum=-(-_GRAIN // (inner + 1)),
+        )  # fmt: skip
+        _project(name, _rows(h, count, inner), down, down_scale, within, _rows(y, count, width))
+        blocks = -(-width // STEP)
+        least = max(1, _GRAIN // (STEP * count))
+        parallel(add_rows, blocks, tag, width, tokens, y, pointer(total), minimum=least)
+    parallel(round_rows, rows, tag, width, pointer(total), pointer(out), *strides(out), minimum=few)
+
+
+def _rows(address: int, count: int, width: int) -> View:
+    return View(address, (count, width), (width, 1))
+
+
+def _project(name: str, x: View, weights: Any, scale: Any, bounds: Any, out: View) -> None:
+    """``x[i] @ weights[g].T`` for the rows of each expert, rounded to the dtype called `name`."""
+    if scale is None:
+        contract_groups(name, x, view(weights).T, out, bounds)
+    else:
+        product("float32", x, None, view(weights), scales(scale), name, out, bounds)
