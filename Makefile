@@ -19,7 +19,7 @@ test-all: .venv/installed
 
 # The tests of `flagops.patch` on the other transformers that it supports.
 test-transformers: .venv/installed
-	@echo "to come: the patch tests on the oldest and newest transformers"
+	$(BIN)/python tests/other_transformers.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

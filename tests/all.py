@@ -83,6 +83,11 @@ ROWS = {
         EVERYTHING,
         (("env", "FLAGOPS_CACHE={empty}/cache", "HOME={empty}", *pytest("--dist", "worksteal", *reversed(FILES))),),
     ),
+    "transformers": Row(
+        "the patch tests on every transformers that is supported",
+        ("flagops/**/*.py", "tests/*patch*.py", "tests/*transformers*.py"),
+        ((sys.executable, "tests/other_transformers.py"),),
+    ),
     "haswell": Row(
         "numba's kernels on a CPU without AVX-512",
         KERNELS,
