@@ -90,7 +90,7 @@ def pytest_runtest_setup(item):
     seed = _seed(item.config, item.nodeid)
     if item.config.option.hypothesis_seed is None:
         core.global_force_seed = seed  # what that option sets once for all
-    if _spent[item.function] > item.config.option.seconds and item.config.option.repeat > 1:
+    if item.config.option.repeat > 1 and _spent[_once(item)] > item.config.option.seconds:
         pytest.skip(f"repeated for {item.config.option.seconds:g} s")
 
 
@@ -103,13 +103,19 @@ def rng(request):
 _spent = Counter()
 
 
+def _once(item):
+    """A test whatever its repeat."""
+    return item.function, *(str(v) for k, v in item.callspec.params.items() if k != "repeat")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     start = time.process_time()
     try:
         return (yield)
     finally:
-        _spent[item.function] += time.process_time() - start
+        if item.config.option.repeat > 1:
+            _spent[_once(item)] += time.process_time() - start
 
 
 @pytest.hookimpl(wrapper=True)
