@@ -5,13 +5,21 @@ PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: run test lint bench mutants clean
+.PHONY: run test test-all test-transformers lint bench mutants clean
 
 run: .venv/installed
 	$(BIN)/flagops demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+
+# What is long and rare, row by row; `make test-all ARGS=--help` says what each is.
+test-all: .venv/installed
+	$(BIN)/python tests/all.py $(ROWS) $(ARGS)
+
+# The tests of `flagops.patch` on the other transformers that it supports.
+test-transformers: .venv/installed
+	$(BIN)/python tests/other_transformers.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -21,8 +29,8 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/flagops bench --targets
 
-mutants: .venv/installed
-	$(BIN)/python -m pytest -n 2 tests/test_mutants.py --mutants all
+mutants:
+	$(MAKE) test-all ROWS=mutants ARGS=--force
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -12,6 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
+import functools
 import random
 import time
 import zlib
@@ -44,7 +45,8 @@ settings.register_profile("nightly", settings.get_profile("default"), max_exampl
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # What a test uses that compares by distance and not bit for bit.
-DISTANCES = {"abs", "assert_near", "assert_of", "assert_parity", "compare", "gradcheck", "gradgradcheck"}
+DISTANCES = {"abs", "allclose", "assert_close", "assert_near", "assert_of", "assert_parity", "compare"}
+DISTANCES |= {"BOUND", "gradcheck", "gradgradcheck"}
 
 
 def pytest_addoption(parser):
@@ -88,7 +90,7 @@ def pytest_runtest_setup(item):
     seed = _seed(item.config, item.nodeid)
     if item.config.option.hypothesis_seed is None:
         core.global_force_seed = seed  # what that option sets once for all
-    if _spent[item.function] > item.config.option.seconds and item.config.option.repeat > 1:
+    if item.config.option.repeat > 1 and _spent[_once(item)] > item.config.option.seconds:
         pytest.skip(f"repeated for {item.config.option.seconds:g} s")
 
 
@@ -101,13 +103,19 @@ def rng(request):
 _spent = Counter()
 
 
+def _once(item):
+    """A test whatever its repeat."""
+    return item.function, *(str(v) for k, v in item.callspec.params.items() if k != "repeat")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     start = time.process_time()
     try:
         return (yield)
     finally:
-        _spent[item.function] += time.process_time() - start
+        if item.config.option.repeat > 1:
+            _spent[_once(item)] += time.process_time() - start
 
 
 @pytest.hookimpl(wrapper=True)
@@ -126,12 +134,13 @@ def _names(code):
     return set(code.co_names).union(*inner)
 
 
-def _measures(function, seen=()):
+@functools.cache
+def _measures(function, seen=frozenset()):
     """Whether a test compares by distance, itself or through a helper of its module."""
     used = _names(function.__code__)
-    helpers = [function.__globals__.get(name) for name in used - set(seen)]
+    helpers = [function.__globals__.get(name) for name in used - seen]
     return bool(used & DISTANCES) or any(
-        _measures(helper, {*seen, *used}) for helper in helpers if isinstance(helper, FunctionType)
+        _measures(helper, seen | used) for helper in helpers if isinstance(helper, FunctionType)
     )
 
 

@@ -61,11 +61,14 @@ def gradients(model, ids, **more):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def same_gradients(got, expected, share=BOUND):
-    """Float32 gradients of a model whose weights and tokens are seeded: to this share of each one's largest element."""
+def same_gradients(got, expected):
+    """Float32 gradients relative to each one's largest element; a wrong formula is found in float64, to 1e-9.
+
+    Models that only round differently are apart by 6e-5 in most draws of tokens, by 3e-4 in one of 40.
+    """
     assert got.keys() == expected.keys()
     for name, x in expected.items():
-        assert float((got[name] - x).abs().max()) <= share * float(x.abs().max()), name
+        assert float((got[name] - x).abs().max()) <= 2e-3 * float(x.abs().max()), name
 
 
 def state(model):
