@@ -1,8 +1,7 @@
-"""The patch tests on every transformers that is supported, each beside the installed packages: ``python
-tests/other_transformers.py [VERSION...] [-- pytest's arguments]``.
+"""The tests of `flagops.patch` on other versions of transformers: ``python tests/other_transformers.py [VERSION...]
+[-- pytest's arguments]``; without a version on the oldest and the newest supported one, but for the installed.
 
-A version that is not the installed one gets an environment of its own in ``.venv/transformers/VERSION``, which borrows
-all other packages; it is made once.
+Each gets an environment of its own in ``.venv/transformers/VERSION``, made once, which borrows all other packages.
 """
 
 import importlib.metadata
@@ -32,8 +31,6 @@ for text in importlib.metadata.requires("transformers"):
 
 def environment(version: str) -> Path:
     """The interpreter of an environment in which that transformers is imported, and else what is imported here."""
-    if version == importlib.metadata.version("transformers"):
-        return Path(sys.executable)
     folder = Path(sys.prefix) / "transformers" / version
     python, ready = folder / "bin" / "python", folder / "ready"
     if not ready.exists():
@@ -65,8 +62,8 @@ def main() -> int:
     if "--" in given:
         at = given.index("--")
         given, more = given[:at], given[at + 1 :]
-    failed = 0
-    for version in given or (OLDEST, NEWEST):
+    installed, failed = importlib.metadata.version("transformers"), 0
+    for version in given or [version for version in (OLDEST, NEWEST) if version != installed]:
         print(f"transformers {version}", flush=True)
         failed |= subprocess.run(
             [environment(version), "-m", "pytest", "-q", *more, *TESTS], cwd=HERE.parent

@@ -67,10 +67,10 @@ def patch(
         model. Each then computes the whole model's logits, and gradients of its own shards.
 
     Returns a `Handle`, also a context manager: ``disable()`` restores the model exactly, ``report()`` says what ran.
-    What flagops cannot take (a mask that is more than visible or not, dropout, a recorded attention), and a module whose
-    parts somebody watches or wraps, runs as before and is counted with its reason; a module whose forward, parts or
-    functions are not those that flagops knows is left alone and named. Training works; a deep copy stays patched until
-    the same handle is disabled, and what is pickled is the model without the patch.
+    What flagops cannot take (a mask that is more than visible or not, dropout, a recorded attention, a part that
+    somebody watches or wraps) runs as before and is counted with its reason; a module whose forward or parts are not
+    those that flagops knows is left alone and named. Training works; a deep copy stays patched until the same handle is
+    disabled, and what is pickled is the model without the patch.
 
     Raises TypeError for a model that holds no DeepSeek-V4 attention, ValueError for an unknown operator, backend or
     numerics, and Unsupported for a backend that cannot run here.
