@@ -18,7 +18,7 @@ from typing import Any
 
 
 def launch(
-    ranks: int, cases: list[tuple[str, dict[str, Any]]], device: str = "cpu", timeout: int = 30
+    ranks: int, cases: list[tuple[str, dict[str, Any]]], device: str = "cpu", timeout: int = 300
 ) -> list[list[Any]]:
     """``results[case][rank]`` of each function on each rank."""
     with tempfile.TemporaryDirectory() as folder:
