@@ -132,6 +132,9 @@ def cache_folder() -> str:
 @contextmanager
 def using(**settings: Any) -> Iterator[Config]:
     """Settings for a block of this thread: ``with flagops.using(backend="numba", budget="64MiB"): ...``."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():  # a graph would keep the call and lose the setting
+        torch._dynamo.graph_break(msg="flagops.using cannot be part of a graph; call the compiled function within it")
     parsed = {name: _parse(name, value, f"using({name}=...)") for name, value in settings.items()}
     token = _block.set(dataclasses.replace(current(), **parsed))
     try:

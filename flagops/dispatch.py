@@ -18,6 +18,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import flagops.surroundings as surroundings
 from flagops import arrays, config, registry
 from flagops.errors import Unsupported
 
@@ -28,6 +29,9 @@ log = logging.getLogger("flagops")
 
 _data_ptr = methodcaller("data_ptr")
 _PLAIN = frozenset((type(None), bool, int, float, str))
+
+Span = tuple[int, int, int]
+"""The position of an argument, and the bytes that it spans from its first element on."""
 
 _PLANS_KEPT = 4096
 _plans: dict[Any, Plan] = {}
@@ -47,11 +51,15 @@ class Plan:
     bound: Bound
     run: Callable[..., None]
     views: tuple[int, ...]
-    spans: tuple[tuple[int, int, int], ...]
-    out_spans: tuple[tuple[int, int, int], ...]
+    as_given: bool
+    spans: tuple[Span, ...]
+    out_spans: tuple[Span, ...]
     makers: tuple[Callable[[], Any], ...]
+    memory: tuple[tuple[int, int, int], ...]
     on_torch: bool
+    above: bool
     through_torch: bool
+    wish: str
     check_values: bool
     forwards_to: str
     refusals: dict[str, str]
@@ -72,59 +80,62 @@ class Plan:
         return clean
 
 
-def public(operator: Operator) -> Callable[..., Any]:
-    """The function that users call: the reference's name and documentation, with ``out=`` and ``backend=``."""
-    arity = len(operator.parameters)
+class Unfamiliar(Exception):
+    """A tensor of a class of its own, whose attributes may be computed by it."""
 
-    def call(*args: Any, backend: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.compiler.is_compiling():
-            from flagops import torch_ops
 
-            return torch_ops.invoke(operator, operator.fill(args, kwargs), backend)
-        if kwargs or len(args) != arity:
-            args = operator.fill(args, kwargs)
-        grad = torch is not None and (
-            torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
-        )
-        return execute(plan(operator, args, backend, grad), args)
+familiar: set[type] = set()
+"""The classes of arrays whose attributes are theirs, and of what is no array, once they were met."""
 
-    call.__name__ = call.__qualname__ = operator.name
-    call.__module__ = "flagops"
-    call.__doc__ = operator.reference.__doc__
-    parameters = list(operator.signature.parameters.values())
-    choice = type(parameters[0])("backend", type(parameters[0]).KEYWORD_ONLY, default=None)
-    vars(call).update(operator=operator, __signature__=operator.signature.replace(parameters=[*parameters, choice]))
-    return call
+
+def _meet(kind: type) -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and issubclass(kind, torch.Tensor) and kind not in (torch.Tensor, torch.nn.Parameter):
+        raise Unfamiliar(kind)
+    familiar.add(kind)
 
 
 def _signature(x: Any) -> Any:
     """What a plan may depend on; cheap, since every call computes it."""
-    if type(x) in _PLAIN:
-        return x
+    kind = type(x)
+    if kind not in familiar:
+        _meet(kind)
     try:
         if x.is_cpu:  # a device takes longer to hash than to ask for
-            return type(x), x.dtype, x.shape, x.stride(), x.requires_grad, x.is_neg()
-        return type(x), x.dtype, x.shape, x.stride(), x.requires_grad, x.is_neg(), x.device
+            return kind, x.dtype, x.shape, x.stride(), x.requires_grad, x.is_neg()
+        return kind, x.dtype, x.shape, x.stride(), x.requires_grad, x.is_neg(), x.device
     except (AttributeError, RuntimeError):  # no tensor, or one without strides
         if arrays.is_numpy(x):
-            return type(x), x.dtype, x.shape, x.strides, x.flags.writeable, x.flags.aligned
+            return kind, x.dtype, x.shape, x.strides, x.flags.writeable, x.flags.aligned
         return tuple(map(_signature, x)) if isinstance(x, (tuple, list)) else x
 
 
 def plan(
-    operator: Operator, args: Sequence[Any], backend: str | Sequence[str] | None = None, grad: Any = False
+    operator: Operator, args: Sequence[Any], backend: str | Sequence[str] | None = None, grad: bool | None = None
 ) -> Plan:
     """The plan for a call with all arguments by position (``out`` last, or None).
 
-    grad: whether autograd may be recording; below it, pass False. Raises ValueError or TypeError for arguments that do
-    not fit, and Unsupported, with every backend's reason, when none can run the call.
+    grad: whether autograd records, for a call above torch's dispatcher; None below it, where every call is a
+    computation. Raises ValueError or TypeError for arguments that do not fit, and Unsupported, with every backend's
+    reason, when none can run the call.
     """
-    if backend is None:
-        wish: Any = config.current().backend
-    else:
-        wish = backend if isinstance(backend, str) else tuple(backend)
-    key = (operator.name, wish, grad, *[_signature(x) for x in args])
+    if grad is not None and "torch" in sys.modules and surroundings.overseen() and on_torch(operator, args):
+        return _choose(operator, args, _wished(backend), grad, {}, overseen=True)
+    try:
+        return look_up(operator, args, backend, grad)
+    except Unfamiliar:
+        return _choose(operator, args, _wished(backend), grad, {})
+
+
+def look_up(
+    operator: Operator, args: Sequence[Any], backend: str | Sequence[str] | None = None, grad: bool | None = None
+) -> Plan:
+    """`plan` where nothing that oversees calls is active: remembered by what the arguments look like.
+
+    Raises `Unfamiliar` for a tensor of a class of its own.
+    """
+    wish = backend if type(backend) is str else _wished(backend)
+    key = (operator.name, wish, grad, *[x if type(x) in _PLAIN else _signature(x) for x in args])
     try:
         return _plans[key]
     except KeyError:
@@ -134,43 +145,140 @@ def plan(
     return _remember(key, _choose(operator, args, wish, grad, {}))
 
 
+def _wished(backend: str | Sequence[str] | None) -> str | tuple[str, ...]:
+    """One backend by name, or the first that works of several; of all in the default order if there are none."""
+    if backend is None:
+        return config.current().backend
+    return backend if isinstance(backend, str) else tuple(backend)
+
+
+def wish(backend: str | Sequence[str] | None) -> str:
+    """The backends wished for here and now as `torch.ops.flagops` takes them: names by comma."""
+    wished = _wished(backend)
+    return wished if isinstance(wished, str) else ",".join(wished)
+
+
+def on_torch(operator: Operator, args: Sequence[Any]) -> bool:
+    """Whether a call computes with torch tensors."""
+    return any(arrays.is_torch(args[position]) for position in operator.tensor_positions)
+
+
 def execute(plan: Plan, args: Sequence[Any]) -> Any:
     """Run a plan on the arguments it was made for; returns ``out``, allocated if None."""
     operator = plan.operator
     if plan.through_torch:
-        from flagops import torch_ops
-
-        return torch_ops.invoke(operator, args, plan.backend)
+        return _through_torch(plan, args)
+    for position, size, end in plan.memory:
+        x = args[position]
+        try:
+            storage = x.untyped_storage()
+            there = storage.nbytes() >= x.storage_offset() * size + end and storage.data_ptr()
+        except (RuntimeError, NotImplementedError):
+            there = False
+        if not there:
+            return _without_memory(plan, args, operator.parameters[position], surroundings.without_memory(x))
     if plan.check_values and operator.values:
         problem = operator.values(*args[:-1])
         if problem:
             raise ValueError(f"{operator.name}: {problem}")
-    out = args[-1]
+    out, versioned = args[-1], None
     if out is None:
         out = tuple([make() for make in plan.makers]) if operator.several else plan.makers[0]()
         args = (*args[:-1], out)
     else:
-        _refuse_overlap(plan, args)
+        if plan.on_torch:
+            versioned = []
+            for one in operator.each(out):
+                counted = not one.is_inference()
+                reason = surroundings.without_memory(one) if counted else surroundings.unwritable(one)
+                if reason:
+                    return _without_memory(plan, args, "out", reason)
+                if counted:
+                    versioned.append(one)
+        _refuse_overlap(plan.on_torch, operator, args, plan.spans, plan.out_spans)
     try:
-        if plan.views or plan.bound.scalars or operator.coded_results:
-            plan.run(*plan.clean(args))
-        else:
+        if plan.as_given:
             plan.run(*args)
+        else:
+            plan.run(*plan.clean(args))
     except Unsupported as error:
         return execute(_without(plan, args, str(error)), args)
+    if versioned:  # kernels that write by address cannot tell autograd
+        sys.modules["torch"]._C._increment_version(versioned)
     plan.calls += 1
     return out
 
 
-def _refuse_overlap(plan: Plan, args: Sequence[Any]) -> None:
+def _through_torch(plan: Plan, args: Sequence[Any]) -> Any:
+    from flagops import torch_ops
+
+    return torch_ops.invoke(plan.operator, args, plan.wish, known=args[-1] is None)
+
+
+def _without_memory(plan: Plan, args: Sequence[Any], argument: str, reason: str | None) -> Any:
+    """A call on a tensor that has no elements to point at: torch's dispatcher finds them, or nobody can."""
+    if plan.above and reason == surroundings.ELSEWHERE:
+        return _through_torch(plan, args)
+    raise ValueError(f"{plan.operator.name}: {argument} is {reason}")
+
+
+def refuse_out(operator: Operator, args: Sequence[Any]) -> None:
+    """What torch refuses of ``out=`` too: a gradient that would be lost, and memory that is an input's.
+
+    For calls that go through torch; a plan knows all this of its signature.
+    """
+    refuse_recorded(operator, args, surroundings.recording())
+    tensors = [*(args[p] for p in operator.tensor_positions if args[p] is not None), *operator.each(args[-1])]
+    if surroundings.forward_level() and any(surroundings.tangent(x) is not None for x in tensors):
+        raise ValueError(f"{operator.name}: out= cannot be used where a tensor has a tangent; drop out=")
+    for out in operator.each(args[-1]):
+        if surroundings.unwritable(out) not in (None, surroundings.ELSEWHERE):
+            raise ValueError(f"{operator.name}: out is {surroundings.unwritable(out)}")
+    if not any(surroundings.is_wrapper(x) or surroundings.without_memory(x) for x in tensors):
+        _refuse_overlap(True, operator, args, _spans(operator, args), _out_spans(operator, args))
+
+
+def refuse_traced_overlap(operator: Operator, args: Sequence[Any]) -> None:
+    """`_refuse_overlap` while a graph is made: of tensors without memory their storages say what they share."""
+    for out, same in zip(operator.each(args[-1]), operator.aliases, strict=True):
+        for position in operator.tensor_positions:
+            x = args[position]
+            if x is None or (position == same and x is out):
+                continue
+            if x.untyped_storage()._cdata == out.untyped_storage()._cdata:
+                (low, high), (first, last) = arrays.span(out), arrays.span(x)
+                start, there = out.storage_offset() * out.element_size(), x.storage_offset() * x.element_size()
+                if there + first < start + high and start + low < there + last:
+                    raise ValueError(f"{operator.name}: out shares memory with {operator.parameters[position]}")
+
+
+def refuse_without_memory(operator: Operator, argument: str, x: Any) -> None:
+    """Raises ValueError for a tensor without memory, where no plan has looked."""
+    reason = surroundings.without_memory(x)
+    if reason:
+        raise ValueError(f"{operator.name}: {argument} is {reason}")
+
+
+def refuse_recorded(operator: Operator, args: Sequence[Any], grad: bool | None) -> None:
+    """``out=`` has no history: neither may it get one, nor lose the one it has."""
+    if args[-1] is None or not grad:
+        return
+    if any(getattr(args[p], "requires_grad", False) for p in operator.tensor_positions):
+        raise ValueError(f"{operator.name}: out= cannot be used where a gradient is recorded; drop out= or use no_grad")
+    if any(getattr(out, "requires_grad", False) for out in operator.each(args[-1])):
+        raise ValueError(f"{operator.name}: out requires a gradient, which writing to it would lose; use no_grad")
+
+
+def _refuse_overlap(
+    on_torch: bool, operator: Operator, args: Sequence[Any], spans: Sequence[Span], out_spans: Sequence[Span]
+) -> None:
     """Results may share no memory with an input, but for the very tensor that the card lets them take the place of."""
-    address = _data_ptr if plan.on_torch else arrays.address
-    operator = plan.operator
+    address = _data_ptr if on_torch else arrays.address
     taken: list[tuple[int, int]] = []
-    for out, (same, low, high) in zip(operator.each(args[-1]), plan.out_spans, strict=False):
+    for out, (same, low, high) in zip(operator.each(args[-1]), out_spans, strict=True):
         origin = address(out)
         start, stop = origin + low, origin + high
-        for position, first, last in plan.spans:
+        for position, first, last in spans:
             there = address(args[position])
             if there + first < stop and start < there + last and not (position == same and there == origin):
                 raise ValueError(f"{operator.name}: out shares memory with {operator.parameters[position]}")
@@ -217,16 +325,26 @@ def coverage(operator: str | None = None) -> dict[str, dict[str, Any]]:
     return seen if operator is None else seen.get(registry.operator(operator).name, {"calls": {}, "refused": {}})
 
 
-def _choose(operator: Operator, args: Sequence[Any], wish: Any, grad: bool, refusals: dict[str, str]) -> Plan:
+def _choose(
+    operator: Operator,
+    args: Sequence[Any],
+    wish: Any,
+    grad: bool | None,
+    refusals: dict[str, str],
+    overseen: bool = False,
+) -> Plan:
     settings = config.current()
     bound = operator.bind(args)
     tensors = {operator.parameters[p]: args[p] for p in operator.tensor_positions if args[p] is not None}
-    torch = sys.modules.get("torch")
-    wrapped = torch is not None and torch._C._functorch.peek_interpreter_stack() is not None
-    wrapped = wrapped or any(_is_wrapper(x) for x in tensors.values())
-    needs_grad = grad and any(getattr(x, "requires_grad", False) for x in tensors.values())
-    if needs_grad and args[-1] is not None:
-        raise ValueError(f"{operator.name}: out= cannot be used where a gradient is recorded; drop out= or use no_grad")
+    outs = () if args[-1] is None else operator.each(args[-1])
+    wrapped = overseen or any(surroundings.is_wrapper(x) for x in (*tensors.values(), *outs) if arrays.is_torch(x))
+    if any(out.is_neg() for out in outs if arrays.is_torch(out)):
+        if grad is None:
+            raise Unsupported(f"{operator.name}: the memory of out holds the opposite sign")
+        wrapped = True
+    needs_grad = bool(grad) and any(getattr(x, "requires_grad", False) for x in tensors.values())
+    needs_grad = needs_grad and any("float" in dtype for dtype in bound.results)  # indices have no gradient
+    refuse_recorded(operator, args, grad)
     explicit = isinstance(wish, str)
     candidates = (wish,) if explicit else wish or default_order(operator, bound, next(iter(tensors.values())))
     refusals = dict(refusals)
@@ -234,7 +352,7 @@ def _choose(operator: Operator, args: Sequence[Any], wish: Any, grad: bool, refu
         if name in refusals:
             continue
         try:
-            kernel = _supported(operator, name, args, tensors, needs_grad, wrapped)
+            kernel = _supported(operator, name, args, tensors, outs, needs_grad, wrapped)
         except Unsupported as reason:
             refusals[name] = str(reason)
             _refused[operator.name, name, str(reason)] += 1
@@ -243,20 +361,26 @@ def _choose(operator: Operator, args: Sequence[Any], wish: Any, grad: bool, refu
         _log_once(logging.INFO, operator.name, f"{name} runs", f"{bound.dtype}")
         first = next(iter(tensors.values()))
         on_cpu = not arrays.is_torch(first) or first.device.type == "cpu"
+        spans = () if wrapped else _spans(operator, args)
+        views = _views(operator, args)
         return Plan(
             operator=operator,
             backend=name,
             kernel=kernel,
             bound=bound,
             run=kernel.function,
-            views=_views(operator, args),
-            spans=tuple(
-                (p, *arrays.span(args[p])) for p in operator.tensor_positions if not wrapped and args[p] is not None
-            ),
-            out_spans=_out_spans(operator, args) if not wrapped and args[-1] is not None else (),
+            views=views,
+            as_given=not (views or bound.scalars or operator.coded_results),
+            spans=spans,
+            out_spans=_out_spans(operator, args) if outs and not wrapped else (),
             makers=tuple(arrays.maker(*each, first) for each in zip(bound.shapes, bound.results, strict=True)),
+            memory=tuple(
+                (p, args[p].element_size(), end) for p, _, end in spans if end and surroundings.allocated(args[p])
+            ),
             on_torch=arrays.is_torch(first),
-            through_torch=wrapped or needs_grad,
+            above=grad is not None,
+            through_torch=grad is not None and (wrapped or needs_grad),
+            wish=",".join(candidates if wrapped else candidates[candidates.index(name) :]),
             check_values=operator.values is not None and (on_cpu or settings.check),
             forwards_to=kernel.forwards_to(*args[:-1]) if callable(kernel.forwards_to) else kernel.forwards_to,
             refusals=refusals,
@@ -270,12 +394,12 @@ def _supported(
     name: str,
     args: Sequence[Any],
     tensors: Mapping[str, Any],
+    outs: Sequence[Any],
     needs_grad: bool,
     wrapped: bool,
 ) -> registry.Kernel:
     kernel = registry.find(operator.name, name)
     if not wrapped:
-        outs = () if args[-1] is None else operator.each(args[-1])
         for argument, x in (*tensors.items(), *zip(operator.results, outs, strict=False)):
             reason = registry.backend(name).refuses(x)
             if reason:
@@ -296,15 +420,11 @@ def backward(operator: Operator, kernel: registry.Kernel) -> Callable[..., tuple
     return found
 
 
-def _is_wrapper(x: Any) -> bool:
-    """A tensor without memory of its own, such as FakeTensor or DTensor, or one on the meta device."""
-    if not arrays.is_torch(x):
-        return False
-    torch = sys.modules["torch"]
-    return x.device.type == "meta" or type(x).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+def _spans(operator: Operator, args: Sequence[Any]) -> tuple[Span, ...]:
+    return tuple((p, *arrays.span(args[p])) for p in operator.tensor_positions if args[p] is not None)
 
 
-def _out_spans(operator: Operator, args: Sequence[Any]) -> tuple[tuple[int, int, int], ...]:
+def _out_spans(operator: Operator, args: Sequence[Any]) -> tuple[Span, ...]:
     """For each result the position of the input it may be, -1 if none, and the bytes it spans."""
 
     def steps(x: Any) -> Any:

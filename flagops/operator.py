@@ -113,7 +113,7 @@ class Operator:
         self.aliases = tuple(self.positions.get(self.inplace.get(name, ""), -1) for name in self.results)
         self.defaults = tuple(p.default for p in self.signature.parameters.values())
         self.required = self.defaults.count(inspect.Parameter.empty)
-        from flagops.dispatch import public
+        from flagops.call import public
 
         self.public = public(self)
 

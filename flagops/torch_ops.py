@@ -1,36 +1,63 @@
-"""``torch.ops.flagops.*`` from the cards: schema, shapes for tracing, and gradients.
+"""``torch.ops.flagops.*`` from the cards: schema, shapes for tracing, derivatives, batches, and FLOPs.
 
-Eager calls without gradients never come here; `torch.compile`, autograd and tensor subclasses do. Importing this module
-defines every operator, so a compiled graph may name them.
+Eager calls of plain tensors without gradients never come here; `torch.compile`, autograd, transforms, modes and tensor
+subclasses do. Importing this module defines every operator, so a compiled graph may name them. Beside operator ``f``
+stand ``f.out`` and ``f_backward``, and where torch's kernel has a backward ``f_jvp`` and ``f_second``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils import flop_counter
 
-from flagops import arrays, dispatch, registry
+from flagops import arrays, batching, derivatives, dispatch, registry, surroundings
 from flagops.operator import Operator
 
 _library: Any = torch.library.Library("flagops", "DEF")  # type: ignore[no-untyped-call]
 
 
-def invoke(operator: Operator, args: Sequence[Any], backend: str | Sequence[str] | None) -> Any:
-    """Call an operator with all arguments by position through ``torch.ops.flagops``."""
+def invoke(operator: Operator, args: Sequence[Any], wish: str, known: bool = False) -> Any:
+    """A call with all arguments by position through ``torch.ops.flagops``.
+
+    wish: the backends wished for, by comma. known: whether the arguments are known to fit.
+    """
+    if not known:
+        with surroundings.unseen():
+            operator.bind(args)
+            if args[-1] is not None:
+                dispatch.refuse_out(operator, args)
     *inputs, out = args
-    inputs = [
-        operator.scalars[name].parse(x) if name in operator.scalars else x
-        for name, x in zip(operator.inputs, inputs, strict=True)
-    ]
-    wish = "" if backend is None else backend if isinstance(backend, str) else ",".join(backend)
-    result = getattr(torch.ops.flagops, operator.name).default(*inputs, wish)
+    result = getattr(torch.ops.flagops, operator.name).default(*_parsed(operator, inputs), wish)
     if out is None:
         return result
     for place, one in zip(operator.each(out), operator.each(result), strict=True):
         place.copy_(one)
     return out
+
+
+def trace(operator: Operator, args: Sequence[Any], backend: str | Sequence[str] | None) -> Any:
+    """`invoke` as `torch.compile` traces it: what eager calls check, the operator checks when the graph is made."""
+    *inputs, out = args
+    wish = "" if backend is None else backend if isinstance(backend, str) else ",".join(backend)
+    name = getattr(torch.ops.flagops, operator.name)
+    reals = [name for name, scalar in operator.scalars.items() if scalar.torch.startswith("float")]
+    inputs = _parsed(operator, inputs, reals)  # symbols, which the operator parses
+    if out is None:
+        return name.default(*inputs, wish)
+    outs = dict(zip(_out_names(operator), operator.each(out), strict=True))
+    name.out(*inputs, wish, **outs)
+    return out
+
+
+def _parsed(operator: Operator, inputs: Sequence[Any], left: Sequence[str] = ()) -> list[Any]:
+    return [
+        operator.scalars[name].parse(x) if name in operator.scalars and name not in left else x
+        for name, x in zip(operator.inputs, inputs, strict=True)
+    ]
 
 
 def schema(operator: Operator) -> str:
@@ -47,8 +74,15 @@ def schema(operator: Operator) -> str:
             words[-1] += f"={list(parameter.default)}"
         elif name in operator.inputs and (parameter.default is None or isinstance(parameter.default, (int, float))):
             words[-1] += f"={parameter.default}"
-    results = f"({', '.join(['Tensor'] * len(operator.results))})" if operator.several else "Tensor"
-    return f"({', '.join(words)}, str backend='') -> {results}"
+    return f"({', '.join(words)}, str backend='') -> {_tensors(len(operator.results))}"
+
+
+def _tensors(count: int) -> str:
+    return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+
+
+def _out_names(operator: Operator) -> tuple[str, ...]:
+    return tuple(f"out_{name}" for name in operator.results) if operator.several else ("out",)
 
 
 def _wish(backend: str) -> str | tuple[str, ...] | None:
@@ -56,89 +90,153 @@ def _wish(backend: str) -> str | tuple[str, ...] | None:
     return (parts if len(parts) > 1 else parts[0]) if backend else None
 
 
-def _split(operator: Operator, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], str]:
-    """The inputs and the backends wished for; torch leaves out trailing arguments that have their default."""
-    arity = len(operator.inputs)
-    backend = arguments[arity] if len(arguments) > arity else ""
-    return operator.fill(tuple(arguments[:arity]), {})[:-1], backend
-
-
-def _tensors(operator: Operator, inputs: Sequence[Any]) -> list[Any]:
-    return [inputs[position] for position in operator.tensor_positions]
+def _results(operator: Operator, found: Sequence[Any]) -> Any:
+    return tuple(found) if operator.several else found[0]
 
 
 def _define(operator: Operator) -> None:
-    name = operator.name
+    name, arity = operator.name, len(operator.inputs)
+    inputs_of = operator.tensor_positions
+    results, tensors = len(operator.results), len(inputs_of)
+
+    def filled(arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """All arguments; torch leaves out trailing ones that have their default."""
+        backend = arguments[arity] if len(arguments) > arity else ""
+        return (*operator.fill(tuple(arguments[:arity]), {})[:-1], backend)
 
     def run(*arguments: Any) -> Any:
-        inputs, backend = _split(operator, arguments)
+        *inputs, backend = filled(arguments)
         args = (*inputs, None)
         return dispatch.execute(dispatch.plan(operator, args, _wish(backend)), args)
 
-    def fake(*arguments: Any) -> Any:
-        inputs, _ = _split(operator, arguments)
-        bound, like = operator.bind((*inputs, None)), _tensors(operator, inputs)[0]
-        made = [arrays.empty(*result, like) for result in zip(bound.shapes, bound.results, strict=True)]
-        return tuple(made) if operator.several else made[0]
+    def run_out(*arguments: Any, **outs: Any) -> None:
+        *inputs, backend = filled(arguments)
+        args = (*inputs, _results(operator, [outs[place] for place in _out_names(operator)]))
+        dispatch.execute(dispatch.plan(operator, args, _wish(backend)), args)
 
-    def run_backward(grad: Any, *arguments: Any) -> list[Any]:
-        *inputs, needs, backend = arguments
+    def run_backward(*arguments: Any) -> Any:
+        grads, inputs, (needs, backend) = arguments[:results], arguments[results:-2], arguments[-2:]
         chosen = dispatch.plan(operator, (*inputs, None), _wish(backend))
+        for argument, x in zip(("grad",) * results + operator.inputs, (*grads, *inputs), strict=True):
+            if isinstance(x, torch.Tensor):
+                dispatch.refuse_without_memory(operator, argument, x)
         backward = dispatch.backward(operator, chosen.kernel)
-        grads = backward(tuple(grad) if operator.several else grad, *chosen.clean((*inputs, None))[:-1], tuple(needs))
-        return [
-            _nothing(grad) if gradient is None else gradient.to(x.dtype)
-            for gradient, x in zip(grads, _tensors(operator, inputs), strict=True)
-        ]
+        found = backward(_results(operator, grads), *chosen.clean((*inputs, None))[:-1], tuple(needs))
+        return _listed([_fresh(g, x, grads) for g, x in zip(found, (inputs[p] for p in inputs_of), strict=True)])
 
-    def fake_backward(grad: Any, *arguments: Any) -> list[Any]:
-        *inputs, needs, _ = arguments
-        present = zip(_tensors(operator, inputs), needs, strict=True)
-        return [torch.empty(x.shape, dtype=x.dtype, device=x.device) if n else _nothing(grad) for x, n in present]
+    def run_jvp(*arguments: Any) -> Any:
+        tangents, inputs = arguments[:tensors], arguments[tensors:]
+        return _listed(derivatives.jvp(operator, tangents, inputs))
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        inputs, ctx.backend = _split(operator, inputs)
-        tensors = _tensors(operator, inputs)
-        ctx.save_for_backward(*tensors)
-        ctx.others = [None if isinstance(x, torch.Tensor) else x for x in inputs]
-        ctx.needs = [x is not None and x.is_floating_point() and x.requires_grad for x in tensors]
+    def run_second(*arguments: Any) -> Any:
+        weights, grads = arguments[:tensors], arguments[tensors : tensors + results]
+        inputs, (needs, wants) = arguments[tensors + results : -2], arguments[-2:]
+        return _listed(derivatives.second(operator, weights, grads, inputs, needs, wants))
 
-    def differentiate(ctx: Any, *grad: Any) -> tuple[Any, ...]:
-        inputs = list(ctx.others)
-        for position, x in zip(operator.tensor_positions, ctx.saved_tensors, strict=True):
-            inputs[position] = x
-        grads = getattr(torch.ops.flagops, f"{name}_backward").default(
-            list(grad) if operator.several else grad[0], *inputs, ctx.needs, ctx.backend
-        )
-        result: list[Any] = [None] * (len(inputs) + 1)
-        for position, gradient, needed in zip(operator.tensor_positions, grads, ctx.needs, strict=True):
-            result[position] = gradient if needed else None
-        return tuple(result)
+    def fake(*arguments: Any) -> Any:
+        *inputs, _ = filled(arguments)
+        return _results(operator, _made(operator, inputs))
 
-    def refuse(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(f"flagops.{name} has no second derivative")
+    def fake_out(*arguments: Any, **outs: Any) -> None:
+        *inputs, _ = filled(arguments)
+        args = (*inputs, _results(operator, [outs[place] for place in _out_names(operator)]))
+        operator.bind(args)
+        dispatch.refuse_traced_overlap(operator, args)
+
+    def fake_backward(*arguments: Any) -> Any:
+        inputs, needs = arguments[results:-2], arguments[-2]
+        present = zip((inputs[p] for p in inputs_of), needs, strict=True)
+        return _listed([_like(x) if need else derivatives.nothing(arguments[0]) for x, need in present])
+
+    def fake_jvp(*arguments: Any) -> Any:
+        made = _made(operator, arguments[tensors:])
+        return _listed([x if x.is_floating_point() else derivatives.nothing(x) for x in made])
+
+    def fake_second(*arguments: Any) -> Any:
+        grads, inputs = arguments[tensors : tensors + results], arguments[tensors + results : -2]
+        wanted = zip((*grads, *(inputs[p] for p in inputs_of)), arguments[-1], strict=True)
+        return _listed([_like(x) if want else derivatives.nothing(grads[0]) for x, want in wanted])
 
     text = schema(operator)
-    inner = text[1:].rpartition(", str backend")[0]
-    _library.define(name + text)
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"flagops::{name}", fake, lib=_library)
-    grad = "Tensor[] grad" if operator.several else "Tensor grad"
-    _library.define(f"{name}_backward({grad}, {_without_defaults(inner)}, bool[] needs, str backend) -> Tensor[]")
-    _library.impl(f"{name}_backward", run_backward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"flagops::{name}_backward", fake_backward, lib=_library)
-    torch.library.register_autograd(f"flagops::{name}", differentiate, setup_context=setup, lib=_library)
-    torch.library.register_autograd(f"flagops::{name}_backward", refuse, lib=_library)
+    plain = ", ".join(w.partition("=")[0] for w in text[1:].rpartition(", str backend")[0].split(", ") if " " in w)
+    grads = ", ".join(f"Tensor grad_{result}" for result in operator.results)
+    each = [f"Tensor? of_{tensor}" for tensor in (operator.inputs[p] for p in inputs_of)]
+    outs = ", ".join(f"Tensor({chr(97 + i)}!) {place}" for i, place in enumerate(_out_names(operator)))
+    weights, both = ", ".join(each), f"{grads}, {plain}, bool[] needs"
+    out_text = text.rpartition(") ->")[0]
+
+    def add(suffix: str, signature: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
+        _library.define(f"{name}{suffix}{signature}")
+        _library.impl(name + suffix, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"flagops::{name}{suffix}", shapes, lib=_library)
+        packet = getattr(torch.ops.flagops, (name + suffix).removesuffix(".out"))
+        return packet.out if suffix == ".out" else packet.default
+
+    ops = derivatives.Ops(
+        operator=operator,
+        forward=add("", text, run, fake),
+        out=add(".out", f"{out_text}, *, {outs}) -> ()", run_out, fake_out),
+        backward=add("_backward", f"({both}, str backend) -> {_tensors(tensors)}", run_backward, fake_backward),
+    )
+    if derivatives.differentiable(operator):
+        ops.jvp = add("_jvp", f"({weights}, {plain}) -> {_tensors(results)}", run_jvp, fake_jvp)
+        every = _tensors(results + tensors)
+        ops.second = add("_second", f"({weights}, {both}, bool[] wants) -> {every}", run_second, fake_second)
+    derivatives.register(ops, filled, _library)
+    batching.register(ops, filled, _library)
+    _count_flops(ops, filled)
 
 
-def _nothing(grad: Any) -> Any:
-    """Stands for a gradient that nobody asked for: an operator's list of tensors holds no None."""
-    return (grad[0] if isinstance(grad, (list, tuple)) else grad).new_empty(0)
+def _listed(found: Sequence[Any]) -> Any:
+    return tuple(found) if len(found) > 1 else found[0]
 
 
-def _without_defaults(words: str) -> str:
-    return ", ".join(word.partition("=")[0] for word in words.split(", ") if " " in word)
+def _made(operator: Operator, inputs: Sequence[Any]) -> list[Any]:
+    """Results of the right shapes, for tracing."""
+    bound = operator.bind((*inputs, None))
+    like = inputs[operator.tensor_positions[0]]
+    return [arrays.empty(*result, like) for result in zip(bound.shapes, bound.results, strict=True)]
+
+
+def _like(x: Any) -> Any:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _fresh(gradient: Any, x: Any, grads: Sequence[Any]) -> Any:
+    """A gradient in the dtype of its tensor; an operator may not give back what it was given."""
+    if gradient is None:
+        return derivatives.nothing(grads[0])
+    made = gradient.to(x.dtype).contiguous()
+    return made.clone() if any(made is grad for grad in grads) else made
+
+
+def _count_flops(ops: derivatives.Ops, filled: Callable[[Sequence[Any]], tuple[Any, ...]]) -> None:
+    """Let `FlopCounterMode` count what the card says, a backward as once for each gradient up to two."""
+    operator, results = ops.operator, len(ops.operator.results)
+
+    def flops(inputs: Sequence[Any]) -> int:
+        bound = operator.bind((*inputs, None))
+        return int(operator.flops(bound.dims, bound.batch))
+
+    def forward(*arguments: Any, out_val: Any = None, **_: Any) -> int:
+        return flops(filled(arguments)[:-1])
+
+    def backward(*arguments: Any, out_val: Any = None, **_: Any) -> int:
+        return flops(arguments[results:-2]) * min(sum(arguments[-2]), 2)
+
+    for op, formula in ((ops.forward, forward), (ops.backward, backward)):
+        formula._get_raw = True  # type: ignore[attr-defined]  # the formula takes tensors, not shapes
+        flop_counter.flop_registry[op.overloadpacket] = formula
+
+
+def _tell_flop_counters() -> None:
+    """A mode copies the table of formulas when it is made: those that were made before know ours from here."""
+    ours = {packet: formula for packet, formula in flop_counter.flop_registry.items() if "flagops." in str(packet)}
+    for counter in gc.get_referrers(flop_counter.FlopCounterMode):
+        if isinstance(counter, flop_counter.FlopCounterMode):
+            counter.flop_registry = ours | counter.flop_registry
 
 
 for _operator in registry.operators().values():
     _define(_operator)
+_tell_flop_counters()

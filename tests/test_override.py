@@ -407,7 +407,13 @@ def stub(monkeypatch, run):
 
     def plan(operator, *rest):
         return SimpleNamespace(
-            operator=operator, run=run, backend="stub", forwards_to="", check_values=False, clean=lambda args: args
+            operator=operator,
+            run=run,
+            backend="stub",
+            forwards_to="",
+            check_values=False,
+            memory=(),
+            clean=lambda args: args,
         )
 
     monkeypatch.setattr(dispatch, "plan", plan)

@@ -131,6 +131,7 @@ class _Destination:
         if self.clash is None:
             return self.make()
         out: Tensor = args[self.site.given]  # type: ignore[index]
+        _refuse(surroundings.without_memory(out))
         if self.clash(args, out):
             raise Pass("out may share memory with an input")
         return out
@@ -143,7 +144,7 @@ def _replayed(
     destination: _Destination,
     guard: Callable[[], Any] | None,
 ) -> Callable[[tuple[Any, ...]], Any]:
-    run, values = plan.run, plan.operator.values if plan.check_values else None
+    run, memory, values = plan.run, plan.memory, plan.operator.values if plan.check_values else None
     as_it_is = not constants and all(i == at and view is None for at, (i, view) in enumerate(parts))
     give = destination.of if destination.clash else lambda args, make=destination.make: make()
 
@@ -156,8 +157,12 @@ def _replayed(
         else:
             held = (*args, out, *constants)
             clean = [held[i] if view is None else view(held[i]) for i, view in parts]
+        for position, size, end in memory:
+            x = clean[position]
+            if not x.data_ptr() or x.untyped_storage().nbytes() < x.storage_offset() * size + end:
+                _refuse(surroundings.without_memory(x))
         if values is not None:
-            _refuse_values(values(*clean[:-1]))
+            _refuse(values(*clean[:-1]))
         if guard is None:
             run(*clean)
         else:
@@ -168,7 +173,7 @@ def _replayed(
     return compute
 
 
-def _refuse_values(problem: str | None) -> None:
+def _refuse(problem: str | None) -> None:
     if problem:
         raise Pass(problem)
 
@@ -300,8 +305,10 @@ def _lowered_again(
 
     def run(operator: str, *values: Any, out: Tensor) -> None:
         plan = _choose(operator, (*values, out), backend)
+        for position, _, _ in plan.memory:
+            _refuse(surroundings.without_memory(values[position]))
         if plan.check_values and plan.operator.values:
-            _refuse_values(plan.operator.values(*values))
+            _refuse(plan.operator.values(*values))
         plan.run(*plan.clean((*values, out)))
 
     goal.spend(args)

@@ -80,6 +80,7 @@ def sparse_attention_backward(
         mass = p.sum(-1, keepdim=True)
         if sink is not None:
             mass = mass + idle
+        mass = mass.masked_fill(absent.all(-1, keepdim=True), 1)
         p = (p / mass).masked_fill(absent, 0)
         slope = torch.bmm(g, values.mT).masked_fill(absent, 0)
         mean = (p * slope).sum(-1, keepdim=True)
@@ -91,7 +92,7 @@ def sparse_attention_backward(
             target = torch.where(valid, slots, count).flatten()
             grad_kv[b].index_add_(0, target, parts.flatten(0, 1))
         if sink is not None and needs[2]:
-            grad_sink -= (idle / mass * mean).masked_fill(mean == 0, 0).sum((0, 2))
+            grad_sink -= (idle / mass * mean).sum((0, 2))
     return (
         grad_q.to(q.dtype) if needs[0] else None,
         grad_kv[:, :count].to(kv.dtype) if needs[1] else None,

@@ -161,8 +161,7 @@ def moe_experts_backward(
     for expert, pairs in _grouped(indices, gate_up.shape[0]):
         tokens = pairs // slots
         rows = x[tokens]
-        both, h = rows.new_empty((len(rows), 2 * width)), rows.new_empty((len(rows), width))
-        product(rows, gate_up[expert].mT, both)
+        both, h = torch.matmul(wide(rows), wide(gate_up[expert]).mT).to(x.dtype), rows.new_empty((len(rows), width))
         g = grad[tokens].to(real)
         if grad_down is not None:
             activate(both[:, :width], both[:, width:], routing[pairs], limit, h)

@@ -83,7 +83,7 @@ def moe_gate_backward(
     g = grad[0].to(z.dtype)
     slope = scale * (g - (g * chosen).sum(1, keepdim=True) / total) / total
     logits = z.gather(1, indices)
-    rise = torch.where(logits > 20, 1, torch.sigmoid(logits)) / (2 * chosen)
+    rise = torch.where(logits > 20, 1, torch.sigmoid(logits)) / (2 * chosen.masked_fill(chosen == 0, 1))
     slope = (slope * rise).masked_fill(chosen == 0, 0)
     grad_z = torch.zeros_like(z).scatter_add_(1, indices, slope)
     grad_x = torch.matmul(grad_z, weight.to(z.dtype)).to(x.dtype) if needs[0] else None

@@ -72,13 +72,13 @@ def scaled_dot_product_attention_backward(
             for columns in _columns(item, rows, is_causal):
                 keys, values = k[:, columns].to(real), v[:, columns].to(real)
                 logits = _logits(item, x, keys, rows, columns, is_causal, multiple)
-                p = torch.exp(logits - top).div_(mass).masked_fill_(logits == -torch.inf, 0)
-                grad_v[:, columns] += torch.bmm(p.mT, slope)
-                p.mul_(torch.bmm(slope, values.mT).sub_(mean))
+                p = (torch.exp(logits - top) / mass).masked_fill_(logits == -torch.inf, 0)
+                grad_v[:, columns].add_(torch.bmm(p.mT, slope))
+                p = p * torch.bmm(slope, values.mT).sub_(mean)
                 if item.grad_mask is not None:
-                    item.grad_mask[:, rows, columns] += p
-                grad_q[:, rows] += torch.bmm(p, keys).mul_(multiple)
-                grad_k[:, columns] += torch.bmm(p.mT, x).mul_(multiple)
+                    item.grad_mask[:, rows, columns].add_(p)
+                grad_q[:, rows].add_(torch.bmm(p, keys), alpha=multiple)
+                grad_k[:, columns].add_(torch.bmm(p.mT, x), alpha=multiple)
     found = [g.sum_to_size(x.shape).to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True)]
     mask_part = grad_mask.to(attn_mask.dtype) if grad_mask is not None and attn_mask is not None else None
     return (*(g if needed else None for g, needed in zip(found, needs, strict=False)), mask_part)
@@ -181,7 +181,7 @@ def _forward(
     total = x.new_zeros((*x.shape[:2], value.shape[-1]))
     for columns in _columns(item, rows, is_causal):
         logits = _logits(item, x, key[:, columns].to(real), rows, columns, is_causal, scale)
-        before, top = top, torch.maximum(top, logits.amax(-1, keepdim=True))
+        before, top = top, torch.maximum(top, logits.detach().amax(-1, keepdim=True))  # whatever it is, it cancels
         base = top.masked_fill(top == -torch.inf, 0)
         p = logits.sub_(base).exp_()
         fade = torch.exp(before - base)
@@ -189,4 +189,4 @@ def _forward(
         total = torch.baddbmm(total.mul_(fade), p, value[:, columns].to(real))
     unseen = top == -torch.inf
     mass = mass.masked_fill(unseen, 1)
-    return total.div_(mass).masked_fill_(unseen, 0), top.masked_fill(unseen, 0), mass
+    return (total / mass).masked_fill_(unseen, 0), top.masked_fill(unseen, 0), mass
