@@ -86,7 +86,7 @@ def test_attention_that_torch_keeps():
         F.scaled_dot_product_attention(q, k[:, :1], v[:, :1])
     assert counted(handle, "scaled_dot_product_attention") == (
         0,
-        {"dropout": 1, "arguments that torch refuses": 1, "heads that differ without enable_gqa": 1},
+        {"dropout": 1, "heads that differ without enable_gqa": 2},
     )
 
 

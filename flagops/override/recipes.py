@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flagops import arrays, config, dispatch, registry, surroundings
 
 from . import fuel
-from .lowerings import Call, Lowering, Pass, To
+from .lowerings import REFUSED, Call, Lowering, Pass, To
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,30 +179,36 @@ def _refuse(problem: str | None) -> None:
 
 
 def _maker(site: Site, lowering: Lowering, args: tuple[Any, ...]) -> Callable[[], Tensor]:
-    """What makes a tensor as torch's result is: its own shape function says, or its layout where that is a kernel's."""
+    """What makes a tensor as torch's result is, by what the lowering says or torch's own shape function."""
     import torch
 
-    def meta(x: Any) -> Any:
+    named, first = _named(site, args), args[site.tensors[0]]
+    shape, strides, dtype = None, None, first.dtype
+    if lowering.result:
+        shape, strides = lowering.result(**named)
+    if shape is None or 0 in shape:  # where there is nothing, kernels lay it out as they like
+        like = _torchs_result(site, named, "meta" if shape is None else first.device)
+        shape, strides, dtype = tuple(like.shape), like.stride(), like.dtype
+    if strides is None:
+        strides = torch.empty(shape, device="meta").stride()
+    return functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=first.device)
+
+
+def _torchs_result(site: Site, named: dict[str, Any], device: Any) -> Tensor:
+    """The result of torch's own functional form on tensors laid out alike."""
+    import torch
+
+    def alike(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
-    named, function = _named(site, args), site.functional()
     try:
-        like = function(**{name: meta(x) for name, x in named.items()})
-        if not like.numel():  # there, the strides that shape functions give are not those of kernels
-            like = function(**named)
+        result: Tensor = site.functional()(**{name: alike(x) for name, x in named.items()})
     except Exception as error:  # whatever it raises, torch's kernel raises it better
         log.debug("aten::%s is refused by torch's shape function: %s", site.name, error)
-        raise Pass("arguments that torch refuses") from None
-    strides = lowering.layout(**named) if lowering.layout else None
-    return functools.partial(
-        torch.empty_strided,
-        tuple(like.shape),
-        strides or like.stride(),
-        dtype=like.dtype,
-        device=args[site.tensors[0]].device,
-    )
+        raise Pass(REFUSED) from None
+    return result
 
 
 def _refuse_out(out: Tensor, like: Tensor) -> None:

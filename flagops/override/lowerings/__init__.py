@@ -28,6 +28,11 @@ class Call(NamedTuple):
     out: Tensor
 
 
+Result = tuple[tuple[int, ...], "tuple[int, ...] | None"]
+
+REFUSED = "arguments that torch refuses"
+
+
 @dataclass
 class To:
     """Where the result of a call goes.
@@ -51,7 +56,8 @@ class Lowering:
 
     composite: torch composes the name of other operators, which have the gradients.
     state: what else the lowering looks at, such as a switch of torch; calls are remembered apart by it.
-    layout: strides of torch's result where its kernel gives others than its shape function says.
+    result: shape and strides of torch's result (None: row by row), where that is cheaper to say than to ask torch's
+        shape function, or where a kernel lays it out in another way. Raises Pass for what torch refuses.
     """
 
     name: str
@@ -59,7 +65,7 @@ class Lowering:
     function: Callable[..., Call | None]
     composite: bool = False
     state: Callable[[], Hashable] | None = None
-    layout: Callable[..., tuple[int, ...] | None] | None = None
+    result: Callable[..., Result] | None = None
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -75,7 +81,7 @@ def lowers(
     to: str,
     composite: bool = False,
     state: Callable[[], Hashable] | None = None,
-    layout: Callable[..., tuple[int, ...] | None] | None = None,
+    result: Callable[..., Result] | None = None,
 ) -> Callable[[Callable[..., Call | None]], Callable[..., Call | None]]:
     """Declare a function as the lowering of these names to a flagops operator."""
 
@@ -83,7 +89,7 @@ def lowers(
         for name in names:
             if name in LOWERINGS:
                 raise TypeError(f"aten::{name} has a lowering already")
-            LOWERINGS[name] = Lowering(name, to, function, composite, state, layout)
+            LOWERINGS[name] = Lowering(name, to, function, composite, state, result)
         return function
 
     return declare

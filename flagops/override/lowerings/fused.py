@@ -9,13 +9,23 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from . import Call, Pass, To, lowers
+from . import REFUSED, Call, Pass, Result, To, lowers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@lowers("rms_norm", to="rms_norm", composite=True)
+def _as_input(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Result:
+    """Elementwise, so that the result lies as the input does."""
+    import torch
+
+    normalized, axes = tuple(normalized_shape), len(normalized_shape)
+    if not axes or normalized != tuple(input.shape[-axes:]) or (weight is not None and weight.shape != normalized):
+        raise Pass(REFUSED)
+    return tuple(input.shape), torch.empty_like(input, device="meta").stride()
+
+
+@lowers("rms_norm", to="rms_norm", composite=True, result=_as_input)
 def rms_norm(
     to: To, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Call:
@@ -42,7 +52,7 @@ def _sdpa_switches() -> tuple[bool, ...]:
     return torch._C._get_flash_sdp_enabled(), torch._C._get_overrideable_sdp_enabled()
 
 
-def _fused_strides(
+def _as_query(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -52,14 +62,25 @@ def _fused_strides(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> tuple[int, ...] | None:
+) -> Result:
     """Torch's fused kernels lay their result out as the query; the composed one as it is shaped."""
     import torch
 
+    rank = query.dim()
+    if rank < 2 or rank != key.dim() or rank != value.dim():
+        raise Pass("operands of different ranks, or without tokens")
+    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+        raise Pass(REFUSED)
+    if any(x.shape[:-3] != query.shape[:-3] for x in (key, value)):
+        raise Pass("batches that differ")
+    heads = {x.shape[-3] for x in (query, key, value)} if rank > 2 else {1}
+    if rank > 2 and (key.shape[-3] != value.shape[-3] or (len(heads) > 1 and not enable_gqa)):
+        raise Pass("heads that differ without enable_gqa")
     choice = torch._fused_sdp_choice(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    return torch.empty_like(query, device="meta").stride() if choice > 0 else None
+    shape = (*query.shape[:-1], value.shape[-1])
+    return shape, torch.empty_like(query, device="meta").stride() if choice > 0 else None
 
 
 @lowers(
@@ -67,7 +88,7 @@ def _fused_strides(
     to="scaled_dot_product_attention",
     composite=True,
     state=_sdpa_switches,
-    layout=_fused_strides,
+    result=_as_query,
 )
 def attention(
     to: To,
@@ -85,17 +106,11 @@ def attention(
         raise Pass("dropout")
     if not any(_sdpa_switches()):
         raise Pass("sdpa_kernel asks for torch's own")
-    rank = query.dim()
-    if rank < 2 or rank != key.dim() or rank != value.dim():
-        raise Pass("operands of different ranks, or without tokens")
     if attn_mask is not None and is_causal:
         raise Pass("a mask beside is_causal")
-    out = to.out
+    rank, out = query.dim(), to.out
     if rank == 2:
         query, key, value, out = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), out.unsqueeze(0)
-    heads = {x.shape[-3] for x in (query, key, value)}
-    if key.shape[-3] != value.shape[-3] or (len(heads) > 1 and not enable_gqa):
-        raise Pass("heads that differ without enable_gqa")
     if attn_mask is not None:
         if attn_mask.dim() > max(rank, 3):
             raise Pass("a mask of more axes than the query")

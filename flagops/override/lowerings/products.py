@@ -12,43 +12,59 @@ from typing import TYPE_CHECKING, Any
 
 from flagops import config
 
-from . import Call, Pass, To, lowers
+from . import REFUSED, Call, Pass, Result, To, lowers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@lowers("mm", "bmm", to="matmul")
+def _product(ranks: tuple[int, int], left: Tensor, right: Tensor, added: Tensor | None = None) -> Result:
+    """Rows of the left factor by columns of the right one, of as many matrices as there are."""
+    fits = (left.dim(), right.dim()) == ranks and left.shape[-1] == right.shape[-2:][0]
+    if not fits or left.shape[:-2] != right.shape[:-2]:
+        raise Pass(REFUSED)
+    shape = (*left.shape[:-1], *right.shape[-1:]) if right.dim() > 1 else tuple(left.shape[:-1])
+    if added is not None and not _expands(added.shape, shape):
+        raise Pass(REFUSED)
+    return shape, None
+
+
+def _expands(shape: Sequence[int], to: Sequence[int]) -> bool:
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
+
+
+@lowers("bmm", to="matmul", result=lambda self, mat2: _product((3, 3), self, mat2))
+@lowers("mm", to="matmul", result=lambda self, mat2: _product((2, 2), self, mat2))
 def product(to: To, self: Tensor, mat2: Tensor) -> Call:
     _alike(to, self, mat2)
     return to("matmul", self, mat2)
 
 
-@lowers("baddbmm", to="matmul")
+@lowers("baddbmm", to="matmul", result=lambda self, batch1, batch2, **_: _product((3, 3), batch1, batch2, self))
 def baddbmm(to: To, self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Call | None:
     _alike(to, batch1, batch2, self)
     return _sum("matmul", to, self, (batch1, batch2), to.out, beta, alpha)
 
 
-@lowers("mv", to="matmul")
+@lowers("mv", to="matmul", result=lambda self, vec: _product((2, 1), self, vec))
 def mv(to: To, self: Tensor, vec: Tensor) -> Call:
     _alike(to, self, vec)
     return to("matmul", vec.unsqueeze(0), self.t(), out=to.out.unsqueeze(0))
 
 
-@lowers("dot", to="matmul")
+@lowers("dot", to="matmul", result=lambda self, tensor: _product((1, 1), self, tensor))
 def dot(to: To, self: Tensor, tensor: Tensor) -> Call:
     _alike(to, self, tensor)
     return to("matmul", self.unsqueeze(0), tensor.unsqueeze(1), out=to.out.view(1, 1))
 
 
-@lowers("addmm", to="linear")
+@lowers("addmm", to="linear", result=lambda self, mat1, mat2, **_: _product((2, 2), mat1, mat2, self))
 def addmm(to: To, self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Call | None:
     _alike(to, mat1, mat2, self)
     return _sum("linear", to, self, (mat1, mat2.t()), to.out, beta, alpha)
 
 
-@lowers("addmv", to="linear")
+@lowers("addmv", to="linear", result=lambda self, mat, vec, **_: _product((2, 1), mat, vec, self))
 def addmv(to: To, self: Tensor, mat: Tensor, vec: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Call | None:
     _alike(to, mat, vec, self)
     if not mat.numel():
