@@ -183,9 +183,8 @@ def _maker(site: Site, lowering: Lowering, args: tuple[Any, ...]) -> Callable[[]
     import torch
 
     named, first = _named(site, args), args[site.tensors[0]]
-    shape, strides, dtype = None, None, first.dtype
-    if lowering.result:
-        shape, strides = lowering.result(**named)
+    shape, strides = (lowering.result and lowering.result(**named)) or (None, None)
+    dtype = first.dtype
     if shape is None or 0 in shape:  # where there is nothing, kernels lay it out as they like
         like = _torchs_result(site, named, "meta" if shape is None else first.device)
         shape, strides, dtype = tuple(like.shape), like.stride(), like.dtype

@@ -28,7 +28,7 @@ class Call(NamedTuple):
     out: Tensor
 
 
-Result = tuple[tuple[int, ...], "tuple[int, ...] | None"]
+Result = tuple[tuple[int, ...], "tuple[int, ...] | None"] | None
 
 REFUSED = "arguments that torch refuses"
 
@@ -57,7 +57,8 @@ class Lowering:
     composite: torch composes the name of other operators, which have the gradients.
     state: what else the lowering looks at, such as a switch of torch; calls are remembered apart by it.
     result: shape and strides of torch's result (None: row by row), where that is cheaper to say than to ask torch's
-        shape function, or where a kernel lays it out in another way. Raises Pass for what torch refuses.
+        shape function, or where a kernel lays it out in another way; None where torch is to be asked. Raises Pass for
+        what torch refuses.
     """
 
     name: str
