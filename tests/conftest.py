@@ -42,7 +42,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.register_profile("nightly", settings.get_profile("default"), max_examples=1000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
+settings.load_profile(PROFILE)
 
 # What a test uses that compares by distance and not bit for bit.
 DISTANCES = {"abs", "allclose", "assert_close", "assert_near", "assert_of", "assert_parity", "compare"}
@@ -87,6 +88,7 @@ def pytest_make_collect_report(collector):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
+    settings.load_profile(PROFILE)  # torch's own test helpers, once imported, leave theirs of 10 examples
     seed = _seed(item.config, item.nodeid)
     if item.config.option.hypothesis_seed is None:
         core.global_force_seed = seed  # what that option sets once for all
@@ -145,6 +147,10 @@ def _measures(function, seen=frozenset()):
 
 
 def pytest_collection_modifyitems(config, items):
+    settings.load_profile(PROFILE)
+    items.sort(
+        key=lambda item: "test_mutants.py" not in item.nodeid
+    )  # the longest first, so that all workers end alike
     if config.option.distances:
         tests = {item: getattr(item.function, "hypothesis", None) for item in items}
         kept = [item for item, drawn in tests.items() if _measures(drawn.inner_test if drawn else item.function)]

@@ -43,7 +43,9 @@ def weighed(call):
 
 
 def close(got, expected):
-    return torch.allclose(got, expected, rtol=1e-9, atol=1e-11 * float(expected.abs().max().clamp_min(1)))
+    """Two float64 computations of one derivative, in sums of some hundred terms that may cancel."""
+    weight = expected.abs().max().clamp_min(1)
+    return bool(((got - expected).abs() <= 2.0**-53 * 2**16 * weight).all())
 
 
 @pytest.mark.operators(*DIFFERENTIABLE)

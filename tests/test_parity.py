@@ -12,7 +12,6 @@ import flagops
 from flagops import registry, testing
 from flagops.errors import Unsupported
 
-EXAMPLES = settings().max_examples / 100  # of those in a backend's scope
 PLAIN = ("numpy", "triton")  # one thread at a time, in NumPy's own kernels or Triton's interpreter
 
 
@@ -21,8 +20,9 @@ def _hold(kernel, judge, share=1):
     within = testing.scope(backend)
     kinds = testing.kinds_of(backend)
     ran = 0
+    examples = within.examples * settings().max_examples // (100 * share)  # of those in the backend's scope
 
-    @settings(max_examples=int(within.examples * EXAMPLES) // share, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=max(1, examples), suppress_health_check=list(HealthCheck))
     @given(st.data())
     def run(data):
         nonlocal ran

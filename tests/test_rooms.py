@@ -26,7 +26,7 @@ CIRCLES = {
         LOWERINGS,
         BINDING,
         "override.gradients override.recipes override.sites",
-        "dispatch operator registry torch_ops",
+        "batching call derivatives dispatch operator registry torch_ops",
     ],
 }
 
