@@ -44,8 +44,8 @@ def test_speed(benchmark: Any, op: Any, workload: str, backend: str) -> None:
     with torch.no_grad():
         try:
             args, chosen = fresh()
-            op.public(*args, **chosen)
+            of(op)(*args, **chosen)
         except Unsupported as reason:
             pytest.skip(str(reason))
         measure.verify(op, args[:-1], trial.out)
-        benchmark.pedantic(op.public, setup=fresh, rounds=1 if benchmark.disabled else 10)
+        benchmark.pedantic(of(op), setup=fresh, rounds=1 if benchmark.disabled else 10)

@@ -21,6 +21,7 @@ import torch
 
 import flagops
 from flagops import bench, measure, registry, tables
+from flagops.call import of
 from flagops.measure import Call, Settings, Trial
 
 promise, targets_v4 = bench.companion("promise"), bench.companion("targets_v4")
@@ -75,7 +76,7 @@ def weights(settings: Settings) -> Iterator[Result]:
 def dequantize(settings: Settings) -> Iterator[Result]:
     for name in ("fp4_dequantize", "fp8_dequantize"):
         trial = _trial(name, "4096x7168", settings)
-        call, out = trial.op.public, trial.out
+        call, out = of(trial.op), trial.out
         source, moved = torch.ones_like(out), 2 * out.nbytes
         calls: dict[str, Call] = {"ours": call, "copy": lambda *args, source=source: args[-1].copy_(source)}
         times = _checked(trial, calls, settings)
@@ -99,12 +100,12 @@ def dequantize(settings: Settings) -> Iterator[Result]:
 def attention(settings: Settings) -> Iterator[Result]:
     trial = _trial("sparse_attention", "v4-flash.prefill-4k", settings)
     a, b, c = (torch.rand(2048, 2048) for _ in range(3))
-    calls: dict[str, Call] = {"ours": trial.op.public, "product": lambda *args: torch.matmul(a, b, out=c)}
+    calls: dict[str, Call] = {"ours": of(trial.op), "product": lambda *args: torch.matmul(a, b, out=c)}
     times = _checked(trial, calls, settings)
     share, detail = ratio_of(times, "ours", "product", trial.flops / (2 * 2048**3))
     detail += f", {trial.flops / median(times['ours']) / 1e9:.0f} GFLOP/s"
     yield Result("sparse_attention V4-Flash prefill 4k, rate to float32 2048^3", share, 0.55, detail=detail)
-    extra = measure.extra_memory(lambda: trial.op.public(*trial.sets[0], trial.out))
+    extra = measure.extra_memory(lambda: of(trial.op)(*trial.sets[0], trial.out))
     value = math.nan if extra is None else extra / 2**20
     yield Result("sparse_attention V4-Flash prefill 4k, extra memory", value, 256, most=True, unit="MiB")
 

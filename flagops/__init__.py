@@ -65,7 +65,9 @@ def __getattr__(name):
 
             known = [*_HOMES, *_MODULES, *registry.operators()]
             raise AttributeError(f"module 'flagops' has no attribute {name!r}{suggestion(name, known)}")
-        value = registry.operators()[name].public
+        from flagops.call import of
+
+        value = of(registry.operators()[name])
     globals()[name] = value
     return value
 

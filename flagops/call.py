@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import flagops.dispatch as dispatch
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from flagops.operator import Operator
 
 
-def public(operator: Operator) -> Callable[..., Any]:
+@cache
+def of(operator: Operator) -> Callable[..., Any]:
     """The function that users call: the reference's name and documentation, with ``out=`` and ``backend=``."""
     arity = len(operator.parameters)
 
@@ -51,7 +53,19 @@ def run(operator: Operator, args: Sequence[Any], backend: str | Sequence[str] | 
         plan = dispatch.look_up(operator, args, backend, recording())
     except dispatch.Unfamiliar:
         return _run_subclass(operator, args, backend)
-    return dispatch.execute(plan, args)
+    return execute(plan, args)
+
+
+def execute(plan: dispatch.Plan, args: Sequence[Any]) -> Any:
+    """Run a plan above torch's dispatcher: straight, or through ``torch.ops.flagops``."""
+    if not plan.through_torch:
+        try:
+            return dispatch.execute(plan, args)
+        except dispatch.Elsewhere:
+            pass
+    from flagops import torch_ops
+
+    return torch_ops.invoke(plan.operator, args, plan.wish, known=args[-1] is None)
 
 
 def _through_torch(operator: Operator, args: Sequence[Any], backend: str | Sequence[str] | None) -> Any:

@@ -164,10 +164,11 @@ def on_torch(operator: Operator, args: Sequence[Any]) -> bool:
 
 
 def execute(plan: Plan, args: Sequence[Any]) -> Any:
-    """Run a plan on the arguments it was made for; returns ``out``, allocated if None."""
+    """Run a plan on the arguments it was made for; returns ``out``, allocated if None.
+
+    Raises `Elsewhere` for tensors whose elements torch's dispatcher has to find.
+    """
     operator = plan.operator
-    if plan.through_torch:
-        return _through_torch(plan, args)
     for position, size, end in plan.memory:
         x = args[position]
         try:
@@ -209,16 +210,14 @@ def execute(plan: Plan, args: Sequence[Any]) -> Any:
     return out
 
 
-def _through_torch(plan: Plan, args: Sequence[Any]) -> Any:
-    from flagops import torch_ops
-
-    return torch_ops.invoke(plan.operator, args, plan.wish, known=args[-1] is None)
+class Elsewhere(Exception):
+    """A call is for torch's dispatcher: a tensor keeps its elements where no address points."""
 
 
 def _without_memory(plan: Plan, args: Sequence[Any], argument: str, reason: str | None) -> Any:
     """A call on a tensor that has no elements to point at: torch's dispatcher finds them, or nobody can."""
     if plan.above and reason == surroundings.ELSEWHERE:
-        return _through_torch(plan, args)
+        raise Elsewhere
     raise ValueError(f"{plan.operator.name}: {argument} is {reason}")
 
 

@@ -21,6 +21,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from flagops import arrays, registry, testing
+from flagops.call import of
 from flagops.errors import Unsupported
 from flagops.operator import Operator
 
@@ -431,7 +432,7 @@ def candidates(op: Operator, backends: Sequence[str]) -> dict[str, Call]:
     """Explicit calls of an operator, by backend."""
 
     def on(backend: str) -> Call:
-        return lambda *args: op.public(*args, backend=backend)
+        return lambda *args: of(op)(*args, backend=backend)
 
     return {backend: on(backend) for backend in backends}
 

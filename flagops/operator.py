@@ -76,7 +76,7 @@ class Bound:
 
 @dataclass(eq=False)
 class Operator:
-    """See `operator`; `public` is the function users call."""
+    """See `operator`; `flagops.call.of` gives the function that users call."""
 
     name: str
     family: str
@@ -96,7 +96,6 @@ class Operator:
     derived: Callable[[Dims, Mapping[str, Any]], Dims] | None = None
     check: Callable[[Dims, Mapping[str, Any]], str | None] | None = None
     fit: Callable[[dict[str, Any], Dims, Any], None] | None = None
-    public: Callable[..., Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         inputs = list(inspect.signature(self.reference).parameters.values())
@@ -113,9 +112,6 @@ class Operator:
         self.aliases = tuple(self.positions.get(self.inplace.get(name, ""), -1) for name in self.results)
         self.defaults = tuple(p.default for p in self.signature.parameters.values())
         self.required = self.defaults.count(inspect.Parameter.empty)
-        from flagops.call import public
-
-        self.public = public(self)
 
     @property
     def result(self) -> Tensor:

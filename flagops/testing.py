@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from flagops import arrays, config, registry
 from flagops.backends import missing
+from flagops.call import of
 from flagops.cases import INTERPRETED, Case, Scope, as_kind, bits, draw_case, dtypes_near, scope, workload, writable
 from flagops.errors import Unsupported
 from flagops.operator import Operator, Tensor
@@ -47,7 +48,7 @@ def assert_parity(op: Operator, backend: str, case: Case) -> None:
         rooms.append((room, bits(room).copy()))
     before = {n: x.tobytes() for n, x in arguments.items() if isinstance(x, np.ndarray)}
     with config.using(budget=case.budget):
-        op.public(*given.values(), out=tuple(outs) if op.several else outs[0], backend=backend)
+        of(op)(*given.values(), out=tuple(outs) if op.several else outs[0], backend=backend)
     for name, raw in before.items():
         assert arguments[name].tobytes() == raw, f"{op.name} on {backend} changed its input {name}\n{case}"
     compare(op, arguments, tuple(views) if op.several else views[0], str(case))
@@ -211,7 +212,7 @@ def assert_facts(op: Operator, backend: str, case: Case, repeats: int = 20) -> N
 
 
 def _run(op: Operator, backend: str, given: dict[str, Any]) -> list[Array]:
-    return [arrays.as_numpy(x) for x in op.each(op.public(*given.values(), backend=backend))]
+    return [arrays.as_numpy(x) for x in op.each(of(op)(*given.values(), backend=backend))]
 
 
 def rows(op: Operator, given: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -285,7 +286,7 @@ def touch(op: Operator, backend: str) -> Iterator[int]:
             case = draw_case(op, choose, Scope((33, 65), 1 << 20, 1))
             try:
                 given = case.arguments()
-                op.public(*(as_kind(x, "torch", dict(case.dtypes).get(n)) for n, x in given.items()), backend=backend)
+                of(op)(*(as_kind(x, "torch", dict(case.dtypes).get(n)) for n, x in given.items()), backend=backend)
                 yield 1
             except Unsupported:
                 continue

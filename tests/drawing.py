@@ -5,6 +5,7 @@ import random
 import torch
 
 from flagops import registry, testing
+from flagops.call import of
 
 SMALL = testing.Scope((3, 2, 5), 1 << 10, 1)
 
@@ -36,7 +37,7 @@ def tensors(op, given):
 
 def results(op, given, backend=None):
     """Results of a call as a list, bytes where a one-byte format knows no equal."""
-    return [plain(x) for x in op.each(op.public(*given, backend=backend))]
+    return [plain(x) for x in op.each(of(op)(*given, backend=backend))]
 
 
 def plain(x):

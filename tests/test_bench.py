@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from flagops import arrays, bench, measure, registry, testing
+from flagops.call import of
 from flagops.errors import Unsupported
 
 FAST = measure.Settings(seconds=0.01, rounds=3, most=4)
@@ -26,7 +27,7 @@ def trial() -> measure.Trial:
 
 
 def correct(a: Any, b: Any, out: Any) -> None:
-    registry.operator("matmul").public(a, b, out, backend="torch")
+    of(registry.operator("matmul"))(a, b, out, backend="torch")
 
 
 class Late:
@@ -174,7 +175,7 @@ def test_an_excerpt_of_the_result_is_the_result_of_the_excerpt(name: str, monkey
         bound = op.bind((*given, None))
         outs = [torch.zeros(s, dtype=getattr(torch, d)) for s, d in zip(bound.shapes, bound.results, strict=True)]
         out = tuple(outs) if op.several else outs[0]
-        op.public(*given, out=out, backend="numpy")
+        of(op)(*given, out=out, backend="numpy")
         if op.exact or not any(x.isnan().any() for x in outs if x.dtype.itemsize > 1):
             assert measure.verify(op, given, out) == ("bits" if op.exact else "bound")
 

@@ -8,6 +8,7 @@ import torch
 
 import flagops
 from flagops import registry
+from flagops.call import of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_torch_ops import calls
@@ -33,10 +34,10 @@ def test_numbers_may_change_under_dynamic_shapes(name):
     torch.manual_seed(0)
     op = registry.operator(name)
     args = list(op.fill(tuple(calls(grad=False, dtype=torch.float32)[name]), {})[:-1])
-    call = compiled(lambda *given: op.public(*given), dynamic=True)
+    call = compiled(of(op), dynamic=True)
     for factor in (1.0, 0.5, 0.25):
         given = [x * factor if op.inputs[i] in reals(op) else x for i, x in enumerate(args)]
-        for got, expected in zip(op.each(call(*given)), op.each(op.public(*given)), strict=True):
+        for got, expected in zip(op.each(call(*given)), op.each(of(op)(*given)), strict=True):
             assert torch.equal(got.nan_to_num(), expected.nan_to_num())
 
 
@@ -80,11 +81,11 @@ def test_settings_around_a_compiled_function_hold():
 def test_out_is_written_to(name):
     torch.manual_seed(0)
     op, args = registry.operator(name), calls(grad=False, dtype=torch.float32)[name]
-    expected = op.each(op.public(*args))
+    expected = op.each(of(op)(*args))
     outs = [torch.empty_like(x) for x in expected]
 
     def call(args, outs):
-        result = op.public(*args, out=tuple(outs) if op.several else outs[0])
+        result = of(op)(*args, out=tuple(outs) if op.several else outs[0])
         return op.each(result)[0]
 
     got = compiled(call)(args, outs)

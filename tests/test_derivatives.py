@@ -11,6 +11,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import flagops
 from flagops import registry
+from flagops.call import of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_torch_ops import DIFFERENTIABLE, calls
@@ -28,7 +29,7 @@ def function(name, backend=None, seed=0):
         full = list(args)
         for place, x in zip(places, given, strict=True):
             full[place] = x
-        return tuple(x for x in op.each(op.public(*full, backend=backend)) if x.is_floating_point())
+        return tuple(x for x in op.each(of(op)(*full, backend=backend)) if x.is_floating_point())
 
     return call, tuple(args[place] for place in places)
 
@@ -98,7 +99,7 @@ def test_half_tangents_have_the_dtype_of_results_and_are_near(name):
             full = list(inputs)
             for place, x in zip(places, given, strict=True):
                 full[place] = x
-            return tuple(x for x in op.each(op.public(*full)) if x.is_floating_point())
+            return tuple(x for x in op.each(of(op)(*full)) if x.is_floating_point())
 
         given = tuple(inputs[place] for place in places)
         return call(*given), jvp(call, given, given)[1]
@@ -213,10 +214,10 @@ def test_what_has_no_forward_derivative_raises_before_anything_runs(name):
         with forward.dual_level():
             duals = [forward.make_dual(x, torch.ones_like(x)) if i == place else x for i, x in enumerate(args)]
             if all(tensor.dtypes == ("int32",) for tensor in op.results.values()):
-                op.public(*duals)  # indices have no tangent
+                of(op)(*duals)  # indices have no tangent
                 continue
             with pytest.raises(NotImplementedError, match=rf"flagops\.{name} has no forward derivative"):
-                op.public(*duals)
+                of(op)(*duals)
             assert sum(flagops.coverage(name)["calls"].values()) == ran
 
 

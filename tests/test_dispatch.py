@@ -11,6 +11,7 @@ import torch
 
 import flagops
 from flagops import dispatch, registry
+from flagops.call import of
 from flagops.errors import Unsupported
 
 A, B = torch.randint(-8, 9, (3, 4)).float(), torch.randint(-8, 9, (4, 5)).float()  # sums are exact
@@ -153,7 +154,7 @@ def test_dispatched_equals_direct(kernel):
     op, backend = registry.operator(kernel[0]), kernel[1]
     case = testing.draw_case(op, lambda options: options[-1] if len(options) == 7 else options[0], testing.INTERPRETED)
     given = [testing.as_kind(x, "torch", dict(case.dtypes).get(n)) for n, x in case.arguments().items()]
-    results = op.each(op.public(*given, backend=backend))
+    results = op.each(of(op)(*given, backend=backend))
     outs = tuple(torch.empty_like(result) for result in results)
     out = outs if op.several else outs[0]
     plan = dispatch.plan(op, (*given, out), backend)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import flagops
 from flagops import registry, testing
+from flagops.call import of
 
 VECTOR_BASE = [0, 1, -1, 2, 0, 1, -1, 2, 2, 0, 0, 0, 0, 0, 1, 0, 0, 3, 0, 0, 1, 0, 0, -1]
 VECTOR_PRE = [0.500001, 0.7310596, 0.2689424, 0.8807980]
@@ -139,7 +140,7 @@ def test_the_size_of_the_streams_does_not_matter(kernel):
         for s in ((3, 4, 16), (columns, 64), columns, 3 if columns == 24 else 1)
     )
     operator = registry.operator(name)
-    large, *others = operator.each(operator.public(1024 * x, fn, base, scale, norm_eps=2.0**-20, backend=backend))
+    large, *others = operator.each(of(operator)(1024 * x, fn, base, scale, norm_eps=2.0**-20, backend=backend))
     found = (large / 1024, *others)
     testing.assert_of(name, found if operator.several else found[0], x, fn, base, scale, norm_eps=2.0**-40)
 

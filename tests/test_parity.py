@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import flagops
 from flagops import registry, testing
+from flagops.call import of
 from flagops.errors import Unsupported
 
 PLAIN = ("numpy", "triton")  # one thread at a time, in NumPy's own kernels or Triton's interpreter
@@ -88,5 +89,5 @@ def _exhaustive(operator, backend, arguments):
     for dtype in ("bfloat16", "float16", "float32"):
         inputs = {**arguments, "dtype": dtype}
         given_ = [testing.as_kind(x, "torch") for x in inputs.values()]
-        got = as_numpy(operator.public(*given_, backend=backend))
+        got = as_numpy(of(operator)(*given_, backend=backend))
         testing.assert_bits(got, operator.reference(*inputs.values()), f"{operator.name} on {backend}, {dtype}")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import flagops
 from flagops import arrays, registry, testing
+from flagops.call import of
 
 E4M3 = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -20,7 +21,7 @@ def run(kernel, *args, **kwargs):
     """A call of the operator on torch tensors, results as NumPy arrays."""
     operator, backend = registry.operator(kernel[0]), kernel[1]
     given_ = [testing.as_kind(np.ascontiguousarray(x), "torch") if isinstance(x, np.ndarray) else x for x in args]
-    result = operator.public(*given_, backend=backend, **kwargs)
+    result = of(operator)(*given_, backend=backend, **kwargs)
     return tuple(map(arrays.as_numpy, result)) if operator.several else arrays.as_numpy(result)
 
 
@@ -132,7 +133,7 @@ def test_idempotent(kernel, dtype, seed):
 def test_fake_is_quantised_and_dequantised(kernel, dtype):
     backend = kernel[1] if registry.written("fp4_dequantize", kernel[1]) else "numpy"
     x = torch.from_numpy(_draw(3, "float32")).to(getattr(torch, dtype))
-    codes, scale = registry.operator(kernel[0]).public(x, 32, backend=kernel[1])
+    codes, scale = of(registry.operator(kernel[0]))(x, 32, backend=kernel[1])
     if kernel[0] == "fp8_quantize":
         back = flagops.fp8_dequantize(codes, scale, (1, 32), dtype, backend=backend)
         fake = flagops.fp8_fake_quantize(x, 32, backend=kernel[1])
@@ -192,7 +193,7 @@ def test_a_nan_or_an_infinity_makes_its_block_nan_and_no_other(kernel, bad):
 def test_a_slice_is_quantised_in_place_and_nothing_beside_it(kernel):
     kv = torch.randn(3, 5, 512).bfloat16()
     before, part = kv.clone(), kv[..., :448]
-    function = registry.operator(kernel[0]).public
+    function = of(registry.operator(kernel[0]))
     assert function(part, 64, out=part, backend=kernel[1]) is part
     assert torch.equal(kv[..., 448:], before[..., 448:])
     assert torch.equal(part, function(before[..., :448], 64, backend=kernel[1]))

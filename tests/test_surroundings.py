@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import flagops
 from flagops import arrays, dispatch, registry, testing, torch_ops
+from flagops.call import of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from drawing import drawn, equal, results, tensors
@@ -86,7 +87,7 @@ def test_a_mode_sees_one_call(kernel):
     op, given = registry.operator(name), drawn(name, backend)
     expected = results(op, given, backend)
     with Seen() as outer, Seen() as inner, SeenFunctions() as functions:
-        got = op.public(*given, backend=backend)
+        got = of(op)(*given, backend=backend)
     assert inner.calls == outer.calls == functions.calls == [f"flagops.{name}.default"]
     assert equal(op.each(got), expected)
 
@@ -94,9 +95,9 @@ def test_a_mode_sees_one_call(kernel):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_fake_modes_get_shapes(name):
     op, given = registry.operator(name), drawn(name)
-    expected = op.each(op.public(*given))
+    expected = op.each(of(op)(*given))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        got = op.each(op.public(*given))
+        got = op.each(of(op)(*given))
     for fake, real in zip(got, expected, strict=True):
         assert type(fake).__name__ == "FakeTensor"
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
@@ -111,7 +112,7 @@ def test_make_fx_and_jit_trace_record_the_call(name):
         full = list(given)
         for place, x in zip(places, some, strict=True):
             full[place] = x
-        return op.public(*full)
+        return of(op)(*full)
 
     some = [given[place] for place in places]
     traced = make_fx(call)(*some)
@@ -128,7 +129,7 @@ def test_flops_are_counted_by_the_card(name):
     op, given = registry.operator(name), drawn(name)
     bound = op.bind((*given, None))
     with FlopCounterMode(display=False) as counter:
-        op.public(*given)
+        of(op)(*given)
     assert counter.get_total_flops() == int(op.flops(bound.dims, bound.batch))
 
 
@@ -161,11 +162,11 @@ def test_a_device_context_is_not_the_kernels(name, backend):
     op, given = registry.operator(name), drawn(name, backend)
     expected = results(op, given, backend)
     with torch.device("meta"):
-        got = op.public(*given, backend=backend)
+        got = of(op)(*given, backend=backend)
     assert equal(op.each(got), expected)
     torch.set_default_device("meta")
     try:
-        got = op.public(*given, backend=backend)
+        got = of(op)(*given, backend=backend)
     finally:
         torch.set_default_device(None)
     assert equal(op.each(got), expected)
@@ -175,8 +176,8 @@ def test_a_device_context_is_not_the_kernels(name, backend):
 def test_inference_mode(name):
     op, given = registry.operator(name), drawn(name)
     with torch.inference_mode():
-        got = op.each(op.public(*given))
-    assert equal(got, op.each(op.public(*given)))
+        got = op.each(of(op)(*given))
+    assert equal(got, op.each(of(op)(*given)))
     assert all(x.is_inference() for x in got)
 
 
@@ -200,7 +201,7 @@ def test_plans_of_eager_calls_are_not_those_of_transformed_ones(name, eager_firs
         full = list(given)
         for place, x in zip(places, some, strict=True):
             full[place] = x
-        return op.public(*full)
+        return of(op)(*full)
 
     some = [given[place] for place in places]
     other = [x.clone() if x.dtype.itemsize == 1 or not x.is_floating_point() else x.flip(0) * 0.5 for x in some]
@@ -225,9 +226,9 @@ def test_vmap_over_any_axis():
 def test_an_older_operation_notices_that_a_result_took_the_place_of_its_tensor(kernel):
     name, backend = kernel
     op, given = registry.operator(name), drawn(name, backend)
-    outs = [torch.empty_like(x) for x in op.each(op.public(*given, backend=backend))]
+    outs = [torch.empty_like(x) for x in op.each(of(op)(*given, backend=backend))]
     before = [x._version for x in outs]
-    op.public(*given, out=tuple(outs) if op.several else outs[0], backend=backend)
+    of(op)(*given, out=tuple(outs) if op.several else outs[0], backend=backend)
     assert all(x._version > version for x, version in zip(outs, before, strict=True))
 
 
@@ -243,7 +244,7 @@ def test_a_gradient_through_an_overwritten_tensor_raises(backend):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_out_with_a_history_is_refused(name):
     op, given = registry.operator(name), drawn(name)
-    made = op.each(op.public(*given))
+    made = op.each(of(op)(*given))
     if not any(x.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) for x in made):
         return  # no result can require a gradient
     for make in (lambda x: x.requires_grad_(), lambda x: x.requires_grad_() * 1):
@@ -251,9 +252,9 @@ def test_out_with_a_history_is_refused(name):
         out = tuple(outs) if op.several else outs[0]
         for mode in (torch.enable_grad(), torch.device("cpu")):
             with mode, pytest.raises(ValueError, match=f"{name}: out requires a gradient"):
-                op.public(*given, out=out)
+                of(op)(*given, out=out)
         with torch.no_grad():
-            op.public(*given, out=out)
+            of(op)(*given, out=out)
         assert equal(outs, made)
 
 
@@ -292,16 +293,16 @@ def _lost(x, size):
 def test_lost_memory_is_refused_before_anything_runs(kernel):
     name, backend = kernel
     op, given = registry.operator(name), drawn(name, backend)
-    made = op.each(op.public(*given, backend=backend))
+    made = op.each(of(op)(*given, backend=backend))
     for size, words in ((0, "storage was freed"), (1, "storage was made smaller")):
         for argument, place in tensors(op, given):
             if given[place].numel() * given[place].element_size() > size:
                 broken = [_lost(x, size) if i == place else x for i, x in enumerate(given)]
                 with pytest.raises(ValueError, match=f"{name}: {argument} is a tensor whose {words}"):
-                    op.public(*broken, backend=backend)
+                    of(op)(*broken, backend=backend)
         outs = [_lost(x, size) if x.numel() * x.element_size() > size else x for x in made]
         with pytest.raises(ValueError, match=f"{name}: out is a tensor whose {words}"):
-            op.public(*given, out=tuple(outs) if op.several else outs[0], backend=backend)
+            of(op)(*given, out=tuple(outs) if op.several else outs[0], backend=backend)
 
 
 def test_memory_lost_before_the_backward_is_refused():
@@ -337,21 +338,21 @@ def test_tensors_without_memory_are_what_they_stand_for(backend):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_subclass_in_any_argument(name):
     op, given = registry.operator(name), drawn(name)
-    expected = op.each(op.public(*given))
+    expected = op.each(of(op)(*given))
     for _, place in tensors(op, given):
         boxed = [Boxed(x) if i == place else x for i, x in enumerate(given)]
-        got = op.each(op.public(*boxed))
+        got = op.each(of(op)(*boxed))
         assert all(type(x) is Boxed for x in got)
         assert equal([x.inner for x in got], expected)
         for kind in (Plain, Loud):
             Loud.calls.clear()
             own = [x.as_subclass(kind) if i == place else x for i, x in enumerate(given)]
-            got = op.each(op.public(*own))
+            got = op.each(of(op)(*own))
             assert kind is Plain or Loud.calls == [f"flagops.{name}.default"]
             assert all(type(x) is kind for x in got)
             assert equal([x.as_subclass(torch.Tensor) for x in got], expected)
     outs = [Boxed(torch.empty_like(x)) for x in expected]
-    op.public(*given, out=tuple(outs) if op.several else outs[0])
+    of(op)(*given, out=tuple(outs) if op.several else outs[0])
     assert equal([x.inner for x in outs], expected)
 
 

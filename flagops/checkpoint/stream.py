@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from flagops import arrays, config, registry
+from flagops.call import of
 from flagops.errors import Unsupported
 
 from .plan import COPY, FP4, FP8, KEEP, KEPT_SCALE, RECODE, RECODED_SCALE, STORED, Output, Plan, Shard, slices
@@ -85,7 +86,7 @@ class Kernels:
         return scales, lossless
 
     def _call(self, name: str, inputs: tuple[Any, ...], out: Any, **options: Any) -> None:
-        call = registry.operator(name).public
+        call = of(registry.operator(name))
         given = [self._given(x) for x in inputs]
         several = isinstance(out, tuple)
         if self._device in (None, "cpu"):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flagops import dispatch, registry
+from flagops.call import execute, of
 from flagops.config import names
 from flagops.errors import Unsupported
 from flagops.report import Report, Row
@@ -77,10 +78,10 @@ class Handle:
         args = (*args, *operator.defaults[len(args) : -1], out)
         public = getattr(flagops, op)
         try:
-            if public is operator.public:
+            if public is of(operator):
                 plan = dispatch.plan(operator, args, self.backend, torch.is_grad_enabled())
                 calls = plan.calls
-                result, backend = dispatch.execute(plan, args), plan.backend
+                result, backend = execute(plan, args), plan.backend
                 if plan.calls == calls and not plan.through_torch:  # refused while it ran
                     backend = dispatch.plan(operator, args, self.backend, torch.is_grad_enabled()).backend
             else:
