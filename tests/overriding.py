@@ -6,8 +6,8 @@ import torch
 import flagops
 from flagops import override
 from flagops.override import interpose
-from flagops.override.lowerings import LOWERINGS
-from flagops.override.sites import forms
+from flagops.override.forms import forms
+from flagops.override.lowering import LOWERINGS
 
 FORMS = {name: tuple(forms(name)) for name in LOWERINGS}
 PRODUCTS = ("mm", "bmm", "baddbmm", "mv", "dot", "addmm", "addmv")

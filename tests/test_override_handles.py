@@ -16,14 +16,14 @@ import torch.nn.functional as F
 
 import flagops
 from flagops import config, override
-from flagops.override import interpose, lowerings, sites
+from flagops.override import interpose, lowering, sites
 from flagops.testing import assert_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from overriding import COMPOSITE, FORMS, PLAIN, PRODUCTS, counted, kernels, untouched, usable, whole  # noqa: F401
 
 BACKENDS = usable("numba", "numpy")
-FUSED = " ".join(name for name in lowerings.LOWERINGS if name not in PRODUCTS)
+FUSED = " ".join(name for name in lowering.LOWERINGS if name not in PRODUCTS)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -160,8 +160,8 @@ def test_the_override_below_is_removed_meanwhile():
 
 
 def test_composite_operators_are_refused(monkeypatch):
-    wrong = lowerings.Lowering("matmul", "matmul", lambda to, self, other: to("matmul", self, other))
-    monkeypatch.setitem(lowerings.LOWERINGS, "matmul", wrong)
+    wrong = lowering.Lowering("matmul", "matmul", lambda to, self, other: to("matmul", self, other))
+    monkeypatch.setitem(lowering.LOWERINGS, "matmul", wrong)
     with pytest.raises(TypeError, match="aten::matmul is composite"):
         flagops.enable()
 
@@ -381,15 +381,15 @@ def test_a_site_where_torch_has_no_kernel():
 
     def product(to, self, mat2, out_dtype):
         if out_dtype != self.dtype:
-            raise lowerings.Pass("another result dtype")
+            raise lowering.Pass("another result dtype")
         return to("matmul", self, mat2)
 
-    lowering = lowerings.Lowering("mm", "matmul", product)
+    wide = lowering.Lowering("mm", "matmul", product)
     x = whole(3, 4)
     with pytest.raises(NotImplementedError):
         torch.mm(x, x.t(), out_dtype=torch.float32)
-    assert interpose.acquire("mm.dtype", "CPU", lambda: sites.Site("mm.dtype", "CPU", lowering)) is None
-    site = interpose.acquire("mm.dtype", "CPU", lambda: sites.Site("mm.dtype", "CPU", lowering), bare=True)
+    assert interpose.acquire("mm.dtype", "CPU", lambda: sites.Site("mm.dtype", "CPU", wide)) is None
+    site = interpose.acquire("mm.dtype", "CPU", lambda: sites.Site("mm.dtype", "CPU", wide), bare=True)
     with flagops.enable("mm", backend="numpy") as handle:
         site.handles.append(handle)
         assert torch.equal(torch.mm(x, x.t(), out_dtype=torch.float32), x @ x.t())

@@ -7,21 +7,18 @@ again from the saved inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from flagops import dispatch, surroundings
 
+from .forms import Form, Part
 from .interpose import thread
-
-if TYPE_CHECKING:
-    from .recipes import Part
-    from .sites import Site
 
 
 def differentiable(
-    site: Site,
+    form: Form,
     plan: dispatch.Plan,
     parts: Sequence[Part],
     constants: Sequence[Any],
@@ -29,21 +26,21 @@ def differentiable(
 ) -> Callable[[tuple[Any, ...]], Any]:
     """`compute` with gradients. Raises Unsupported for an operator that has no backward."""
     backward = dispatch.backward(plan.operator, plan.kernel)
-    own = _Backward(site, plan, parts[:-1], constants, backward, compute)
+    own = _Backward(form, plan, parts[:-1], constants, backward, compute)
     return lambda args: _Own.apply(own, *args)  # type: ignore[no-untyped-call]
 
 
 class _Backward:
     def __init__(
         self,
-        site: Site,
+        form: Form,
         plan: dispatch.Plan,
         parts: Sequence[Part],
         constants: Sequence[Any],
         backward: Callable[..., Any],
         compute: Callable[[tuple[Any, ...]], Any],
     ) -> None:
-        self.site, self.parts, self.constants = site, parts, constants
+        self.form, self.parts, self.constants = form, parts, constants
         self.backward, self.compute = backward, compute
         self.shape = plan.bound.shape
         self.tensors = plan.operator.tensor_positions
@@ -81,8 +78,8 @@ class _Backward:
         try:
             with torch.enable_grad():  # views, since one tensor may be several arguments
                 args = [x.view_as(x) if need else x for x, need in zip(args, needs, strict=True)]
-                named = dict(zip(self.site.keywords, args[self.site.positional :], strict=True))
-                y = getattr(torch.ops.aten, self.site.name).default(*args[: self.site.positional], **named)
+                positional, named = self.form.split(args)
+                y = self.form.functional()(*positional, **named)
         finally:
             thread.busy = busy
         wanted = [x for x, need in zip(args, needs, strict=True) if need]

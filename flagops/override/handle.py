@@ -15,10 +15,11 @@ from flagops import config, registry
 from flagops.errors import Unsupported, suggestion
 from flagops.report import Report, Row
 
-from . import fuel, interpose
+from . import fuel, interpose, lowerings  # noqa: F401  (which declares them)
+from .forms import forms
 from .interpose import Counter, lock
-from .lowerings import LOWERINGS
-from .sites import COMPOSITE, Site, forms
+from .lowering import LOWERINGS
+from .sites import COMPOSITE, Site
 
 log = logging.getLogger("flagops")
 

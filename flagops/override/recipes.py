@@ -15,18 +15,13 @@ from typing import TYPE_CHECKING, Any
 from flagops import arrays, config, dispatch, registry, surroundings
 
 from . import fuel
-from .lowerings import REFUSED, Call, Lowering, Pass, To
+from .forms import Form, Part, View
+from .lowering import REFUSED, Call, Lowering, Pass, To
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .sites import Site
-
 log = logging.getLogger("flagops")
-
-View = Callable[["Tensor"], "Tensor"]
-Part = tuple[int, "View | None"]
-"""A kernel's argument: which value of the call it is, and the view of it, if it is not the value itself."""
 
 
 @dataclass(frozen=True)
@@ -37,56 +32,50 @@ class Recipe:
     by: str
 
 
-def record(site: Site, backend: Any, lowering: Lowering, args: tuple[Any, ...]) -> Recipe:
+def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...]) -> Recipe:
     """The recipe for calls like this one. Raises Pass or Unsupported with the reason why torch should take them."""
     import torch
 
-    tensors = [args[i] for i in site.tensors if args[i] is not None]
-    needs_grad = site.composite and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    if site.composite and surroundings.forward_level():
+    tensors = [args[i] for i in form.tensors if args[i] is not None]
+    needs_grad = lowering.composite and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if lowering.composite and surroundings.forward_level():
         raise Pass("a level of forward-mode differentiation is open")
     if any(x.device != tensors[0].device or x.layout != torch.strided for x in tensors):
         raise Pass("devices or layouts differ")
     if not (backend or config.current().backend) and dispatch.left_to_torch(lowering.operator, tensors[0], needs_grad):
         raise Pass(f"torch's own kernel{' and its backward are' if needs_grad else ' is'} faster on this device")
     with torch.no_grad():
-        make = _maker(site, lowering, args)
-        roles = _apart(args, site)
-        destination = make() if site.given is None else roles[site.given]
-        if site.given is not None:
-            _refuse_out(args[site.given], make())
+        make = _maker(form, lowering, args)
+        roles = _apart(args, form)
+        destination = make() if form.given is None else roles[form.given]
+        if form.given is not None:
+            _refuse_out(args[form.given], make())
         chosen: list[dispatch.Plan] = []
 
         def step(operator: str, *values: Any, out: Tensor) -> None:
             chosen.append(_choose(operator, (*values, out), backend))
 
-        call = lowering.function(To(destination, site.given is not None, step), **_named(site, roles))
+        call = lowering.function(To(destination, form.given is not None, step), **form.named(roles))
         if call is not None:
             step(call.operator, *call.inputs, out=call.out)
         plan = chosen[-1]
-        parts = None if call is None else _parts(plan, call, (*roles, destination), site.given)
+        parts = None if call is None else _parts(plan, call, (*roles, destination), form.given)
     by = f"{plan.operator.name}/{plan.backend}"
-    goal = _Destination(site, by, make, None if site.given is None else _clash(site, args))
+    goal = _Destination(form, by, make, None if form.given is None else _clash(form, args))
     guard = _guard(tensors[0])
     if parts is None:
         if needs_grad:
             raise Pass("a layout that would be copied, where a gradient is recorded")
-        return Recipe(functools.partial(_lowered_again, site, lowering, backend, goal, guard), by)
+        return Recipe(functools.partial(_lowered_again, form, lowering, backend, goal, guard), by)
     compute = _replayed(plan, *parts, goal, guard)
     if needs_grad:
         from .gradients import differentiable
 
-        compute = differentiable(site, plan, *parts, compute)
+        compute = differentiable(form, plan, *parts, compute)
     return Recipe(compute, by)
 
 
-def _named(site: Site, args: Sequence[Any]) -> dict[str, Any]:
-    """The arguments by name, but for those that are nothing but a destination."""
-    pairs = zip(site.schema.arguments, args, strict=True)
-    return {argument.name: x for argument, x in pairs if not argument.is_out}
-
-
-def _apart(args: tuple[Any, ...], site: Site) -> list[Any]:
+def _apart(args: tuple[Any, ...], form: Form) -> list[Any]:
     """The arguments with memory of their own each: whose view a kernel's argument is shall not hang on this call.
 
     A destination is never the caller's, since a lowering that takes several steps writes it while it is recorded. Where
@@ -94,10 +83,10 @@ def _apart(args: tuple[Any, ...], site: Site) -> list[Any]:
     """
     import torch
 
-    out = None if site.given is None else args[site.given]
+    out = None if form.given is None else args[form.given]
     seen: set[int] = set()
     roles = list(args)
-    for i in site.tensors:
+    for i in form.tensors:
         x = args[i]
         if x is None:
             continue
@@ -105,9 +94,9 @@ def _apart(args: tuple[Any, ...], site: Site) -> list[Any]:
         if memory in seen or x is out:
             roles[i] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         seen.add(memory)
-    if site.given is not None:
-        for i in site.tensors:
-            roles[i] = roles[site.given] if args[i] is out else roles[i]
+    if form.given is not None:
+        for i in form.tensors:
+            roles[i] = roles[form.given] if args[i] is out else roles[i]
     return roles
 
 
@@ -115,22 +104,20 @@ def _apart(args: tuple[Any, ...], site: Site) -> list[Any]:
 class _Destination:
     """Where a call's result goes, and what may stand against writing it there."""
 
-    site: Site
+    form: Form
     by: str
     make: Callable[[], Tensor]
     clash: Callable[[tuple[Any, ...], Tensor], bool] | None
 
     def spend(self, args: tuple[Any, ...]) -> None:
         """A call's fuel, where that is limited."""
-        site = self.site
-        inputs = [args[i] for i in site.tensors if not site.schema.arguments[i].is_out]
-        if fuel.tank is not None and not fuel.tank.take(site.name, self.by, inputs):
+        if fuel.tank is not None and not fuel.tank.take(self.form.name, self.by, self.form.inputs(args)):
             raise Pass("out of fuel")
 
     def of(self, args: tuple[Any, ...]) -> Tensor:
         if self.clash is None:
             return self.make()
-        out: Tensor = args[self.site.given]  # type: ignore[index]
+        out: Tensor = args[self.form.given]  # type: ignore[index]
         _refuse(surroundings.without_memory(out))
         if self.clash(args, out):
             raise Pass("out may share memory with an input")
@@ -178,22 +165,22 @@ def _refuse(problem: str | None) -> None:
         raise Pass(problem)
 
 
-def _maker(site: Site, lowering: Lowering, args: tuple[Any, ...]) -> Callable[[], Tensor]:
+def _maker(form: Form, lowering: Lowering, args: tuple[Any, ...]) -> Callable[[], Tensor]:
     """What makes a tensor as torch's result is, by what the lowering says or torch's own shape function."""
     import torch
 
-    named, first = _named(site, args), args[site.tensors[0]]
+    named, first = form.named(args), args[form.tensors[0]]
     shape, strides = (lowering.result and lowering.result(**named)) or (None, None)
     dtype = first.dtype
     if shape is None or 0 in shape:  # where there is nothing, kernels lay it out as they like
-        like = _torchs_result(site, named, "meta" if shape is None else first.device)
+        like = _torchs_result(form, named, "meta" if shape is None else first.device)
         shape, strides, dtype = tuple(like.shape), like.stride(), like.dtype
     if strides is None:
         strides = torch.empty(shape, device="meta").stride()
     return functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=first.device)
 
 
-def _torchs_result(site: Site, named: dict[str, Any], device: Any) -> Tensor:
+def _torchs_result(form: Form, named: dict[str, Any], device: Any) -> Tensor:
     """The result of torch's own functional form on tensors laid out alike."""
     import torch
 
@@ -203,9 +190,9 @@ def _torchs_result(site: Site, named: dict[str, Any], device: Any) -> Tensor:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
     try:
-        result: Tensor = site.functional()(**{name: alike(x) for name, x in named.items()})
+        result: Tensor = form.functional()(**{name: alike(x) for name, x in named.items()})
     except Exception as error:  # whatever it raises, torch's kernel raises it better
-        log.debug("aten::%s is refused by torch's shape function: %s", site.name, error)
+        log.debug("aten::%s is refused by torch's shape function: %s", form.name, error)
         raise Pass(REFUSED) from None
     return result
 
@@ -239,11 +226,11 @@ def _choose(operator: str, values: Sequence[Any], backend: Any) -> dispatch.Plan
     return plan
 
 
-def _clash(site: Site, args: tuple[Any, ...]) -> Callable[[tuple[Any, ...], Tensor], bool]:
+def _clash(form: Form, args: tuple[Any, ...]) -> Callable[[tuple[Any, ...], Tensor], bool]:
     """Whether the destination shares memory with an input, but for one that it *is*: that the lowering has seen."""
-    assert site.given is not None
-    own = arrays.span(args[site.given])[1]
-    spans = [(i, arrays.span(args[i])[1]) for i in site.tensors if i != site.given and args[i] is not None]
+    assert form.given is not None
+    own = arrays.span(args[form.given])[1]
+    spans = [(i, arrays.span(args[i])[1]) for i in form.tensors if i != form.given and args[i] is not None]
 
     def clash(args: tuple[Any, ...], out: Tensor) -> bool:
         start = out.data_ptr()
@@ -299,7 +286,7 @@ def _view(source: Tensor, x: Tensor) -> View:
 
 
 def _lowered_again(
-    site: Site,
+    form: Form,
     lowering: Lowering,
     backend: Any,
     goal: _Destination,
@@ -319,7 +306,7 @@ def _lowered_again(
     goal.spend(args)
     out = goal.of(args)
     with guard() if guard else contextlib.nullcontext():
-        call = lowering.function(To(out, site.given is not None, run), **_named(site, args))
+        call = lowering.function(To(out, form.given is not None, run), **form.named(args))
         if call is not None:
             run(call.operator, *call.inputs, out=call.out)
     return out

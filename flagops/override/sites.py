@@ -9,17 +9,15 @@ from __future__ import annotations
 import functools
 import keyword
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from flagops import config, surroundings
 from flagops.errors import Unsupported
 
+from .forms import Form
 from .interpose import Counter, Registration, thread
-from .lowerings import LOWERINGS, Lowering, Pass
+from .lowering import Lowering, Pass
 from .recipes import Recipe, record
-
-if TYPE_CHECKING:
-    import torch
 
 COMPOSITE = "CompositeImplicitAutograd"
 DEVICES = ("CPU", "CUDA", "PrivateUse1")
@@ -39,35 +37,6 @@ class Wish(Protocol):
 
 Plan = Callable[[Any, tuple[Any, ...]], Any]
 """What becomes of the calls of one signature: takes the key set of torch's dispatcher and the arguments."""
-
-
-@functools.cache
-def _schemas() -> dict[str, list[torch.FunctionSchema]]:
-    import torch
-
-    found: dict[str, list[torch.FunctionSchema]] = {}
-    for schema in torch._C._jit_get_all_schemas():
-        if schema.name.startswith("aten::"):
-            found.setdefault(schema.name[6:], []).append(schema)
-    return found
-
-
-@functools.cache
-def forms(name: str) -> dict[str, torch.FunctionSchema]:
-    """The overloads of an aten name that its lowering knows: functional, ``.out`` and in place."""
-    known = set(LOWERINGS[name].parameters)
-    found = {}
-    for schema in (*_schemas()[name], *_schemas().get(f"{name}_", ())):
-        if {argument.name for argument in schema.arguments if not argument.is_out} <= known:
-            overload = f".{schema.overload_name}" if schema.overload_name else ""
-            found[schema.name[6:] + overload] = schema
-    return found
-
-
-def schema_of(overload: str) -> torch.FunctionSchema:
-    """The schema of ``"mm.out"``."""
-    name, _, overload_name = overload.partition(".")
-    return next(schema for schema in _schemas()[name] if schema.overload_name == overload_name)
 
 
 @functools.cache
@@ -93,22 +62,17 @@ class Site(Registration):
     """
 
     def __init__(self, overload: str, key: str, lowering: Lowering | None) -> None:
-        self.lowering, self.schema = lowering, schema_of(overload)
+        self.lowering, self.form = lowering, Form(overload)
         self.composite = lowering is not None and lowering.composite
         self.untaken = Counter()  # calls that no handle wanted to compute
-        arguments = self.schema.arguments
-        self.positional = sum(not argument.kwarg_only for argument in arguments)
-        self.keywords = [argument.name for argument in arguments[self.positional :]]
-        written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
-        self.given = written[0] if written else None
-        self.tensors = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
         super().__init__(overload, key)
 
     def call(self) -> Callable[..., Any]:
         """The site as torch calls it, with the arguments by name: a loop over them would cost half a microsecond."""
         if self.lowering is None:
             return self._watch
-        out = self.schema.arguments[self.given].name if self.given is not None else None
+        form = self.form
+        out = form.schema.arguments[form.given].name if form.given is not None else None
         names, parameters, signature = [], [], ["_current()"]
         space: dict[str, Any] = {"_site": self, "_thread": thread, "_current": config.current}
         space |= {"_idle": self._idle, "_aside": self._aside, "_plan": self._plan}
@@ -118,10 +82,10 @@ class Site(Registration):
         if self.lowering.state:
             space["_state"] = self.lowering.state
             signature.append("_state()")
-        for i, argument in enumerate(self.schema.arguments):
+        for i, argument in enumerate(form.schema.arguments):
             name = argument.name + "_" * keyword.iskeyword(argument.name)
             names.append(name)
-            parameters += ["*"] if i == self.positional else []
+            parameters += ["*"] if i == form.positional else []
             if argument.has_default_value():
                 space[f"_default{i}"] = argument.default_value
                 parameters.append(f"{name}=_default{i}")
@@ -138,7 +102,7 @@ class Site(Registration):
             f"    _found = _plans.get(_signature) or _plan(_plans, _signature, {every})\n"
             f"    return _found(_keyset, {every})\n"
         )
-        exec(compile(source, f"<aten::{self.schema.name[6:]} by flagops>", "exec"), space)
+        exec(compile(source, f"<aten::{self.name} by flagops>", "exec"), space)
         function: Callable[..., Any] = space["call"]
         return function
 
@@ -154,23 +118,14 @@ class Site(Registration):
             return f"tuple({name})"
         return f"{name}, {name}.__class__" if kind == "number" else name
 
-    def functional(self) -> Any:
-        """Torch's overload that makes its result: ``mm.default`` for ``mm.out``, ``add.Tensor`` for ``add_.Tensor``."""
-        import torch
-
-        name = self.schema.name[6:]
-        name = name if name in LOWERINGS else name.removesuffix("_")
-        overload = self.schema.overload_name.removesuffix("out").removesuffix("_")
-        return getattr(getattr(torch.ops.aten, name), overload or "default")
-
     def below_with(self, keyset: Any, args: Sequence[Any]) -> Any:
         """Torch's kernel. What a composite consists of is for the sites of its parts; other kernels are a whole."""
-        named = dict(zip(self.keywords, args[self.positional :], strict=True))
+        args, named = self.form.split(args)
         if self.composite:
-            return self.torch(keyset, *args[: self.positional], **named)
+            return self.torch(keyset, *args, **named)
         busy, thread.busy = thread.busy, True
         try:
-            return self.torch(keyset, *args[: self.positional], **named)
+            return self.torch(keyset, *args, **named)
         finally:
             thread.busy = busy
 
@@ -193,7 +148,7 @@ class Site(Registration):
     def _why_not_plain(self, keyset: Any, args: tuple[Any, ...]) -> str | None:
         import torch
 
-        tensors = [args[i] for i in self.tensors if args[i] is not None]
+        tensors = [x for x in self.form.inputs(args) if x is not None]
         key = torch._C.DispatchKey
         if keyset.has(key.PythonDispatcher) or all(x.device.type == "meta" for x in tensors):
             return None  # a graph is made, nothing is computed
@@ -218,11 +173,9 @@ class Site(Registration):
 
     def _decide(self, args: tuple[Any, ...]) -> tuple[Wish | None, str]:
         """The newest handle that wants the call, and the dispatch key of the device."""
-        base = self.schema.name[6:]
-        name = base if base in LOWERINGS else base.removesuffix("_")
-        key = self.key
+        name, key = self.form.base, self.key
         if self.composite:
-            kind = next(args[i] for i in self.tensors if args[i] is not None).device.type
+            kind = args[self.form.tensors[0]].device.type
             key = {"cpu": "CPU", "cuda": "CUDA"}.get(kind, "PrivateUse1")
         wanted = (h for h in reversed(self.handles.copy()) if name in h.ops and key in h.keys)
         return next(wanted, None), key
@@ -235,7 +188,7 @@ class Site(Registration):
         else:
             thread.busy = True
             try:
-                recipe = record(self, handle.backend, self.lowering, args)
+                recipe = record(self.form, handle.backend, self.lowering, args)
                 plan = self._computed(recipe, handle, key)
             except (Pass, Unsupported) as reason:
                 plan = self._counted(handle.counter(self.name, key, "", str(reason)))

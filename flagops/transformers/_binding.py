@@ -7,16 +7,26 @@ from collections.abc import Callable
 from functools import cache
 from operator import itemgetter
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ._fit import OWN, slot
 
-if TYPE_CHECKING:
-    from ._handle import Handle
-    from ._mesh import Heads
-
 NAME = "flagops"
 HEADS = "_flagops_heads"
+
+
+class Wish(Protocol):
+    """What a module asks of a handle."""
+
+    active: bool
+    official: bool
+    ops: frozenset[str]
+
+    def call(self, op: str, *args: Any, out: Any = None) -> Any: ...
+
+    def round(self, op: str, *args: Any) -> Any: ...
+
+    def leave(self, op: str, like: Any, reason: str) -> None: ...
 
 
 class Binding:
@@ -38,7 +48,7 @@ class Binding:
         self.ops = ops
         self.forward = forward
         self.implementation = implementation
-        self.handles: list[Handle] = []
+        self.handles: list[Wish] = []
         self.config: Any = module.config if implementation else None
 
     @classmethod
@@ -46,7 +56,7 @@ class Binding:
         known: Binding | None = module.__dict__.get(OWN)
         return known or cls(module, *args)
 
-    def use(self, op: str) -> Handle | None:
+    def use(self, op: str) -> Wish | None:
         """The handle that computes an operator here: the newest that wants it."""
         for handle in reversed(self.handles):
             if handle.active and op in handle.ops:
@@ -59,18 +69,18 @@ class Binding:
         return self._newest() is not None
 
     @property
-    def official(self) -> Handle | None:
+    def official(self) -> Wish | None:
         """The newest handle if it asks for the official numerics."""
         newest = self._newest()
         return newest if newest and newest.official else None
 
-    def _newest(self) -> Handle | None:
+    def _newest(self) -> Wish | None:
         for handle in reversed(self.handles):
             if handle.active:
                 return handle
         return None
 
-    def add(self, handle: Handle) -> None:
+    def add(self, handle: Wish) -> None:
         self.handles.append(handle)
         own = self.module.__dict__
         own[OWN] = self
@@ -79,7 +89,7 @@ class Binding:
         if self.implementation:
             own["config"] = view(self)
 
-    def remove(self, handle: Handle) -> None:
+    def remove(self, handle: Wish) -> None:
         self.handles.remove(handle)
         if self.handles:
             return
@@ -111,7 +121,7 @@ def binding_of(module: Any) -> Binding:
     return found or Binding(module, frozenset())
 
 
-def heads_of(module: Any) -> Heads | None:
+def heads_of(module: Any) -> Any:
     """How the heads of an attention layer or an indexer are divided over ranks; None where they are not."""
     return module.__dict__.get(HEADS)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ._binding import Binding, binding_of
+from ._binding import Binding, Wish, binding_of
 from ._fit import kept
-
-if TYPE_CHECKING:
-    from ._handle import Handle
 
 
 def rms_norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -67,7 +64,7 @@ def hyper_connection(module: Any, hidden_streams: torch.Tensor) -> Any:
     return type(module).forward(module, hidden_streams)
 
 
-def _mixer(module: Any, x: torch.Tensor, op: str) -> Handle | None:
+def _mixer(module: Any, x: torch.Tensor, op: str) -> Wish | None:
     """The handle that computes a hyper-connection or head, whose norm is no call of its own then."""
     handle = binding_of(module).use(op)
     reason = kept(module, "input_norm", "DeepseekV4UnweightedRMSNorm") if handle else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from . import REFUSED, Call, Pass, Result, To, lowers
+from ..lowering import REFUSED, Call, Pass, Result, To, lowers
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flagops import config
 
-from . import REFUSED, Call, Pass, Result, To, lowers
+from ..lowering import REFUSED, Call, Pass, Result, To, lowers
 
 if TYPE_CHECKING:
     from torch import Tensor

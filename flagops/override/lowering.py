@@ -1,0 +1,96 @@
+"""What a torch call means in flagops operators, in ordinary tensor code: one function for all forms of a name.
+
+A lowering gets the arguments of the call and `to`, where the result goes, and returns the one call of an operator that
+makes it. It runs once per signature; what it did (which views of which arguments went where) is then replayed. So it
+may look at shapes, strides, dtypes and scalars, and never at values.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Pass(Exception):
+    """Torch's own kernel takes the call; the message is the reason."""
+
+
+class Call(NamedTuple):
+    """An operator, its inputs by position, and the view of the destination that it writes."""
+
+    operator: str
+    inputs: tuple[Any, ...]
+    out: Tensor
+
+
+Result = tuple[tuple[int, ...], "tuple[int, ...] | None"] | None
+
+REFUSED = "arguments that torch refuses"
+
+
+@dataclass
+class To:
+    """Where the result of a call goes.
+
+    out: the destination, with the shape and strides of torch's result.
+    given: whether it is an argument of the call, and not made for it.
+    run: computes a step of several at once, ``run(operator, *inputs, out=...)``; the call is lowered again each time.
+    """
+
+    out: Tensor
+    given: bool
+    run: Callable[..., None]
+
+    def __call__(self, operator: str, *inputs: Any, out: Tensor | None = None) -> Call:
+        return Call(operator, inputs, self.out if out is None else out)
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How calls of an aten name become calls of an operator.
+
+    composite: torch composes the name of other operators, which have the gradients.
+    state: what else the lowering looks at, such as a switch of torch; calls are remembered apart by it.
+    result: shape and strides of torch's result (None: row by row), where that is cheaper to say than to ask torch's
+        shape function, or where a kernel lays it out in another way; None where torch is to be asked. Raises Pass for
+        what torch refuses.
+    """
+
+    name: str
+    operator: str
+    function: Callable[..., Call | None]
+    composite: bool = False
+    state: Callable[[], Hashable] | None = None
+    result: Callable[..., Result] | None = None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The arguments of the torch call that it knows; overloads with others are not its own."""
+        return tuple(inspect.signature(self.function).parameters)[1:]
+
+
+LOWERINGS: dict[str, Lowering] = {}
+
+
+def lowers(
+    *names: str,
+    to: str,
+    composite: bool = False,
+    state: Callable[[], Hashable] | None = None,
+    result: Callable[..., Result] | None = None,
+) -> Callable[[Callable[..., Call | None]], Callable[..., Call | None]]:
+    """Declare a function as the lowering of these names to a flagops operator."""
+
+    def declare(function: Callable[..., Call | None]) -> Callable[..., Call | None]:
+        for name in names:
+            if name in LOWERINGS:
+                raise TypeError(f"aten::{name} has a lowering already")
+            LOWERINGS[name] = Lowering(name, to, function, composite, state, result)
+        return function
+
+    return declare
