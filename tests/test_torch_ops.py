@@ -65,6 +65,7 @@ def test_gradients_reach_only_what_asks(kernel):
 
 @pytest.mark.operators(*DIFFERENTIABLE)
 def test_half_gradients_have_the_inputs_dtype_and_are_near(kernel):
+    torch.manual_seed(0)  # always the same: a draw beside a kink, such as a clamp's, has another slope once rounded
     name, backend = kernel
     args = calls(dtype=torch.bfloat16)[name]
     wide = [
