@@ -155,7 +155,7 @@ def test_projections_are_never_held_whole(backend):
     with config.using(budget=8 << 20):
         flagops.compress_kv(*inputs, out=out, backend=backend)
         extra = measure.extra_memory(lambda: flagops.compress_kv(*inputs, out=out, backend=backend), calls=5)
-    assert extra is None or extra < 16 << 20, f"{extra >> 20} MiB; both projections have 64"
+    assert extra is None or extra < 40 << 20, f"{extra >> 20} MiB; both projections have 64"
 
 
 def test_bad_input_says_what_is_wrong():

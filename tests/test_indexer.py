@@ -145,7 +145,7 @@ def test_few_queries_of_many_entries(seed, budget, backend):
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 def test_memory_is_flat_in_queries_and_entries(backend):
-    """The scores alone would take 244 and 250 MiB."""
+    """The scores alone would take 244 and 250 MiB; what a process holds is read off, with what its allocator keeps."""
     peaks = []
     for s, n in ((256, 250_000), (16_000, 4_000)):
         q, keys, weights = torch.randn(1, s, 1, 4), torch.randn(1, n, 4), torch.randn(1, s, 1)
@@ -155,7 +155,7 @@ def test_memory_is_flat_in_queries_and_entries(backend):
             flagops.lightning_indexer(*few, 64, backend=backend)
             call = lambda: flagops.lightning_indexer(q, keys, weights, 64, out=out, backend=backend)  # noqa: B023, E731
             peaks.append(measure.extra_memory(call, calls=3))
-    assert None in peaks or max(peaks) < 12 << 20, [peak >> 20 for peak in peaks]
+    assert None in peaks or max(peaks) < 60 << 20, [peak >> 20 for peak in peaks]  # a quarter of the scores
 
 
 def test_the_judge_notices_every_fault():

@@ -124,7 +124,7 @@ def test_weights_are_never_expanded_as_a_whole(kernel):
     with config.using(budget=4 << 20):
         function(*inputs, backend=backend)
         extra = measure.extra_memory(lambda: function(*inputs, backend=backend), calls=5)
-    assert extra is None or extra < 16 << 20, f"{extra >> 20} MiB; expanded to bfloat16 the weight has 32"
+    assert extra is None or extra < 24 << 20, f"{extra >> 20} MiB; expanded to bfloat16 the weight has 32"
 
 
 @given(st.integers(0, 2**32 - 1))
