@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flagops import surroundings
+
 from .lowering import LOWERINGS
 
 if TYPE_CHECKING:
@@ -44,6 +46,11 @@ class Form:
     def inputs(self, args: Sequence[Any]) -> list[Any]:
         """The tensors of a call that it reads, None for those that it has not."""
         return [args[i] for i in self.tensors if not self.schema.arguments[i].is_out]
+
+    def without_memory(self, args: Sequence[Any]) -> str | None:
+        """Why a tensor of a call has no elements, or None."""
+        reasons = (surroundings.without_memory(args[i]) for i in self.tensors if args[i] is not None)
+        return next(filter(None, reasons), None)
 
     def split(self, args: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         """The arguments as torch takes them: by position, then by name."""

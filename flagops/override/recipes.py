@@ -297,12 +297,11 @@ def _lowered_again(
 
     def run(operator: str, *values: Any, out: Tensor) -> None:
         plan = _choose(operator, (*values, out), backend)
-        for position, _, _ in plan.memory:
-            _refuse(surroundings.without_memory(values[position]))
         if plan.check_values and plan.operator.values:
             _refuse(plan.operator.values(*values))
         plan.run(*plan.clean((*values, out)))
 
+    _refuse(form.without_memory(args))  # the lowering computes with them
     goal.spend(args)
     out = goal.of(args)
     with guard() if guard else contextlib.nullcontext():

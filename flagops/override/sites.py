@@ -77,7 +77,7 @@ class Site(Registration):
         space: dict[str, Any] = {"_site": self, "_thread": thread, "_current": config.current}
         space |= {"_idle": self._idle, "_aside": self._aside, "_plan": self._plan}
         if self.composite:
-            space |= {"_plain": _plain(), "_grad": _grad_enabled(), "_forward": surroundings.forward_level}
+            space |= {"_plain": _plain(), "_grad": surroundings.probes()[1], "_forward": surroundings.forward_level}
             signature += ["_keyset.raw_repr()", "_grad()", "_forward()"]
         if self.lowering.state:
             space["_state"] = self.lowering.state
@@ -183,6 +183,9 @@ class Site(Registration):
     def _plan(self, plans: dict[Any, Plan], signature: Any, args: tuple[Any, ...]) -> Plan:
         handle, key = self._decide(args)
         plan: Plan
+        missing = self.form.without_memory(args)
+        if handle and missing:  # says nothing of the next call like it
+            return self._counted(handle.counter(self.name, key, "", missing))
         if handle is None or self.lowering is None:
             plan = self._counted(self.untaken.add)
         else:
@@ -224,9 +227,3 @@ class Site(Registration):
             return self.below_with(keyset, args)
 
         return run
-
-
-def _grad_enabled() -> Callable[[], bool]:
-    import torch
-
-    return torch.is_grad_enabled
