@@ -66,6 +66,9 @@ class Registration:
         self.handles: list[Any] = []
         self.plans: dict[Any, Any] = {}
         self.function = self.call()
+        self.library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+        self.below: Any = None
+        self.table = ""
         self.install()
 
     def call(self) -> Callable[..., Any]:
@@ -75,13 +78,8 @@ class Registration:
     def install(self) -> None:
         import torch
 
-        self.below: Any = None
-        try:
-            self.below = torch.library.get_kernel(f"aten::{self.name}", self.runtime)
-        except RuntimeError:
-            log.debug("aten::%s has no kernel at %s: what we do not take has nowhere to go", self.name, self.key)
         self.others = f"aten/{self.name}/{self.key}" in torch.library._impls
-        self.library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+        self._look_below()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", _WARNING, UserWarning)
             self.library.impl(  # type: ignore[no-untyped-call]
@@ -89,10 +87,25 @@ class Registration:
             )
         self.own = torch.library.get_kernel(f"aten::{self.name}", self.runtime)
 
+    def _look_below(self) -> None:
+        import torch
+
+        table = torch._C._dispatch_dump_table(f"aten::{self.name}")
+        if table == self.table:  # each look at a kernel costs 50 bytes that torch keeps as long as the kernel
+            return
+        self.table = table
+        try:
+            self.below = torch.library.get_kernel(f"aten::{self.name}", self.runtime)
+        except RuntimeError:
+            self.below = None
+            log.debug("aten::%s has no kernel at %s: what we do not take has nowhere to go", self.name, self.key)
+
     def uninstall(self) -> None:
         import torch
 
+        emptied = self.library.m
         self.library._destroy()  # type: ignore[no-untyped-call]
+        self.library.m = emptied  # it takes registrations again; torch never frees one
         in_flight.append(self.own)
         if self.others:
             torch.library._impls.add(f"aten/{self.name}/{self.key}")
@@ -121,6 +134,7 @@ class Registration:
                 raise
         with lock:  # the override below was removed: find what is there now
             self.uninstall()
+            self.table = ""  # which shows places in a source, not which of two registrations made there
             self.install()
         return self.below.call_boxed(keyset, *args, **kwargs)
 
@@ -146,11 +160,8 @@ def acquire(name: str, key: str, make: Callable[[], Registration], bare: bool = 
     place = name, key
     if place in live:
         return live[place]
-    if not bare and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):
-        try:
-            torch.library.get_kernel(f"aten::{name}", key)
-        except RuntimeError:
-            return None
+    if not bare and not torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"aten::{name}", key):
+        return None
     if place in idle:
         idle[place].install()
         live[place] = idle.pop(place)
