@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: run test test-all test-transformers lint bench mutants clean
+.PHONY: run test test-all test-transformers test-numba lint bench mutants clean
 
 run: .venv/installed
 	$(BIN)/flagops demo
@@ -19,7 +19,11 @@ test-all: .venv/installed
 
 # The tests of `flagops.patch` on the other transformers that it supports.
 test-transformers: .venv/installed
-	$(BIN)/python tests/other_transformers.py
+	$(BIN)/python tests/other_versions.py transformers
+
+# What flagops relies on in numba, and some kernels, on the other numba that it supports.
+test-numba: .venv/installed
+	$(BIN)/python tests/other_versions.py numba
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -19,12 +19,16 @@ LIBRARIES = ("numpy", "ml_dtypes", "torch", "numba", "triton", "transformers", "
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Versions, devices, and each backend available or why not."""
+    """Versions, devices, each backend available or why not, and whether its library is as it expects."""
     backends: dict[str, dict[str, Any]] = {}
     for name in registry.backend_names():
-        reason = registry.backend(name).unavailable()
-        facts = registry.backend(name).facts() if reason is None else {}
-        backends[name] = {"available": reason is None, "reason": reason, "facts": facts}
+        backend = registry.backend(name)
+        reason = backend.unavailable()
+        found: dict[str, Any] = {"available": reason is None, "reason": reason, "facts": {}, "self_test": {}}
+        if reason is None:
+            found["facts"] = backend.facts()
+            found["self_test"] = backend.self_test() if hasattr(backend, "self_test") else {}
+        backends[name] = found
     settings = {
         f"FLAGOPS_{name.upper()}": value
         for name, value in vars(config.current()).items()
@@ -40,9 +44,10 @@ def doctor(args: argparse.Namespace) -> int:
         "settings": settings,
         "backends": backends,
     }
+    failed = any(wrong for b in backends.values() for wrong in b["self_test"].values())
     if args.json:
         print(json.dumps(report, indent=2))
-        return 0
+        return int(failed)
     print(f"flagops {__version__}, Python {report['python']}, {report['platform']}, {report['cpu']}")
     print("libraries: " + ", ".join(f"{n} {v or 'missing'}" for n, v in report["libraries"].items()))
     print(f"compiled kernels are kept in {report['cache']}")
@@ -52,7 +57,12 @@ def doctor(args: argparse.Namespace) -> int:
         for name, b in backends.items()
     ]
     tables.show("backends", ("backend", "available", "why, or what it found"), rows)
-    return 0
+    tests = [
+        (name, test, wrong or "as expected") for name, b in backends.items() for test, wrong in b["self_test"].items()
+    ]
+    if tests:
+        tables.show("self-tests", ("backend", "what it relies on", "found"), tests)
+    return int(failed)
 
 
 def _version(name: str) -> str | None:

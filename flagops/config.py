@@ -55,7 +55,10 @@ def level(value: str) -> str:
 
 
 def folder(value: str) -> str:
-    return os.path.expanduser(value)
+    path = os.path.expanduser(value)
+    if path and not os.path.isabs(path):  # it would be another one in each working directory
+        raise ValueError(f"expected an absolute path, got {value!r}")
+    return path
 
 
 def _setting(parse: Callable[[Any], Any], default: Any, meaning: str) -> Any:
@@ -125,7 +128,8 @@ def cache_folder() -> str:
     elif sys.platform == "darwin":
         base = os.path.join(home, "Library", "Caches")
     else:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        base = base if os.path.isabs(base) else os.path.join(home, ".cache")  # as its specification says
     return current().cache or os.path.join(base, "flagops")
 
 

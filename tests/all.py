@@ -46,6 +46,12 @@ def pytest(*words: str, workers: int = 2) -> tuple[str, ...]:
     return (*PYTEST, "-q", "-n", str(workers), *words)
 
 
+def processor_of(name: str, features: str) -> tuple[str, ...]:
+    """All parity of numba's kernels, compiled for another processor than this one."""
+    settings = (f"NUMBA_CPU_NAME={name}", f"NUMBA_CPU_FEATURES={features}", "FLAGOPS_CACHE={empty}")
+    return ("env", *settings, *pytest("--backend", "numba", "tests/test_parity.py"))
+
+
 ROWS = {
     "mutants": Row(
         "every edit of every kernel must be noticed by the parity suite",
@@ -65,7 +71,11 @@ ROWS = {
     "slow": Row(
         "all other tests marked slow: a full warmup, the demo in Triton's interpreter, long sweeps",
         EVERYTHING,
-        (pytest("-m", "slow", "--ignore", "tests/test_checkpoint_resume.py"),),
+        (
+            pytest(
+                "-m", "slow", *(f"--ignore=tests/{name}" for name in ("test_checkpoint_resume.py", "test_storms.py"))
+            ),
+        ),
     ),
     "distances": Row(
         "every test that compares by distance, 200 times with other draws, each for at most 20 s",
@@ -85,18 +95,33 @@ ROWS = {
     ),
     "transformers": Row(
         "the patch tests on every transformers that is supported",
-        ("flagops/**/*.py", "tests/*patch*.py", "tests/*transformers*.py"),
-        ((sys.executable, "tests/other_transformers.py"),),
+        ("flagops/**/*.py", "tests/*patch*.py", "tests/*transformers*.py", "tests/other_versions.py"),
+        ((sys.executable, "tests/other_versions.py", "transformers"),),
+    ),
+    "numba": Row(
+        "all parity, the threads and what is relied upon, on the oldest and the newest numba",
+        (*KERNELS, "tests/test_threads.py", "tests/test_backends.py", "tests/other_versions.py", "pyproject.toml"),
+        ((sys.executable, "tests/other_versions.py", "numba", "--", "-n", "2", "-k", ""),),
     ),
     "haswell": Row(
         "numba's kernels on a CPU without AVX-512",
         KERNELS,
-        (
-            (
-                *("env", "NUMBA_CPU_NAME=haswell", "NUMBA_CPU_FEATURES=+avx2,+fma,+f16c", "FLAGOPS_CACHE={empty}"),
-                *pytest("--backend", "numba", "tests/test_parity.py"),
-            ),
-        ),
+        (processor_of("haswell", "+avx2,+fma,+f16c"),),
+    ),
+    "nehalem": Row(
+        "numba's kernels on a CPU without AVX, fused multiply-adds and float16",
+        KERNELS,
+        (processor_of("nehalem", "+sse4.2,+popcnt"),),
+    ),
+    "neon": Row(
+        "all of numba's kernels lowered to aarch64; nothing is run",
+        (*KERNELS, "tests/lowering.py"),
+        ((sys.executable, "tests/lowering.py"),),
+    ),
+    "calls": Row(
+        "1.6 million calls from 8 threads, 50,000 shapes in bounded memory, storms of forks and of new processes",
+        (*KERNELS, "tests/test_storms.py"),
+        (pytest("-m", "slow", "tests/test_storms.py", workers=1),),
     ),
 }
 

@@ -1,15 +1,24 @@
-"""Backends in packages of others, laid out as the protocol has said since 0.1.0; and when compiled code is stale."""
+"""Backends in packages of others, laid out as the protocol has said since 0.1.0; when compiled code is stale; and what
+flagops relies on in numba, on processors and releases of every kind."""
 
+import ast
+import json
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 import flagops
+from flagops.backends import numba
+
+sys.path.insert(0, str(Path(__file__).parent))
+import other_versions
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,11 +95,11 @@ def oldchip(tmp_path):
     return tmp_path / "site"
 
 
-def run(script, folder, **environment):
+def run(script, folder, words=(), **environment):
     """In a process of its own, at a folder that comes first on its path."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("FLAGOPS_")}
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
+        [sys.executable, "-c", textwrap.dedent(script), *words],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -142,12 +151,12 @@ def test_an_edited_source_means_another_cache_folder(tmp_path):
     for folder in ("flagops", "kernels", "reference"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     compiled = [*(tmp_path / "kernels/numba").glob("*.py"), *(tmp_path / "kernels").glob("*.py")]
-    compiled.append(tmp_path / "flagops/backends/_team.py")
+    compiled += [tmp_path / "flagops/backends" / name for name in ("_team.py", "_numba_internals.py")]
     others = [tmp_path / name for name in ("kernels/torch/norm.py", "kernels/triton/_common.py", "flagops/config.py")]
     script = f"""
         from pathlib import Path
         from flagops.backends import numba
-        folder = lambda: numba._cache_folder.__wrapped__(numba.backend.kernels)
+        folder = lambda: numba._folder(numba.backend.kernels)
         def edited(path):
             before = folder()
             Path(path).write_text(Path(path).read_text() + "# edited")
@@ -158,3 +167,191 @@ def test_an_edited_source_means_another_cache_folder(tmp_path):
     """
     done = run(script, tmp_path, FLAGOPS_CACHE=str(tmp_path / "cache"))
     assert done.stdout == "[]\n[]\n", done.stdout + done.stderr
+
+
+PROMISED = {
+    "numba": None,  # all that it holds
+    "numba.types": None,
+    "numba.extending": None,
+    "numba.core": {"cgutils", "types", "event"},
+    "numba.core.cgutils": None,
+    "numba.core.types": None,
+    "llvmlite": None,
+    "llvmlite.binding": None,
+    "llvmlite.ir": None,
+}
+"""What the documentation of numba and llvmlite describes."""
+WITHIN = {
+    "_cache", "_compiler", "active_code_library", "add_linking_library", "call_internal", "call_internal_no_propagate",
+    "codegen", "fndesc", "get_call_template", "get_compile_result", "magic_tuple", "overloads", "target_context",
+    "targetctx", "targetdescr",
+}  # fmt: skip
+"""Attributes of numba's objects that it does not describe."""
+
+
+def unpromised(source):
+    """What a module uses of numba that numba does not promise."""
+    tree, found = ast.parse(source), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name not in PROMISED]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = {alias.name for alias in node.names}
+            promised = PROMISED.get(node.module, set())
+            if promised is not None:
+                found += [f"{node.module}.{name}" for name in names - promised]
+    found = [name for name in found if name.split(".")[0] in ("numba", "llvmlite")]
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return found + (sorted(attributes & WITHIN) if "numba" in source else [])
+
+
+def test_what_numba_does_not_promise_stands_in_one_file():
+    files = [path for folder in ("flagops", "kernels", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
+    users = {path.relative_to(ROOT).as_posix(): unpromised(path.read_text()) for path in files}
+    assert len(users) > 100
+    assert {path for path, used in users.items() if used} == {"flagops/backends/_numba_internals.py"}, users
+    for source in (
+        "import numba.core.caching",
+        "from numba.core import typing",
+        "from numba.core.typing.templates import infer",
+        "import numba\nnumba.njit(f)._cache",
+    ):
+        assert unpromised(source), source
+    assert not unpromised("from numba.core import types\nfrom numba.extending import intrinsic\nimport numba")
+
+
+def test_the_self_test_names_what_has_changed(monkeypatch):
+    from flagops.backends import _numba_internals as internals
+
+    assert numba.backend.self_test() == dict.fromkeys(("release", "target", "code library", "cache", "locks"))
+
+    def changed(*arguments):
+        raise AttributeError("gone")
+
+    def found():
+        return {name for name, wrong in numba.backend.self_test().items() if wrong}
+
+    for owner, name, failing in (
+        (internals, "NEWEST", {"release"}),
+        (internals, "target", {"target"}),
+        (internals, "link", {"code library"}),
+        (internals.CompileResult, "_rebuild", {"cache"}),
+        (internals.CompileResult, "_reduce", {"cache"}),
+        (internals, "_locks", {"locks"}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, (0, 1) if name == "NEWEST" else changed)
+            assert found() == failing, name
+    with monkeypatch.context() as patch:
+        patch.setattr(internals, "call", lambda context, builder, function, values: builder.not_(values[0].type(0)))
+        assert "code library" in found()
+    with monkeypatch.context() as patch:
+        patch.setattr(internals, "_acquire", lambda: None)
+        assert "locks" in found()
+
+
+def test_doctor_shows_the_self_test():
+    script = """
+        import sys
+        from flagops.__main__ import main
+        from flagops.backends import _numba_internals as internals
+        if "broken" in sys.argv:
+            internals._locks = lambda: 1 / 0
+        sys.exit(main(["doctor", "--json"]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    good, broken = (subprocess.run([*command, word], capture_output=True, text=True) for word in ("good", "broken"))
+    assert (good.returncode, broken.returncode) == (0, 1), good.stderr + broken.stderr
+    found = [json.loads(done.stdout)["backends"]["numba"]["self_test"] for done in (good, broken)]
+    assert not any(found[0].values())
+    assert found[1] == found[0] | {"locks": "ZeroDivisionError: division by zero"}
+
+
+def test_the_bounds_are_those_that_are_tried():
+    from flagops.backends import _numba_internals as internals
+
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert f"numba>={'.'.join(map(str, internals.OLDEST))}" in needed
+    tried = [tuple(map(int, version.split(".")[:2])) for version in other_versions.LIBRARIES["numba"].versions]
+    assert (min(tried), max(tried)) == (internals.OLDEST, internals.NEWEST)
+
+
+def test_a_numba_that_does_not_fit_is_a_reason(tmp_path):
+    script = """
+        import sys, types
+        import numba
+        from flagops.backends.numba import backend
+        if "numba.core.compiler_lock" == sys.argv[1]:
+            sys.modules[sys.argv[1]] = types.ModuleType("other")
+        else:
+            numba.__version__ = sys.argv[1]
+        print(backend.unavailable())
+    """
+    for change, reason in (
+        ("0.61.2", "numba 0.61.2 is older than 0.62"),
+        ("0.62.0", "None"),
+        ("1.0.0rc1", "None"),
+        ("numba.core.compiler_lock", f"numba {version('numba')} has not what flagops needs of it: cannot import name"),
+    ):
+        done = run(script, tmp_path, words=(change,))
+        assert done.stdout.startswith(reason), (change, done.stdout, done.stderr)
+
+
+def test_numba_that_may_not_compile_is_a_reason(tmp_path):
+    script = """
+        import numpy, flagops
+        print(flagops.matmul(numpy.ones((2, 3)), numpy.ones((3, 2)))[0, 0])
+        flagops.matmul(numpy.ones((2, 3)), numpy.ones((3, 2)), backend="numba")
+    """
+    done = run(script, tmp_path, NUMBA_DISABLE_JIT="1")
+    assert done.stdout == "3.0\n", done.stderr
+    assert "NUMBA_DISABLE_JIT is set" in done.stderr.splitlines()[-1]
+
+
+PROCESSORS = {
+    "haswell": ("+avx2,+fma,+f16c", 8, "ymm", "zmm"),
+    "nehalem": ("+sse4.2,+popcnt", 4, "xmm", "ymm"),
+}
+
+
+@pytest.mark.skipif("+sse2" not in numba.features(), reason="not an x86")
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_processors_with_narrower_registers(name, tmp_path):
+    """Each is what the code was made for, and computes the same; without F16C float16 alone is refused."""
+    features, lanes, used, unused = PROCESSORS[name]
+    script = f"""
+        import flagops, ml_dtypes, numpy
+        from flagops.backends import numba
+        from flagops.kernels.numba import _gemm, _simd
+        assert numba.backend.facts()["cpu"] == {name!r}
+        assert _simd.LANES == {lanes}, _simd.LANES
+        a, b = numpy.random.default_rng({int.from_bytes(os.urandom(3))}).integers(-8, 9, (2, 70, 70)).astype("f")
+        for right in (b, b.T):
+            assert (flagops.matmul(a, right, backend="numba") == a @ right).all()
+        codes, one = numpy.arange(256, dtype=numpy.uint8).reshape(2, 128), numpy.ones((1, 1), "f")
+        codes[:, -1] = 0  # in place of NaN
+        identity = 0x38 * numpy.eye(128, dtype=numpy.uint8)
+        got = flagops.fp8_matmul(identity, one.repeat(128, 0), codes, one, "float32", backend="numba")
+        assert (got == codes.view(ml_dtypes.float8_e4m3fn).astype("f").T).all()
+        code = "".join(text for kernel in (_gemm._dot, _gemm._outer) for text in kernel.inspect_asm().values())
+        assert "%{used}" in code and "%{unused}" not in code
+        half = numpy.ones((2, 2), numpy.float16)
+        try:
+            print(flagops.matmul(half, half, backend="numba").sum())
+        except flagops.Unsupported as reason:
+            print(str(reason).splitlines()[-1])
+    """
+    done = run(script, tmp_path, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features, FLAGOPS_CACHE=os.devnull)
+    expected = "8.0" if "+f16c" in features else "numba: a: the processor has no float16 conversions (F16C)"
+    assert done.stdout.strip() == expected, done.stdout + done.stderr
+
+
+def test_kernels_lower_to_neon():
+    """As they would be compiled on an aarch64: with fused multiply-adds, and without a call for one."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "lowering.py", "rms_norm", "fp8_dequantize"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert all(counts["calls"] and counts["vectors"] for counts in found.values()), found
+    assert found["rms_norm"]["fused vectors"] > found["fp8_dequantize"]["fused vectors"] == 0

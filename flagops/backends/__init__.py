@@ -25,7 +25,11 @@ def missing(library: str) -> str | None:
 
 
 class Backend(Protocol):
-    """The public protocol; an out-of-tree package offers one through the entry point group ``flagops.backends``."""
+    """The public protocol; an out-of-tree package offers one through the entry point group ``flagops.backends``.
+
+    A backend may also have ``self_test()``, which `flagops doctor` runs where the backend is available: what it relies
+    on and its library does not promise, each by name with what is wrong with it or None.
+    """
 
     name: str
     """One lower-case word without underscore: the suffix of its kernel modules and the value of ``backend=``."""

@@ -54,17 +54,18 @@ def _intrinsic(kernel: Any) -> Any:
     from numba.core import cgutils
     from numba.extending import intrinsic
 
+    from ._numba_internals import call, compiled, link
+
     count, flag, pointer = ir.IntType(64), ir.IntType(32), ir.IntType(8).as_pointer()
     body = ir.FunctionType(ir.VoidType(), [pointer])
 
     def share(typing: Any, entry: Any, threads: Any, chunk: Any, tasks: Any, args: Any) -> Any:
         arguments = types.intp, types.intp, *args.types
-        kernel.get_call_template(arguments, {})
-        compiled = kernel.overloads[arguments]
+        function = compiled(kernel, arguments)
 
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             entry, threads, chunk, tasks, packed = values
-            context.active_code_library.add_linking_library(compiled.library)
+            link(context, function)
             items = cgutils.unpack_tuple(builder, packed, len(args.types))
             # what the threads share: the next task, the tasks, a chunk, whether one failed, and the arguments
             layout = ir.LiteralStructType([count, count, count, flag, *(item.type for item in items)])
@@ -79,14 +80,14 @@ def _intrinsic(kernel: Any) -> Any:
 
         def _body(context: Any, module: Any, layout: Any) -> Any:
             """What each thread of the team runs."""
-            function = ir.Function(module, body, module.get_unique_name("team"))
-            function.linkage = "internal"
-            builder = ir.IRBuilder(function.append_basic_block())
-            shared = builder.bitcast(function.args[0], layout.as_pointer())
+            region = ir.Function(module, body, module.get_unique_name("team"))
+            region.linkage = "internal"
+            builder = ir.IRBuilder(region.append_basic_block())
+            shared = builder.bitcast(region.args[0], layout.as_pointer())
             places = [cgutils.gep_inbounds(builder, shared, 0, place) for place in range(len(layout.elements))]
             following, tasks, chunk, failed = places[0], *map(builder.load, places[1:3]), places[3]
             items = [builder.load(place) for place in places[4:]]
-            begin, work, stop = (function.append_basic_block() for _ in range(3))
+            begin, work, stop = (region.append_basic_block() for _ in range(3))
             builder.branch(begin)
             builder.position_at_end(begin)
             first = builder.atomic_rmw("add", following, chunk, "monotonic")
@@ -94,14 +95,12 @@ def _intrinsic(kernel: Any) -> Any:
             builder.position_at_end(work)
             last = builder.add(first, chunk)
             last = builder.select(builder.icmp_signed("<", last, tasks), last, tasks)
-            call = context.call_internal_no_propagate
-            status, _ = call(builder, compiled.fndesc, compiled.signature, [first, last, *items])
-            with cgutils.if_unlikely(builder, status.is_error):
+            with cgutils.if_unlikely(builder, call(context, builder, function, [first, last, *items])):
                 builder.store(flag(1), failed)
             builder.branch(begin)
             builder.position_at_end(stop)
             builder.ret_void()
-            return function
+            return region
 
         return types.int32(entry, threads, chunk, tasks, args), generate
 

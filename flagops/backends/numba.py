@@ -1,7 +1,8 @@
 """CPU kernels compiled by numba: the descriptor, and what its kernels share (`jit`, `pointer`, `strides`, `parallel`).
 
-numba itself is imported by `jit` and `unavailable` only. Compiled code is cached in a folder of our own whose name is
-a digest of the kernel sources, so that an edited helper never meets stale code; numba's settings are left alone.
+numba itself is imported by `jit` and `unavailable` only; what of it is not promised stands in `_numba_internals`.
+Compiled code is cached in a folder of our own whose name is a digest of the kernel sources, so that an edited helper
+never meets stale code; numba's settings are left alone.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ from typing import Any
 from .. import config
 from ..arrays import is_numpy, is_torch
 from . import _pool, _team, missing
+from ._store import Refused, Store
 
 log = logging.getLogger("flagops")
-
-_OPTIONS = {"nogil": True, "error_model": "numpy"}
 
 
 class _Numba:
@@ -38,9 +38,16 @@ class _Numba:
         reason = missing("numba")
         if reason:
             return reason
-        available = features()
-        if "+sse2" in available and "+f16c" not in available:
-            return "the processor has no float16 conversions (F16C)"
+        import numba
+
+        if numba.config.DISABLE_JIT:
+            return "NUMBA_DISABLE_JIT is set: numba compiles nothing"
+        try:
+            from . import _numba_internals as internals
+        except Exception as error:
+            return f"numba {numba.__version__} has not what flagops needs of it: {error}"
+        if tuple(map(int, numba.__version__.split(".")[:2])) < internals.OLDEST:
+            return f"numba {numba.__version__} is older than {'.'.join(map(str, internals.OLDEST))}"
         return None
 
     def refuses(self, array: Any) -> str | None:
@@ -53,7 +60,7 @@ class _Numba:
                 return f"the tensor's layout is {array.layout}, not torch.strided"
             if type(array).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
                 return f"{type(array).__name__} keeps no elements of its own"
-            return None
+            return _without_halves() if array.dtype is torch.float16 else None
         if is_numpy(array):
             size = array.itemsize
             if not array.flags.aligned or any(
@@ -62,21 +69,26 @@ class _Numba:
                 return "the array is not aligned to its elements"
             if not array.dtype.isnative:
                 return "the array is not in native byte order"
-            return None
+            return _without_halves() if array.dtype == "float16" else None
         return f"{type(array).__name__} is neither a torch tensor nor a NumPy array"
 
     def facts(self) -> dict[str, str]:
         import llvmlite.binding as llvm
         import numba
 
-        folder = _cache_folder(self.kernels)
+        kept = _kept(self.kernels)
         return {
             "numba": numba.__version__,
             "llvm": ".".join(map(str, llvm.llvm_version_info)),
-            "cpu": llvm.get_host_cpu_name(),
+            "cpu": _target()[1],
             "threads": f"{threads()}, {'torch OpenMP' if _team.openmp() else 'own'}",
-            "cache": str(folder) if folder else "none",
+            "cache": str(kept.folder) if isinstance(kept, Store) else f"none, {kept}",
         }
+
+    def self_test(self) -> dict[str, str | None]:
+        from ._numba_internals import self_test
+
+        return self_test()
 
     def synchronize(self) -> None:
         """Nothing runs behind a caller's back."""
@@ -98,12 +110,26 @@ def strides(x: Any) -> tuple[int, ...]:
     return tuple([s // size for s in x.strides])
 
 
-@cache
-def features() -> frozenset[str]:
-    """The processor features numba compiles for, such as ``"+avx512f"``."""
-    from numba.core.registry import cpu_target
+def _target() -> tuple[str, str, frozenset[str]]:
+    from ._numba_internals import target
 
-    return frozenset(cpu_target.target_context.codegen().magic_tuple()[-1].split(","))
+    return target()
+
+
+def architecture() -> str:
+    """The processor's architecture as LLVM names it, such as ``"x86_64"``."""
+    return _target()[0]
+
+
+def features() -> frozenset[str]:
+    """The processor features numba compiles for, such as ``"+avx512f"``, and what they imply."""
+    return _target()[2]
+
+
+def _without_halves() -> str | None:
+    if "+sse2" in features() and "+f16c" not in features():
+        return "the processor has no float16 conversions (F16C)"
+    return None
 
 
 def jit(function: Any, owner: Any = None) -> Any:
@@ -113,11 +139,13 @@ def jit(function: Any, owner: Any = None) -> Any:
     """
     import numba
 
-    dispatcher = numba.njit(**_OPTIONS)(function)
+    from ._numba_internals import OPTIONS, keep
+
+    dispatcher = numba.njit(**OPTIONS)(function)
     owner = owner or function
-    folder = _cache_folder(owner.__module__.rpartition(".")[0])
-    if folder:
-        dispatcher._cache = _cache_class()(function, owner, folder)
+    store = _kept(owner.__module__.rpartition(".")[0])
+    if isinstance(store, Store):
+        keep(dispatcher, owner, store)
     return dispatcher
 
 
@@ -127,84 +155,40 @@ def _launcher(kernel: Any) -> Any:
 
 
 @cache
-def _cache_folder(package: str) -> Path | None:
-    """The folder for one package of kernels, made if need be; None where none can be written."""
-    import llvmlite.binding as llvm
+def _kept(package: str) -> Store | str:
+    """Where the compiled code of a package of kernels is kept, or why it is not."""
+    try:
+        return Store(_folder(package))
+    except Exception as error:  # no home folder, a file in its place, a package without a listing
+        level = logging.WARNING if isinstance(error, Refused) else logging.INFO
+        log.log(level, "compiled numba kernels are not cached: %s", error)
+        return str(error)
+
+
+def _folder(package: str) -> Path:
+    """One folder for what a package's compiled code depends on."""
     import numba
 
-    facts = numba.__version__, llvm.get_host_cpu_name(), sorted(features()), _OPTIONS
+    from ._numba_internals import OPTIONS
+
+    architecture, name, found = _target()
+    facts = numba.__version__, sys.implementation.cache_tag, architecture, name, sorted(found), OPTIONS
     digest = hashlib.sha256(repr(facts).encode())
-    try:
-        for name, content in _sources(package):
-            digest.update(name.encode() + b"\0" + content)
-        folder = Path(config.cache_folder()) / "numba" / digest.hexdigest()[:20]
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(f"{folder} is read-only")
-    except Exception as error:  # no home folder, a file in its place, a package without a listing
-        log.info("compiled numba kernels are not cached: %s", error)
-        return None
-    return folder
+    for file, content in _sources(package):
+        digest.update(file.encode() + b"\0" + content)
+    return Path(config.cache_folder()) / "numba" / digest.hexdigest()[:20]
 
 
 def _sources(package: str) -> Iterator[tuple[str, bytes]]:
-    """What kernels of a package may compile: its modules, helpers (``_*.py``) of the one above, and their launcher."""
+    """What kernels of a package may compile: its modules, helpers (``_*.py``) of the one above, and ours."""
     from importlib.resources import files
 
     above = package.rpartition(".")[0]
-    for folder, prefix in (package, ""), (above, "_"), ("flagops.backends", "_team"):
+    ours = "flagops.backends"
+    for folder, prefix in (package, ""), (above, "_"), (ours, "_team"), (ours, "_numba"):
         for source in sorted(files(folder).iterdir(), key=lambda file: file.name) if folder else ():
             if source.name.startswith(prefix) and source.name.endswith(".py"):
                 yield f"{folder}/{source.name}", source.read_bytes()
-
-
-@cache
-def _cache_class() -> Any:
-    from numba.core import caching
-
-    class Locator(caching._CacheLocator):
-        def __init__(self, owner: Any, folder: Path) -> None:
-            self._py_file = owner.__code__.co_filename  # numba names it in a warning
-            self._path, self._line = str(folder), str(owner.__code__.co_firstlineno)
-
-        def get_cache_path(self) -> str:
-            return self._path
-
-        def get_source_stamp(self) -> str:
-            return self._path  # its name is the digest of the sources
-
-        def get_disambiguator(self) -> str:
-            return self._line
-
-    class Store(caching.CompileResultCacheImpl):
-        def __init__(self, function: Any, owner: Any, folder: Path) -> None:
-            code = owner.__code__
-            self._lineno, self._locator = code.co_firstlineno, Locator(owner, folder)
-            own = "" if function is owner else f".{function.__name__}"
-            self._filename_base = self.get_filename_base(f"{owner.__module__}.{code.co_name}{own}", "")
-
-    class Cache(caching.FunctionCache):
-        """numba's cache in a folder of ours; a failure to read or write costs a compilation, never the call."""
-
-        def __init__(self, function: Any, owner: Any, folder: Path) -> None:
-            self._impl_class = lambda f: Store(f, owner, folder)
-            super().__init__(function)
-
-        def load_overload(self, sig: Any, target_context: Any) -> Any:
-            try:
-                return super().load_overload(sig, target_context)
-            except Exception as error:
-                log.info("cached numba kernel ignored: %s", error)
-                return None
-
-        def save_overload(self, sig: Any, data: Any) -> None:
-            try:
-                super().save_overload(sig, data)
-            except Exception as error:
-                log.info("compiled numba kernel not cached: %s", error)
-                self.disable()
-
-    return Cache
 
 
 _caller = threading.local()

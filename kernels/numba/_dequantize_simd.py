@@ -10,6 +10,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from flagops.backends.numba import architecture, features
+
 _POINTER = ir.PointerType()
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
@@ -20,12 +22,6 @@ def _vector(element: ir.Type, lanes: int) -> ir.VectorType:
 
 def _splat(element: ir.Type, lanes: int, value: Any) -> ir.Constant:
     return ir.Constant(_vector(element, lanes), [value] * lanes)
-
-
-def _target(context: Any) -> tuple[str, set[str]]:
-    """Architecture and features that this process compiles for, as numba's own settings have them."""
-    triple, _, features = context.codegen().magic_tuple()
-    return triple.split("-")[0], {feature[1:] for feature in features.split(",") if feature.startswith("+")}
 
 
 def _at(builder: ir.IRBuilder, address: Any, offset: int = 0) -> Any:
@@ -57,13 +53,12 @@ def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
 
 
-def _lookup_bytes(builder: ir.IRBuilder, target: tuple[str, set[str]], table: Any, index: Any) -> Any:
+def _lookup_bytes(builder: ir.IRBuilder, table: Any, index: Any) -> Any:
     """<16 x i8> of a 16-entry byte table."""
-    arch, features = target
     typ = _vector(_I8, 16)
-    if "ssse3" in features:
+    if "+ssse3" in features():
         return _call(builder, "llvm.x86.ssse3.pshuf.b.128", typ, table, index)
-    if arch in ("aarch64", "arm64"):
+    if architecture() in ("aarch64", "arm64"):
         return _call(builder, "llvm.aarch64.neon.tbl1.v16i8", typ, table, index)
     result = ir.Constant(typ, ir.Undefined)
     for lane in range(16):
@@ -81,7 +76,7 @@ def decode_fp4(typingctx: Any, codes: Any, out: Any, table: Any, streaming: Any,
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         codes, out, table, streaming, _ = args
-        target, size = _target(context), tag.bitwidth // 8
+        size = tag.bitwidth // 8
         packed = _load(builder, _vector(_I8, 16), codes)
         low, high = builder.and_(packed, _splat(_I8, 16, 15)), builder.lshr(packed, _splat(_I8, 16, 4))
         entries = _load(builder, _vector(_I8, 16 * size), table)
@@ -89,7 +84,7 @@ def decode_fp4(typingctx: Any, codes: Any, out: Any, table: Any, streaming: Any,
         results = []
         for part in (range(8), range(8, 16)):
             index = _shuffle(builder, low, high, [lane for i in part for lane in (i, 16 + i)])
-            parts = [_lookup_bytes(builder, target, plane, index) for plane in planes]
+            parts = [_lookup_bytes(builder, plane, index) for plane in planes]
             while len(parts) > 1:
                 half = len(parts) // 2
                 parts = [_interleave(builder, *pair) for pair in zip(parts[:half], parts[half:], strict=True)]
@@ -132,7 +127,7 @@ def decode_fp8(typingctx: Any, codes: Any, out: Any, count: Any, table: Any, str
             _store(builder, builder.xor(found[0], sign), builder.add(out, builder.mul(start, _I64(size))), 0, aligned)
 
         whole = _I64(0)
-        if "avx512bw" in _target(context)[1]:
+        if "+avx512bw" in features():
             whole = builder.and_(count, _I64(-lanes))
             with builder.if_else(streaming) as branches:
                 for branch, aligned in zip(branches, (64, 0), strict=True):
@@ -164,7 +159,7 @@ def fence(typingctx: Any) -> Any:
     """Order streaming stores before whatever tells another thread that they are done."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        if _target(context)[0] in ("x86_64", "i686"):
+        if architecture() in ("x86_64", "i686"):
             _call(builder, "llvm.x86.sse.sfence", ir.VoidType())
         else:
             builder.fence("seq_cst")

@@ -33,6 +33,7 @@ from ._simd import (
 
 _PERMUTE = "+avx512f" in features()
 """Whether one instruction looks 16 floats up; each scale then has a row of 16 products, else its half."""
+_HALVES = "+sse2" not in features() or "+f16c" in features()
 _TOGETHER = 4
 """Rows of weights that run side by side: enough to hide the latency of their sums."""
 _i8, _f32 = ir.IntType(8), ir.FloatType()
@@ -68,7 +69,7 @@ def _call(builder, name, a, b):
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}"), [a, b])
 
 
-def _fp4_group(context, builder, codes, scale, table):
+def _fp4_group(builder, codes, scale, table):
     """The 32 weights at `codes` times the scale of the byte at `scale`, as vectors in FP4_ORDER."""
     byte = builder.zext(_load(builder, _i8, scale), _i64)
     if _PERMUTE:
@@ -83,11 +84,9 @@ def _fp4_group(context, builder, codes, scale, table):
     factor = _splat(builder, _load(builder, _f32, table, builder.shl(byte, _i64(2))), LANES)
     packed = _load(builder, ir.VectorType(_i8, 16), codes)
     doubled = _constant(_i8, [int(2 * value) & 0xFF for value in _E2M1])
-    triple, _, names = context.codegen().magic_tuple()
-    target = triple.split("-")[0], {name[1:] for name in names.split(",") if name.startswith("+")}
     found = []
     for index in (builder.and_(packed, _constant(_i8, [15] * 16)), builder.lshr(packed, _constant(_i8, [4] * 16))):
-        values = _lookup_bytes(builder, target, doubled, index)
+        values = _lookup_bytes(builder, doubled, index)
         for first in range(0, 16, LANES):
             part = builder.sext(_shuffle(builder, values, values, range(first, first + LANES)), _vector(_i32))
             found.append(builder.fmul(builder.sitofp(part, _vector(_f32)), factor))
@@ -100,11 +99,31 @@ def _vector(element):
 
 def _fp8_pair(builder, code):
     """Two vectors for 2 * LANES codes; NaN codes give numbers."""
+    if not _HALVES:
+        return [_fp8_by_hand(builder, part) for part in _halves(builder, code)]
     wide = builder.sext(code, ir.VectorType(_i16, 2 * LANES))
     bits = builder.and_(builder.shl(wide, _constant(_i16, [7] * (2 * LANES))), _constant(_i16, [0xBFFF] * (2 * LANES)))
     half = builder.bitcast(bits, ir.VectorType(ir.HalfType(), 2 * LANES))
-    parts = (_shuffle(builder, half, half, range(first, first + LANES)) for first in (0, LANES))
-    return [builder.fpext(part, _vector(_f32)) for part in parts]
+    return [builder.fpext(part, _vector(_f32)) for part in _halves(builder, half)]
+
+
+def _halves(builder, value):
+    return [_shuffle(builder, value, value, range(first, first + LANES)) for first in (0, LANES)]
+
+
+def _fp8_by_hand(builder, code):
+    """Without conversions of float16; no step meets a subnormal float32, which a process may flush to zero."""
+
+    def bits(value):
+        return _constant(_i32, [value] * LANES)
+
+    wide = builder.sext(code, _vector(_i32))
+    magnitude = builder.and_(builder.shl(wide, bits(20)), bits(0x7F << 20))
+    normal = builder.add(magnitude, bits(112 << 23))
+    above = builder.bitcast(builder.add(magnitude, bits(113 << 23)), _vector(_f32))  # 2^-14 above a subnormal's value
+    subnormal = builder.bitcast(builder.fsub(above, _constant(_f32, [2.0**-14] * LANES)), _vector(_i32))
+    found = builder.select(builder.icmp_unsigned("<", magnitude, bits(8 << 20)), subnormal, normal)
+    return builder.bitcast(builder.or_(found, builder.and_(wide, bits(1 << 31))), _vector(_f32))
 
 
 def _magnitude(builder, code):
@@ -144,7 +163,7 @@ def fp4_row(typingctx, codes, ld, scales, lds, table, valid, groups, x, c, add):
                 for code, scale, total in zip(left, right, values, strict=True):
                     at = builder.add(code, builder.mul(group, _i64(16)))
                     for weight, other in zip(
-                        _fp4_group(context, builder, at, builder.add(scale, group), table), xs, strict=True
+                        _fp4_group(builder, at, builder.add(scale, group), table), xs, strict=True
                     ):
                         total = _fma(builder, other, weight, total)
                     result.append(total)
@@ -167,7 +186,7 @@ def fp4_decode(typingctx, codes, scales, table, groups, out):
 
         def step(group, values):
             at = builder.add(codes, builder.mul(group, _i64(16)))
-            for i, weight in enumerate(_fp4_group(context, builder, at, builder.add(scales, group), table)):
+            for i, weight in enumerate(_fp4_group(builder, at, builder.add(scales, group), table)):
                 _store(builder, types.float32, weight, out, builder.add(builder.mul(group, _i64(32)), _i64(i * LANES)))
             return []
 

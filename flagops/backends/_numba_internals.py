@@ -1,0 +1,238 @@
+"""What flagops uses of numba that numba does not promise: all of it stands here, and `self_test` tries it.
+
+Beside each use stands where numba keeps it, the same in all releases from OLDEST to NEWEST.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba
+from numba import types
+from numba.core import serialize
+from numba.core.compiler import CompileResult
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+from ._store import Store
+
+log = logging.getLogger("flagops")
+
+OLDEST, NEWEST = (0, 62), (0, 68)
+"""The releases that were tried; before the oldest, LLVM's pointers have types."""
+
+OPTIONS = {"nogil": True, "error_model": "numpy"}
+
+_IMPLIED = {
+    "avx512f": "avx2 fma f16c",
+    "avx2": "avx",
+    "fma": "avx",
+    "f16c": "avx",
+    "avx": "sse4.2",
+    "sse4.2": "sse4.1",
+    "sse4.1": "ssse3",
+    "ssse3": "sse3",
+    "sse3": "sse2",
+}
+"""What a feature brings with it in LLVM, which NUMBA_CPU_FEATURES need not name."""
+
+
+@cache
+def target() -> tuple[str, str, frozenset[str]]:
+    """Architecture, processor and features, such as ``"+avx2"``, that numba compiles for, by its own settings."""
+    # numba.core.codegen: JITCPUCodegen.magic_tuple
+    triple, name, features = cpu_target.target_context.codegen().magic_tuple()
+    architecture = triple.split("-")[0]
+    found = {feature for feature in features.split(",") if feature.startswith("+")}
+    following = [*found, *(["+sse2"] if architecture == "x86_64" else [])]
+    while following:
+        found.add(feature := following.pop())
+        following += [f"+{implied}" for implied in _IMPLIED.get(feature[1:], "").split()]
+    return architecture, name, frozenset(found)
+
+
+class Cache:
+    """What a dispatcher asks for compiled code and gives it to; a failure costs a compilation, never the call.
+
+    numba's own keeps an index beside the code, which two processes that write at once can make name each other's.
+    """
+
+    def __init__(self, function: Any, owner: Any, store: Store) -> None:
+        code = owner.__code__
+        own = "" if function is owner else f".{function.__name__}"
+        self._prefix = f"{owner.__module__}.{code.co_name}{own}-{code.co_firstlineno}".replace("<", "").replace(">", "")
+        self._function, self._store, self._writes = function, store, True
+        self.cache_path = str(store.folder)  # numba.core.dispatcher: Dispatcher.stats
+
+    def _name(self, signature: Any) -> str:
+        cells = tuple(cell.cell_contents for cell in self._function.__closure__ or ())
+        key = repr(signature).encode() + self._function.__code__.co_code + serialize.dumps(cells)
+        return f"{self._prefix}.{hashlib.sha256(key).hexdigest()[:24]}.nbc"
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        """The compiled function for a signature, or None. numba.core.dispatcher: Dispatcher.compile"""
+        try:
+            content = self._store.read(self._name(signature))
+            if content is None:
+                return None
+            context.refresh()  # as numba.core.caching: Cache.load_overload
+            kept, parts = pickle.loads(content)
+            return CompileResult._rebuild(context, *parts) if kept == signature else None
+        except Exception as error:
+            log.info("cached numba kernel ignored: %s", error)
+            return None
+
+    def save_overload(self, signature: Any, compiled: Any) -> None:
+        """Keep a compiled function, unless it holds addresses. numba.core.dispatcher: Dispatcher.compile"""
+        if not self._writes or compiled.lifted or compiled.library.has_dynamic_globals:
+            return
+        try:
+            self._store.write(self._name(signature), serialize.dumps((signature, compiled._reduce())))
+        except Exception as error:
+            log.info("compiled numba kernel not cached: %s", error)
+            self._writes = False
+
+    def flush(self) -> None:
+        """Nothing is forgotten: what is compiled again is written again. numba.core.dispatcher: Dispatcher.recompile"""
+
+
+def keep(dispatcher: Any, owner: Any, store: Store) -> None:
+    """Let a dispatcher keep its code in a store, by the name of its owner. numba.core.dispatcher: Dispatcher._cache"""
+    dispatcher._cache = Cache(dispatcher.py_func, owner, store)
+
+
+def compiled(dispatcher: Any, arguments: Sequence[Any]) -> Any:
+    """The compiled function for types of arguments. numba.core.dispatcher: Dispatcher.compile, overloads"""
+    dispatcher.compile(tuple(arguments))
+    return dispatcher.overloads[tuple(arguments)]
+
+
+def link(context: Any, function: Any) -> None:
+    """Let the code that an intrinsic generates call a compiled function. numba.core.base: active_code_library"""
+    context.active_code_library.add_linking_library(function.library)
+
+
+def call(context: Any, builder: Any, function: Any, values: Sequence[Any]) -> Any:
+    """Emit a call; the result says whether it failed. numba.core.base: BaseContext.call_internal_no_propagate"""
+    status, _ = context.call_internal_no_propagate(builder, function.fndesc, function.signature, values)
+    return status.is_error
+
+
+def _locks() -> tuple[Any, Any]:
+    """Of numba's compiler and of LLVM. numba.core.compiler_lock, llvmlite.binding.ffi: _lib_wrapper._lock"""
+    return global_compiler_lock, llvm.ffi.lib._lock
+
+
+def _acquire() -> None:
+    for lock in _locks():
+        lock.__enter__()
+
+
+def _release() -> None:
+    for lock in reversed(_locks()):
+        lock.__exit__(None, None, None)
+
+
+if hasattr(os, "register_at_fork"):  # a child must not inherit them from a thread that it does not have
+    os.register_at_fork(before=_acquire, after_in_parent=_release, after_in_child=_release)
+
+
+def self_test() -> dict[str, str | None]:
+    """What is wrong with each thing that numba does not promise, or None where it is as it was."""
+    found: dict[str, str | None] = {}
+    for name, check in _CHECKS.items():
+        try:
+            found[name] = check()
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def _release_tried() -> str | None:
+    version = tuple(map(int, numba.__version__.split(".")[:2]))
+    last = ".".join(map(str, NEWEST))
+    return None if OLDEST <= version <= NEWEST else f"numba {numba.__version__} has not been tried, the last was {last}"
+
+
+def _target_known() -> str | None:
+    architecture, name, features = target()
+    return None if architecture and name and features else f"no features of {name or 'the processor'} are known"
+
+
+def _twice(x):  # type: ignore[no-untyped-def]
+    return 2 * x
+
+
+def _linked() -> str | None:
+    """An intrinsic that calls another compiled function, which fails for 3."""
+
+    def fails(x):  # type: ignore[no-untyped-def]
+        if x == 3:
+            raise ValueError
+        return x
+
+    inner = numba.njit(**OPTIONS)(fails)
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def failed(typing: Any, x: Any) -> Any:
+        function = compiled(inner, [types.int64])
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            link(context, function)
+            return call(context, builder, function, values)
+
+        return types.boolean(types.int64), generate
+
+    got = [numba.njit(**OPTIONS)(lambda x: failed(x))(x) for x in (2, 3)]
+    return None if got == [False, True] else f"a call between compiled functions gave {got}"
+
+
+class _Memory(dict[str, bytes]):
+    folder, read, write = "", dict.get, dict.__setitem__
+
+
+def _kept() -> str | None:
+    store: Any = _Memory()
+    for hits in (0, 1):
+        dispatcher = numba.njit(**OPTIONS)(_twice)
+        keep(dispatcher, _twice, store)
+        if dispatcher(21) != 42:
+            return "a function from the cache computes something else"
+        if sum(dispatcher.stats.cache_hits.values()) != hits:
+            return "compiled code is not found again" if hits else "code is found that was never compiled"
+    return None
+
+
+def _locked() -> str | None:
+    taken: list[bool] = []
+
+    def take() -> None:
+        for lock in _locks():
+            taken.append(lock._lock.acquire(blocking=False))
+            if taken[-1]:
+                lock._lock.release()
+
+    for change in (_acquire, _release):
+        change()
+        other = threading.Thread(target=take)
+        other.start()
+        other.join()
+    return None if taken == [False, False, True, True] else f"another thread could take the locks: {taken}"
+
+
+_CHECKS: dict[str, Callable[[], str | None]] = {
+    "release": _release_tried,
+    "target": _target_known,
+    "code library": _linked,
+    "cache": _kept,
+    "locks": _locked,
+}

@@ -1,0 +1,89 @@
+"""Files that hold code: trusted because nobody else can have written them, and only as they were written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger("flagops")
+
+_DIGEST = hashlib.sha256().digest_size
+
+
+class Refused(PermissionError):
+    """A place where another user could put code."""
+
+
+class Store:
+    """A folder of files that are read only if this user, or root, wrote them and no bit has changed since.
+
+    The folder is made if need be, for this user alone. Raises Refused where another user owns it or a folder above it,
+    or could write there; OSError where it cannot be made.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        if not os.path.isabs(folder):
+            raise Refused(f"{folder} is a relative path, another folder in each working directory")
+        self.folder = Path(os.path.realpath(folder))
+        for place in (*reversed(self.folder.parents), self.folder):  # below what is trusted nobody else makes links
+            with contextlib.suppress(FileExistsError):
+                if not place.exists():
+                    place.mkdir(mode=0o700)
+            status = place.lstat()
+            if not stat.S_ISDIR(status.st_mode):
+                raise NotADirectoryError(f"{place} is not a folder")
+            _examine(place, status, shared=place != self.folder)
+
+    def read(self, name: str) -> bytes | None:
+        """What was written under a name; None if nothing was, or something else stands there now."""
+        path = self.folder / name
+        try:
+            with open(path, "rb", opener=_without_links) as f:
+                _examine(path, os.fstat(f.fileno()))
+                digest, content = f.read(_DIGEST), f.read()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            log.info("not read: %s", error)
+            return None
+        if digest != _digest(name, content):
+            log.info("%s is damaged and is made again", path)
+            return None
+        return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace the file of that name at once: who reads it meanwhile has the old one or the new one."""
+        handle, temporary = tempfile.mkstemp(dir=self.folder)
+        try:
+            with open(handle, "wb") as f:
+                f.write(_digest(name, content) + content)
+            os.replace(temporary, self.folder / name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+
+
+def _digest(name: str, content: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + b"\0" + content).digest()
+
+
+def _examine(path: Path, status: os.stat_result, shared: bool = False) -> None:
+    """shared: where others may write, if none can remove what is not his own, as in /tmp."""
+    if not hasattr(os, "geteuid"):
+        return  # access lists decide there, which the mode does not show
+    if status.st_uid not in (0, os.geteuid()):
+        raise Refused(f"{path} belongs to user {status.st_uid}, who could put other code there")
+    sticky = shared and status.st_mode & stat.S_ISVTX
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+        mode = stat.S_IMODE(status.st_mode)
+        raise Refused(f"{path} can be written by other users (mode {mode:04o}), who could put other code there")
