@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import sys
 import threading
 from collections import Counter
@@ -39,6 +40,8 @@ _finished: Counter[tuple[str, str]] = Counter()
 _refused: Counter[tuple[str, str, str]] = Counter()
 _logged: set[tuple[str, ...]] = set()
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a child must not inherit it from a thread that it does not have
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 @dataclass(eq=False, slots=True)

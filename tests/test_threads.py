@@ -10,6 +10,7 @@ import textwrap
 
 import pytest
 
+SLOW = "linear fp8_dequantize sparse_attention lightning_indexer"  # to compile; they seldom add to what is asked
 SETUP = """
 import os, sys, threading
 import torch, flagops
@@ -57,6 +58,73 @@ def test_a_forked_child_computes():
         assert os.waitstatus_to_exitcode(status) == 0
         assert all(same(name) for name in calls)
     """)
+
+
+FORKED = """
+    import faulthandler, signal, time, traceback
+    def child(work):
+        \"\"\"The exit status of a forked child, which has a minute.\"\"\"
+        pid = os.fork()
+        if pid == 0:
+            faulthandler.register(signal.SIGALRM, chain=True)
+            signal.alarm(60)
+            try:
+                work()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("held", ["compiler", "llvm", "plans"])
+def test_a_child_forked_while_another_thread_holds_a_lock(held):
+    """What the child computes must be compiled first, and has no plan yet."""
+    run(
+        textwrap.dedent(FORKED)
+        + textwrap.dedent(f"""
+        from numba.core import event
+        from flagops import dispatch
+        begun = threading.Event()
+
+        class Slow(event.Listener):
+            def on_start(self, occurred):
+                if not begun.is_set():
+                    begun.set()
+                    time.sleep(1)
+            def on_end(self, occurred):
+                pass
+
+        def work(dtype):
+            x = torch.arange(12).reshape(3, 4).to(dtype)
+            assert torch.equal(flagops.rms_norm(x, None, 1e-6, backend="numba"), flagops.rms_norm(x, None, 1e-6))
+
+        work(torch.float32)  # a child of a process that imports a module may wait for Python's own lock of it
+        if {held!r} == "plans":
+            plain = dispatch._lock
+            class Lock:
+                def __enter__(self):
+                    plain.acquire()
+                    if not begun.is_set():
+                        begun.set()
+                        time.sleep(1)
+                def __exit__(self, *exception):
+                    plain.release()
+            dispatch._lock = Lock()
+        else:
+            event.register("numba:compile" if {held!r} == "compiler" else "numba:llvm_lock", Slow())
+        thread = threading.Thread(target=work, args=(torch.float64,))
+        thread.start()
+        begun.wait()
+        assert child(lambda: work(torch.bfloat16)) == 0
+        thread.join()
+        work(torch.float16)
+        """),
+        FLAGOPS_CACHE=os.devnull,
+        LEFT_OUT=" ".join(("matmul", "fp4_dequantize", SLOW)),
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -126,9 +194,6 @@ def test_results_do_not_depend_on_the_number_of_threads():
     """)
 
 
-SLOW = "linear fp8_dequantize sparse_attention lightning_indexer"  # to compile; they add nothing to what is asked here
-
-
 def test_a_cache_that_cannot_be_written(tmp_path):
     folder = tmp_path / "file"
     folder.write_text("in the way")
@@ -147,7 +212,7 @@ def test_a_second_process_compiles_nothing(tmp_path):
         print(len(recorder.buffer))
     """
     first, second = (int(run(script, FLAGOPS_CACHE=str(tmp_path))) for _ in range(2))
-    assert list(tmp_path.rglob("*.nbi"))
+    assert list(tmp_path.rglob("*.nbc"))
     assert first > 0
     assert second == 0
 
