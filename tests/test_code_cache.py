@@ -252,6 +252,32 @@ def test_processes_that_compile_at_once_serve_the_next(tmp_path):
         assert compiled(tmp_path, " ".join(order)) == 0
 
 
+def test_one_folder_for_what_code_depends_on(tmp_path):
+    """Processor, each feature and each lack of one."""
+    script = "from flagops.backends import numba; print(numba._folder(numba.backend.kernels))"
+    folders = set()
+    for name, features in (("haswell", "+avx2"), ("haswell", "-avx2"), ("haswell", "-fma"), ("znver3", "+avx2")):
+        processor = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "FLAGOPS_CACHE": str(tmp_path)}
+        command = [sys.executable, "-c", script]
+        folders.add(subprocess.check_output(command, env=os.environ | processor, cwd=ROOT))
+    assert len(folders) == 4
+
+
+def test_nothing_is_kept_of_a_script(tmp_path):
+    """Whose constants may change where its name, its line and its bytecode do not."""
+    script = """
+        from flagops.backends.numba import jit
+        @jit
+        def constant():
+            return 1
+        print(constant())
+    """
+    command, environment = [sys.executable, "-c"], os.environ | {"FLAGOPS_CACHE": str(tmp_path)}
+    for number in "12":
+        text = textwrap.dedent(script).replace("return 1", f"return {number}")
+        assert subprocess.check_output([*command, text], env=environment, cwd=ROOT, text=True) == f"{number}\n"
+
+
 @posix
 def test_why_nothing_is_kept_is_said(tmp_path):
     (tmp_path / "cache").mkdir()

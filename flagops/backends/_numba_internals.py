@@ -47,10 +47,15 @@ _IMPLIED = {
 
 
 @cache
+def settings() -> tuple[str, str, str]:
+    """Triple, processor and features that numba compiles for. numba.core.codegen: JITCPUCodegen.magic_tuple"""
+    return tuple(cpu_target.target_context.codegen().magic_tuple())
+
+
+@cache
 def target() -> tuple[str, str, frozenset[str]]:
-    """Architecture, processor and features, such as ``"+avx2"``, that numba compiles for, by its own settings."""
-    # numba.core.codegen: JITCPUCodegen.magic_tuple
-    triple, name, features = cpu_target.target_context.codegen().magic_tuple()
+    """Architecture, processor and features, such as ``"+avx2"``, with what they imply."""
+    triple, name, features = settings()
     architecture = triple.split("-")[0]
     found = {feature for feature in features.split(",") if feature.startswith("+")}
     following = [*found, *(["+sse2"] if architecture == "x86_64" else [])]

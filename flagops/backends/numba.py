@@ -166,13 +166,14 @@ def _kept(package: str) -> Store | str:
 
 
 def _folder(package: str) -> Path:
-    """One folder for what a package's compiled code depends on."""
+    """One folder for all that a package's compiled code depends on."""
     import numba
 
-    from ._numba_internals import OPTIONS
+    from ._numba_internals import OPTIONS, settings
 
-    architecture, name, found = _target()
-    facts = numba.__version__, sys.implementation.cache_tag, architecture, name, sorted(found), OPTIONS
+    if not package:
+        raise ValueError("functions outside a package may change unnoticed")
+    facts = numba.__version__, sys.implementation.cache_tag, settings(), OPTIONS
     digest = hashlib.sha256(repr(facts).encode())
     for file, content in _sources(package):
         digest.update(file.encode() + b"\0" + content)
