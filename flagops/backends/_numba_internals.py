@@ -57,12 +57,13 @@ def target() -> tuple[str, str, frozenset[str]]:
     """Architecture, processor and features, such as ``"+avx2"``, with what they imply."""
     triple, name, features = settings()
     architecture = triple.split("-")[0]
-    found = {feature for feature in features.split(",") if feature.startswith("+")}
-    following = [*found, *(["+sse2"] if architecture == "x86_64" else [])]
+    given = {feature[1:]: feature[0] == "+" for feature in features.split(",") if feature}
+    following = [feature for feature, has in given.items() if has] + (["sse2"] if architecture == "x86_64" else [])
+    found = set()
     while following:
         found.add(feature := following.pop())
-        following += [f"+{implied}" for implied in _IMPLIED.get(feature[1:], "").split()]
-    return architecture, name, frozenset(found)
+        following += [implied for implied in _IMPLIED.get(feature, "").split() if given.get(implied, True)]
+    return architecture, name, frozenset(f"+{feature}" for feature in found)
 
 
 class Cache:
