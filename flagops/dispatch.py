@@ -16,11 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import methodcaller
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import flagops.surroundings as surroundings
 from flagops import arrays, config, registry
 from flagops.errors import Unsupported
+from flagops.replay import Place, Replay
 
 if TYPE_CHECKING:
     from flagops.operator import Bound, Operator
@@ -52,10 +53,12 @@ class Plan:
     run: Callable[..., None]
     views: tuple[int, ...]
     as_given: bool
+    places: tuple[Place, ...] | None
     spans: tuple[Span, ...]
     out_spans: tuple[Span, ...]
     makers: tuple[Callable[[], Any], ...]
-    memory: tuple[tuple[int, int, int], ...]
+    memory: tuple[surroundings.Memory, ...]
+    there: Callable[[Sequence[Any]], bool]
     on_torch: bool
     above: bool
     through_torch: bool
@@ -64,6 +67,11 @@ class Plan:
     forwards_to: str
     refusals: dict[str, str]
     calls: int = field(default=0)
+    replay: Replay = field(init=False)
+
+    def __post_init__(self) -> None:
+        clean = _as_given if self.as_given else self.clean
+        self.replay = Replay(registry.backend(self.backend), self.run, clean, self.places)
 
     def clean(self, args: Sequence[Any]) -> list[Any]:
         """The arguments as kernels get them: normalised scalars, one-byte formats as uint8 codes, no neg bit."""
@@ -163,21 +171,17 @@ def on_torch(operator: Operator, args: Sequence[Any]) -> bool:
     return any(arrays.is_torch(args[position]) for position in operator.tensor_positions)
 
 
-def execute(plan: Plan, args: Sequence[Any]) -> Any:
-    """Run a plan on the arguments it was made for; returns ``out``, allocated if None.
+def execute(plan: Plan, args: Sequence[Any]) -> tuple[Any, str]:
+    """Run a plan on the arguments it was made for; returns ``out``, allocated if None, and the backend that ran.
 
     Raises `Elsewhere` for tensors whose elements torch's dispatcher has to find.
     """
     operator = plan.operator
-    for position, size, end in plan.memory:
-        x = args[position]
-        try:
-            storage = x.untyped_storage()
-            there = storage.nbytes() >= x.storage_offset() * size + end and storage.data_ptr()
-        except (RuntimeError, NotImplementedError):
-            there = False
-        if not there:
-            return _without_memory(plan, args, operator.parameters[position], surroundings.without_memory(x))
+    if not plan.there(args):
+        for position, _, _ in plan.memory:
+            reason = surroundings.without_memory(args[position])
+            if reason:
+                _refuse_memory(plan, operator.parameters[position], reason)
     if plan.check_values and operator.values:
         problem = operator.values(*args[:-1])
         if problem:
@@ -193,28 +197,26 @@ def execute(plan: Plan, args: Sequence[Any]) -> Any:
                 counted = not one.is_inference()
                 reason = surroundings.without_memory(one) if counted else surroundings.unwritable(one)
                 if reason:
-                    return _without_memory(plan, args, "out", reason)
+                    _refuse_memory(plan, "out", reason)
                 if counted:
                     versioned.append(one)
         _refuse_overlap(plan.on_torch, operator, args, plan.spans, plan.out_spans)
+    replay = plan.replay
     try:
-        if plan.as_given:
-            plan.run(*args)
-        else:
-            plan.run(*plan.clean(args))
+        (replay.known.get(replay.environment()) or replay.first)(args)
     except Unsupported as error:
         return execute(_without(plan, args, str(error)), args)
     if versioned:  # kernels that write by address cannot tell autograd
         sys.modules["torch"]._C._increment_version(versioned)
     plan.calls += 1
-    return out
+    return out, plan.backend
 
 
 class Elsewhere(Exception):
     """A call is for torch's dispatcher: a tensor keeps its elements where no address points."""
 
 
-def _without_memory(plan: Plan, args: Sequence[Any], argument: str, reason: str | None) -> Any:
+def _refuse_memory(plan: Plan, argument: str, reason: str) -> NoReturn:
     """A call on a tensor that has no elements to point at: torch's dispatcher finds them, or nobody can."""
     if plan.above and reason == surroundings.ELSEWHERE:
         raise Elsewhere
@@ -362,6 +364,9 @@ def _choose(
         on_cpu = not arrays.is_torch(first) or first.device.type == "cpu"
         spans = () if wrapped else _spans(operator, args)
         views = _views(operator, args)
+        memory = tuple(
+            (p, args[p].element_size(), end) for p, _, end in spans if end and surroundings.allocated(args[p])
+        )
         return Plan(
             operator=operator,
             backend=name,
@@ -370,12 +375,12 @@ def _choose(
             run=kernel.function,
             views=views,
             as_given=not (views or bound.scalars or operator.coded_results),
+            places=None if wrapped else _places(operator, args),
             spans=spans,
             out_spans=_out_spans(operator, args) if outs and not wrapped else (),
             makers=tuple(arrays.maker(*each, first) for each in zip(bound.shapes, bound.results, strict=True)),
-            memory=tuple(
-                (p, args[p].element_size(), end) for p, _, end in spans if end and surroundings.allocated(args[p])
-            ),
+            memory=memory,
+            there=surroundings.there(memory),
             on_torch=arrays.is_torch(first),
             above=grad is not None,
             through_torch=grad is not None and (wrapped or needs_grad),
@@ -436,6 +441,20 @@ def _out_spans(operator: Operator, args: Sequence[Any]) -> tuple[Span, ...]:
         )
         spans.append((same if like else -1, *arrays.span(out)))
     return tuple(spans)
+
+
+def _places(operator: Operator, args: Sequence[Any]) -> tuple[Place, ...] | None:
+    """Where the tensors of a call lie in memory that is its own; None where there are arrays or negated views."""
+    present = [p for p in sorted(operator.tensor_positions) if args[p] is not None]
+    if any(not arrays.is_torch(args[p]) or args[p].is_neg() for p in present):
+        return None
+    last = len(args) - 1
+    outs = [(last, i) for i in range(len(operator.results))] if operator.several else [(last,)]
+    return tuple([(path, 0) for path in (*((p,) for p in present), *outs)])
+
+
+def _as_given(args: Sequence[Any]) -> Sequence[Any]:
+    return args
 
 
 def _views(operator: Operator, args: Sequence[Any]) -> tuple[int, ...]:

@@ -7,10 +7,12 @@ differentiation changes what a call on plain tensors means.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+
+from flagops import generated
 
 
 def watched() -> str | None:
@@ -115,6 +117,25 @@ def without_memory(x: Any) -> str | None:
     if (x.storage_offset() + end) * x.element_size() > held:
         return "a tensor whose storage was made smaller than it" if held else "a tensor whose storage was freed"
     return None if address else ELSEWHERE  # a zero tensor, or one that torch functionalizes
+
+
+Memory = tuple[int, int, int]
+"""Where a tensor lies among the values of a call, the bytes of an element, and those it needs from its first one on."""
+
+
+def there(memory: Sequence[Memory]) -> Callable[[Sequence[Any]], bool]:
+    """What says quickly whether the values of a call have memory as `without_memory` would say; that has the reason."""
+    names: dict[str, Any] = {}
+    lines = ["def there(held):", " try:"]
+    for n, (position, size, end) in enumerate(memory):
+        names |= {f"size{n}": size, f"end{n}": end}
+        lines += [
+            f"  x = held[{position}]",
+            "  storage = x.untyped_storage()",
+            f"  if storage.nbytes() < x.storage_offset() * size{n} + end{n} or not storage.data_ptr(): return False",
+        ]
+    lines += ["  return True", " except (RuntimeError, NotImplementedError):", "  return False"]
+    return generated.function("\n".join(lines), "surroundings", names)
 
 
 def unwritable(x: Any) -> str | None:

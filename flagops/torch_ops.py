@@ -8,6 +8,7 @@ stand ``f.out`` and ``f_backward``, and where torch's kernel has a backward ``f_
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +21,16 @@ from flagops.operator import Operator
 _library: Any = torch.library.Library("flagops", "DEF")  # type: ignore[no-untyped-call]
 
 
-def invoke(operator: Operator, args: Sequence[Any], wish: str, known: bool = False) -> Any:
-    """A call with all arguments by position through ``torch.ops.flagops``.
+class _Ran(threading.local):
+    backend = ""
+    """Who ran last below torch's dispatcher in this thread."""
+
+
+_ran = _Ran()
+
+
+def invoke(operator: Operator, args: Sequence[Any], wish: str, known: bool = False) -> tuple[Any, str]:
+    """A call with all arguments by position through ``torch.ops.flagops``, and the backend that ran, "" if none did.
 
     wish: the backends wished for, by comma. known: whether the arguments are known to fit.
     """
@@ -31,12 +40,13 @@ def invoke(operator: Operator, args: Sequence[Any], wish: str, known: bool = Fal
             if args[-1] is not None:
                 dispatch.refuse_out(operator, args)
     *inputs, out = args
+    _ran.backend = ""
     result = getattr(torch.ops.flagops, operator.name).default(*_parsed(operator, inputs), wish)
     if out is None:
-        return result
+        return result, _ran.backend
     for place, one in zip(operator.each(out), operator.each(result), strict=True):
         place.copy_(one)
-    return out
+    return out, _ran.backend
 
 
 def trace(operator: Operator, args: Sequence[Any], backend: str | Sequence[str] | None) -> Any:
@@ -107,7 +117,8 @@ def _define(operator: Operator) -> None:
     def run(*arguments: Any) -> Any:
         *inputs, backend = filled(arguments)
         args = (*inputs, None)
-        return dispatch.execute(dispatch.plan(operator, args, _wish(backend)), args)
+        result, _ran.backend = dispatch.execute(dispatch.plan(operator, args, _wish(backend)), args)
+        return result
 
     def run_out(*arguments: Any, **outs: Any) -> None:
         *inputs, backend = filled(arguments)

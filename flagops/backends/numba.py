@@ -12,14 +12,15 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .. import config
 from ..arrays import is_numpy, is_torch
-from . import _pool, _team, missing
+from ..replay import Place
+from . import _launches, _pool, _team, missing
 
 log = logging.getLogger("flagops")
 
@@ -81,12 +82,32 @@ class _Numba:
     def synchronize(self) -> None:
         """Nothing runs behind a caller's back."""
 
+    def environment(self) -> tuple[Any, ...]:
+        """What a kernel may look at besides its arguments."""
+        return _threads_of_torch()(), _caller.most, config.current().budget
+
+    def record(
+        self, function: Callable[..., None], args: Sequence[Any], places: Sequence[Place]
+    ) -> Callable[[Sequence[Any]], None] | None:
+        """What a kernel hands to its loops for calls like this one, with new addresses each time; None if it cannot
+        be told without the values of its arguments. `places`: where its tensors lie among the values of a call."""
+        given = iter(places)
+        seen = [_launches.stand_in(x, given) for x in args]
+        try:
+            once, twice = _recorded(function, seen), _recorded(function, seen)
+            return _launches.replay(once, twice, parallel, threads())
+        except Exception as error:  # whatever it raised, the kernel itself raises it better
+            log.debug("%s is not recorded: %s", function.__name__, error)
+            return None
+
 
 backend = _Numba()
 
 
 def pointer(x: Any) -> int:
     """Address of the first element of a torch CPU tensor or a NumPy array."""
+    if _caller.launches is not None:
+        return _launches.address(x)
     return x.data_ptr() if hasattr(x, "data_ptr") else x.__array_interface__["data"][0]
 
 
@@ -207,13 +228,20 @@ def _cache_class() -> Any:
     return Cache
 
 
-_caller = threading.local()
+class _Caller(threading.local):
+    """What a thread asked for: at most so many threads, and its launches noted down instead of run."""
+
+    most: int | None = None
+    launches: list[_launches.Launch] | None = None
+
+
+_caller = _Caller()
 
 
 @contextlib.contextmanager
 def at_most(count: int) -> Iterator[None]:
     """Calls of this thread run on at most so many threads: for one of several threads that share the processors."""
-    before = getattr(_caller, "most", None)
+    before = _caller.most
     _caller.most = count
     try:
         yield
@@ -228,8 +256,25 @@ def threads() -> int:
         count = int(torch.get_num_threads())
     else:
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = getattr(_caller, "most", None)
+    most = _caller.most
     return count if most is None else min(count, most)
+
+
+@cache
+def _threads_of_torch() -> Callable[[], int]:
+    """torch's thread count with nothing left to look up, for calls on its tensors."""
+    count: Callable[[], int] = sys.modules["torch"].get_num_threads
+    return count
+
+
+def _recorded(function: Callable[..., None], args: Sequence[Any]) -> list[_launches.Launch]:
+    """What a kernel hands to `parallel` for such arguments."""
+    _caller.launches = launches = []
+    try:
+        function(*args)
+    finally:
+        _caller.launches = None
+    return launches
 
 
 _CHUNKS = 4  # a thread that loses its processor delays the call by one chunk
@@ -251,6 +296,9 @@ def parallel(kernel: Callable[..., Any], tasks: int, *args: Any, minimum: int = 
     Chunks hold at least `minimum` tasks. Serial for few tasks, in a forked child and at interpreter exit.
     """
     if tasks < 1:
+        return
+    if _caller.launches is not None:
+        _caller.launches.append(_launches.Launch(kernel, tasks, args, minimum))
         return
     team = threads() if tasks >= 2 * minimum and not (_forked or sys.is_finalizing()) else 1
     if team < 2:

@@ -1,0 +1,56 @@
+"""How calls of one signature reach their kernel: the first as a call of its function, the others as a backend noted
+down what that function does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+Held = Sequence[Any]
+"""The values of a call, among which the tensors of its kernel lie."""
+
+Place = tuple[tuple[int, ...], int]
+"""Where a tensor lies: indices into the values of a call, and the bytes from that one's first element to its own."""
+
+_ENVIRONMENTS = 8
+
+
+class Replay:
+    """``(replay.known.get(replay.environment()) or replay.first)(held)`` runs the kernel for the values of a call.
+
+    clean: the kernel's arguments from those values.
+    places: where their tensors lie among the values; None where they have to be computed.
+    """
+
+    __slots__ = ("_clean", "_function", "_met", "_owner", "_places", "environment", "first", "known")
+
+    def __init__(
+        self, owner: Any, function: Callable[..., None], clean: Callable[[Held], Sequence[Any]], places: Sequence[Place] | None
+    ) -> None:
+        self._owner, self._function, self._clean, self._places = owner, function, clean, places
+        self._met = False
+        self.known: dict[Hashable, Callable[[Held], None]] = {}
+        self.environment: Callable[[], Hashable] = _anywhere
+        self.first = self._first
+        if places is not None and hasattr(owner, "record"):
+            self.environment = owner.environment
+        else:
+            self.known[None] = self._plain
+
+    def _plain(self, held: Held) -> None:
+        self._function(*self._clean(held))
+
+    def _first(self, held: Held) -> None:
+        """A signature that is met once costs no recording."""
+        clean = self._clean(held)
+        if self._met:
+            if len(self.known) >= _ENVIRONMENTS:
+                self.known.clear()
+            found = self._owner.record(self._function, clean, self._places)
+            self.known[self.environment()] = found or self._plain
+        self._met = True
+        self._function(*clean)
+
+
+def _anywhere() -> None:
+    """The environment of kernels that are asked anew for each call."""
