@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 @cache
 def of(operator: Operator) -> Callable[..., Any]:
     """The function that users call: the reference's name and documentation, with ``out=`` and ``backend=``."""
-    arity = len(operator.parameters)
+    most, defaults = len(operator.inputs), operator.defaults[:-1]
 
-    def call(*args: Any, backend: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
-        if kwargs or len(args) != arity:
-            args = operator.fill(args, kwargs)
+    def call(*args: Any, out: Any = None, backend: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+        count = len(args)
+        if kwargs or not operator.required <= count <= most:
+            args = operator.fill(args, kwargs if out is None else kwargs | {"out": out})
+        else:
+            args = (*args, *defaults[count:], out)
         torch = sys.modules.get("torch")
         if torch is None:
             return dispatch.execute(dispatch.plan(operator, args, backend), args)[0]

@@ -7,6 +7,7 @@ and validates the arguments, and the backends are asked in order. Choices and re
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import flagops.surroundings as surroundings
-from flagops import arrays, config, registry
+from flagops import arrays, config, generated, registry
 from flagops.errors import Unsupported
 from flagops.replay import Place, Replay
 
@@ -57,8 +58,7 @@ class Plan:
     spans: tuple[Span, ...]
     out_spans: tuple[Span, ...]
     makers: tuple[Callable[[], Any], ...]
-    memory: tuple[surroundings.Memory, ...]
-    there: Callable[[Sequence[Any]], bool]
+    ready: Callable[[Sequence[Any]], bool]
     on_torch: bool
     above: bool
     through_torch: bool
@@ -143,14 +143,35 @@ def look_up(
     Raises `Unfamiliar` for a tensor of a class of its own.
     """
     wish = backend if type(backend) is str else _wished(backend)
-    key = (operator.name, wish, grad, *[x if type(x) in _PLAIN else _signature(x) for x in args])
     try:
+        key = _key(operator, "torch" in sys.modules)(wish, grad, *args)
         return _plans[key]
     except KeyError:
         pass
-    except TypeError:  # an unhashable argument: binding says what is wrong with it
+    except (TypeError, RuntimeError):  # an unhashable argument, a tensor without strides: binding says what is wrong
         return _choose(operator, args, wish, grad, {})
     return _remember(key, _choose(operator, args, wish, grad, {}))
+
+
+@functools.cache
+def _key(operator: Operator, with_torch: bool) -> Callable[..., tuple[Any, ...]]:
+    """What makes the key of a plan, ``key(wish, grad, *args)``: `_signature` of each argument, written out for tensors.
+
+    A device takes longer to hash than to ask for; whoever keeps elements elsewhere has another type.
+    """
+    names: dict[str, Any] = {"name": operator.name, "plain": _PLAIN, "signature": _signature}
+    tensors = set(operator.tensor_positions) if with_torch else set()
+    if with_torch:
+        names["Tensor"] = sys.modules["torch"].Tensor
+    parameters, facts = [f"x{i}" for i in range(len(operator.parameters))], []
+    for i, x in enumerate(parameters):
+        other = f"{x} if type({x}) in plain else signature({x})"
+        if i in tensors or (with_torch and i == len(parameters) - 1):
+            own = f"{x}.dtype, {x}.shape, {x}.stride(), {x}.requires_grad, {x}.is_neg()"
+            other = f"({own}) if type({x}) is Tensor and {x}.is_cpu else {other}"
+        facts.append(other)
+    source = f"def key(wish, grad, {', '.join(parameters)}):\n    return name, wish, grad, {', '.join(facts)}\n"
+    return generated.function(source, operator.name, names)
 
 
 def _wished(backend: str | Sequence[str] | None) -> str | tuple[str, ...]:
@@ -176,38 +197,24 @@ def execute(plan: Plan, args: Sequence[Any]) -> tuple[Any, str]:
 
     Raises `Elsewhere` for tensors whose elements torch's dispatcher has to find.
     """
-    operator = plan.operator
-    if not plan.there(args):
-        for position, _, _ in plan.memory:
-            reason = surroundings.without_memory(args[position])
-            if reason:
-                _refuse_memory(plan, operator.parameters[position], reason)
+    operator, out = plan.operator, args[-1]
+    written = operator.each(out) if plan.on_torch and out is not None else ()
+    if not plan.ready(args):
+        written = _look_closer(plan, args, written)
     if plan.check_values and operator.values:
         problem = operator.values(*args[:-1])
         if problem:
             raise ValueError(f"{operator.name}: {problem}")
-    out, versioned = args[-1], None
     if out is None:
         out = tuple([make() for make in plan.makers]) if operator.several else plan.makers[0]()
         args = (*args[:-1], out)
-    else:
-        if plan.on_torch:
-            versioned = []
-            for one in operator.each(out):
-                counted = not one.is_inference()
-                reason = surroundings.without_memory(one) if counted else surroundings.unwritable(one)
-                if reason:
-                    _refuse_memory(plan, "out", reason)
-                if counted:
-                    versioned.append(one)
-        _refuse_overlap(plan.on_torch, operator, args, plan.spans, plan.out_spans)
     replay = plan.replay
     try:
         (replay.known.get(replay.environment()) or replay.first)(args)
     except Unsupported as error:
         return execute(_without(plan, args, str(error)), args)
-    if versioned:  # kernels that write by address cannot tell autograd
-        sys.modules["torch"]._C._increment_version(versioned)
+    if written:  # kernels that write by address cannot tell autograd
+        sys.modules["torch"]._C._increment_version(written)
     plan.calls += 1
     return out, plan.backend
 
@@ -216,11 +223,24 @@ class Elsewhere(Exception):
     """A call is for torch's dispatcher: a tensor keeps its elements where no address points."""
 
 
-def _refuse_memory(plan: Plan, argument: str, reason: str) -> NoReturn:
-    """A call on a tensor that has no elements to point at: torch's dispatcher finds them, or nobody can."""
-    if plan.above and reason == surroundings.ELSEWHERE:
-        raise Elsewhere
-    raise ValueError(f"{plan.operator.name}: {argument} is {reason}")
+def _look_closer(plan: Plan, args: Sequence[Any], outs: Sequence[Any]) -> Sequence[Any]:
+    """Raises what stands against a call that is not ready to run; returns those of its outs that count versions.
+
+    A tensor that has no elements to point at is for torch's dispatcher, which finds them, or for nobody.
+    """
+    operator = plan.operator
+    reasons = {operator.parameters[p]: surroundings.without_memory(args[p]) for p, *_ in plan.spans}
+    counted = [out for out in outs if not out.is_inference()]
+    for out in outs:
+        reasons["out"] = reasons.get("out") or surroundings.unwritable(out)
+    for argument, reason in reasons.items():
+        if plan.above and reason == surroundings.ELSEWHERE:
+            raise Elsewhere
+        if reason:
+            raise ValueError(f"{operator.name}: {argument} is {reason}")
+    if args[-1] is not None:
+        _refuse_overlap(plan.on_torch, operator, args, plan.spans, plan.out_spans)
+    return counted
 
 
 def refuse_out(operator: Operator, args: Sequence[Any]) -> None:
@@ -364,9 +384,7 @@ def _choose(
         on_cpu = not arrays.is_torch(first) or first.device.type == "cpu"
         spans = () if wrapped else _spans(operator, args)
         views = _views(operator, args)
-        memory = tuple(
-            (p, args[p].element_size(), end) for p, _, end in spans if end and surroundings.allocated(args[p])
-        )
+        out_spans = _out_spans(operator, args) if outs and not wrapped else ()
         return Plan(
             operator=operator,
             backend=name,
@@ -377,10 +395,9 @@ def _choose(
             as_given=not (views or bound.scalars or operator.coded_results),
             places=None if wrapped else _places(operator, args),
             spans=spans,
-            out_spans=_out_spans(operator, args) if outs and not wrapped else (),
+            out_spans=out_spans,
             makers=tuple(arrays.maker(*each, first) for each in zip(bound.shapes, bound.results, strict=True)),
-            memory=memory,
-            there=surroundings.there(memory),
+            ready=_ready(operator, args, spans, out_spans),
             on_torch=arrays.is_torch(first),
             above=grad is not None,
             through_torch=grad is not None and (wrapped or needs_grad),
@@ -441,6 +458,32 @@ def _out_spans(operator: Operator, args: Sequence[Any]) -> tuple[Span, ...]:
         )
         spans.append((same if like else -1, *arrays.span(out)))
     return tuple(spans)
+
+
+def _ready(
+    operator: Operator, args: Sequence[Any], spans: Sequence[Span], out_spans: Sequence[Span]
+) -> Callable[[Sequence[Any]], bool]:
+    """Whether a call may run without a closer look; NumPy's arrays with an out always get one."""
+    if out_spans and not arrays.is_torch(args[spans[0][0]]):
+        return lambda args: False
+    last = len(args) - 1
+    paths = [(last, i) for i in range(len(out_spans))] if operator.several else [(last,)]
+    outs = [(path, low, high) for path, (_, low, high) in zip(paths, out_spans, strict=False)]
+    inputs = [((p,), low, high) for p, low, high in spans]
+    given = [*(args[p] for p, *_ in spans), *(operator.each(args[-1]) if outs else ())]
+    memory = [
+        (path, x.element_size(), high)
+        for x, (path, _, high) in zip(given, (*inputs, *outs), strict=True)
+        if high and surroundings.allocated(x)
+    ]
+    apart = [
+        (out, x, same == x[0][0])
+        for out, (same, *_) in zip(outs, out_spans, strict=True)
+        for x in inputs
+    ]
+    apart += [(one, two, False) for one, two in itertools.combinations(outs, 2)]
+    apart = [pair for pair in apart if pair[0][2] and pair[1][2]]
+    return surroundings.ready(memory, apart, [path for path, *_ in outs])
 
 
 def _places(operator: Operator, args: Sequence[Any]) -> tuple[Place, ...] | None:

@@ -119,21 +119,50 @@ def without_memory(x: Any) -> str | None:
     return None if address else ELSEWHERE  # a zero tensor, or one that torch functionalizes
 
 
-Memory = tuple[int, int, int]
-"""Where a tensor lies among the values of a call, the bytes of an element, and those it needs from its first one on."""
+Path = tuple[int, ...]
+"""Where a tensor is found among the values of a call: an index, and one more where it is one of several results."""
+
+Memory = tuple[Path, int, int]
+"""A tensor, the bytes of its elements, and how many of them a call needs from its first element on."""
+
+Span = tuple[Path, int, int]
+"""A tensor, and the bytes it touches, from and to, relative to its first element."""
 
 
-def there(memory: Sequence[Memory]) -> Callable[[Sequence[Any]], bool]:
-    """What says quickly whether the values of a call have memory as `without_memory` would say; that has the reason."""
+def ready(
+    memory: Sequence[Memory], apart: Sequence[tuple[Span, Span, bool]] = (), written: Sequence[Path] = ()
+) -> Callable[[Sequence[Any]], bool]:
+    """What says quickly whether the values of a call are as a kernel needs them; False is for a closer look.
+
+    They have memory, as `without_memory` would say; the pairs `apart` share none, unless they begin at one place and
+    may; and what is `written` is no inference tensor.
+    """
     names: dict[str, Any] = {}
-    lines = ["def there(held):", " try:"]
-    for n, (position, size, end) in enumerate(memory):
-        names |= {f"size{n}": size, f"end{n}": end}
-        lines += [
-            f"  x = held[{position}]",
-            "  storage = x.untyped_storage()",
-            f"  if storage.nbytes() < x.storage_offset() * size{n} + end{n} or not storage.data_ptr(): return False",
-        ]
+    addresses: dict[Path, str] = {}
+    lines = ["def ready(held):", " try:"]
+
+    def number(value: int) -> str:
+        names[f"n{len(names)}"] = value
+        return f"n{len(names) - 1}"
+
+    def found(path: Path) -> str:
+        return "held" + "".join(f"[{i}]" for i in path)
+
+    def place(path: Path) -> str:
+        if path not in addresses:
+            addresses[path] = f"a{len(addresses)}"
+            lines.append(f"  {addresses[path]} = {found(path)}.data_ptr()")
+        return addresses[path]
+
+    for path, size, end in memory:
+        lines += [f"  x = {found(path)}", "  storage = x.untyped_storage()"]
+        short = f"storage.nbytes() < x.storage_offset() * {number(size)} + {number(end)}"
+        lines.append(f"  if {short} or not storage.data_ptr(): return False")
+    lines += [f"  if {found(path)}.is_inference(): return False" for path in written]
+    for (one, low, high), (two, first, last), may in apart:
+        p, q = place(one), place(two)
+        meet = f"{q} + {number(first)} < {p} + {number(high)} and {p} + {number(low)} < {q} + {number(last)}"
+        lines.append(f"  if {meet}{f' and {p} != {q}' * may}: return False")
     lines += ["  return True", " except (RuntimeError, NotImplementedError):", "  return False"]
     return generated.function("\n".join(lines), "surroundings", names)
 

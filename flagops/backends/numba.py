@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,11 @@ class _Numba:
     def synchronize(self) -> None:
         """Nothing runs behind a caller's back."""
 
-    def environment(self) -> tuple[Any, ...]:
-        """What a kernel may look at besides its arguments."""
-        return _threads_of_torch()(), _caller.most, config.current().budget
+    @cached_property
+    def environment(self) -> Callable[[], tuple[Any, ...]]:
+        """What a kernel may look at besides its arguments, for calls on torch's tensors."""
+        count, current = sys.modules["torch"].get_num_threads, config.current
+        return lambda: (count(), _caller.most, current().budget)
 
     def record(
         self, function: Callable[..., None], args: Sequence[Any], places: Sequence[Place]
@@ -258,13 +260,6 @@ def threads() -> int:
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = _caller.most
     return count if most is None else min(count, most)
-
-
-@cache
-def _threads_of_torch() -> Callable[[], int]:
-    """torch's thread count with nothing left to look up, for calls on its tensors."""
-    count: Callable[[], int] = sys.modules["torch"].get_num_threads
-    return count
 
 
 def _recorded(function: Callable[..., None], args: Sequence[Any]) -> list[_launches.Launch]:
