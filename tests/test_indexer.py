@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flagops
-from flagops import config, measure, registry, testing
+from flagops import config, registry, testing
+from flagops.tools import measure
 
 INDEXERS = pytest.mark.operators("lightning_indexer")
 SLOW = "triton"

@@ -14,7 +14,7 @@ from flagops import dispatch, registry
 from flagops.call import execute, of
 from flagops.config import names
 from flagops.errors import Unsupported
-from flagops.report import Report, Row
+from flagops.override.report import Report, Row
 
 from ._binding import Binding
 

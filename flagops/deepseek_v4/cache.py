@@ -1,4 +1,4 @@
-"""What the attention layers of `flagops.layers` remember of a sequence, and how it lies in memory.
+"""What the attention layers of `flagops.deepseek_v4.layers` remember of a sequence, and how it lies in memory.
 
 Rows of a cache: the ring of the last ``window`` positions (position p in row ``p % window``), then the compressed
 entries, then, while a call runs, the keys of its own tokens. A call writes behind what the sequence holds and moves its
