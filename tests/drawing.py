@@ -39,7 +39,7 @@ def drawn(name, backend="torch"):
 
 
 def small_call(name, grad=True, dtype=torch.float64):
-    """The inputs of a call in the dtype nearest to this one, with other values each time; inputs are finite, results no NaN.
+    """The inputs of a call in the dtype nearest to this one, other values each time; no result is NaN.
 
     Optional tensors are there as far as the card draws them together; floats ask for gradients if `grad`.
     """
