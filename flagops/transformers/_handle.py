@@ -15,7 +15,7 @@ from flagops import registry
 from flagops.call import of, run
 from flagops.config import names
 from flagops.errors import Unsupported
-from flagops.report import Report, Row
+from flagops.override.report import Report, Row
 
 from ._binding import Binding
 
