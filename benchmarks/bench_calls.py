@@ -1,9 +1,9 @@
 """What stands between a caller and a compiled loop: Python frames and microseconds of small calls on one thread.
 
-``python benchmarks/bench_calls.py [--rounds 15] [--json FILE] [--markdown FILE]``. For each call: an *empty* override in
-Python that only makes the result, our *site* (or explicit call) around a kernel that does nothing, the *call* with the
-numba kernel, and that less the compiled *loop* it spends its time in (with its tasks, less without any). The ways take
-turns in every round; numbers are medians over rounds.
+``python benchmarks/bench_calls.py [--rounds 31] [--json FILE] [--markdown FILE]``. For each call: an *empty* override
+in Python that only makes the result; our *site* (or explicit call) around a kernel that does nothing; the *call* with
+the numba kernel; and that less the compiled *loop* it is for, which is a run of its tasks less one of no tasks. The
+ways take turns in every round; numbers are medians over rounds.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from typing import Any
 import torch
 
 import flagops
-from flagops import bench, dispatch, measure, registry, tables
+from flagops import dispatch, registry, tables
 from flagops.backends import numba
 from flagops.override.lowering import LOWERINGS
+from flagops.tools import bench, measure
 from flagops.transformers._handle import Handle
 
 HEAD = ("call", "way", "frames", "empty", "site", "site / empty", "call", "call / empty", "call - loop")
@@ -63,17 +64,17 @@ def entries() -> list[Entry]:
         torch.rand(1, 64), torch.rand(1, 2), torch.tensor([[1, 3]], dtype=torch.int32),
         torch.rand(4, 64, 64), torch.rand(4, 64, 32),
     )  # fmt: skip
-    functional, handle = torch.nn.functional, Handle((), "numba", "fast")
+    attend, handle = torch.nn.functional.scaled_dot_product_attention, Handle((), "numba", "fast")
     aten = [
         ("mm", "mm", lambda: torch.mm(a, b), "matmul", lambda *_: torch.empty(4, 4)),
         ("addmm", "addmm", lambda: torch.addmm(bias, a, b), "linear", lambda *_, **__: torch.empty(4, 4)),
         ("mm out=", "mm.out", lambda: torch.mm(a, b, out=out), "matmul", lambda *_, out: out),
         (
-            "rms_norm", "rms_norm", lambda: functional.rms_norm(x, (64,), weight, 1e-6), "rms_norm",
+            "rms_norm", "rms_norm", lambda: torch.rms_norm(x, (64,), weight, 1e-6), "rms_norm",
             lambda *_: torch.empty(4, 64),
         ),
         (
-            "sdpa", "scaled_dot_product_attention", lambda: functional.scaled_dot_product_attention(q, q, q),
+            "sdpa", "scaled_dot_product_attention", lambda: attend(q, q, q),
             "scaled_dot_product_attention", lambda *_, **__: torch.empty(1, 2, 4, 16),
         ),
     ]  # fmt: skip
@@ -201,7 +202,7 @@ def cells(entry: Entry, deepest: int, times: Times) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()

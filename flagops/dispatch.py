@@ -7,7 +7,6 @@ and validates the arguments, and the backends are asked in order. Choices and re
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import logging
 import sys
@@ -15,13 +14,13 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import methodcaller
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import flagops.surroundings as surroundings
-from flagops import arrays, config, generated, registry
+from flagops import arrays, config, generated, memory, registry
 from flagops.errors import Unsupported
+from flagops.memory import Span
 from flagops.replay import Place, Replay
 
 if TYPE_CHECKING:
@@ -29,11 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flagops")
 
-_data_ptr = methodcaller("data_ptr")
 _PLAIN = frozenset((type(None), bool, int, float, str))
-
-Span = tuple[int, int, int]
-"""The position of an argument, and the bytes that it spans from its first element on."""
 
 _PLANS_KEPT = 4096
 _plans: dict[Any, Plan] = {}
@@ -198,7 +193,7 @@ def execute(plan: Plan, args: Sequence[Any]) -> tuple[Any, str]:
     Raises `Elsewhere` for tensors whose elements torch's dispatcher has to find.
     """
     operator, out = plan.operator, args[-1]
-    written = operator.each(out) if plan.on_torch and out is not None else ()
+    written: Sequence[Any] = operator.each(out) if plan.on_torch and out is not None else ()
     if not plan.ready(args):
         written = _look_closer(plan, args, written)
     if plan.check_values and operator.values:
@@ -239,73 +234,8 @@ def _look_closer(plan: Plan, args: Sequence[Any], outs: Sequence[Any]) -> Sequen
         if reason:
             raise ValueError(f"{operator.name}: {argument} is {reason}")
     if args[-1] is not None:
-        _refuse_overlap(plan.on_torch, operator, args, plan.spans, plan.out_spans)
+        memory.refuse_overlap(plan.on_torch, operator, args, plan.spans, plan.out_spans)
     return counted
-
-
-def refuse_out(operator: Operator, args: Sequence[Any]) -> None:
-    """What torch refuses of ``out=`` too: a gradient that would be lost, and memory that is an input's.
-
-    For calls that go through torch; a plan knows all this of its signature.
-    """
-    refuse_recorded(operator, args, surroundings.recording())
-    tensors = [*(args[p] for p in operator.tensor_positions if args[p] is not None), *operator.each(args[-1])]
-    if surroundings.forward_level() and any(surroundings.tangent(x) is not None for x in tensors):
-        raise ValueError(f"{operator.name}: out= cannot be used where a tensor has a tangent; drop out=")
-    for out in operator.each(args[-1]):
-        if surroundings.unwritable(out) not in (None, surroundings.ELSEWHERE):
-            raise ValueError(f"{operator.name}: out is {surroundings.unwritable(out)}")
-    if not any(surroundings.is_wrapper(x) or surroundings.without_memory(x) for x in tensors):
-        _refuse_overlap(True, operator, args, _spans(operator, args), _out_spans(operator, args))
-
-
-def refuse_traced_overlap(operator: Operator, args: Sequence[Any]) -> None:
-    """`_refuse_overlap` while a graph is made: of tensors without memory their storages say what they share."""
-    for out, same in zip(operator.each(args[-1]), operator.aliases, strict=True):
-        for position in operator.tensor_positions:
-            x = args[position]
-            if x is None or (position == same and x is out):
-                continue
-            if x.untyped_storage()._cdata == out.untyped_storage()._cdata:
-                (low, high), (first, last) = arrays.span(out), arrays.span(x)
-                start, there = out.storage_offset() * out.element_size(), x.storage_offset() * x.element_size()
-                if there + first < start + high and start + low < there + last:
-                    raise ValueError(f"{operator.name}: out shares memory with {operator.parameters[position]}")
-
-
-def refuse_without_memory(operator: Operator, argument: str, x: Any) -> None:
-    """Raises ValueError for a tensor without memory, where no plan has looked."""
-    reason = surroundings.without_memory(x)
-    if reason:
-        raise ValueError(f"{operator.name}: {argument} is {reason}")
-
-
-def refuse_recorded(operator: Operator, args: Sequence[Any], grad: bool | None) -> None:
-    """``out=`` has no history: neither may it get one, nor lose the one it has."""
-    if args[-1] is None or not grad:
-        return
-    if any(getattr(args[p], "requires_grad", False) for p in operator.tensor_positions):
-        raise ValueError(f"{operator.name}: out= cannot be used where a gradient is recorded; drop out= or use no_grad")
-    if any(getattr(out, "requires_grad", False) for out in operator.each(args[-1])):
-        raise ValueError(f"{operator.name}: out requires a gradient, which writing to it would lose; use no_grad")
-
-
-def _refuse_overlap(
-    on_torch: bool, operator: Operator, args: Sequence[Any], spans: Sequence[Span], out_spans: Sequence[Span]
-) -> None:
-    """Results may share no memory with an input, but for the very tensor that the card lets them take the place of."""
-    address = _data_ptr if on_torch else arrays.address
-    taken: list[tuple[int, int]] = []
-    for out, (same, low, high) in zip(operator.each(args[-1]), out_spans, strict=True):
-        origin = address(out)
-        start, stop = origin + low, origin + high
-        for position, first, last in spans:
-            there = address(args[position])
-            if there + first < stop and start < there + last and not (position == same and there == origin):
-                raise ValueError(f"{operator.name}: out shares memory with {operator.parameters[position]}")
-        if taken and any(first < stop and start < last for first, last in taken):
-            raise ValueError(f"{operator.name}: results share memory with each other")
-        taken.append((start, stop))
 
 
 def _without(plan: Plan, args: Sequence[Any], reason: str) -> Plan:
@@ -365,7 +295,7 @@ def _choose(
         wrapped = True
     needs_grad = bool(grad) and any(getattr(x, "requires_grad", False) for x in tensors.values())
     needs_grad = needs_grad and any("float" in dtype for dtype in bound.results)  # indices have no gradient
-    refuse_recorded(operator, args, grad)
+    memory.refuse_recorded(operator, args, grad)
     explicit = isinstance(wish, str)
     candidates = (wish,) if explicit else wish or default_order(operator, bound, next(iter(tensors.values())))
     refusals = dict(refusals)
@@ -382,9 +312,9 @@ def _choose(
         _log_once(logging.INFO, operator.name, f"{name} runs", f"{bound.dtype}")
         first = next(iter(tensors.values()))
         on_cpu = not arrays.is_torch(first) or first.device.type == "cpu"
-        spans = () if wrapped else _spans(operator, args)
+        spans = () if wrapped else memory.spans(operator, args)
         views = _views(operator, args)
-        out_spans = _out_spans(operator, args) if outs and not wrapped else ()
+        out_spans = memory.out_spans(operator, args) if outs and not wrapped else ()
         return Plan(
             operator=operator,
             backend=name,
@@ -397,7 +327,7 @@ def _choose(
             spans=spans,
             out_spans=out_spans,
             makers=tuple(arrays.maker(*each, first) for each in zip(bound.shapes, bound.results, strict=True)),
-            ready=_ready(operator, args, spans, out_spans),
+            ready=memory.ready_for(operator, args, spans, out_spans),
             on_torch=arrays.is_torch(first),
             above=grad is not None,
             through_torch=grad is not None and (wrapped or needs_grad),
@@ -439,51 +369,6 @@ def backward(operator: Operator, kernel: registry.Kernel) -> Callable[..., tuple
     if found is None:
         raise Unsupported(f"{operator.name} has no backward; call it under torch.no_grad() or detach its inputs")
     return found
-
-
-def _spans(operator: Operator, args: Sequence[Any]) -> tuple[Span, ...]:
-    return tuple((p, *arrays.span(args[p])) for p in operator.tensor_positions if args[p] is not None)
-
-
-def _out_spans(operator: Operator, args: Sequence[Any]) -> tuple[Span, ...]:
-    """For each result the position of the input it may be, -1 if none, and the bytes it spans."""
-
-    def steps(x: Any) -> Any:
-        return x.stride() if arrays.is_torch(x) else x.strides
-
-    spans = []
-    for out, same in zip(operator.each(args[-1]), operator.aliases, strict=True):
-        like = (
-            same >= 0 and args[same] is not None and args[same].shape == out.shape and steps(args[same]) == steps(out)
-        )
-        spans.append((same if like else -1, *arrays.span(out)))
-    return tuple(spans)
-
-
-def _ready(
-    operator: Operator, args: Sequence[Any], spans: Sequence[Span], out_spans: Sequence[Span]
-) -> Callable[[Sequence[Any]], bool]:
-    """Whether a call may run without a closer look; NumPy's arrays with an out always get one."""
-    if out_spans and not arrays.is_torch(args[spans[0][0]]):
-        return lambda args: False
-    last = len(args) - 1
-    paths = [(last, i) for i in range(len(out_spans))] if operator.several else [(last,)]
-    outs = [(path, low, high) for path, (_, low, high) in zip(paths, out_spans, strict=False)]
-    inputs = [((p,), low, high) for p, low, high in spans]
-    given = [*(args[p] for p, *_ in spans), *(operator.each(args[-1]) if outs else ())]
-    memory = [
-        (path, x.element_size(), high)
-        for x, (path, _, high) in zip(given, (*inputs, *outs), strict=True)
-        if high and surroundings.allocated(x)
-    ]
-    apart = [
-        (out, x, same == x[0][0])
-        for out, (same, *_) in zip(outs, out_spans, strict=True)
-        for x in inputs
-    ]
-    apart += [(one, two, False) for one, two in itertools.combinations(outs, 2)]
-    apart = [pair for pair in apart if pair[0][2] and pair[1][2]]
-    return surroundings.ready(memory, apart, [path for path, *_ in outs])
 
 
 def _places(operator: Operator, args: Sequence[Any]) -> tuple[Place, ...] | None:

@@ -9,8 +9,11 @@ from typing import Any
 Held = Sequence[Any]
 """The values of a call, among which the tensors of its kernel lie."""
 
-Place = tuple[tuple[int, ...], int]
-"""Where a tensor lies: indices into the values of a call, and the bytes from that one's first element to its own."""
+Path = tuple[int, ...]
+"""Where a tensor is found among the values of a call: an index, and one more where it is one of several results."""
+
+Place = tuple[Path, int]
+"""A tensor of a kernel: one of a call, and the bytes from that one's first element to its own."""
 
 _ENVIRONMENTS = 8
 
@@ -25,7 +28,11 @@ class Replay:
     __slots__ = ("_clean", "_function", "_met", "_owner", "_places", "environment", "first", "known")
 
     def __init__(
-        self, owner: Any, function: Callable[..., None], clean: Callable[[Held], Sequence[Any]], places: Sequence[Place] | None
+        self,
+        owner: Any,
+        function: Callable[..., None],
+        clean: Callable[[Held], Sequence[Any]],
+        places: Sequence[Place] | None,
     ) -> None:
         self._owner, self._function, self._clean, self._places = owner, function, clean, places
         self._met = False

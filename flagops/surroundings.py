@@ -7,12 +7,10 @@ differentiation changes what a call on plain tensors means.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
-
-from flagops import generated
 
 
 def watched() -> str | None:
@@ -117,54 +115,6 @@ def without_memory(x: Any) -> str | None:
     if (x.storage_offset() + end) * x.element_size() > held:
         return "a tensor whose storage was made smaller than it" if held else "a tensor whose storage was freed"
     return None if address else ELSEWHERE  # a zero tensor, or one that torch functionalizes
-
-
-Path = tuple[int, ...]
-"""Where a tensor is found among the values of a call: an index, and one more where it is one of several results."""
-
-Memory = tuple[Path, int, int]
-"""A tensor, the bytes of its elements, and how many of them a call needs from its first element on."""
-
-Span = tuple[Path, int, int]
-"""A tensor, and the bytes it touches, from and to, relative to its first element."""
-
-
-def ready(
-    memory: Sequence[Memory], apart: Sequence[tuple[Span, Span, bool]] = (), written: Sequence[Path] = ()
-) -> Callable[[Sequence[Any]], bool]:
-    """What says quickly whether the values of a call are as a kernel needs them; False is for a closer look.
-
-    They have memory, as `without_memory` would say; the pairs `apart` share none, unless they begin at one place and
-    may; and what is `written` is no inference tensor.
-    """
-    names: dict[str, Any] = {}
-    addresses: dict[Path, str] = {}
-    lines = ["def ready(held):", " try:"]
-
-    def number(value: int) -> str:
-        names[f"n{len(names)}"] = value
-        return f"n{len(names) - 1}"
-
-    def found(path: Path) -> str:
-        return "held" + "".join(f"[{i}]" for i in path)
-
-    def place(path: Path) -> str:
-        if path not in addresses:
-            addresses[path] = f"a{len(addresses)}"
-            lines.append(f"  {addresses[path]} = {found(path)}.data_ptr()")
-        return addresses[path]
-
-    for path, size, end in memory:
-        lines += [f"  x = {found(path)}", "  storage = x.untyped_storage()"]
-        short = f"storage.nbytes() < x.storage_offset() * {number(size)} + {number(end)}"
-        lines.append(f"  if {short} or not storage.data_ptr(): return False")
-    lines += [f"  if {found(path)}.is_inference(): return False" for path in written]
-    for (one, low, high), (two, first, last), may in apart:
-        p, q = place(one), place(two)
-        meet = f"{q} + {number(first)} < {p} + {number(high)} and {p} + {number(low)} < {q} + {number(last)}"
-        lines.append(f"  if {meet}{f' and {p} != {q}' * may}: return False")
-    lines += ["  return True", " except (RuntimeError, NotImplementedError):", "  return False"]
-    return generated.function("\n".join(lines), "surroundings", names)
 
 
 def unwritable(x: Any) -> str | None:

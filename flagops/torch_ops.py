@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils import flop_counter
 
-from flagops import arrays, batching, derivatives, dispatch, registry, surroundings
+from flagops import arrays, batching, derivatives, dispatch, memory, registry, surroundings
 from flagops.operator import Operator
 
 _library: Any = torch.library.Library("flagops", "DEF")  # type: ignore[no-untyped-call]
@@ -38,7 +38,7 @@ def invoke(operator: Operator, args: Sequence[Any], wish: str, known: bool = Fal
         with surroundings.unseen():
             operator.bind(args)
             if args[-1] is not None:
-                dispatch.refuse_out(operator, args)
+                memory.refuse_out(operator, args)
     *inputs, out = args
     _ran.backend = ""
     result = getattr(torch.ops.flagops, operator.name).default(*_parsed(operator, inputs), wish)
@@ -130,7 +130,7 @@ def _define(operator: Operator) -> None:
         chosen = dispatch.plan(operator, (*inputs, None), _wish(backend))
         for argument, x in zip(("grad",) * results + operator.inputs, (*grads, *inputs), strict=True):
             if isinstance(x, torch.Tensor):
-                dispatch.refuse_without_memory(operator, argument, x)
+                memory.refuse_without_memory(operator, argument, x)
         backward = dispatch.backward(operator, chosen.kernel)
         found = backward(_results(operator, grads), *chosen.clean((*inputs, None))[:-1], tuple(needs))
         return _listed([_fresh(g, x, grads) for g, x in zip(found, (inputs[p] for p in inputs_of), strict=True)])
@@ -152,7 +152,7 @@ def _define(operator: Operator) -> None:
         *inputs, _ = filled(arguments)
         args = (*inputs, _results(operator, [outs[place] for place in _out_names(operator)]))
         operator.bind(args)
-        dispatch.refuse_traced_overlap(operator, args)
+        memory.refuse_traced_overlap(operator, args)
 
     def fake_backward(*arguments: Any) -> Any:
         inputs, needs = arguments[results:-2], arguments[-2]

@@ -264,7 +264,8 @@ def threads() -> int:
 
 def _recorded(function: Callable[..., None], args: Sequence[Any]) -> list[_launches.Launch]:
     """What a kernel hands to `parallel` for such arguments."""
-    _caller.launches = launches = []
+    launches: list[_launches.Launch] = []
+    _caller.launches = launches
     try:
         function(*args)
     finally:

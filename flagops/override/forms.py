@@ -18,8 +18,8 @@ View = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 class Part(NamedTuple):
-    """A kernel's argument: which value of the call it is, the view of it, if it is not the value itself, and of a tensor
-    how many bytes behind that one's first element it begins."""
+    """A kernel's argument: which value of the call it is, the view of it, if it is not the value itself, and for a
+    tensor how many bytes behind that one's first element it begins."""
 
     source: int
     view: View | None

@@ -27,7 +27,7 @@ def differentiable(
     """`compute` with gradients. Raises Unsupported for an operator that has no backward."""
     backward = dispatch.backward(plan.operator, plan.kernel)
     own = _Backward(form, plan, parts[:-1], constants, backward, compute)
-    return lambda args: _Own.apply(own, *args)  # type: ignore[no-untyped-call]
+    return lambda args: _apply(own, *args)
 
 
 class _Backward:
@@ -104,6 +104,10 @@ class _Own(torch.autograd.Function):
             args[i] = x
         needs = ctx.needs_input_grad[1:]
         return (None, *(ctx.own.ours if _plain(grad) else ctx.own.torchs)(grad, args, needs))
+
+
+_apply: Any = super(torch.autograd.Function, _Own).apply
+"""What `Function.apply` comes to where no transform of `torch.func` is active, and there a site computes nothing."""
 
 
 def _plain(grad: torch.Tensor) -> bool:

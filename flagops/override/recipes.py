@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flagops import arrays, config, dispatch, registry, surroundings
+from flagops import arrays, config, dispatch, memory, registry, surroundings
 from flagops.replay import Replay
 
 from . import fuel
@@ -57,10 +57,13 @@ def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...]) 
             chosen.append(_choose(operator, (*values, out), backend))
 
         call = lowering.function(To(destination, form.given is not None, step), **form.named(roles))
-        if call is not None:
+        if isinstance(call, Call):
             step(call.operator, *call.inputs, out=call.out)
+            parts = _parts(chosen[-1], call, (*roles, destination), form.given)
+        else:
+            call()
+            parts = None
         plan = chosen[-1]
-        parts = None if call is None else _parts(plan, call, (*roles, destination), form.given)
     by = f"{plan.operator.name}/{plan.backend}"
     goal = _Destination(form, by, make, _ready(form, args))
     guard = _guard(tensors[0])
@@ -234,12 +237,14 @@ def _ready(form: Form, args: tuple[Any, ...]) -> Callable[[Sequence[Any]], bool]
     *is*: that the lowering has seen."""
     spans = {i: ((i,), *arrays.span(args[i])) for i in form.tensors if args[i] is not None}
     own = None if form.given is None else args[form.given]
-    memory = [
-        (path, args[i].element_size(), high) for i, (path, _, high) in spans.items() if surroundings.allocated(args[i])
+    needs = [
+        (path, args[i].element_size(), high)
+        for i, (path, _, high) in spans.items()
+        if high and surroundings.allocated(args[i])
     ]
     others = [spans[i] for i in spans if own is not None and args[i] is not own]
-    apart = [(spans[form.given], other, False) for other in others if form.given is not None]
-    return surroundings.ready([needed for needed in memory if needed[2]], [pair for pair in apart if pair[0][2]])
+    apart = [(spans[form.given], other, False) for other in others if form.given is not None and other[2]]
+    return memory.ready(needs, [pair for pair in apart if pair[0][2]])
 
 
 def _parts(
@@ -304,8 +309,10 @@ def _lowered_again(
     out = goal.of(args)
     with guard() if guard else contextlib.nullcontext():
         call = lowering.function(To(out, form.given is not None, run), **form.named(args))
-        if call is not None:
+        if isinstance(call, Call):
             run(call.operator, *call.inputs, out=call.out)
+        else:
+            call()
     return out
 
 

@@ -76,16 +76,19 @@ class Site(Registration):
         out = form.schema.arguments[form.given].name if form.given is not None else None
         names, parameters, signature = [], [], ["_current()"]
         space: dict[str, Any] = {"_site": self, "_thread": thread, "_current": config.current}
-        space |= {"_idle": self._idle, "_plan": self._plan, "_left": self._left, "_refused": (Pass, Unsupported)}
+        space |= {"_plan": self._plan, "_left": self._left, "_refused": (Pass, Unsupported)}
         aside = ""
         if self.composite:
             space |= {"_aside": self._aside, "_plain": _plain(), "_grad": surroundings.probes()[1]}
             space["_forward"] = sys.modules["torch.autograd.forward_ad"]
             signature += ["_keys", "_grad()", "_forward._current_level"]
-            aside = "    _keys = _keyset.raw_repr()\n    if _keys not in _plain:\n        return _aside(_keyset, _args)\n"
+            aside = (
+                "    _keys = _keyset.raw_repr()\n    if _keys not in _plain:\n        return _aside(_keyset, _args)\n"
+            )
         if self.lowering.state:
-            space["_state"] = self.lowering.state
-            signature.append("_state()")
+            for i, probe in enumerate(self.lowering.state()):
+                space[f"_state{i}"] = probe
+                signature.append(f"_state{i}()")
         for i, argument in enumerate(form.schema.arguments):
             name = argument.name + "_" * keyword.iskeyword(argument.name)
             names.append(name)
@@ -99,7 +102,7 @@ class Site(Registration):
         source = (
             f"def call(_keyset, {', '.join(parameters)}):\n"
             f"    _args = ({', '.join(names)},)\n"
-            "    if _thread.busy or not _site.handles:\n        return _idle(_keyset, _args)\n"
+            "    if _thread.busy:\n        return _site.below_with(_keyset, _args)\n"
             f"{aside}"
             f"    _plans, _signature = _site.plans, ({', '.join(signature)})\n"
             "    _compute, _count = _plans.get(_signature) or _plan(_plans, _signature, _args)\n"
@@ -141,11 +144,6 @@ class Site(Registration):
     def _watch(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
         self.untaken.add()
         return self.torch(keyset, *args, **kwargs)
-
-    def _idle(self, keyset: Any, args: tuple[Any, ...]) -> Any:
-        if not thread.busy:
-            self.untaken.add()
-        return self.below_with(keyset, args)
 
     def _aside(self, keyset: Any, args: tuple[Any, ...]) -> Any:
         """A composite's call that is not one on plain tensors: whoever watches shall see what it consists of."""
