@@ -200,12 +200,12 @@ def execute(plan: Plan, args: Sequence[Any]) -> tuple[Any, str]:
         problem = operator.values(*args[:-1])
         if problem:
             raise ValueError(f"{operator.name}: {problem}")
+    held, replay = args, plan.replay
     if out is None:
         out = tuple([make() for make in plan.makers]) if operator.several else plan.makers[0]()
-        args = (*args[:-1], out)
-    replay = plan.replay
+        held = (*args[:-1], out)
     try:
-        (replay.known.get(replay.environment()) or replay.first)(args)
+        (replay.known.get(replay.environment()) or replay.first)(held)
     except Unsupported as error:
         return execute(_without(plan, args, str(error)), args)
     if written:  # kernels that write by address cannot tell autograd
