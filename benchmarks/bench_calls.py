@@ -133,7 +133,7 @@ def emptied(entry: Entry) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ours(entry: Entry, stub: bool = False, calls: int = 3) -> Iterator[None]:
+def ours(entry: Entry, stub: bool = False, calls: int = 20) -> Iterator[None]:
     """Plans of their own for an entry's calls, after the first few; with a kernel that does nothing if asked for."""
     find, kept = registry.find, dict(dispatch._plans)
     dispatch._plans.clear()

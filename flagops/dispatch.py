@@ -53,7 +53,6 @@ class Plan:
     spans: tuple[Span, ...]
     out_spans: tuple[Span, ...]
     makers: tuple[Callable[[], Any], ...]
-    ready: Callable[[Sequence[Any]], bool]
     on_torch: bool
     above: bool
     through_torch: bool
@@ -62,11 +61,18 @@ class Plan:
     forwards_to: str
     refusals: dict[str, str]
     calls: int = field(default=0)
+    ready: Callable[[Sequence[Any]], bool] = field(init=False)
     replay: Replay = field(init=False)
 
     def __post_init__(self) -> None:
+        self.ready = self._ready
         clean = _as_given if self.as_given else self.clean
         self.replay = Replay(registry.backend(self.backend), self.run, clean, self.places)
+
+    def _ready(self, args: Sequence[Any]) -> bool:
+        """What `ready` is until it is asked for the first time."""
+        self.ready = memory.ready_for(self.operator, args, self.spans, self.out_spans)
+        return self.ready(args)
 
     def clean(self, args: Sequence[Any]) -> list[Any]:
         """The arguments as kernels get them: normalised scalars, one-byte formats as uint8 codes, no neg bit."""
@@ -327,7 +333,6 @@ def _choose(
             spans=spans,
             out_spans=out_spans,
             makers=tuple(arrays.maker(*each, first) for each in zip(bound.shapes, bound.results, strict=True)),
-            ready=memory.ready_for(operator, args, spans, out_spans),
             on_torch=arrays.is_torch(first),
             above=grad is not None,
             through_torch=grad is not None and (wrapped or needs_grad),

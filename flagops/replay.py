@@ -1,5 +1,10 @@
-"""How calls of one signature reach their kernel: the first as a call of its function, the others as a backend noted
-down what that function does."""
+"""How calls of one signature reach their kernel: the first few as a call of its function, the others as its backend
+noted down what that function does.
+
+A backend that can do so has, beside what `flagops.backends.Backend` asks for, ``environment()``, whatever its kernels
+look at besides their arguments, and ``record(function, args, places)``: what runs the kernel for the values of a call
+like this one in this environment, or None.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,10 @@ Path = tuple[int, ...]
 Place = tuple[Path, int]
 """A tensor of a kernel: one of a call, and the bytes from that one's first element to its own."""
 
-_ENVIRONMENTS = 8
+OFTEN = 16
+"""Calls of a signature before it is noted down, which takes as long as some twenty calls then save."""
+
+_ENVIRONMENTS = 8  # in which one signature is noted down
 
 
 class Replay:
@@ -25,7 +33,7 @@ class Replay:
     places: where their tensors lie among the values; None where they have to be computed.
     """
 
-    __slots__ = ("_clean", "_function", "_met", "_owner", "_places", "environment", "first", "known")
+    __slots__ = ("_clean", "_function", "_left", "_owner", "_places", "environment", "first", "known")
 
     def __init__(
         self,
@@ -35,7 +43,7 @@ class Replay:
         places: Sequence[Place] | None,
     ) -> None:
         self._owner, self._function, self._clean, self._places = owner, function, clean, places
-        self._met = False
+        self._left = OFTEN
         self.known: dict[Hashable, Callable[[Held], None]] = {}
         self.environment: Callable[[], Hashable] = _anywhere
         self.first = self._first
@@ -48,14 +56,12 @@ class Replay:
         self._function(*self._clean(held))
 
     def _first(self, held: Held) -> None:
-        """A signature that is met once costs no recording."""
         clean = self._clean(held)
-        if self._met:
-            if len(self.known) >= _ENVIRONMENTS:
-                self.known.clear()
+        if self._left > 0:
+            self._left -= 1
+        elif len(self.known) < _ENVIRONMENTS:
             found = self._owner.record(self._function, clean, self._places)
             self.known[self.environment()] = found or self._plain
-        self._met = True
         self._function(*clean)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flagops
-from flagops import registry
+from flagops import registry, replay
 from flagops.backends import numba
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -89,6 +89,7 @@ def test_frames_between_torch_and_a_kernel(name, backend, monkeypatch):
         function = recorded if backend == "numba" else called
         return dataclasses.replace(find(operator, by), function=function, forwards_to="")
 
+    monkeypatch.setattr(replay, "OFTEN", 1)
     monkeypatch.setattr(registry, "find", stub)
     monkeypatch.setattr(flagops.dispatch, "_plans", {})
     with numba.at_most(1), flagops.enable(backend=backend) as handle:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from flagops import config, surroundings
+from flagops import config, generated, surroundings
 from flagops.errors import Unsupported
 
 from .forms import Form
@@ -56,6 +56,37 @@ def _plain() -> dict[int, tuple[str, bool]]:
     return plain
 
 
+_CALL = """
+def call(_keyset, {parameters}):
+    _args = ({names},)
+    if _thread.busy:
+        return _site.below_with(_keyset, _args)
+{aside}
+    _plans, _signature = _site.plans, ({signature})
+    _compute, _count = _plans.get(_signature) or _plan(_plans, _signature, _args)
+    if _compute is None:
+        _count()
+        return _site.below_with(_keyset, _args)
+    _thread.busy = True
+    try:
+        _result = _compute(_args)
+    except _refused as _error:
+        _reason = str(_error)
+    else:
+        _count()
+        return _result
+    finally:
+        _thread.busy = False
+    return _left(_keyset, _args, _reason)
+"""
+
+_ASIDE = """
+    _keys = _keyset.raw_repr()
+    if _keys not in _plain:
+        return _aside(_keyset, _args)
+"""
+
+
 class Site(Registration):
     """One overload at one dispatch key, computed by our kernels where a handle wants it and a recipe can be made.
 
@@ -77,14 +108,10 @@ class Site(Registration):
         names, parameters, signature = [], [], ["_current()"]
         space: dict[str, Any] = {"_site": self, "_thread": thread, "_current": config.current}
         space |= {"_plan": self._plan, "_left": self._left, "_refused": (Pass, Unsupported)}
-        aside = ""
         if self.composite:
             space |= {"_aside": self._aside, "_plain": _plain(), "_grad": surroundings.probes()[1]}
             space["_forward"] = sys.modules["torch.autograd.forward_ad"]
             signature += ["_keys", "_grad()", "_forward._current_level"]
-            aside = (
-                "    _keys = _keyset.raw_repr()\n    if _keys not in _plain:\n        return _aside(_keyset, _args)\n"
-            )
         if self.lowering.state:
             for i, probe in enumerate(self.lowering.state()):
                 space[f"_state{i}"] = probe
@@ -99,24 +126,9 @@ class Site(Registration):
             else:
                 parameters.append(name)
             signature.append(self._facts(name, str(argument.type), out))
-        source = (
-            f"def call(_keyset, {', '.join(parameters)}):\n"
-            f"    _args = ({', '.join(names)},)\n"
-            "    if _thread.busy:\n        return _site.below_with(_keyset, _args)\n"
-            f"{aside}"
-            f"    _plans, _signature = _site.plans, ({', '.join(signature)})\n"
-            "    _compute, _count = _plans.get(_signature) or _plan(_plans, _signature, _args)\n"
-            "    if _compute is None:\n        _count()\n        return _site.below_with(_keyset, _args)\n"
-            "    _thread.busy = True\n"
-            "    try:\n        _result = _compute(_args)\n"
-            "    except _refused as _error:\n        _reason = str(_error)\n"
-            "    else:\n        _count()\n        return _result\n"
-            "    finally:\n        _thread.busy = False\n"
-            "    return _left(_keyset, _args, _reason)\n"
-        )
-        exec(compile(source, f"<aten::{self.name} by flagops>", "exec"), space)
-        function: Callable[..., Any] = space["call"]
-        return function
+        words = {"parameters": ", ".join(parameters), "names": ", ".join(names), "signature": ", ".join(signature)}
+        source = _CALL.format(aside=_ASIDE if self.composite else "", **words)
+        return generated.function(source, f"aten::{self.name}", space)
 
     def _facts(self, name: str, kind: str, out: str | None) -> str:
         """What a plan may depend on of an argument."""
