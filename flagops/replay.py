@@ -2,8 +2,8 @@
 noted down what that function does.
 
 A backend that can do so has, beside what `flagops.backends.Backend` asks for, ``environment()``, whatever its kernels
-look at besides their arguments, and ``record(function, args, places)``: what runs the kernel for the values of a call
-like this one in this environment, or None.
+look at besides their arguments, and ``record(function, args, places, otherwise)``: what runs the kernel for the values
+of a call like this one in this environment, or None.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Replay:
         if self._left > 0:
             self._left -= 1
         elif len(self.known) < _ENVIRONMENTS:
-            found = self._owner.record(self._function, clean, self._places)
+            found = self._owner.record(self._function, clean, self._places, self._plain)
             self.known[self.environment()] = found or self._plain
         self._function(*clean)
 

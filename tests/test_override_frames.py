@@ -9,7 +9,7 @@ import torch
 
 import flagops
 from flagops import registry, replay
-from flagops.backends import numba
+from flagops.backends import _launches, numba
 
 sys.path.insert(0, str(Path(__file__).parent))
 from overriding import counted, untouched, usable  # noqa: F401
@@ -77,7 +77,7 @@ def test_frames_between_torch_and_a_kernel(name, backend, monkeypatch):
     loops, find = Loops(), registry.find
 
     def recorded(*args):
-        if numba._caller.launches is None:
+        if _launches.current.recording is None:
             loops.note(sys._getframe(1))
         else:
             numba.parallel(loops, 1, *map(numba.pointer, (x for x in args if hasattr(x, "data_ptr"))))

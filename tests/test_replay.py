@@ -26,6 +26,7 @@ def _soon(monkeypatch):
 
 NUMBA = sorted(name for name in registry.operators() if registry.written(name, "numba"))
 NAMED = {"matmul", "linear", "rms_norm", "hc_post", "scaled_dot_product_attention", "swiglu", "rotary_embedding"}
+NAMED |= {"hc_pre", "hc_head", "moe_gate", "sparse_attention", "lightning_indexer", "fp8_quantize"}
 """Operators whose calls are small in a model that writes one token after the other."""
 
 
@@ -36,7 +37,7 @@ def launch_of(plan):
 
 
 def tables(launch):
-    return {name: x.copy() for name, x in launch.__globals__.items() if isinstance(x, np.ndarray)}
+    return {name: x.tobytes() for name, x in launch.__globals__.items() if isinstance(x, np.ndarray)}
 
 
 def bits(op, result):
@@ -68,14 +69,14 @@ def replayed(op, args):
     plan = dispatch.plan(op, (*args, None), "numba")
     for _ in range(4):
         launch = launch_of(plan)
-        kept = tables(launch) if launch else {}
+        kept = launch and tables(launch)
         got, ran = dispatch.execute(plan, (*args, None))
         assert ran == "numba"
         expected = outs_like(op, got, 0xA5)
         plan.run(*plan.clean((*args, expected)))
         for x, y in zip(bits(op, got), bits(op, expected), strict=True):
             assert torch.equal(x, y), op.name
-        assert all(np.array_equal(x, launch.__globals__[name]) for name, x in kept.items()), op.name
+        assert kept == (launch and tables(launch)), op.name
         args = [moved(x) for x in args]
     return launch_of(plan)
 
@@ -132,20 +133,20 @@ def _add(start, stop, x, y, table):
         table[0] += 1
 
 
+def _run(x, out, table):
+    numba.parallel(_add, 1, numba.pointer(x), numba.pointer(out), table)
+
+
 def _values(x, out):
-    numba.parallel(_add, int(np.asarray(x)[0]), numba.pointer(x), numba.pointer(out), np.zeros(1))
-
-
-def _own_memory(x, out):
-    numba.parallel(_add, 1, numba.pointer(np.empty(4)), numba.pointer(out), np.zeros(1))
+    _run(x, out, np.asarray(x))
 
 
 def _own_tensor(x, out):
-    numba.parallel(_add, 1, numba.pointer(torch.empty(4)), numba.pointer(out), np.zeros(1))
+    _run(x, torch.empty(4), np.zeros(1))
 
 
 def _copy(x, out):
-    numba.parallel(_add, 1, numba.pointer(x.contiguous()), numba.pointer(out), np.zeros(1))
+    _run(x.contiguous(), out, np.zeros(1))
 
 
 def _address(x, out):
@@ -154,63 +155,146 @@ def _address(x, out):
 
 def _writes(x, out):
     out.zero_()
-    numba.parallel(_add, 1, numba.pointer(x), numba.pointer(out), np.zeros(1))
+    _run(x, out, np.zeros(1))
 
 
-def _between_launches(x, out):
+def _writes_between_launches(x, out):
     table = np.zeros(1)
-    numba.parallel(_add, 1, numba.pointer(x), numba.pointer(out), table)
-    numba.parallel(_add, 1, numba.pointer(x), numba.pointer(out), table)
+    for value in range(2):
+        table[0] = value
+        _run(x, out, table)
+
+
+def _shared_memory(x, out):
+    table = np.zeros(2)
+    _run(x, out, table[:1])
+    _run(x, out, table[:2])
+
+
+def _looks_at_results(x, out):
+    table = np.zeros(1)
+    _run(x, out, table)
+    if table[0] != 0:
+        raise MemoryError
+
+
+def _goes_by_results(x, out):
+    table = np.zeros(1)
+    _run(x, out, table)
+    while table[0] == 0:
+        _run(x, out, table)
+
+
+def _another_each_time(x, out):
+    _run(x, out, np.zeros(random.randrange(1, 500)))
 
 
 def _long_table(x, out):
-    numba.parallel(_add, 1, numba.pointer(x), numba.pointer(out), np.zeros(10_000))
+    _run(x, out, np.zeros(10_000))
 
 
-UNRECORDABLE = [_values, _own_memory, _own_tensor, _copy, _address, _writes, _between_launches, _long_table]
+UNRECORDABLE = [
+    _values, _own_tensor, _copy, _address, _writes, _writes_between_launches, _shared_memory, _looks_at_results,
+    _goes_by_results, _another_each_time, _long_table,
+]  # fmt: skip
+PLACES = [((0,), 0), ((1,), 0)]
+
+
+def fail(held):
+    raise AssertionError("the kernel is called")
 
 
 @pytest.mark.parametrize("function", UNRECORDABLE)
 def test_what_shapes_do_not_say_is_not_noted_down(function):
     x = torch.ones(4, 2).t()
-    assert numba.backend.record(function, (x, torch.ones(4)), [((0,), 0), ((1,), 0)]) is None
+    assert numba.backend.record(function, (x, torch.ones(4)), PLACES, fail) is None
 
 
-def test_a_table_that_is_made_for_each_call_is_made_for_each_replay():
-    seen = []
+def test_an_array_that_is_made_for_each_call_is_made_for_each_replay():
+    kept, seen = np.zeros(1), []
 
     @numba.jit
-    def count(start, stop, x, table):
+    def count(start, stop, table, results, x):
         for _ in range(start, stop):
             table[0] += 1
+            results[0] += table[0]
 
-    def fresh(x):
-        numba.parallel(count, 1, numba.pointer(x), np.zeros(1))
+    def fresh(x, out):
+        table = np.zeros(1)
+        for _ in range(2):
+            numba.parallel(count, 1, table, results, numba.pointer(x))
 
-    kept = np.zeros(1)
+    def always_the_same(x, out):
+        numba.parallel(count, 1, kept, results, numba.pointer(x))
 
-    def always_the_same(x):
-        numba.parallel(count, 1, numba.pointer(x), kept)
-
-    x = torch.ones(4)
+    results = np.zeros(1)
+    held = torch.ones(4), torch.ones(4)
     for kernel in (fresh, always_the_same):
-        launch = numba.backend.record(kernel, (x,), [((0,), 0)])
-        (mine,) = (value for value in launch.__globals__.values() if isinstance(value, np.ndarray))
-        launch((x,))
-        launch((x,))
-        seen.append(float(mine[0]))
-    assert seen == [0, 2]
+        results[0] = 0
+        launch = numba.backend.record(kernel, held, PLACES, fail)
+        assert results[0] == kept[0] == 0
+        launch(held)
+        launch(held)
+        seen.append(results[0])
+    assert seen == [2 * (1 + 2), 1 + 2]
+
+
+def test_memory_of_a_kernels_own_is_there_for_each_replay():
+    @numba.jit
+    def copy(start, stop, source, target):
+        for i in range(start, stop):
+            _store(target + 4 * i, _load(source + 4 * i) + 1)
+
+    def kernel(x, out):
+        between = np.empty(x.shape[0], np.float32)
+        numba.parallel(copy, x.shape[0], numba.pointer(x), numba.pointer(between), minimum=1000)
+        numba.parallel(copy, x.shape[0], numba.pointer(between), numba.pointer(out), minimum=1000)
+
+    from flagops.kernels.numba import _simd
+
+    tag = np.float32(0)
+    _load, _store = numba.jit(lambda at: _simd.load(tag, at)), numba.jit(lambda at, x: _simd.store(tag, at, x))
+    launch = numba.backend.record(kernel, (torch.ones(8), torch.ones(8)), PLACES, fail)
+    for _ in range(3):
+        x, out = torch.randint(-8, 9, (8,)).float(), torch.zeros(8)
+        launch((x, out))
+        assert torch.equal(out, x + 2)
+
+
+def test_a_call_whose_addresses_compare_in_another_way_is_the_kernels():
+    went = []
+
+    def kernel(x, out):
+        _run(x, out, np.zeros(1 + (numba.pointer(x) == numba.pointer(out))))
+
+    held = torch.ones(4), torch.ones(4)
+    launch = numba.backend.record(kernel, held, PLACES, went.append)
+    launch(held)
+    launch((torch.ones(4), torch.ones(4)))
+    assert not went
+    same = (held[0], held[0])
+    launch(same)
+    assert went == [same]
 
 
 def test_arguments_lie_where_the_values_of_a_call_say():
-    """A view of an argument is a number of bytes behind it."""
+    """A view of an argument is a number of bytes behind it, and a result one of several."""
     noted = []
 
-    held = torch.zeros(6), (torch.zeros(3), torch.zeros(4))
-    one = _launches.Launch(None, 4, (_launches.Address(((0,), 16)), 5), 1)
-    two = _launches.Launch(None, 4, ((_launches.Address(((1, 1), 0), 8), 3),), 1)
-    _launches.replay([one, two], [one, two], lambda kernel, tasks, *args, minimum: noted.append(args), 2)(held)
-    assert noted == [(held[0].data_ptr() + 16, 5), ((held[1][1].data_ptr() + 8, 3),)]
+    def kernel(x, out):
+        parallel(None, 4, numba.pointer(x) + 8, (numba.pointer(out), 3))
+
+    def parallel(kernel, tasks, *args, minimum=1):
+        if _launches.current.recording is None:
+            noted.append(args)
+        else:
+            _launches.current.recording.launch(kernel, tasks, args, minimum)
+
+    places = iter([((0,), 16), ((1, 1), 0)])
+    seen = [_launches.stand_in(torch.zeros(2), places) for _ in range(2)]
+    held = torch.zeros(8), (torch.zeros(3), torch.zeros(2))
+    _launches.replay(kernel, seen, parallel, 2, fail)(held)
+    assert noted == [(held[0].data_ptr() + 16 + 8, (held[1][1].data_ptr(), 3))]
 
 
 def test_what_is_met_a_few_times_is_not_noted_down(monkeypatch):

@@ -24,6 +24,7 @@ from . import _launches, _pool, _team, missing
 
 log = logging.getLogger("flagops")
 
+_current = _launches.current
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
 
 
@@ -89,15 +90,22 @@ class _Numba:
         return lambda: (count(), _caller.most, current().budget)
 
     def record(
-        self, function: Callable[..., None], args: Sequence[Any], places: Sequence[Place]
+        self,
+        function: Callable[..., None],
+        args: Sequence[Any],
+        places: Sequence[Place],
+        otherwise: Callable[[Sequence[Any]], None],
     ) -> Callable[[Sequence[Any]], None] | None:
         """What a kernel hands to its loops for calls like this one, with new addresses each time; None if it cannot
-        be told without the values of its arguments. `places`: where its tensors lie among the values of a call."""
+        be told without the values of its arguments.
+
+        places: where its tensors lie among the values of a call. otherwise: runs it for those that overlap in another
+        way than here.
+        """
         given = iter(places)
         seen = [_launches.stand_in(x, given) for x in args]
         try:
-            once, twice = _recorded(function, seen), _recorded(function, seen)
-            return _launches.replay(once, twice, parallel, threads())
+            return _launches.replay(function, seen, parallel, threads(), otherwise)
         except Exception as error:  # whatever it raised, the kernel itself raises it better
             log.debug("%s is not recorded: %s", function.__name__, error)
             return None
@@ -106,10 +114,10 @@ class _Numba:
 backend = _Numba()
 
 
-def pointer(x: Any) -> int:
+def pointer(x: Any) -> Any:
     """Address of the first element of a torch CPU tensor or a NumPy array."""
-    if _caller.launches is not None:
-        return _launches.address(x)
+    if _current.recording is not None:
+        return _current.recording.address(x)
     return x.data_ptr() if hasattr(x, "data_ptr") else x.__array_interface__["data"][0]
 
 
@@ -231,10 +239,8 @@ def _cache_class() -> Any:
 
 
 class _Caller(threading.local):
-    """What a thread asked for: at most so many threads, and its launches noted down instead of run."""
-
     most: int | None = None
-    launches: list[_launches.Launch] | None = None
+    """Of how many threads the calls of this one may run, None for as many as there are."""
 
 
 _caller = _Caller()
@@ -262,17 +268,6 @@ def threads() -> int:
     return count if most is None else min(count, most)
 
 
-def _recorded(function: Callable[..., None], args: Sequence[Any]) -> list[_launches.Launch]:
-    """What a kernel hands to `parallel` for such arguments."""
-    launches: list[_launches.Launch] = []
-    _caller.launches = launches
-    try:
-        function(*args)
-    finally:
-        _caller.launches = None
-    return launches
-
-
 _CHUNKS = 4  # a thread that loses its processor delays the call by one chunk
 _forked = False
 
@@ -293,8 +288,8 @@ def parallel(kernel: Callable[..., Any], tasks: int, *args: Any, minimum: int = 
     """
     if tasks < 1:
         return
-    if _caller.launches is not None:
-        _caller.launches.append(_launches.Launch(kernel, tasks, args, minimum))
+    if _current.recording is not None:
+        _current.recording.launch(kernel, tasks, args, minimum)
         return
     team = threads() if tasks >= 2 * minimum and not (_forked or sys.is_finalizing()) else 1
     if team < 2:
