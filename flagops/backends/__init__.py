@@ -25,7 +25,10 @@ def missing(library: str) -> str | None:
 
 
 class Backend(Protocol):
-    """The public protocol; an out-of-tree package offers one through the entry point group ``flagops.backends``."""
+    """The public protocol; an out-of-tree package offers one through the entry point group ``flagops.backends``.
+
+    What it may have besides, to make repeated calls cheaper, stands in `flagops.replay`.
+    """
 
     name: str
     """One lower-case word without underscore: the suffix of its kernel modules and the value of ``backend=``."""
