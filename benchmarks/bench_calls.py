@@ -100,7 +100,7 @@ def microseconds(call: Callable[[], Any]) -> float:
         for _ in range(BATCH):
             call()
         batches.append(time.perf_counter() - start)
-    return min(batches) / BATCH * 1e6
+    return round(min(batches) / BATCH * 1e6, 3)
 
 
 def frames(call: Callable[[], Any]) -> int:

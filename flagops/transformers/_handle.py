@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +16,19 @@ from flagops import registry
 from flagops.call import of, run
 from flagops.config import names
 from flagops.errors import Unsupported
+from flagops.operator import Operator
 from flagops.override.report import Report, Row
 
 from ._binding import Binding
 
 log = logging.getLogger("flagops")
+
+
+@functools.cache
+def _known(op: str) -> tuple[Operator, Callable[..., Any]]:
+    """An operator by name, and the function that users call."""
+    operator = registry.operator(op)
+    return operator, of(operator)
 
 
 class Handle:
@@ -73,11 +82,11 @@ class Handle:
         """One operator; None, counted with the reason, when no backend takes the call."""
         if torch.compiler.is_compiling():
             return getattr(torch.ops.flagops, op).default(*args, backend=self._wish)
-        operator = registry.operator(op)
+        operator, ours = _known(op)
         args = (*args, *operator.defaults[len(args) : -1], out)
         public = getattr(flagops, op)
         try:
-            if public is of(operator):
+            if public is ours:
                 result, ran = run(operator, args, self.backend)
             else:
                 result, ran = public(*args, backend=self.backend), getattr(public, "__qualname__", str(public))
