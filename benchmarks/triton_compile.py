@@ -92,8 +92,9 @@ class Launch:
 
     @property
     def tile(self) -> dict[str, Any]:
-        """Constants in capitals and launch options."""
-        return {k: v for k, v in (*self.constants, *self.options) if k.isupper() or k.startswith("num_")}
+        """What the call fixes: constants and launch options."""
+        fixed = {param.name for param in self.kernel.params if param.is_constexpr}
+        return {k: v for k, v in self.constants if k in fixed} | dict(self.options)
 
     @property
     def program(self) -> Any:
