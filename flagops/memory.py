@@ -29,12 +29,17 @@ Extent = tuple[Path, int, int]
 
 
 def ready(
-    memory: Sequence[Need], apart: Sequence[tuple[Extent, Extent, bool]] = (), written: Sequence[Path] = ()
+    memory: Sequence[Need],
+    apart: Sequence[tuple[Extent, Extent, bool]] = (),
+    written: Sequence[Path] = (),
+    zeros: bool = True,
 ) -> Callable[[Sequence[Any]], bool]:
     """What says quickly whether the values of a call are as a kernel needs them; False is for a closer look.
 
     They have memory, as `without_memory` would say; the pairs `apart` share none, unless they begin at one place and
     may; and what is `written` is no inference tensor.
+
+    zeros: whether zero tensors may be among them, which torch's dispatcher resolves: a view of one has an address.
     """
     names: dict[str, Any] = {}
     addresses: dict[Path, str] = {}
@@ -56,7 +61,8 @@ def ready(
     for path, size, end in memory:
         lines += [f"  x = {found(path)}", "  storage = x.untyped_storage()"]
         short = f"storage.nbytes() < x.storage_offset() * {number(size)} + {number(end)}"
-        lines.append(f"  if {short} or not storage.data_ptr(): return False")
+        address = "storage.data_ptr()" if zeros else place(path)
+        lines.append(f"  if {short} or not {address}: return False")
     lines += [f"  if {found(path)}.is_inference(): return False" for path in written]
     for (one, low, high), (two, first, last), may in apart:
         p, q = place(one), place(two)

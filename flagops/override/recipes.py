@@ -244,7 +244,7 @@ def _ready(form: Form, args: tuple[Any, ...]) -> Callable[[Sequence[Any]], bool]
     ]
     others = [spans[i] for i in spans if own is not None and args[i] is not own]
     apart = [(spans[form.given], other, False) for other in others if form.given is not None and other[2]]
-    return memory.ready(needs, [pair for pair in apart if pair[0][2]])
+    return memory.ready(needs, [pair for pair in apart if pair[0][2]], zeros=False)
 
 
 def _parts(
