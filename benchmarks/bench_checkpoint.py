@@ -171,7 +171,8 @@ def main() -> None:
 
 
 def report(folder: Path, size: float, args: argparse.Namespace) -> None:
-    from flagops import checkpoint, measure
+    from flagops import checkpoint
+    from flagops.tools import measure
 
     src = folder / "src"
     generate(src, int(size))

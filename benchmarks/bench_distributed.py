@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
-from flagops import bench, tables
+from flagops import tables
 from flagops.distributed import SCHEMES, GroupedOutputProjection, GroupedOutputProjectionParallel, Sizes
+from flagops.tools import bench
 
 SIZES = Sizes(heads=32, head_dim=128, groups=2, rank=256, hidden=1024)
 HEAD = ("ranks", "tokens", "scheme", "weights a rank", "sent a token", "time", "of replicate")

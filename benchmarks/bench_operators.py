@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from flagops import measure, registry
+from flagops import registry
 from flagops.errors import Unsupported
+from flagops.tools import measure
 
 SMOKE = 1e8
 """Floating-point operations of the largest workload that runs when nothing is timed."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from flagops import bench
+from flagops.tools import bench
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 import flagops
-from flagops import bench, measure, registry, tables
+from flagops import registry, tables
 from flagops.call import of
-from flagops.measure import Call, Settings, Trial
+from flagops.tools import bench, measure
+from flagops.tools.measure import Call, Settings, Trial
 
 promise, targets_v4 = bench.companion("promise"), bench.companion("targets_v4")
 Result, ratio_of, times_of = promise.Result, promise.ratio, promise.times_of

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 import flagops
-from flagops import bench, measure, registry
-from flagops.examples import random_deepseek_v4
-from flagops.measure import Call, Settings
+from flagops import registry
+from flagops.deepseek_v4.examples import random_deepseek_v4
+from flagops.tools import bench, measure
+from flagops.tools.measure import Call, Settings
 
 promise = bench.companion("promise")
 Result, ratio_of = promise.Result, promise.ratio

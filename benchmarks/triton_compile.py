@@ -2,384 +2,242 @@
 
     python benchmarks/triton_compile.py [--only PART] [--write]
 
-``--only`` keeps the rows whose name holds PART; ``--write`` replaces ``results/triton_compile.json`` and ``.md``.
-A new kernel is one more entry in `ENTRIES`.
+What is compiled is what the operators would launch on each chip: at the named workloads of their cards in each of
+their dtypes, and for what those leave out at small drawn cases. ``--only`` keeps the rows whose name holds PART;
+``--write`` replaces ``results/triton_compile.json`` and ``.md``.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import importlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # it would turn the kernels into Python functions
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-FP4_TILE, FP8_TILE = (
-    getattr(importlib.import_module("flagops.kernels.triton.dequantize"), f"FP{n}_TILE") for n in (4, 8)
-)
-QUANTIZE = importlib.import_module("flagops.kernels.triton.quantize")
-QMATMUL = importlib.import_module("flagops.kernels.triton.qmatmul").TILES
-HYPER = importlib.import_module("flagops.kernels.triton.hyper")
-COMPRESS, INDEXER = (importlib.import_module(f"flagops.kernels.triton.{name}") for name in ("compress", "indexer"))
+from flagops import arrays, registry, testing
+from flagops.errors import Unsupported
+from flagops.tools import measure
+
+COMMON = importlib.import_module("flagops.kernels.triton._common")
 TARGETS = {
-    "sm_90": (GPUTarget("cuda", 90, 32), "cuda", 227 << 10),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), "hip", 64 << 10),
+    "sm_90": (GPUTarget("cuda", 90, 32), COMMON.Chip("cuda", 132, 227 << 10, True)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), COMMON.Chip("hip", 304, 64 << 10, False)),
 }
 RESULTS = Path(__file__).parent / "results"
-SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "int32": "i32"}
-HALF = ("bfloat16", "float16")
-FLOATS = (*HALF, "float32", "float64")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+ELEMENTS = {"bool": "i1", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+ELEMENTS |= {f"{sign}int{bits}": f"{sign or 'i'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+DRAWS = 60
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A kernel and how it is called: what is not a pointer, a unit or a constant is an integer divisible by 16."""
+class Launch:
+    """A kernel as Triton would specialise it for one call: types, constants (a stride of 1 is one), divisible by 16."""
 
-    module: str
-    kernel: str
-    pointers: dict[str, str]
-    """Argument to element type; ``dtype`` stands for the row's own, ``acc`` for its accumulator's."""
-    dtypes: tuple[str, ...]
-    units: tuple[str, ...] = ()
-    """Integer arguments that are 1, as the stride of a contiguous axis."""
-    constants: dict[str, Any] = field(default_factory=dict)
-    scalars: dict[str, str] = field(default_factory=dict)
-    label: str = ""
-    fixed: dict[str, Any] = field(default_factory=dict)
-    """The one tile of a kernel without a table."""
-    widest: int = 1 << 30
-    """Leave out tiles whose SLICE is wider."""
-    only: str = ""
-    """The one target it is for."""
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(cls, kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Launch":
+        values = dict(zip(kernel.arg_names, args, strict=False)) | {
+            k: v for k, v in kwargs.items() if k in kernel.arg_names
+        }
+        signature, constants, divisible = [], [], []
+        for at, param in enumerate(kernel.params):
+            value = values[param.name]
+            if (
+                param.is_constexpr
+                or value is None
+                or (type(value) is int and value == 1 and not param.do_not_specialize)
+            ):
+                constants.append((param.name, value))
+                signature.append((param.name, "constexpr"))
+                continue
+            kind, number = _kind(value)
+            signature.append((param.name, kind))
+            if number % 16 == 0 and not isinstance(value, float):
+                divisible.append(at)
+        options = tuple((k, v) for k, v in kwargs.items() if k not in kernel.arg_names)
+        return cls(kernel, tuple(signature), tuple(constants), tuple(divisible), options)
 
     @property
     def name(self) -> str:
-        return f"{self.module}.{self.kernel}"
+        return f"{self.kernel.__module__.rpartition('.')[2]}.{self.kernel.__name__}"
 
-    def tiles(self, kind: str, dtype: str) -> Iterable[dict[str, Any]]:
-        """The module's own table: ``TILES[device][dtype class]``, a list of meta-parameters and launch options."""
-        if self.fixed:
-            return [self.fixed]
-        tables = importlib.import_module(f"flagops.kernels.triton.{self.module}").TILES[kind]
-        tiles = tables["half" if dtype in HALF else dtype]
-        return [tile for tile in tiles if tile.get("SLICE", 0) <= self.widest]
+    @property
+    def dtypes(self) -> str:
+        """Element types of the tensors, each once."""
+        return " ".join(dict.fromkeys(kind[1:] for _, kind in self.signature if kind.startswith("*")))
+
+    @property
+    def tile(self) -> dict[str, Any]:
+        """What the call fixes: constants and launch options."""
+        fixed = {param.name for param in self.kernel.params if param.is_constexpr}
+        return {k: v for k, v in self.constants if k in fixed} | dict(self.options)
+
+    @property
+    def program(self) -> Any:
+        """What makes it another program but for strides, of which the first seen stand for all."""
+        return self.kernel, self.dtypes, tuple(self.tile.items())
+
+    @property
+    def switches(self) -> Any:
+        """The kernel, and what of its code it runs."""
+        missing = tuple(name for name, value in self.constants if value is None)
+        return self.kernel, missing, tuple((k, v) for k, v in self.constants if isinstance(v, bool))
 
 
-ATTENTION = dict.fromkeys(("q", "kv", "out"), "dtype") | dict.fromkeys(("sink", "maxima", "sums"), "acc")
-ATTENTION |= {"indices": "i32"}
-COMBINE = dict.fromkeys(("parts", "maxima", "sums", "sink"), "acc") | {"out": "dtype"}
-ATTENTION_UNITS = ("q_d", "kv_d", "sink_h", "index_k", "out_d")
-ENTRIES = [
-    Entry(
-        "matmul", "product_kernel", dict.fromkeys(("a", "b", "bias", "out"), "dtype"), FLOATS,
-        units=("a_k", "b_k", "out_n", "bias_n"), label="linear",
-        constants={"GROUP": 8, "BIAS": True, "EVEN": True, "PRECISION": "ieee"},
-    ),
-    Entry(
-        "matmul", "product_kernel", dict.fromkeys(("a", "b", "bias", "out"), "dtype"), FLOATS,
-        units=("a_k", "b_n", "out_n"), label="ragged k",
-        constants={"GROUP": 8, "BIAS": False, "EVEN": False, "PRECISION": "ieee"},
-    ),
-    Entry(
-        "matmul", "sum_kernel", {"parts": "acc", "bias": "dtype", "out": "dtype"}, FLOATS,
-        units=("out_n", "bias_n"), scalars={"size": "i64"}, label="split k",
-        constants={"BIAS": True}, fixed={"BLOCK": 256, "num_warps": 4},
-    ),
-    Entry(
-        "attention", "attention_kernel", ATTENTION, HALF,
-        units=ATTENTION_UNITS, scalars={"scale_bits": "i64"}, label="one pass",
-        constants={"WHOLE": True, "FULL": True, "SINK": True, "PARTIAL": False, "PRECISION": "ieee"},
-    ),
-    Entry(
-        "attention", "attention_kernel", ATTENTION | {"out": "acc"}, HALF,
-        units=ATTENTION_UNITS, scalars={"scale_bits": "i64"}, label="split keys, odd width",
-        constants={"WHOLE": True, "FULL": False, "SINK": True, "PARTIAL": True, "PRECISION": "ieee"},
-    ),
-    Entry(
-        "attention", "attention_kernel", ATTENTION, FLOATS,
-        units=ATTENTION_UNITS, scalars={"scale_bits": "i64"}, label="in pieces", widest=256,
-        constants={"WHOLE": False, "FULL": False, "SINK": True, "PARTIAL": False, "PRECISION": "ieee"},
-    ),
-    Entry(
-        "attention", "combine_kernel", COMBINE, FLOATS,
-        units=("sink_h", "out_d"), label="split keys",
-        constants={"SINK": True}, fixed={"P": 32, "BLOCK": 128, "num_warps": 4},
-    ),
-    Entry(
-        "dequantize", "fp4_kernel", {"packed": "u8", "scale": "u8", "out": "dtype"}, FLOATS[:3],
-        units=("packed_c", "scale_c", "out_c"), label="contiguous", constants={"FLAT": True}, fixed=FP4_TILE,
-    ),
-    Entry(
-        "dequantize", "fp4_kernel", {"packed": "u8", "scale": "u8", "out": "dtype"}, ("bfloat16",),
-        units=("packed_c", "scale_c", "out_c"), label="rows", constants={"FLAT": False}, fixed=FP4_TILE,
-    ),
-    Entry(
-        "dequantize", "fp8_kernel", {"weight": "u8", "scale": "u8", "out": "dtype"}, FLOATS[:3],
-        units=("weight_c", "scale_c", "out_c"), label="e8m0", constants={"SHARED": True}, fixed=FP8_TILE,
-    ),
-    Entry(
-        "dequantize", "fp8_kernel", {"weight": "u8", "scale": "fp32", "out": "dtype"}, ("bfloat16",),
-        units=("weight_c", "scale_c", "out_c"), label="float32 scales", constants={"SHARED": True}, fixed=FP8_TILE,
-    ),
-    Entry(
-        "dequantize", "fp8_kernel", {"weight": "u8", "scale": "u8", "out": "dtype"}, ("bfloat16",),
-        units=("weight_c", "scale_c", "out_c"), label="odd blocks", constants={"SHARED": False}, fixed=FP8_TILE,
-    ),
-    Entry(
-        "norm", "norm_kernel", {"x": "dtype", "weight": "fp32", "out": "dtype"}, FLOATS[:3],
-        units=("x_n", "weight_n", "out_n"), scalars={"eps_bits": "i64"}, label="hidden states",
-        constants={"WHOLE": True, "WEIGHT": True, "STEPWISE": False},
-        fixed={"ROWS": 1, "BLOCK": 8192, "num_warps": 8},
-    ),
-    Entry(
-        "norm", "norm_kernel", {"x": "dtype", "weight": "fp32", "out": "dtype"}, HALF,
-        units=("x_n", "weight_n", "out_n"), scalars={"eps_bits": "i64"}, label="heads in steps",
-        constants={"WHOLE": True, "WEIGHT": False, "STEPWISE": True}, fixed={"ROWS": 8, "BLOCK": 512, "num_warps": 8},
-    ),
-    Entry(
-        "rotary", "rotary_kernel", {"x": "dtype", "cos": "acc", "sin": "acc", "out": "dtype"}, FLOATS,
-        units=("x_d", "cos_r", "sin_r", "out_d"), scalars={"sign": "i32"}, constants={"COPY": True},
-        fixed={"HEADS": 16, "BLOCK": 128, "num_warps": 4},
-    ),
-    Entry(
-        "rotary", "table_kernel", {"positions": "i32", "theta": "fp32", "cos": "fp32", "sin": "fp32"},
-        ("float32",), units=("cos_r", "sin_r"), fixed={"BLOCK": 256, "num_warps": 4},
-    ),
-    Entry(
-        "quantize", "encode_kernel", {"x": "dtype", "codes": "u8", "scales": "u8"}, FLOATS[:3],
-        units=("x_c", "codes_c", "scales_c"), label="FP8, 128", fixed={"GROUPS": 32, "BLOCK": 128, "num_warps": 4},
-        constants={"POWERS": True, "FOUR": False, "FAKE": False, "LONG": False, "FLAT": True},
-    ),
-    Entry(
-        "quantize", "encode_kernel", {"x": "dtype", "codes": "u8", "scales": "fp32"}, ("bfloat16",),
-        units=("x_c", "codes_c", "scales_c"), label="FP8, float32 scales",
-        constants={"POWERS": False, "FOUR": False, "FAKE": False, "LONG": False, "FLAT": True},
-        fixed={"GROUPS": 32, "BLOCK": 128, "num_warps": 4},
-    ),
-    Entry(
-        "quantize", "encode_kernel", {"x": "dtype", "codes": "dtype", "scales": "dtype"}, ("bfloat16",),
-        units=("x_c", "codes_c", "scales_c"), label="FP8 and back, 64",
-        constants={"POWERS": True, "FOUR": False, "FAKE": True, "LONG": False, "FLAT": True},
-        fixed={"GROUPS": 64, "BLOCK": 64, "num_warps": 4},
-    ),
-    Entry(
-        "quantize", "encode_kernel", {"x": "dtype", "codes": "u8", "scales": "u8"}, ("bfloat16",),
-        units=("x_c", "codes_c", "scales_c"), label="FP4, 32", fixed={"GROUPS": 128, "BLOCK": 32, "num_warps": 4},
-        constants={"POWERS": True, "FOUR": True, "FAKE": False, "LONG": False, "FLAT": True},
-    ),
-    Entry(
-        "quantize", "encode_kernel", {"x": "dtype", "codes": "dtype", "scales": "dtype"}, ("bfloat16",),
-        units=("x_c", "codes_c", "scales_c"), label="FP4 and back, 32",
-        constants={"POWERS": True, "FOUR": True, "FAKE": True, "LONG": False, "FLAT": True},
-        fixed={"GROUPS": 128, "BLOCK": 32, "num_warps": 4},
-    ),
-    Entry(
-        "quantize", "recode_kernel",
-        dict.fromkeys(("packed", "scale", "weight", "scales", "lossless"), "u8"), ("float32",),
-        units=("packed_c", "scale_c", "weight_c", "scales_c", "lossless_c"), fixed=QUANTIZE.RECODE_TILE,
-    ),
-    Entry(
-        "quantize", "hadamard_kernel", {"x": "dtype", "out": "dtype"}, FLOATS,
-        units=("x_c", "out_c"), scalars={"scale_bits": "i64"}, label="128",
-        constants={"STAGES": 7, "LONG": False, "FLAT": True}, fixed={"ROWS": 32, "D": 128, "num_warps": 4},
-    ),
-    *(
-        Entry(
-            "qmatmul", f"{kind}_kernel",
-            {"a": "u8", "a_scale": "u8", "b": "u8", "b_scale": "u8", "out": "dtype"}, ("bfloat16",),
-            units=("a_k", "a_scale_k", "b_k", "b_scale_k", "out_n"), label="converted" if converts else "by bits",
-            constants={"GROUP": 8, "EVEN": True, "CONVERT": converts, **more}, fixed=tile,
-            only="sm_90" if converts else "gfx942",
-        )
-        for kind, more in (("fp8", {"PLAIN": False, "PRECISION": "ieee"}), ("fp4", {}))
-        for converts, tiles in ((True, QMATMUL["cuda"]), (False, QMATMUL["hip"]))
-        for tile in tiles
-    ),
-    *(
-        Entry(
-            "qmatmul", "fp8_kernel",
-            {"a": "dtype", "a_scale": "u8", "b": "u8", "b_scale": "u8", "out": "dtype"}, ("bfloat16",),
-            units=("a_k", "a_scale_k", "b_k", "b_scale_k", "out_n"), label="plain activations",
-            constants={"GROUP": 8, "EVEN": True, "CONVERT": kind == "cuda", "PLAIN": True, "PRECISION": "ieee"},
-            fixed=tile, only="sm_90" if kind == "cuda" else "gfx942",
-        )
-        for kind in ("cuda", "hip")
-        for tile in QMATMUL[kind]
-    ),
-    *(
-        Entry(
-            "sdpa", "dense_kernel", dict.fromkeys(("q", "k", "v", "mask", "out"), "dtype"), dtypes,
-            units=("q_d", "k_d", "v_d", "mask_n", "out_v"), scalars={"scale_bits": "i64"}, label=label, widest=widest,
-            constants={"CAUSAL": causal, "MASK": mask, "PRECISION": "ieee"},
-        )
-        for label, causal, mask, dtypes, widest in (
-            ("causal", True, 0, HALF, 256), ("added mask", False, 2, FLOATS, 128),
-        )
-    ),
-    Entry(
-        "muon", "blend_kernel", dict.fromkeys(("x", "y", "a", "b"), "dtype"), FLOATS[2:],
-        scalars={"size": "i64"}, fixed={"BLOCK": 1024, "num_warps": 4},
-    ),
-    Entry(
-        "hyper", "split_kernel", dict.fromkeys(("mix", "scale", "base", "pre", "post", "comb"), "dtype"),
-        FLOATS[2:], units=("mix_c",), scalars={"eps_bits": "i64"}, label="four streams",
-        constants={"N": 4, "P": 4}, fixed=HYPER.SPLIT,
-    ),
-    Entry(
-        "hyper", "project_kernel", {"x": "dtype", "fn": "acc", "sums": "acc"}, FLOATS,
-        units=("x_d", "fn_k"), label="24 columns", constants={"C": 24, "PC": 32, "PRECISION": "ieee"},
-        fixed=HYPER.PROJECT,
-    ),
-    Entry(
-        "hyper", "collapse_kernel",
-        {"x": "dtype", "y": "dtype"} | dict.fromkeys(("sums", "scale", "base", "post", "comb"), "acc"), FLOATS,
-        units=("x_d",), scalars={"eps_bits": "i64", "norm_bits": "i64"}, label="four streams",
-        constants={"FULL": True, "C": 24, "N": 4, "P": 4}, fixed=HYPER.COLLAPSE,
-    ),
-    Entry(
-        "hyper", "mix_kernel",
-        dict.fromkeys(("x", "y", "out"), "dtype") | dict.fromkeys(("post", "comb"), "acc"), FLOATS,
-        units=("y_d", "x_d", "post_n", "comb_k", "out_d"), label="four streams", constants={"N": 4, "P": 4},
-        fixed=HYPER.MIX,
-    ),
-    *(
-        Entry(
-            "experts", "coded_kernel",
-            {"a": "bf16", "b": "u8", "scale": "u8", "out": "dtype", "work": "i32", "rows": "i64"}, ("bfloat16",),
-            units=("b_k", "scale_k"), label=f"{'FP4' if four else 'FP8'} {'converted' if converts else 'by bits'}",
-            constants={"GATHER": True, "EVEN": True, "FOUR": four, "CONVERT": converts}, fixed=tile,
-            only="sm_90" if converts else "gfx942",
-        )
-        for four in (True, False)
-        for converts, tiles in ((True, QMATMUL["cuda"]), (False, QMATMUL["hip"]))
-        for tile in tiles
-    ),
-    *(
-        Entry(
-            "experts", "grouped_kernel",
-            {"a": "dtype", "b": "dtype", "out": "dtype", "work": "i32", "rows": "i64"}, dtypes,
-            units=("a_k", "b_k", "out_n"), constants={"GATHER": True, "EVEN": True, "PRECISION": "ieee"},
-            fixed={"BM": m, "BN": n, "BK": k, "num_warps": warps, "num_stages": stages},
-        )
-        for dtypes, m, n, k, warps, stages in (
-            (HALF, 16, 64, 128, 4, 2), (HALF, 128, 128, 64, 8, 2), (FLOATS[2:], 64, 64, 16, 8, 2),
-        )
-    ),
-    Entry(
-        "experts", "activate_kernel",
-        {"both": "dtype", "order": "i64", "weights": "acc", "out": "dtype"}, FLOATS, units=("weights_k",),
-        scalars={"limit_bits": "i64"}, constants={"FAKE": False, "FOUR": False}, fixed={"ROWS": 8, "num_warps": 4},
-    ),
-    Entry(
-        "experts", "activate_kernel",
-        {"both": "dtype", "order": "i64", "weights": "acc", "out": "bf16"}, FLOATS[:3], units=("weights_k",),
-        scalars={"limit_bits": "i64"}, label="to FP8", constants={"FAKE": True, "FOUR": True},
-        fixed={"ROWS": 8, "num_warps": 4},
-    ),
-    Entry(
-        "experts", "fake_kernel", {"x": "dtype", "out": "bf16"}, FLOATS[:3], units=("x_d",),
-        constants={"FOUR": True}, fixed={"ROWS": 8, "num_warps": 4},
-    ),
-    Entry(
-        "experts", "combine_kernel", {"y": "dtype", "position": "i64", "shared": "dtype", "out": "dtype"},
-        FLOATS, units=("shared_d", "out_d"), constants={"SHARED": True}, fixed={"BLOCK": 512, "num_warps": 4},
-    ),
-    Entry(
-        "moe", "route_kernel",
-        {"z": "dtype", "bias": "dtype", "table": "i64", "tokens": "i64", "weights": "dtype", "indices": "i32"},
-        FLOATS[2:], units=("bias_e", "table_k", "tokens_t", "weights_k", "indices_k"), scalars={"scale_bits": "i64"},
-        constants={"K": 6, "SLOTS": 8, "BIAS": True, "TABLE": False}, fixed={"ROWS": 4, "BLOCK": 256, "num_warps": 4},
-    ),
-    Entry(
-        "moe", "swiglu_kernel", {"gate": "dtype", "up": "dtype", "weight": "acc", "out": "dtype"}, FLOATS,
-        units=("gate_n", "up_n", "out_n"), scalars={"limit_bits": "i64"}, constants={"WEIGHT": True},
-        fixed={"ROWS": 1, "BLOCK": 1024, "num_warps": 4},
-    ),
-    *(
-        Entry(
-            "compress", name,
-            dict.fromkeys(("kv", "scores", "bias", "kv_state", "score_state"), "acc") | {"entries": "dtype"}, dtypes,
-            units=("bias_c", "kv_c", "score_c", *["entry_d"][: name == "pool_kernel"]), fixed=tile,
-        )
-        for name, dtypes, tile in (
-            ("pool_kernel", ("bfloat16", "float32", "float64"), COMPRESS.POOL),
-            ("advance_kernel", ("float32", "float64"), COMPRESS.ADVANCE),
-        )
-    ),
-    *(
-        Entry(
-            "indexer", "score_kernel",
-            dict.fromkeys(("q", "keys"), "dtype") | {"weights": "acc", "visible": "i32", "scores": keys}, dtypes,
-            units=("q_d", "key_d", "weight_h", "visible_s"), label=label,
-            constants={"WHOLE": whole, "VISIBLE": True, "PRECISION": "ieee"},
-        )
-        for keys, dtypes, label, whole in (
-            ("i32", HALF, "whole keys", True),
-            ("i32", ("bfloat16", "float32"), "in pieces", False),
-            ("i64", ("float64",), "in pieces", False),
-        )
-    ),
-    *(
-        Entry(
-            "indexer", "select_kernel",
-            dict.fromkeys(("places", "visible", "to_places"), "i32") | {"keys": keys, "to_keys": keys}, dtypes,
-            units=("visible_s", "to_k"), label="of a list" if listed else "of scores",
-            constants={"LISTED": listed, "LAST": listed, "VISIBLE": True}, fixed=INDEXER.SELECT,
-        )
-        for keys, dtypes in (("i32", ("float32",)), ("i64", ("float64",)))
-        for listed in (False, True)
-    ),
-]  # fmt: skip
+def _kind(value: Any) -> tuple[str, int]:
+    """Triton's type of an argument, and the number that is divisible by 16 or not."""
+    if isinstance(value, torch.Tensor):
+        return f"*{ELEMENTS[arrays.dtype_name(value)]}", value.data_ptr()
+    if isinstance(value, bool):
+        return "i1", 1
+    if isinstance(value, float):
+        return "fp32", 1
+    return "i32" if -(1 << 31) <= value < 1 << 31 else "i64", value
+
+
+@contextlib.contextmanager
+def recorded(chip: Any) -> Iterator[list[Launch]]:
+    """The launches made within, of which none runs; wrappers believe to be on `chip`."""
+    launches: list[Launch] = []
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(Launch.of(self, args, kwargs))
+
+    original, JITFunction.run, COMMON.pretended = JITFunction.run, run, chip
+    try:
+        yield launches
+    finally:
+        JITFunction.run, COMMON.pretended = original, None
+
+
+def calls(name: str) -> Iterator[tuple[str, list[Any]]]:
+    """What an operator is called with: named workloads, filled with zeros, in every dtype; then small drawn cases."""
+    op = registry.operator(name)
+    for workload in op.workloads:
+        cases = {}
+        for dtype in (None, *DTYPES):
+            with contextlib.suppress(Unsupported):
+                case = measure.case(op, workload, dtype)
+                cases[case] = " ".join(filter(None, (name, workload, dtype)))
+        for case, label in cases.items():
+            yield label, zeros(op, case)
+    for seed in range(DRAWS):
+        rng = random.Random(f"{name} {seed}")
+        case = testing.draw_case(op, lambda options, rng=rng: options[rng.randrange(len(options))], testing.INTERPRETED)
+        if case.values != "special":
+            dtypes = dict(case.dtypes)
+            yield f"{name} drawn", [testing.as_kind(x, "torch", dtypes.get(n)) for n, x in case.arguments().items()]
+
+
+def zeros(op: Any, case: testing.Case) -> list[Any]:
+    """The inputs of a case with nothing in them: memory that is never touched is none."""
+    dims, dtypes, layouts, scalars = (dict(x) for x in (case.dims, case.dtypes, case.layouts, case.scalars))
+    batched = next((name for name, tensor in op.tensors.items() if tensor.axes.startswith("...")), None)
+    made: list[Any] = []
+    for name in op.inputs:
+        if name in scalars or name in case.absent:
+            made.append(scalars.get(name))
+            continue
+        shape = op.shape(op.tensors[name], dims, case.batch if name == batched else ())
+        transposed = layouts.get(name) == "transposed"
+        x = torch.zeros(shape[::-1] if transposed else shape, dtype=getattr(torch, dtypes[name]))
+        made.append(x.permute(*reversed(range(len(shape)))) if transposed else x)
+    return measure.fitted(op, made, dims, seed=0) if op.fit else made
+
+
+def launches(target: str, operators: Iterable[str]) -> dict[Launch, str]:
+    """What operators launch on a chip, each with the call that does."""
+    found: dict[Any, tuple[Launch, str]] = {}
+    switched: set[Any] = set()
+    for name in operators:
+        if not registry.written(name, "triton"):
+            continue
+        op, module = registry.operator(name), importlib.import_module(registry.home(name, "triton"))
+        kernel = registry.describe(op, getattr(module, name), module)
+        for label, made in calls(name):
+            bound = op.bind(op.fill(tuple(made), {}))
+            outs = [torch.empty(s, dtype=getattr(torch, d)) for s, d in zip(bound.shapes, bound.results, strict=True)]
+            coded = {op.positions[name] for name, tensor in op.tensors.items() if tensor.codes}
+            made = [arrays.codes(x) if at in coded and x is not None else x for at, x in enumerate(made)]
+            outs = [arrays.codes(x) if at in op.coded_results else x for at, x in enumerate(outs)]
+            if kernel.unsupported and kernel.unsupported(*made):
+                continue
+            with recorded(TARGETS[target][1]) as seen:
+                kernel.function(*made, tuple(outs) if op.several else outs[0])
+            for launch in seen:
+                if not label.endswith("drawn") or launch.switches not in switched:
+                    found.setdefault(launch.program, (launch, label))
+                switched.add(launch.switches)
+    return dict(found.values())
 
 
 @dataclass
 class Row:
     kernel: str
     label: str
-    dtype: str
+    dtypes: str
     target: str
-    tile: dict[str, int]
-    registers: int
-    spilled: int
+    tile: dict[str, Any]
+    registers: int = 0
+    spilled: int = 0
     """Bytes of registers spilled per thread; on AMD also registers moved to memory."""
-    shared: int
-    matrix: str
+    shared: int = 0
+    matrix: str = "-"
     """The matrix instruction found, or "-" where the products run on ordinary multiply-adds."""
 
     @property
     def name(self) -> str:
         tile = " ".join(f"{k}={v}" for k, v in self.tile.items())
-        return f"{self.kernel} {self.label} {self.dtype} {self.target} {tile}"
+        return f"{self.kernel} {self.label} {self.dtypes} {self.target} {tile}"
 
 
-def _source(entry: Entry, dtype: str, tile: dict[str, Any]) -> ASTSource:
-    kernel = getattr(importlib.import_module(f"flagops.kernels.triton.{entry.module}"), entry.kernel)
-    elements = {"dtype": SHORT[dtype], "acc": "fp64" if dtype == "float64" else "fp32"}
-    constants = {**dict.fromkeys(entry.units, 1), **entry.constants}
-    constants |= {name: value for name, value in tile.items() if name in kernel.arg_names}
-    signature, attributes = {}, {}
-    for at, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in entry.scalars:
-            signature[name] = elements.get(entry.scalars[name], entry.scalars[name])
-        else:
-            pointer = entry.pointers.get(name)
-            signature[name] = f"*{elements.get(pointer, pointer)}" if pointer else "i32"
-            attributes[(at,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes)
+def rows(only: str = "", targets: Iterable[str] = TARGETS, names: Iterable[str] = ()) -> Iterator[tuple[Row, Launch]]:
+    """What there is to compile, of some operators or of all."""
+    for target in targets:
+        for launch, label in launches(target, names or registry.operators()).items():
+            row = Row(launch.name, label, launch.dtypes, target, launch.tile)
+            if only in row.name:
+                yield row, launch
+
+
+def compiled(row: Row, launch: Launch) -> tuple[Row, Any]:
+    """A row with what the compiler says, and the compiled kernel."""
+    attributes = {(at,): [["tt.divisibility", 16]] for at in launch.divisible}
+    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
+    made = triton.compile(source, target=TARGETS[row.target][0], options=dict(launch.options))
+    if row.target.startswith("sm_"):
+        registers, spilled = _ptxas(made.asm["ptx"])
+        found = re.search(r"(wgmma\.mma_async|mma)\.sync\.aligned\.[\w.]+", made.asm["ptx"])
+    else:
+        registers, spilled = _amdgcn(made.asm["amdgcn"])
+        found = re.search(r"v_mfma_\w+", made.asm["amdgcn"])
+    matrix = found.group(0).replace(".sync.aligned", "") if found else "-"
+    measured = {"registers": registers, "spilled": spilled, "shared": made.metadata.shared, "matrix": matrix}
+    return dataclasses.replace(row, **measured), made
 
 
 def _ptxas(ptx: str) -> tuple[int, int]:
@@ -401,44 +259,21 @@ def _amdgcn(text: str) -> tuple[int, int]:
     return value["vgpr_count"], max(4 * value["vgpr_spill_count"], value["private_segment_fixed_size"])
 
 
-def compile_row(entry: Entry, dtype: str, target: str, tile: dict[str, Any]) -> tuple[Row, Any]:
-    """One row and the compiled kernel it describes."""
-    source = _source(entry, dtype, tile)
-    options = {name: value for name, value in tile.items() if name not in source.fn.arg_names}
-    compiled = triton.compile(source, target=TARGETS[target][0], options=options)
-    if target.startswith("sm_"):
-        registers, spilled = _ptxas(compiled.asm["ptx"])
-        found = re.search(r"(wgmma\.mma_async|mma)\.sync\.aligned\.[\w.]+", compiled.asm["ptx"])
-    else:
-        registers, spilled = _amdgcn(compiled.asm["amdgcn"])
-        found = re.search(r"v_mfma_\w+", compiled.asm["amdgcn"])
-    matrix = found.group(0).replace(".sync.aligned", "") if found else "-"
-    return Row(
-        entry.name,
-        entry.label,
-        dtype,
-        target,
-        tile,
-        registers,
-        spilled,
-        compiled.metadata.shared,
-        matrix,
-    ), compiled
-
-
-def rows(only: str = "") -> Iterator[Row]:
-    for entry in ENTRIES:
-        for target, (_, kind, _) in TARGETS.items():
-            for dtype in entry.dtypes if entry.only in ("", target) else ():
-                for tile in entry.tiles(kind, dtype):
-                    blank = Row(entry.name, entry.label, dtype, target, tile, 0, 0, 0, "")
-                    if only in blank.name:
-                        yield compile_row(entry, dtype, target, tile)[0]
+def kernels() -> set[str]:
+    """Every kernel of the folder that is launched by itself."""
+    folder = Path(COMMON.__file__).parent
+    modules = [importlib.import_module(f"flagops.kernels.triton.{path.stem}") for path in folder.glob("[!_]*.py")]
+    return {
+        f"{module.__name__.rpartition('.')[2]}.{name}"
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel") and value.__module__ == module.__name__
+    }
 
 
 def faults(row: Row) -> str:
     """What a row does that it must not."""
-    limit = TARGETS[row.target][2]
+    limit = TARGETS[row.target][1].shared
     return " ".join(["spills"] * (row.spilled > 0) + [f"more than {limit >> 10} KB"] * (row.shared > limit))
 
 
@@ -447,13 +282,13 @@ def markdown(table: list[Row]) -> str:
         f"Compiled by Triton {triton.__version__} without a GPU: `python benchmarks/triton_compile.py --write`.",
         "Registers are per thread, spills in bytes per thread, shared memory in bytes per program.",
         "",
-        "| kernel | case | dtype | target | tile | registers | spills | shared | matrix instruction |",
+        "| kernel | call | elements | target | tile | registers | spills | shared | matrix instruction |",
         "|---|---|---|---|---|---:|---:|---:|---|",
     ]
     for row in table:
         tile = " ".join(f"{name.removeprefix('num_')}={value}" for name, value in row.tile.items())
         lines.append(
-            f"| {row.kernel} | {row.label} | {row.dtype} | {row.target} | {tile} | {row.registers} | {row.spilled} "
+            f"| {row.kernel} | {row.label} | {row.dtypes} | {row.target} | {tile} | {row.registers} | {row.spilled} "
             f"| {row.shared} | {row.matrix} |"
         )
     return "\n".join(lines) + "\n"
@@ -465,7 +300,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     table, bad = [], 0
-    for row in rows(arguments.only):
+    for blank, launch in rows(arguments.only):
+        row, _ = compiled(blank, launch)
         table.append(row)
         bad += bool(faults(row))
         numbers = f"{row.registers} registers, {row.spilled} spilled, {row.shared} shared, {row.matrix}"
@@ -473,10 +309,11 @@ def main() -> int:
     if arguments.write:
         RESULTS.mkdir(exist_ok=True)
         content = {"triton": triton.__version__, "rows": [vars(row) for row in table]}
-        (RESULTS / "triton_compile.json").write_text(json.dumps(content, indent=1) + "\n")
+        (RESULTS / "triton_compile.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
         (RESULTS / "triton_compile.md").write_text(markdown(table))
-    print(f"{len(table)} kernels, {bad} at fault")
-    return bool(bad)
+    left = set() if arguments.only else kernels() - {row.kernel for row in table}
+    print(f"{len(table)} programs, {bad} at fault" + "".join(f"\nnever launched: {name}" for name in sorted(left)))
+    return bool(bad or left)
 
 
 if __name__ == "__main__":

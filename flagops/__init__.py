@@ -5,6 +5,9 @@ kernels under torch's own operators. Importing this module imports no framework:
 """
 
 import os
+import sys
+
+from flagops._moved import Finder
 
 __version__ = "0.1.0"
 
@@ -12,24 +15,26 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 if not os.path.isdir(os.path.join(_HERE, "kernels")):  # a checkout: kernels/ and reference/ lie beside this folder
     __path__.append(os.path.dirname(_HERE))
 
+sys.meta_path.append(Finder)
+
 _HOMES = {
     "Unsupported": "errors",
     "using": "config",
     "kernel": "registry",
     "operators": "registry",
     "coverage": "dispatch",
-    "window_indices": "indices",
-    "hca_indices": "indices",
+    "window_indices": "deepseek_v4.indices",
+    "hca_indices": "deepseek_v4.indices",
     "enable": "override",
     "patch": "transformers",
-    "AttentionCache": "cache",
-    "AttentionConfig": "cache",
-    "AttentionWeights": "layers",
-    "CompressorWeights": "layers",
-    "IndexerWeights": "layers",
-    "sliding_window_attention": "layers",
-    "csa_attention": "layers",
-    "hca_attention": "layers",
+    "AttentionCache": "deepseek_v4.cache",
+    "AttentionConfig": "deepseek_v4.cache",
+    "AttentionWeights": "deepseek_v4.layers",
+    "CompressorWeights": "deepseek_v4.layers",
+    "IndexerWeights": "deepseek_v4.layers",
+    "sliding_window_attention": "deepseek_v4.layers",
+    "csa_attention": "deepseek_v4.layers",
+    "hca_attention": "deepseek_v4.layers",
 }
 _MODULES = frozenset(
     {

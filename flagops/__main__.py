@@ -210,13 +210,13 @@ def _forward(module: str, function: str) -> Callable[[argparse.Namespace], int]:
 
 
 FORWARDED = {
-    "demo": ("demo", "run", "a real language model, and a small DeepSeek-V4, generating on replaced operators"),
-    "bench": ("bench", "run", "speeds by named workload, verified before they are timed"),
+    "demo": ("tools.demo", "run", "a real language model, and a small DeepSeek-V4, generating on replaced operators"),
+    "bench": ("tools.bench", "run", "speeds by named workload, verified before they are timed"),
     "plan": ("distributed.plan", "run", "what tensor parallelism of the output projection costs, and whether it fits"),
-    "run": ("bisect", "run", "run a script with torch's operators replaced, FLAGOPS_OPS of them"),
+    "run": ("tools.bisect", "run", "run a script with torch's operators replaced, FLAGOPS_OPS of them"),
     "convert": ("checkpoint.command", "convert", "write a checkpoint of FP4 and FP8 weights in BF16 or FP8"),
     "verify": ("checkpoint.command", "verify", "make a conversion again and compare it, bit by bit"),
-    "bisect": ("bisect", "bisect", "name the replacement that changed a script's result"),
+    "bisect": ("tools.bisect", "bisect", "name the replacement that changed a script's result"),
 }
 
 

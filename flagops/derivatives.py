@@ -18,7 +18,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from flagops import dispatch, registry, surroundings
+from flagops import dispatch, memory, registry, surroundings
 from flagops.errors import Unsupported
 from flagops.operator import Operator
 
@@ -184,7 +184,7 @@ def register(ops: Ops, filled: Callable[[Sequence[Any]], tuple[Any, ...]], libra
     def no_out(keyset: Any, *arguments: Any, **outs: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments, **outs):
             given = [outs[key] for key in outs]
-            dispatch.refuse_recorded(
+            memory.refuse_recorded(
                 operator, (*filled(arguments)[:-1], tuple(given) if operator.several else given[0]), True
             )
         if surroundings.forward_level() and any(map(_has_tangent, (*arguments, *outs.values()))):

@@ -15,24 +15,21 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flagops.surroundings as surroundings
-from flagops import arrays, config, registry
+from flagops import arrays, config, generated, memory, registry
 from flagops.errors import Unsupported
+from flagops.memory import Span
+from flagops.replay import Place, Replay
 
 if TYPE_CHECKING:
     from flagops.operator import Bound, Operator
 
 log = logging.getLogger("flagops")
 
-_data_ptr = methodcaller("data_ptr")
 _PLAIN = frozenset((type(None), bool, int, float, str))
-
-Span = tuple[int, int, int]
-"""The position of an argument, and the bytes that it spans from its first element on."""
 
 _PLANS_KEPT = 4096
 _plans: dict[Any, Plan] = {}
@@ -55,10 +52,10 @@ class Plan:
     run: Callable[..., None]
     views: tuple[int, ...]
     as_given: bool
+    places: tuple[Place, ...] | None
     spans: tuple[Span, ...]
     out_spans: tuple[Span, ...]
     makers: tuple[Callable[[], Any], ...]
-    memory: tuple[tuple[int, int, int], ...]
     on_torch: bool
     above: bool
     through_torch: bool
@@ -67,6 +64,18 @@ class Plan:
     forwards_to: str
     refusals: dict[str, str]
     calls: int = field(default=0)
+    ready: Callable[[Sequence[Any]], bool] = field(init=False)
+    replay: Replay = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ready = self._ready
+        clean = _as_given if self.as_given else self.clean
+        self.replay = Replay(registry.backend(self.backend), self.run, clean, self.places)
+
+    def _ready(self, args: Sequence[Any]) -> bool:
+        """What `ready` is until it is asked for the first time."""
+        self.ready = memory.ready_for(self.operator, args, self.spans, self.out_spans)
+        return self.ready(args)
 
     def clean(self, args: Sequence[Any]) -> list[Any]:
         """The arguments as kernels get them: normalised scalars, one-byte formats as uint8 codes, no neg bit."""
@@ -138,14 +147,35 @@ def look_up(
     Raises `Unfamiliar` for a tensor of a class of its own.
     """
     wish = backend if type(backend) is str else _wished(backend)
-    key = (operator.name, wish, grad, *[x if type(x) in _PLAIN else _signature(x) for x in args])
     try:
+        key = _key(operator, "torch" in sys.modules)(wish, grad, *args)
         return _plans[key]
     except KeyError:
         pass
-    except TypeError:  # an unhashable argument: binding says what is wrong with it
+    except (TypeError, RuntimeError):  # an unhashable argument, a tensor without strides: binding says what is wrong
         return _choose(operator, args, wish, grad, {})
     return _remember(key, _choose(operator, args, wish, grad, {}))
+
+
+@functools.cache
+def _key(operator: Operator, with_torch: bool) -> Callable[..., tuple[Any, ...]]:
+    """What makes the key of a plan, ``key(wish, grad, *args)``: `_signature` of each argument, written out for tensors.
+
+    A device takes longer to hash than to ask for; whoever keeps elements elsewhere has another type.
+    """
+    names: dict[str, Any] = {"name": operator.name, "plain": _PLAIN, "signature": _signature}
+    tensors = set(operator.tensor_positions) if with_torch else set()
+    if with_torch:
+        names["Tensor"] = sys.modules["torch"].Tensor
+    parameters, facts = [f"x{i}" for i in range(len(operator.parameters))], []
+    for i, x in enumerate(parameters):
+        other = f"{x} if type({x}) in plain else signature({x})"
+        if i in tensors or (with_torch and i == len(parameters) - 1):
+            own = f"{x}.dtype, {x}.shape, {x}.stride(), {x}.requires_grad, {x}.is_neg()"
+            other = f"({own}) if type({x}) is Tensor and {x}.is_cpu else {other}"
+        facts.append(other)
+    source = f"def key(wish, grad, {', '.join(parameters)}):\n    return name, wish, grad, {', '.join(facts)}\n"
+    return generated.function(source, operator.name, names)
 
 
 def _wished(backend: str | Sequence[str] | None) -> str | tuple[str, ...]:
@@ -166,127 +196,55 @@ def on_torch(operator: Operator, args: Sequence[Any]) -> bool:
     return any(arrays.is_torch(args[position]) for position in operator.tensor_positions)
 
 
-def execute(plan: Plan, args: Sequence[Any]) -> Any:
-    """Run a plan on the arguments it was made for; returns ``out``, allocated if None.
+def execute(plan: Plan, args: Sequence[Any]) -> tuple[Any, str]:
+    """Run a plan on the arguments it was made for; returns ``out``, allocated if None, and the backend that ran.
 
     Raises `Elsewhere` for tensors whose elements torch's dispatcher has to find.
     """
-    operator = plan.operator
-    for position, size, end in plan.memory:
-        x = args[position]
-        try:
-            storage = x.untyped_storage()
-            there = storage.nbytes() >= x.storage_offset() * size + end and storage.data_ptr()
-        except (RuntimeError, NotImplementedError):
-            there = False
-        if not there:
-            return _without_memory(plan, args, operator.parameters[position], surroundings.without_memory(x))
+    operator, out = plan.operator, args[-1]
+    written: Sequence[Any] = operator.each(out) if plan.on_torch and out is not None else ()
+    if not plan.ready(args):
+        written = _look_closer(plan, args, written)
     if plan.check_values and operator.values:
         problem = operator.values(*args[:-1])
         if problem:
             raise ValueError(f"{operator.name}: {problem}")
-    out, versioned = args[-1], None
+    held, replay = args, plan.replay
     if out is None:
         out = tuple([make() for make in plan.makers]) if operator.several else plan.makers[0]()
-        args = (*args[:-1], out)
-    else:
-        if plan.on_torch:
-            versioned = []
-            for one in operator.each(out):
-                counted = not one.is_inference()
-                reason = surroundings.without_memory(one) if counted else surroundings.unwritable(one)
-                if reason:
-                    return _without_memory(plan, args, "out", reason)
-                if counted:
-                    versioned.append(one)
-        _refuse_overlap(plan.on_torch, operator, args, plan.spans, plan.out_spans)
+        held = (*args[:-1], out)
     try:
-        if plan.as_given:
-            plan.run(*args)
-        else:
-            plan.run(*plan.clean(args))
+        (replay.known.get(replay.environment()) or replay.first)(held)
     except Unsupported as error:
         return execute(_without(plan, args, str(error)), args)
-    if versioned:  # kernels that write by address cannot tell autograd
-        sys.modules["torch"]._C._increment_version(versioned)
+    if written:  # kernels that write by address cannot tell autograd
+        sys.modules["torch"]._C._increment_version(written)
     plan.calls += 1
-    return out
+    return out, plan.backend
 
 
 class Elsewhere(Exception):
     """A call is for torch's dispatcher: a tensor keeps its elements where no address points."""
 
 
-def _without_memory(plan: Plan, args: Sequence[Any], argument: str, reason: str | None) -> Any:
-    """A call on a tensor that has no elements to point at: torch's dispatcher finds them, or nobody can."""
-    if plan.above and reason == surroundings.ELSEWHERE:
-        raise Elsewhere
-    raise ValueError(f"{plan.operator.name}: {argument} is {reason}")
+def _look_closer(plan: Plan, args: Sequence[Any], outs: Sequence[Any]) -> Sequence[Any]:
+    """Raises what stands against a call that is not ready to run; returns those of its outs that count versions.
 
-
-def refuse_out(operator: Operator, args: Sequence[Any]) -> None:
-    """What torch refuses of ``out=`` too: a gradient that would be lost, and memory that is an input's.
-
-    For calls that go through torch; a plan knows all this of its signature.
+    A tensor that has no elements to point at is for torch's dispatcher, which finds them, or for nobody.
     """
-    refuse_recorded(operator, args, surroundings.recording())
-    tensors = [*(args[p] for p in operator.tensor_positions if args[p] is not None), *operator.each(args[-1])]
-    if surroundings.forward_level() and any(surroundings.tangent(x) is not None for x in tensors):
-        raise ValueError(f"{operator.name}: out= cannot be used where a tensor has a tangent; drop out=")
-    for out in operator.each(args[-1]):
-        if surroundings.unwritable(out) not in (None, surroundings.ELSEWHERE):
-            raise ValueError(f"{operator.name}: out is {surroundings.unwritable(out)}")
-    if not any(surroundings.is_wrapper(x) or surroundings.without_memory(x) for x in tensors):
-        _refuse_overlap(True, operator, args, _spans(operator, args), _out_spans(operator, args))
-
-
-def refuse_traced_overlap(operator: Operator, args: Sequence[Any]) -> None:
-    """`_refuse_overlap` while a graph is made: of tensors without memory their storages say what they share."""
-    for out, same in zip(operator.each(args[-1]), operator.aliases, strict=True):
-        for position in operator.tensor_positions:
-            x = args[position]
-            if x is None or (position == same and x is out):
-                continue
-            if x.untyped_storage()._cdata == out.untyped_storage()._cdata:
-                (low, high), (first, last) = arrays.span(out), arrays.span(x)
-                start, there = out.storage_offset() * out.element_size(), x.storage_offset() * x.element_size()
-                if there + first < start + high and start + low < there + last:
-                    raise ValueError(f"{operator.name}: out shares memory with {operator.parameters[position]}")
-
-
-def refuse_without_memory(operator: Operator, argument: str, x: Any) -> None:
-    """Raises ValueError for a tensor without memory, where no plan has looked."""
-    reason = surroundings.without_memory(x)
-    if reason:
-        raise ValueError(f"{operator.name}: {argument} is {reason}")
-
-
-def refuse_recorded(operator: Operator, args: Sequence[Any], grad: bool | None) -> None:
-    """``out=`` has no history: neither may it get one, nor lose the one it has."""
-    if args[-1] is None or not grad:
-        return
-    if any(getattr(args[p], "requires_grad", False) for p in operator.tensor_positions):
-        raise ValueError(f"{operator.name}: out= cannot be used where a gradient is recorded; drop out= or use no_grad")
-    if any(getattr(out, "requires_grad", False) for out in operator.each(args[-1])):
-        raise ValueError(f"{operator.name}: out requires a gradient, which writing to it would lose; use no_grad")
-
-
-def _refuse_overlap(
-    on_torch: bool, operator: Operator, args: Sequence[Any], spans: Sequence[Span], out_spans: Sequence[Span]
-) -> None:
-    """Results may share no memory with an input, but for the very tensor that the card lets them take the place of."""
-    address = _data_ptr if on_torch else arrays.address
-    taken: list[tuple[int, int]] = []
-    for out, (same, low, high) in zip(operator.each(args[-1]), out_spans, strict=True):
-        origin = address(out)
-        start, stop = origin + low, origin + high
-        for position, first, last in spans:
-            there = address(args[position])
-            if there + first < stop and start < there + last and not (position == same and there == origin):
-                raise ValueError(f"{operator.name}: out shares memory with {operator.parameters[position]}")
-        if taken and any(first < stop and start < last for first, last in taken):
-            raise ValueError(f"{operator.name}: results share memory with each other")
-        taken.append((start, stop))
+    operator = plan.operator
+    reasons = {operator.parameters[p]: surroundings.without_memory(args[p]) for p, *_ in plan.spans}
+    counted = [out for out in outs if not out.is_inference()]
+    for out in outs:
+        reasons["out"] = reasons.get("out") or surroundings.unwritable(out)
+    for argument, reason in reasons.items():
+        if plan.above and reason == surroundings.ELSEWHERE:
+            raise Elsewhere
+        if reason:
+            raise ValueError(f"{operator.name}: {argument} is {reason}")
+    if args[-1] is not None:
+        memory.refuse_overlap(plan.on_torch, operator, args, plan.spans, plan.out_spans)
+    return counted
 
 
 def _without(plan: Plan, args: Sequence[Any], reason: str) -> Plan:
@@ -346,7 +304,7 @@ def _choose(
         wrapped = True
     needs_grad = bool(grad) and any(getattr(x, "requires_grad", False) for x in tensors.values())
     needs_grad = needs_grad and any("float" in dtype for dtype in bound.results)  # indices have no gradient
-    refuse_recorded(operator, args, grad)
+    memory.refuse_recorded(operator, args, grad)
     explicit = isinstance(wish, str)
     candidates = (wish,) if explicit else wish or default_order(operator, bound, next(iter(tensors.values())))
     refusals = dict(refusals)
@@ -363,8 +321,9 @@ def _choose(
         _log_once(logging.INFO, operator.name, f"{name} runs", f"{bound.dtype}")
         first = next(iter(tensors.values()))
         on_cpu = not arrays.is_torch(first) or first.device.type == "cpu"
-        spans = () if wrapped else _spans(operator, args)
+        spans = () if wrapped else memory.spans(operator, args)
         views = _views(operator, args)
+        out_spans = memory.out_spans(operator, args) if outs and not wrapped else ()
         return Plan(
             operator=operator,
             backend=name,
@@ -373,12 +332,10 @@ def _choose(
             run=kernel.function,
             views=views,
             as_given=not (views or bound.scalars or operator.coded_results),
+            places=None if wrapped else _places(operator, args),
             spans=spans,
-            out_spans=_out_spans(operator, args) if outs and not wrapped else (),
+            out_spans=out_spans,
             makers=tuple(arrays.maker(*each, first) for each in zip(bound.shapes, bound.results, strict=True)),
-            memory=tuple(
-                (p, args[p].element_size(), end) for p, _, end in spans if end and surroundings.allocated(args[p])
-            ),
             on_torch=arrays.is_torch(first),
             above=grad is not None,
             through_torch=grad is not None and (wrapped or needs_grad),
@@ -422,23 +379,18 @@ def backward(operator: Operator, kernel: registry.Kernel) -> Callable[..., tuple
     return found
 
 
-def _spans(operator: Operator, args: Sequence[Any]) -> tuple[Span, ...]:
-    return tuple((p, *arrays.span(args[p])) for p in operator.tensor_positions if args[p] is not None)
+def _places(operator: Operator, args: Sequence[Any]) -> tuple[Place, ...] | None:
+    """Where the tensors of a call lie in memory that is its own; None where there are arrays or negated views."""
+    present = [p for p in sorted(operator.tensor_positions) if args[p] is not None]
+    if any(not arrays.is_torch(args[p]) or args[p].is_neg() for p in present):
+        return None
+    last = len(args) - 1
+    outs = [(last, i) for i in range(len(operator.results))] if operator.several else [(last,)]
+    return tuple([(path, 0) for path in (*((p,) for p in present), *outs)])
 
 
-def _out_spans(operator: Operator, args: Sequence[Any]) -> tuple[Span, ...]:
-    """For each result the position of the input it may be, -1 if none, and the bytes it spans."""
-
-    def steps(x: Any) -> Any:
-        return x.stride() if arrays.is_torch(x) else x.strides
-
-    spans = []
-    for out, same in zip(operator.each(args[-1]), operator.aliases, strict=True):
-        like = (
-            same >= 0 and args[same] is not None and args[same].shape == out.shape and steps(args[same]) == steps(out)
-        )
-        spans.append((same if like else -1, *arrays.span(out)))
-    return tuple(spans)
+def _as_given(args: Sequence[Any]) -> Sequence[Any]:
+    return args
 
 
 def _views(operator: Operator, args: Sequence[Any]) -> tuple[int, ...]:

@@ -51,6 +51,13 @@ class Scalar:
     axis: str | None = None
     torch: str = "float"
 
+    def read(self, name: str, value: Any) -> Any:
+        """The value, checked; what is wrong with it is said of `name`."""
+        try:
+            return self.parse(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name} {error}") from None
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -169,10 +176,7 @@ class Operator:
         dims: Dims = {}
         scalars = []
         for name, scalar in self.scalars.items():
-            try:
-                value = scalar.parse(args[self.positions[name]])
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{self.name}: {name} {error}") from None
+            value = scalar.read(f"{self.name}: {name}", args[self.positions[name]])
             scalars.append(value)
             if scalar.axis:
                 dims[scalar.axis] = value

@@ -8,20 +8,29 @@ stand ``f.out`` and ``f_backward``, and where torch's kernel has a backward ``f_
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils import flop_counter
 
-from flagops import arrays, batching, derivatives, dispatch, registry, surroundings
+from flagops import arrays, batching, derivatives, dispatch, memory, registry, surroundings
 from flagops.operator import Operator
 
 _library: Any = torch.library.Library("flagops", "DEF")  # type: ignore[no-untyped-call]
 
 
-def invoke(operator: Operator, args: Sequence[Any], wish: str, known: bool = False) -> Any:
-    """A call with all arguments by position through ``torch.ops.flagops``.
+class _Ran(threading.local):
+    backend = ""
+    """Who ran last below torch's dispatcher in this thread."""
+
+
+_ran = _Ran()
+
+
+def invoke(operator: Operator, args: Sequence[Any], wish: str, known: bool = False) -> tuple[Any, str]:
+    """A call with all arguments by position through ``torch.ops.flagops``, and the backend that ran, "" if none did.
 
     wish: the backends wished for, by comma. known: whether the arguments are known to fit.
     """
@@ -29,14 +38,15 @@ def invoke(operator: Operator, args: Sequence[Any], wish: str, known: bool = Fal
         with surroundings.unseen():
             operator.bind(args)
             if args[-1] is not None:
-                dispatch.refuse_out(operator, args)
+                memory.refuse_out(operator, args)
     *inputs, out = args
+    _ran.backend = ""
     result = getattr(torch.ops.flagops, operator.name).default(*_parsed(operator, inputs), wish)
     if out is None:
-        return result
+        return result, _ran.backend
     for place, one in zip(operator.each(out), operator.each(result), strict=True):
         place.copy_(one)
-    return out
+    return out, _ran.backend
 
 
 def trace(operator: Operator, args: Sequence[Any], backend: str | Sequence[str] | None) -> Any:
@@ -107,7 +117,8 @@ def _define(operator: Operator) -> None:
     def run(*arguments: Any) -> Any:
         *inputs, backend = filled(arguments)
         args = (*inputs, None)
-        return dispatch.execute(dispatch.plan(operator, args, _wish(backend)), args)
+        result, _ran.backend = dispatch.execute(dispatch.plan(operator, args, _wish(backend)), args)
+        return result
 
     def run_out(*arguments: Any, **outs: Any) -> None:
         *inputs, backend = filled(arguments)
@@ -119,7 +130,7 @@ def _define(operator: Operator) -> None:
         chosen = dispatch.plan(operator, (*inputs, None), _wish(backend))
         for argument, x in zip(("grad",) * results + operator.inputs, (*grads, *inputs), strict=True):
             if isinstance(x, torch.Tensor):
-                dispatch.refuse_without_memory(operator, argument, x)
+                memory.refuse_without_memory(operator, argument, x)
         backward = dispatch.backward(operator, chosen.kernel)
         found = backward(_results(operator, grads), *chosen.clean((*inputs, None))[:-1], tuple(needs))
         return _listed([_fresh(g, x, grads) for g, x in zip(found, (inputs[p] for p in inputs_of), strict=True)])
@@ -141,7 +152,7 @@ def _define(operator: Operator) -> None:
         *inputs, _ = filled(arguments)
         args = (*inputs, _results(operator, [outs[place] for place in _out_names(operator)]))
         operator.bind(args)
-        dispatch.refuse_traced_overlap(operator, args)
+        memory.refuse_traced_overlap(operator, args)
 
     def fake_backward(*arguments: Any) -> Any:
         inputs, needs = arguments[results:-2], arguments[-2]

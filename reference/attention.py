@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from flagops.arrays import FLOATS, HALF
-from flagops.operator import Dims, Scalar, Tensor, operator
+from flagops.operator import Dims, Tensor, operator
+from flagops.scalars import real
 
 from ._rounding import Array, accumulator, magnitude, narrowed, unit, wide
 
 V4_FLASH = {"h": 64, "d": 512, "dtype": "bfloat16"}
 V4_PRO = {"h": 128, "d": 512, "dtype": "bfloat16"}
-
-
-def _scale(value: Any) -> float:
-    if isinstance(value, (bool, str)) or not math.isfinite(value):
-        raise ValueError(f"must be a finite number, got {value!r}")
-    return float(value)
 
 
 def _listed(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, dims: Dims) -> Array:
@@ -40,7 +34,7 @@ def _sink_dtypes(dtypes: Mapping[str, str]) -> tuple[str, ...]:
         "sink": Tensor("h", _sink_dtypes, optional=True),
         "indices": Tensor("b s k", ("int32", "int64"), draw=_listed),
     },
-    scalars={"scale": Scalar(_scale, lambda dims: (max(dims["d"], 1) ** -0.5, 1.0, -0.5, 0.0))},
+    scalars={"scale": real(lambda dims: (max(dims["d"], 1) ** -0.5, 1.0, -0.5, 0.0))},
     result=Tensor("b s h d", "q"),
     workloads={
         "v4-flash.prefill-4k": {"b": 1, "s": 4096, "n": 5120, "k": 640, **V4_FLASH},

@@ -8,19 +8,14 @@ from typing import Any
 import numpy as np
 
 from flagops.arrays import FLOATS
-from flagops.operator import Dims, Scalar, Tensor, operator
+from flagops.operator import Dims, Tensor, operator
+from flagops.scalars import whole
 
 from ._rounding import Array, accumulator, contraction_bound, magnitude, unit, wide
 
 CSA = {"o": 2, "m": 4, "d": 512, "dtype": "bfloat16"}
 HCA = {"o": 1, "m": 128, "d": 512, "dtype": "bfloat16"}
 FLASH, PRO = {"D": 4096}, {"D": 7168}
-
-
-def _filled(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value or value < 0:
-        raise ValueError(f"must be a whole number of tokens, got {value!r}")
-    return int(value)
 
 
 def _check(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
@@ -59,7 +54,7 @@ def _flops(dims: Dims, batch: tuple[int, ...]) -> float:
         "kv_state": Tensor("b o*m o*d", _state_dtypes),
         "score_state": Tensor("b o*m o*d", _state_dtypes, draw=_scores),
     },
-    scalars={"filled": Scalar(_filled, lambda dims: (0, dims["m"] - 1, dims["m"] // 2), torch="int")},
+    scalars={"filled": whole(lambda dims: (0, dims["m"] - 1, dims["m"] // 2), least=0)},
     result={
         "entries": Tensor("b w d", "x"),
         "kv_state": Tensor("b o*m o*d", "kv_state"),

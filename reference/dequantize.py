@@ -8,32 +8,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flagops.arrays import parse_dtype
-from flagops.operator import Dims, Scalar, Tensor, operator
+from flagops.operator import Dims, Tensor, operator
+from flagops.scalars import dtype, pair
 
 from ._rounding import Array, round_to
 
 OUTPUTS = ("bfloat16", "float16", "float32")
 
 
-def _output(value: Any) -> str:
-    name = parse_dtype(value)
-    if name not in OUTPUTS:
-        raise ValueError(f"must be {', '.join(OUTPUTS)}, got {name}")
-    return name
-
-
-def _block(value: Any) -> tuple[int, int]:
-    try:
-        rows, columns = (int(size) for size in value)
-    except (TypeError, ValueError):
-        raise TypeError(f"must be two sizes (rows, columns), got {value!r}") from None
-    if rows < 1 or columns < 1:
-        raise ValueError(f"must be two positive sizes, got {value!r}")
-    return rows, columns
-
-
-DTYPE = Scalar(_output, OUTPUTS, torch="str")
+DTYPE = dtype(OUTPUTS)
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 EXPERTS = {
     "v4-flash.w1": (2048, 4096),
@@ -117,7 +100,7 @@ def _fp8_blocks(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
         "weight": Tensor("n k", ("float8_e4m3fn", "uint8"), codes=True),
         "scale": Tensor("nb kb", ("float8_e8m0fnu", "uint8", "float32"), codes=True, draw=_scale_values),
     },
-    scalars={"block": Scalar(_block, ((128, 128), (3, 5), (1, 32), (40, 1)), torch="int[2]"), "dtype": DTYPE},
+    scalars={"block": pair(((128, 128), (3, 5), (1, 32), (40, 1))), "dtype": DTYPE},
     result=Tensor("n k", "dtype"),
     workloads={"4096x7168": {"n": 4096, "k": 7168}, "v4-flash.wq_b": {"n": 32768, "k": 1024}},
     flops=_one_multiply,

@@ -14,7 +14,7 @@ from flagops.operator import Dims, Tensor, operator
 
 from ._rounding import Array, accumulator, contraction_bound, magnitude, round_to, unit, wide
 from .dequantize import E2M1, e8m0
-from .moe import LIMIT, gated, gated_error, real
+from .moe import LIMIT, arithmetic, gated, gated_error
 
 V4_FLASH = {"d": 4096, "i": 2048, "limit": 10.0}
 V4_PRO = {"d": 7168, "i": 3072, "limit": 10.0}
@@ -181,7 +181,7 @@ SCALES = ("float8_e8m0fnu", "uint8", "float32")
 @operator(
     tensors={
         "x": Tensor("t d", ("bfloat16", "float16", "float32", "float64")),
-        "weights": Tensor("t k", real),
+        "weights": Tensor("t k", arithmetic),
         "indices": Tensor("t k", ("int32", "int64"), draw=_drawn_ids),
         "gate_up": Tensor("e 2*i d_stored", _weights, codes=True),
         "down": Tensor("e d i_stored", "gate_up", codes=True),

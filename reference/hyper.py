@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from flagops.arrays import FLOATS, numpy_dtype
-from flagops.operator import Dims, Scalar, Tensor, operator
+from flagops.operator import Dims, Tensor, operator
+from flagops.scalars import real, whole
 
 from ._rounding import Array, accumulator, contraction_bound, magnitude, unit, wide
 
@@ -18,21 +19,9 @@ V4_PRO = {"n": 4, "d": 7168, "dtype": "bfloat16"}
 SIZES = {"n": (4, 1, 2, 3, 5), "m": (1,)}
 
 
-def _whole(value: Any) -> int:
-    if isinstance(value, (bool, str)) or int(value) != value or value < 1:
-        raise ValueError(f"must be a positive whole number, got {value!r}")
-    return int(value)
-
-
-def _eps(value: Any) -> float:
-    if isinstance(value, (bool, str)) or not 1e-12 <= value < math.inf:
-        raise ValueError(f"must be a number of at least 1e-12, got {value!r}")
-    return float(value)
-
-
-ITERS = Scalar(_whole, (20, 1, 2, 3), torch="int")
-EPS = Scalar(_eps, (1e-6, 1e-2, 0.3))
-NORM_EPS = Scalar(_eps, (1e-6, 0.1))
+ITERS = whole((20, 1, 2, 3))
+EPS = real((1e-6, 1e-2, 0.3), least=1e-12)
+NORM_EPS = real((1e-6, 0.1), least=1e-12)
 
 
 def _parameter_dtypes(dtypes: Mapping[str, str]) -> tuple[str, ...]:
@@ -58,7 +47,7 @@ def _check(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
         "scale": Tensor("3", "mix"),
         "base": Tensor("n*m", "mix"),
     },
-    scalars={"mult": Scalar(_whole, (), axis="n", torch="int"), "iters": ITERS, "eps": EPS},
+    scalars={"mult": whole(axis="n"), "iters": ITERS, "eps": EPS},
     result={"pre": Tensor("... n", "mix"), "post": Tensor("... n", "mix"), "comb": Tensor("... n n", "mix")},
     workloads={f"v4.{rows}": {"batch": (rows,), "n": 4, "dtype": "float32"} for rows in (1, 4096)},
     flops=lambda dims, batch: math.prod(batch) * dims["n"] * (160.0 * dims["n"] + 8),

@@ -8,24 +8,13 @@ from typing import Any
 import numpy as np
 
 from flagops.arrays import FLOATS
-from flagops.operator import Dims, Scalar, Tensor, operator
+from flagops.operator import Dims, Tensor, operator
+from flagops.scalars import whole
 
 from ._rounding import Array, accumulator, contraction_bound, magnitude, unit, wide
 
 V4 = {"b": 1, "h": 64, "d": 128, "dtype": "bfloat16"}
 _ELEMENTS = 1 << 24  # of the products of some queries with all keys
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value or value < 1:
-        raise ValueError(f"must be a positive whole number, got {value!r}")
-    return int(value)
-
-
-def _offset(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value or not 0 <= value < 1 << 30:
-        raise ValueError(f"must be a whole number of rows below 2**30, got {value!r}")
-    return int(value)
 
 
 def _check(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
@@ -52,10 +41,8 @@ def _visible(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, dims:
         "visible": Tensor("b s", ("int32",), optional=True, draw=_visible),
     },
     scalars={
-        "top_k": Scalar(
-            _count, lambda dims: (max(dims["n"] // 3, 1), 1, dims["n"] + 2, max(dims["n"] - 1, 1)), torch="int"
-        ),
-        "offset": Scalar(_offset, (0, 128), torch="int"),
+        "top_k": whole(lambda dims: (max(dims["n"] // 3, 1), 1, dims["n"] + 2, max(dims["n"] - 1, 1))),
+        "offset": whole((0, 128), least=0, below=1 << 30),
     },
     result=Tensor("b s 1*k", ("int32",)),  # a product: no part of a row is the result of a part of the inputs
     derived=lambda dims, scalars: {"k": min(scalars["top_k"], dims["n"])},

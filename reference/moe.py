@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from flagops.arrays import FLOATS, HALF
-from flagops.operator import Dims, Scalar, Tensor, operator
+from flagops.operator import Dims, Tensor, operator
+from flagops.scalars import real, whole
 
 from ._rounding import Array, accumulator, contraction_bound, magnitude, unit, wide
 
@@ -19,31 +20,10 @@ VOCABULARY = 129280
 IDENTITY_ABOVE = 20.0
 
 
-def _count(value: Any) -> int:
-    if isinstance(value, (bool, str)) or int(value) != value or value < 1:
-        raise ValueError(f"must be a positive whole number, got {value!r}")
-    return int(value)
+LIMIT = real((None, 10.0, 1.0, 0.25), above=0, finite=False, optional=True)
 
 
-def _factor(value: Any) -> float:
-    if isinstance(value, (bool, str)) or not math.isfinite(value):
-        raise ValueError(f"must be a finite number, got {value!r}")
-    return float(value)
-
-
-def clamp(value: Any) -> float | None:
-    """A limit of `swiglu`: positive, or None."""
-    if value is None:
-        return None
-    if isinstance(value, (bool, str)) or not value > 0:
-        raise ValueError(f"must be a positive number or None, got {value!r}")
-    return float(value)
-
-
-LIMIT = Scalar(clamp, (None, 10.0, 1.0, 0.25), torch="float?")
-
-
-def real(dtypes: Mapping[str, str]) -> tuple[str, ...]:
+def arithmetic(dtypes: Mapping[str, str]) -> tuple[str, ...]:
     """The arithmetic of a call: float32, or float64 where its first tensor is."""
     return (accumulator(next(iter(dtypes.values()))),)
 
@@ -83,10 +63,10 @@ def _router(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
         "tokens": Tensor("t", ("int32", "int64"), optional=True, draw=_drawn_tokens),
     },
     scalars={
-        "top_k": Scalar(_count, (), axis="k", torch="int"),
-        "scale": Scalar(_factor, (1.0, 1.5, 2.5)),
+        "top_k": whole(axis="k"),
+        "scale": real((1.0, 1.5, 2.5)),
     },
-    result={"weights": Tensor("t k", real), "indices": Tensor("t k", ("int32",))},
+    result={"weights": Tensor("t k", arithmetic), "indices": Tensor("t k", ("int32",))},
     separable=("t",),
     workloads={f"v4-flash.{t}": {"t": t, "v": 0, **V4_FLASH} for t in (1, 64, 4096)}
     | {f"v4-pro.{t}": {"t": t, "v": 0, **V4_PRO} for t in (1, 4096)}
@@ -249,7 +229,7 @@ def _hold_ties(indices: Array, z: Array, added: Any, certain: Array) -> None:
     tensors={
         "gate": Tensor("... t n", FLOATS),
         "up": Tensor("... t n", "gate"),
-        "weight": Tensor("... t", real, optional=True),
+        "weight": Tensor("... t", arithmetic, optional=True),
     },
     scalars={"limit": LIMIT},
     result=Tensor("... t n", "gate"),

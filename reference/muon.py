@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from flagops.arrays import FLOATS
-from flagops.operator import Dims, Scalar, Tensor, operator
+from flagops.operator import Dims, Tensor, operator
+from flagops.scalars import whole
 
 from ._rounding import Array, accumulator, unit, wide
 
@@ -21,12 +22,6 @@ def coefficients(steps: int) -> list[tuple[float, float, float]]:
     return [FIRST if step < steps - 2 else LAST for step in range(steps)]
 
 
-def _steps(value: Any) -> int:
-    if isinstance(value, (bool, str)) or int(value) != value or value < 0:
-        raise ValueError(f"must be a whole number of at least 0, got {value!r}")
-    return int(value)
-
-
 def _flops(dims: Dims, batch: tuple[int, ...]) -> float:
     p, q = sorted((dims["n"], dims["m"]))
     return 10.0 * math.prod(batch) * (4.0 * p * p * q + 2.0 * p**3)
@@ -34,7 +29,7 @@ def _flops(dims: Dims, batch: tuple[int, ...]) -> float:
 
 @operator(
     tensors={"a": Tensor("... n m", FLOATS)},
-    scalars={"steps": Scalar(_steps, (3, 1, 2, 0), torch="int")},
+    scalars={"steps": whole((3, 1, 2, 0), least=0)},
     result=Tensor("... n m", "a"),
     inplace={"out": "a"},
     workloads={

@@ -9,21 +9,10 @@ from typing import Any
 import numpy as np
 
 from flagops.arrays import FLOATS, HALF
-from flagops.operator import Scalar, Tensor, operator
+from flagops.operator import Tensor, operator
+from flagops.scalars import flag, real
 
 from ._rounding import Array, accumulator, magnitude, round_to, unit, wide
-
-
-def _epsilon(value: Any) -> float:
-    if isinstance(value, (bool, str)) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"must be a finite number of at least 0, got {value!r}")
-    return float(value)
-
-
-def _switch(value: Any) -> bool:
-    if value not in (True, False):
-        raise ValueError(f"must be True or False, got {value!r}")
-    return bool(value)
 
 
 def _weights(dtypes: Mapping[str, str]) -> tuple[str, ...]:
@@ -33,8 +22,8 @@ def _weights(dtypes: Mapping[str, str]) -> tuple[str, ...]:
 @operator(
     tensors={"x": Tensor("... n", FLOATS), "weight": Tensor("n", _weights, optional=True)},
     scalars={
-        "eps": Scalar(_epsilon, (1e-6, 1e-20, 0.5)),
-        "stepwise": Scalar(_switch, (False, True), torch="bool"),
+        "eps": real((1e-6, 1e-20, 0.5), least=0),
+        "stepwise": flag(),
     },
     result=Tensor("... n", "x"),
     workloads={

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from flagops.arrays import FLOATS, HALF
-from flagops.operator import Dims, Scalar, Tensor, operator
+from flagops.operator import Dims, Tensor, operator
+from flagops.scalars import whole
 
 from ._rounding import Array, accumulator, contraction_bound, magnitude, narrowed, round_to, unit, wide
 from .qmatmul import BLOCK, SCALES, along, blocks, e4m3, scaled_bound, scales, sizes, tiled
@@ -18,12 +19,6 @@ from .quantize import fp8_quantize
 V4_FLASH = {"g": 8, "p": 8, "c": 512, "r": 1024, "d": 4096, "dtype": "bfloat16"}
 V4_PRO = {"g": 16, "p": 8, "c": 512, "r": 1024, "d": 7168, "dtype": "bfloat16"}
 PLAIN = {"absent": ("wo_a_scale", "wo_b_scale")}
-
-
-def _groups(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value or value < 1:
-        raise ValueError(f"must be a positive whole number, got {value!r}")
-    return int(value)
 
 
 def _flops(dims: Dims, batch: tuple[int, ...]) -> float:
@@ -58,7 +53,7 @@ def _blocks(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
         "wo_a": Tensor("g*r p*c", _weight("wo_a_scale"), codes=True),
         "wo_b": Tensor("d g*r", _weight("wo_b_scale"), codes=True),
     },
-    scalars={"groups": Scalar(_groups, (), axis="g", torch="int")},
+    scalars={"groups": whole(axis="g")},
     result=Tensor("... d", "o"),
     workloads={f"v4-flash.{rows}": {"batch": (rows,), **V4_FLASH, **PLAIN} for rows in (1, 16, 128, 1024)}
     | {f"v4-pro.{rows}": {"batch": (rows,), **V4_PRO, **PLAIN} for rows in (1, 64)}

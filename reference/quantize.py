@@ -12,8 +12,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flagops.arrays import FLOATS, parse_dtype
-from flagops.operator import Dims, Scalar, Tensor, operator
+from flagops.arrays import FLOATS
+from flagops.operator import Dims, Tensor, operator
+from flagops.scalars import dtype, flag, real, whole
 
 from ._rounding import Array, round_to
 from .dequantize import E2M1, EXPERTS
@@ -23,39 +24,6 @@ SCALES = ("float8_e8m0fnu", "float32")
 E4M3_LARGEST, E2M1_LARGEST = 448.0, 6.0
 E4M3_FLOOR, E2M1_FLOOR = np.float32(1e-4), np.float32(6 * 2.0**-126)
 _MIDPOINTS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5])
-
-
-def _whole(value: Any, even: bool = False) -> int:
-    if isinstance(value, (bool, str)) or value != int(value):
-        raise TypeError(f"must be a whole number, got {value!r}")
-    if value < 1 or (even and value % 2):
-        raise ValueError(f"must be a positive {'even ' if even else ''}number, got {value!r}")
-    return int(value)
-
-
-def _pairs(value: Any) -> int:
-    return _whole(value, even=True)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"must be True or False, got {value!r}")
-    return bool(value)
-
-
-def _scale_dtype(value: Any) -> str:
-    name = parse_dtype(value)
-    if name not in SCALES:
-        raise ValueError(f"must be {' or '.join(SCALES)}, got {name}")
-    return name
-
-
-def _factor(value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, (bool, str)) or not math.isfinite(value):
-        raise ValueError(f"must be a finite number or None, got {value!r}")
-    return float(value)
 
 
 def _scale_choices(dims: Mapping[str, Any]) -> tuple[str, ...]:
@@ -132,9 +100,9 @@ def _bytes(scale: Array) -> Array:
 @operator(
     tensors={"x": Tensor("... g*block", NARROW)},
     scalars={
-        "block": Scalar(_whole, (), axis="block", torch="int"),
-        "power_of_two": Scalar(_flag, (True, False), torch="bool"),
-        "scale_dtype": Scalar(_scale_dtype, _scale_choices, torch="str"),
+        "block": whole(axis="block"),
+        "power_of_two": flag((True, False)),
+        "scale_dtype": dtype(SCALES, _scale_choices),
     },
     result={
         "codes": Tensor("... g*block", ("float8_e4m3fn",), codes=True),
@@ -185,8 +153,8 @@ def fp8_quantize(
 @operator(
     tensors={"x": Tensor("... g*block", NARROW)},
     scalars={
-        "block": Scalar(_whole, (), axis="block", torch="int"),
-        "power_of_two": Scalar(_flag, (True, False), torch="bool"),
+        "block": whole(axis="block"),
+        "power_of_two": flag((True, False)),
     },
     result=Tensor("... g*block", "x"),
     workloads={
@@ -228,7 +196,7 @@ def fp8_fake_quantize(x: Array, block: int = 64, power_of_two: bool = True) -> A
 
 @operator(
     tensors={"x": Tensor("... g*block", NARROW)},
-    scalars={"block": Scalar(_pairs, (), axis="block", torch="int")},
+    scalars={"block": whole(least=2, even=True, axis="block")},
     result={
         "packed": Tensor("... g*half", ("uint8",)),
         "scale": Tensor("... g", ("float8_e8m0fnu",), codes=True),
@@ -273,7 +241,7 @@ def fp4_quantize(x: Array, block: int = 32) -> tuple[Array, Array]:
 
 @operator(
     tensors={"x": Tensor("... g*block", NARROW)},
-    scalars={"block": Scalar(_whole, (), axis="block", torch="int")},
+    scalars={"block": whole(axis="block")},
     result=Tensor("... g*block", "x"),
     workloads={
         "v4.indexer.q.decode": {"batch": (1, 64), "g": 4, "block": 32},
@@ -367,7 +335,7 @@ def fp4_to_fp8(packed: Array, scale: Array) -> tuple[Array, Array, Array]:
 
 @operator(
     tensors={"x": Tensor("... d", FLOATS)},
-    scalars={"scale": Scalar(_factor, (None, 1.0, -0.5, 0.3), torch="float?")},
+    scalars={"scale": real((None, 1.0, -0.5, 0.3), optional=True)},
     result=Tensor("... d", "x"),
     workloads={
         "v4.indexer.q.decode": {"batch": (1, 64), "d": 128, "dtype": "bfloat16"},

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from flagops.arrays import FLOATS
-from flagops.operator import Dims, Scalar, Tensor, operator
+from flagops.operator import Dims, Tensor, operator
+from flagops.scalars import flag, real, whole
 
 from ._rounding import Array, contraction_bound, magnitude, unit, wide
-from .norm import _switch
 
 
 def _angles(dtypes: Mapping[str, str]) -> tuple[str, ...]:
@@ -31,7 +31,7 @@ def _fits(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
         "cos": Tensor("... s r", _angles),
         "sin": Tensor("... s r", _angles),
     },
-    scalars={"inverse": Scalar(_switch, (False, True), torch="bool")},
+    scalars={"inverse": flag()},
     result=Tensor("... s h d", "x"),
     workloads={
         "v4-flash.queries-1": {"batch": (1,), "s": 1, "h": 64, "d": 512, "r": 32, "dtype": "bfloat16"},
@@ -94,18 +94,6 @@ def rotary_embedding_bound(exact: Array, arguments: Mapping[str, Any], dtype: st
     return bound
 
 
-def _pairs(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value or value < 0 or value % 2:
-        raise ValueError(f"must be an even number of channels, got {value!r}")
-    return int(value)
-
-
-def _positive(value: Any) -> float:
-    if isinstance(value, (bool, str)) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"must be a finite number above 0, got {value!r}")
-    return float(value)
-
-
 def _some_positions(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, dims: Dims) -> Array:
     return rng.integers(0, rng.choice([300, 1 << 20]), shape).astype(dtype)
 
@@ -113,12 +101,12 @@ def _some_positions(rng: np.random.Generator, shape: tuple[int, ...], dtype: str
 @operator(
     tensors={"positions": Tensor("... s", ("int32", "int64"), draw=_some_positions)},
     scalars={
-        "dim": Scalar(_pairs, (64, 8, 2, 0, 130), torch="int"),
-        "base": Scalar(_positive, (160000.0, 100.0)),
-        "factor": Scalar(_positive, (16.0, 1.0, 40.0)),
-        "original": Scalar(_positive, (65536.0, 64.0)),
-        "beta_fast": Scalar(_positive, (32.0, 1.0)),
-        "beta_slow": Scalar(_positive, (1.0,)),
+        "dim": whole((64, 8, 2, 0, 130), least=0, even=True),
+        "base": real((160000.0, 100.0), above=0),
+        "factor": real((16.0, 1.0, 40.0), above=0),
+        "original": real((65536.0, 64.0), above=0),
+        "beta_fast": real((32.0, 1.0), above=0),
+        "beta_slow": real((1.0,), above=0),
     },
     result={"cos": Tensor("... s r", ("float32",)), "sin": Tensor("... s r", ("float32",))},
     workloads={"v4.prefill-4k": {"batch": (), "s": 4096}, "v4.decode-64": {"batch": (), "s": 64}},

@@ -9,23 +9,10 @@ from typing import Any
 import numpy as np
 
 from flagops.arrays import FLOATS, HALF, numpy_dtype
-from flagops.operator import Dims, Scalar, Tensor, operator
+from flagops.operator import Dims, Tensor, operator
+from flagops.scalars import flag, real
 
 from ._rounding import Array, accumulator, magnitude, narrowed, unit, wide
-
-
-def _truth(value: Any) -> bool:
-    if value not in (True, False):
-        raise ValueError(f"must be True or False, got {value!r}")
-    return bool(value)
-
-
-def _scale(value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, (bool, str)) or not math.isfinite(value):
-        raise ValueError(f"must be a finite number or None, got {value!r}")
-    return float(value)
 
 
 def _mask_dtypes(dtypes: Mapping[str, str]) -> tuple[str, ...]:
@@ -64,8 +51,8 @@ def factor(scale: float | None, width: int) -> float:
         "attn_mask": Tensor("... a s n", _mask_dtypes, optional=True, codes=True, draw=_mask),
     },
     scalars={
-        "is_causal": Scalar(_truth, (False, True), torch="bool"),
-        "scale": Scalar(_scale, (None, 1.0, -0.3, 0.0), torch="float?"),
+        "is_causal": flag(),
+        "scale": real((None, 1.0, -0.3, 0.0), optional=True),
     },
     result=Tensor("... h*g s v", "query"),
     separable=("...", "v"),

@@ -1,28 +1,74 @@
 """One small call of an operator drawn from its card, the same each time."""
 
+import dataclasses
+import itertools
 import random
 
 import torch
 
-from flagops import registry, testing
+from flagops import arrays, registry, testing
 from flagops.call import of
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SMALL = testing.Scope((3, 2, 5), 1 << 10, 1)
+
+
+def cases(op):
+    """Small cases of a card, the same each time, of ordinary values."""
+    for seed in range(1000):
+        rng = random.Random(seed)
+        case = testing.draw_case(op, lambda options, rng=rng: options[rng.randrange(len(options))], SMALL)
+        if case.values in ("normal", "integers"):
+            yield case
+
+
+def given(case):
+    """The inputs of a case by position, as torch tensors."""
+    dtypes = dict(case.dtypes)
+    return [testing.as_kind(x, "torch", dtypes.get(name)) for name, x in case.arguments().items()]
 
 
 def drawn(name, backend="torch"):
     """The inputs of a call that a backend takes, torch tensors with elements, by position."""
     op = registry.operator(name)
-    for seed in range(1000):
-        rng = random.Random(seed)
-        case = testing.draw_case(op, lambda options, rng=rng: options[rng.randrange(len(options))], SMALL)
-        if case.values not in ("normal", "integers"):
-            continue
-        dtypes = dict(case.dtypes)
-        given = [testing.as_kind(x, "torch", dtypes.get(n)) for n, x in case.arguments().items()]
-        if all(x.numel() for x in given if isinstance(x, torch.Tensor)) and _taken(op, backend, given):
-            return given
+    for case in cases(op):
+        made = given(case)
+        if _whole(made) and _taken(op, backend, made):
+            return made
     raise AssertionError(f"no call of {name} for {backend} in 1000 draws")
+
+
+def small_call(name, grad=True, dtype=torch.float64):
+    """The inputs of a call in the dtype nearest to this one, other values each time; no result is NaN.
+
+    Optional tensors are there as far as the card draws them together; floats ask for gradients if `grad`.
+    """
+    op = registry.operator(name)
+    some = itertools.islice((case for case in cases(op) if _whole(given(case))), 20)
+    case = min(some, key=lambda case: (_coded(case), len(case.absent), not case.batch))
+    dtypes, wanted = {}, (str(dtype).removeprefix("torch."), "uint8")  # bytes, since opcheck cannot multiply float8
+    for tensor in (tensor for tensor in op.tensors if tensor not in case.absent):
+        allowed = op.dtype_choices(tensor, dtypes)
+        dtypes[tensor] = next((choice for choice in wanted if choice in allowed), allowed[0])
+    case = dataclasses.replace(case, dtypes=tuple(dtypes.items()), layouts=(), values="normal")
+    for _ in range(1000):
+        made = given(dataclasses.replace(case, seed=int(torch.randint(2**16, ()))))
+        numbers = [x.double() for x in made if isinstance(x, torch.Tensor)]
+        results = [x.double() for x in op.each(of(op)(*made, backend="torch"))]
+        if all(x.isfinite().all() for x in numbers) and not any(x.isnan().any() for x in results):
+            return tuple(
+                x.requires_grad_() if grad and isinstance(x, torch.Tensor) and x.dtype in FLOATS else x for x in made
+            )
+    raise AssertionError(f"nothing of {name} is a number in 1000 calls")
+
+
+def _coded(case):
+    """How many tensors are of codes."""
+    return sum(dtype in arrays.ONE_BYTE for _, dtype in case.dtypes)
+
+
+def _whole(made):
+    return all(x.numel() for x in made if isinstance(x, torch.Tensor))
 
 
 def _taken(op, backend, given):

@@ -8,7 +8,7 @@ import torch
 import flagops
 from flagops import AttentionConfig, AttentionWeights, CompressorWeights, IndexerWeights, registry
 from flagops.arrays import as_numpy
-from flagops.cache import KINDS, NAMES
+from flagops.deepseek_v4.cache import KINDS, NAMES
 
 OPERATORS = (
     "linear", "rms_norm", "rotary_embedding", "yarn_table", "fp8_fake_quantize", "hadamard", "fp4_fake_quantize",

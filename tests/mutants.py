@@ -16,10 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-TABLES = [runpy.run_path(str(path)) for path in sorted(Path(__file__).with_name("families").glob("*.py"))]
+sys.path.insert(0, str(Path(__file__).parent))
+from derived import derived
 
-# file in kernels/: [(operator that must notice, text, its replacement, which occurrence)]
-MUTANTS: dict[str, list[tuple[str, str, str, int]]] = {f: m for t in TABLES for f, m in t["MUTANTS"].items()}
+TABLES = [runpy.run_path(str(path)) for path in sorted(Path(__file__).with_name("families").glob("*.py"))]
 
 # Mutants that survive, by file and index, each with why no result can tell it apart.
 EQUIVALENT: dict[tuple[str, int], str] = {k: v for t in TABLES for k, v in t.get("EQUIVALENT", {}).items()}
@@ -40,11 +40,30 @@ def backend_of(file: str) -> str:
     return folder or next(folders)
 
 
+def derivable(file: str) -> list[tuple[str, str, str, int]]:
+    """The mutants that follow from a family's file."""
+    from flagops import registry
+
+    backend, _, name = file.partition("/")
+    operators = [op.name for op in registry.operators().values() if f"{op.family}.py" == name]
+    return derived((kernels() / file).read_text(), operators, compiled=backend != "torch")
+
+
 def mutate(source: str, old: str, new: str, occurrence: int) -> str:
     parts = source.split(old)
     if len(parts) < occurrence + 2:
         raise SystemExit(f"the kernel has changed: {old!r} occurs {len(parts) - 1} times")
     return old.join(parts[: occurrence + 1]) + new + old.join(parts[occurrence + 1 :])
+
+
+def _all() -> dict[str, list[tuple[str, str, str, int]]]:
+    """By file in kernels/: (operator that must notice, text, its replacement, which occurrence)."""
+    listed = {file: edits for table in TABLES for file, edits in table["MUTANTS"].items()}
+    files = (path.relative_to(kernels()).as_posix() for path in sorted(kernels().glob("*/[!_]*.py")))
+    return listed | {file: derivable(file) for file in files if file not in listed}
+
+
+MUTANTS = _all()
 
 
 def verdict(file: str, index: int, folder: Path) -> str:

@@ -8,7 +8,7 @@ import json
 import torch
 from torch.overrides import TorchFunctionMode
 
-from flagops.examples import small_deepseek_v4
+from flagops.deepseek_v4.examples import small_deepseek_v4
 
 __all__ = ["small_deepseek_v4"]
 

@@ -241,7 +241,7 @@ def model(device: str, scheme: str, groups: int, heads: int, seed: int) -> dict[
     import torch
 
     import flagops
-    from flagops.examples import small_deepseek_v4
+    from flagops.deepseek_v4.examples import small_deepseek_v4
 
     whole = small_deepseek_v4(seed, num_attention_heads=heads, o_groups=groups, experts_implementation="eager")
     whole = whole.double().to(device)

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from flagops import arrays, bench, measure, registry, testing
+from flagops import arrays, registry, testing
 from flagops.call import of
 from flagops.errors import Unsupported
+from flagops.tools import bench, measure
 
 FAST = measure.Settings(seconds=0.01, rounds=3, most=4)
 WORKLOAD = "v4-flash.indexer.weights_proj.1"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flagops.bisect import bisect
+from flagops.tools.bisect import bisect
 
 CROOKED = '''
 class backend:
@@ -113,7 +113,7 @@ def test_a_script_that_fails_by_itself(folder, capfd):
 
 
 def test_run_is_the_script_with_replacements(folder):
-    code = "import sys\nfrom flagops.bisect import run\nrun(sys.argv[1:])"
+    code = "import sys\nfrom flagops.tools.bisect import run\nrun(sys.argv[1:])"
     result = subprocess.run(
         [sys.executable, "-c", code, str(folder / "script.py"), "7"], capture_output=True, text=True, timeout=300
     )

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import checkpoint_data as data  # noqa: E402
 
 from flagops import checkpoint  # noqa: E402
-from flagops.examples import random_deepseek_v4  # noqa: E402
+from flagops.deepseek_v4.examples import random_deepseek_v4  # noqa: E402
 
 CODES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 QUANTIZATION = data.CONFIG["quantization_config"]

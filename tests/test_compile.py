@@ -11,7 +11,7 @@ from flagops import registry
 from flagops.call import of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_torch_ops import calls
+from drawing import small_call
 
 A, B = torch.arange(12.0).view(3, 4) / 7, torch.arange(20.0).view(4, 5) / 9
 
@@ -33,7 +33,7 @@ def reals(op):
 def test_numbers_may_change_under_dynamic_shapes(name):
     torch.manual_seed(0)
     op = registry.operator(name)
-    args = list(op.fill(tuple(calls(grad=False, dtype=torch.float32)[name]), {})[:-1])
+    args = list(op.fill(tuple(small_call(name, grad=False, dtype=torch.float32)), {})[:-1])
     call = compiled(of(op), dynamic=True)
     for factor in (1.0, 0.5, 0.25):
         given = [x * factor if op.inputs[i] in reals(op) else x for i, x in enumerate(args)]
@@ -80,7 +80,7 @@ def test_settings_around_a_compiled_function_hold():
 @pytest.mark.parametrize("name", registry.operators())
 def test_out_is_written_to(name):
     torch.manual_seed(0)
-    op, args = registry.operator(name), calls(grad=False, dtype=torch.float32)[name]
+    op, args = registry.operator(name), small_call(name, grad=False, dtype=torch.float32)
     expected = op.each(of(op)(*args))
     outs = [torch.empty_like(x) for x in expected]
 

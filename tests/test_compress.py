@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flagops
-from flagops import config, measure, registry
+from flagops import config, registry
 from flagops.testing import assert_near, assert_of
+from flagops.tools import measure
 
 COMPRESSORS = pytest.mark.operators("compress_kv")
 WIDTH, DEPTH = 3, 5

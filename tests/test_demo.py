@@ -13,9 +13,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import flagops  # noqa: E402
-from flagops import demo  # noqa: E402
-from flagops.report import Report  # noqa: E402
-from flagops.report import Row as Seen  # noqa: E402
+from flagops.override.report import Report  # noqa: E402
+from flagops.override.report import Row as Seen  # noqa: E402
+from flagops.tools import demo  # noqa: E402
 from flagops.transformers import OPS  # noqa: E402
 
 FEW = ["--part", "deepseek-v4", "--tokens", "3"]

@@ -14,7 +14,8 @@ from flagops import registry
 from flagops.call import of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_torch_ops import DIFFERENTIABLE, calls
+from drawing import small_call
+from test_torch_ops import DIFFERENTIABLE
 
 OTHERS = [name for name in registry.operators() if name not in DIFFERENTIABLE]
 
@@ -22,7 +23,7 @@ OTHERS = [name for name in registry.operators() if name not in DIFFERENTIABLE]
 def function(name, backend=None, seed=0):
     """A call as a function of its real tensors in float64, which gives its real results, and those tensors."""
     torch.manual_seed(seed)
-    op, args = registry.operator(name), list(calls(grad=False)[name])
+    op, args = registry.operator(name), list(small_call(name, grad=False))
     places = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
     def call(*given):
@@ -91,7 +92,7 @@ def test_forward_derivatives_of_each_argument(kernel):
 def test_half_tangents_have_the_dtype_of_results_and_are_near(name):
     op = registry.operator(name)
     torch.manual_seed(0)
-    args = calls(grad=False, dtype=torch.bfloat16)[name]
+    args = small_call(name, grad=False, dtype=torch.bfloat16)
     places = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
     def tangents(inputs):
@@ -207,7 +208,7 @@ def test_what_there_is_no_derivative_of_raises():
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_has_no_forward_derivative_raises_before_anything_runs(name):
-    op, args = registry.operator(name), calls(grad=False, dtype=torch.float32)[name]
+    op, args = registry.operator(name), small_call(name, grad=False, dtype=torch.float32)
     places = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
     ran = sum(flagops.coverage(name)["calls"].values())
     for place in places:

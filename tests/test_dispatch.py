@@ -11,8 +11,9 @@ import torch
 
 import flagops
 from flagops import dispatch, registry
-from flagops.call import of
+from flagops.call import of, run
 from flagops.errors import Unsupported
+from flagops.transformers._handle import Handle
 
 A, B = torch.randint(-8, 9, (3, 4)).float(), torch.randint(-8, 9, (4, 5)).float()  # sums are exact
 
@@ -112,6 +113,72 @@ def test_a_kernel_that_refuses_while_running_is_replaced(monkeypatch):
     assert torch.equal(flagops.matmul(A, B, backend=["numba", "torch"]), A @ B)
     with pytest.raises(Unsupported, match="out of resources"):
         flagops.matmul(A, B, backend="numba")
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """numba's kernels of matmul refuse while they run."""
+
+    def refuse(a, b, out):
+        raise Unsupported("out of resources")
+
+    find = registry.find
+    kernel = registry.Kernel(refuse)
+    monkeypatch.setattr(registry, "find", lambda op, name: kernel if name == "numba" else find(op, name))
+    monkeypatch.setattr(dispatch, "_plans", {})
+
+
+WAYS = {
+    "straight": (lambda: (A, B, None), contextlib.nullcontext),
+    "out": (lambda: (A, B, torch.empty(3, 5)), contextlib.nullcontext),
+    "a gradient": (lambda: (A.clone().requires_grad_(), B, None), contextlib.nullcontext),
+    "a device as a mode": (lambda: (A, B, None), lambda: torch.device("cpu")),
+    "a class of its own": (lambda: (A.as_subclass(type("Own", (torch.Tensor,), {})), B, None), contextlib.nullcontext),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_call_says_who_ran(way):
+    args, context = WAYS[way]
+    for backend in ("numpy", "numba", "torch"):
+        with context():
+            result, ran = run(registry.operator("matmul"), args(), backend)
+        assert torch.equal(result.detach().as_subclass(torch.Tensor), A @ B)
+        assert ran == backend
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_call_says_who_ran_when_another_refused_meanwhile(way, refusing):
+    args, context = WAYS[way]
+    for _ in range(2):
+        with context():
+            assert run(registry.operator("matmul"), args(), ["numba", "torch"])[1] == "torch"
+
+
+def test_nobody_runs_where_nothing_is_computed():
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert run(registry.operator("matmul"), (mode.from_tensor(A), mode.from_tensor(B), None))[1] == ""
+
+
+def test_a_patched_call_counts_who_ran_and_plans_once(refusing, monkeypatch):
+    looked, look_up = [], dispatch.look_up
+    monkeypatch.setattr(dispatch, "look_up", lambda *args: looked.append(args) or look_up(*args))
+    handle = Handle((), ["numba", "torch"], "fast")
+    for count in range(1, 4):
+        assert torch.equal(handle.call("matmul", A, B), A @ B)
+        assert len(looked) == count
+    assert [row.replaced for row in handle.report().rows] == [{"torch": 3}]
+
+
+def test_what_stands_in_for_an_operator_is_counted_by_its_own_name(monkeypatch):
+    def doubled(a, b, out=None, backend=None):
+        return 2 * (a @ b)
+
+    monkeypatch.setattr(flagops, "matmul", doubled)
+    handle = Handle((), None, "fast")
+    assert torch.equal(handle.call("matmul", A, B), 2 * (A @ B))
+    (row,) = handle.report().rows
+    assert [name.rpartition(".")[2] for name in row.replaced] == ["doubled"]
 
 
 def test_a_kernel_with_other_parameters_is_refused_when_it_is_found():

@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_said(backend):
         flagops.hc_pre(x, torch.zeros(20, 32), base[:20], scale, backend=backend)
     with pytest.raises(ValueError, match="at least 1e-12"):
         flagops.hc_pre(x, torch.zeros(24, 32), base, scale, eps=0.0, backend=backend)
-    with pytest.raises(ValueError, match="positive whole number"):
+    with pytest.raises(ValueError, match="whole number of at least 1"):
         flagops.hc_pre(x, torch.zeros(24, 32), base, scale, iters=0, backend=backend)
     with pytest.raises(TypeError, match="expected float32"):
         flagops.hc_pre(x.bfloat16(), torch.zeros(24, 32).bfloat16(), base, scale, backend=backend)

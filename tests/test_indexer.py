@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flagops
-from flagops import config, measure, registry, testing
+from flagops import config, registry, testing
+from flagops.tools import measure
 
 INDEXERS = pytest.mark.operators("lightning_indexer")
 SLOW = "triton"
@@ -192,7 +193,7 @@ def test_bad_input_says_what_is_wrong():
     for seen in (6, -1):
         with pytest.raises(ValueError, match="expected 0 to 5"):
             flagops.lightning_indexer(q, keys, weights, 2, torch.tensor([[1, seen]], dtype=torch.int32))
-    with pytest.raises(ValueError, match="positive whole number"):
+    with pytest.raises(ValueError, match="whole number of at least 1"):
         flagops.lightning_indexer(q, keys, weights, 0)
-    with pytest.raises(ValueError, match="whole number of rows"):
+    with pytest.raises(ValueError, match="whole number of at least 0 and below"):
         flagops.lightning_indexer(q, keys, weights, 2, None, -1)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import flagops
 from flagops import AttentionCache, AttentionConfig, AttentionWeights, CompressorWeights, IndexerWeights
 from flagops.arrays import as_numpy, as_torch
-from flagops.cache import KINDS, PackedRows
+from flagops.deepseek_v4.cache import KINDS, PackedRows
 
 sys.path.insert(0, str(Path(__file__).parent))
 from layer_data import (

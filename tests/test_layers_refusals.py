@@ -9,7 +9,7 @@ import torch
 
 import flagops
 from flagops import AttentionCache, AttentionConfig
-from flagops.cache import KINDS
+from flagops.deepseek_v4.cache import KINDS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from layer_data import (

@@ -1,6 +1,8 @@
 """Packaging: what is imported, what is shipped, and what must not be shadowed."""
 
+import importlib.util
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,9 @@ from pathlib import Path
 import pytest
 
 import flagops
-from flagops import registry, stubs
+from flagops import registry
+from flagops._moved import MOVED
+from flagops.tools import stubs
 
 ROOT = Path(__file__).parents[1]
 IN_CHECKOUT = (ROOT / "kernels").is_dir() and Path(flagops.__file__).parents[1] == ROOT
@@ -168,8 +172,28 @@ def test_an_installation_opens_every_kernel(built, kind):
     assert homes == str(sorted(here["homes"]))
 
 
+@pytest.mark.parametrize(("name", "room"), sorted(MOVED.items()))
+def test_a_module_that_has_moved_is_found_under_its_old_name(name, room):
+    pytest.importorskip("torch")
+    new = importlib.import_module(f"flagops.{room}.{name}")
+    assert importlib.import_module(f"flagops.{name}") is new
+    assert new.__spec__.name == new.__name__ == f"flagops.{room}.{name}"
+    assert importlib.util.find_spec(f"flagops.{name}").origin == new.__file__
+
+
+def test_what_was_pickled_before_a_move_loads():
+    old = pickle.dumps(flagops.AttentionConfig(), protocol=0).replace(b"flagops.deepseek_v4.cache", b"flagops.cache")
+    assert b"cflagops.cache\n" in old
+    assert pickle.loads(old) == flagops.AttentionConfig()
+
+
+def test_a_module_that_has_moved_runs_as_a_command():
+    script = "import runpy; print(runpy.run_module('flagops.stubs')['PATH'])"
+    assert python(script).strip() == str(stubs.PATH)
+
+
 def test_the_stub_is_current():
-    assert stubs.PATH.read_text() == stubs.text(), "run python -m flagops.stubs"
+    assert stubs.PATH.read_text() == stubs.text(), "run python -m flagops.tools.stubs"
 
 
 def test_every_public_name_loads():

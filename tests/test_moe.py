@@ -280,7 +280,7 @@ BAD = {
     "limit": (
         lambda: flagops.swiglu(X, X, limit=0),
         ValueError,
-        "swiglu: limit must be a positive number or None, got 0",
+        "swiglu: limit must be a number above 0 or None, got 0",
     ),
     "offsets": (
         lambda: flagops.grouped_matmul(X, torch.zeros(2, 64, 5), torch.tensor([2, 1])),

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flagops
-from flagops import arrays, config, measure, registry, testing
+from flagops import arrays, config, registry, testing
+from flagops.tools import measure
 
 WHOLE = np.array([0, 1, 2, 3, 4, -1, -2, -3, -4], ml_dtypes.float8_e4m3fn).view(np.uint8)
 

@@ -150,7 +150,7 @@ def test_what_several_backends_share_lies_above_their_folders():
 
 
 def test_a_reference_knows_no_kernel_and_nothing_that_runs_one():
-    allowed = ("flagops.reference", "flagops.operator", "flagops.arrays")
+    allowed = ("flagops.reference", "flagops.operator", "flagops.arrays", "flagops.scalars")
     for name, to, _, _ in ours("flagops.reference."):
         assert to.startswith(allowed), (name, to)
 

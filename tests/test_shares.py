@@ -7,8 +7,8 @@ torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import flagops  # noqa: E402
-from flagops import shares  # noqa: E402
-from flagops.report import Report  # noqa: E402
+from flagops.override.report import Report  # noqa: E402
+from flagops.tools import shares  # noqa: E402
 
 X = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -69,7 +69,7 @@ class Counting(TorchDispatchMode):
 
 def test_a_model_counted_by_a_dispatch_mode():
     pytest.importorskip("transformers")
-    from flagops.examples import small_deepseek_v4
+    from flagops.deepseek_v4.examples import small_deepseek_v4
 
     model = small_deepseek_v4()
     ids = torch.randint(2, 60, (1, 24), generator=torch.Generator().manual_seed(0))
@@ -127,7 +127,7 @@ def test_operators_called_by_name(backend, monkeypatch):
 def test_a_patched_model():
     """As many calls are served as the report counts, and of all that compute they are a part."""
     pytest.importorskip("transformers")
-    from flagops.examples import small_deepseek_v4
+    from flagops.deepseek_v4.examples import small_deepseek_v4
 
     model = small_deepseek_v4()
     ids = torch.randint(2, 60, (1, 24), generator=torch.Generator().manual_seed(0))

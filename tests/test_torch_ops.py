@@ -1,7 +1,7 @@
 """Gradients, and torch.ops.flagops.* under tracing."""
 
-import runpy
-from pathlib import Path
+import os
+import sys
 
 import pytest
 import torch
@@ -10,19 +10,8 @@ from torch.library import opcheck
 import flagops
 from flagops import registry, testing, torch_ops
 
-TABLES = [runpy.run_path(str(path)) for path in sorted(Path(__file__).with_name("families").glob("*.py"))]
-
-
-def calls(grad=True, dtype=torch.float64):
-    """One call of every operator, by name."""
-
-    def t(*shape):
-        return torch.randn(*shape, dtype=dtype, requires_grad=grad)
-
-    def codes(*shape):
-        return torch.randint(0, 127, shape, dtype=torch.uint8)  # no NaN: opcheck compares with ==
-
-    return {name: call for table in TABLES for name, call in table["calls"](t, codes).items()}
+sys.path.insert(0, os.path.dirname(__file__))
+from drawing import small_call
 
 
 def _has_backward(name):
@@ -42,19 +31,15 @@ def _total(name, result):
     return sum((x.double() * torch.linspace(0.5, 1.5, x.numel()).view(x.shape)).sum() for x in _floats(name, result))
 
 
-def test_every_operator_is_here():
-    assert set(calls()) == set(registry.operators())
-
-
 @pytest.mark.parametrize("name", registry.operators())
 def test_opcheck(name):
-    opcheck(getattr(torch.ops.flagops, name).default, calls(grad=name in DIFFERENTIABLE)[name])
+    opcheck(getattr(torch.ops.flagops, name).default, small_call(name, grad=name in DIFFERENTIABLE))
 
 
 @pytest.mark.operators(*DIFFERENTIABLE)
 def test_gradients_reach_only_what_asks(kernel):
     name, backend = kernel
-    full = calls()[name]
+    full = small_call(name)
     everything = _total(name, getattr(flagops, name)(*full, backend=backend))
     wanted = torch.autograd.grad(everything, [x for x in full if isinstance(x, torch.Tensor) and x.requires_grad])
     for position, x in enumerate(x for x in full if isinstance(x, torch.Tensor) and x.requires_grad):
@@ -67,7 +52,7 @@ def test_gradients_reach_only_what_asks(kernel):
 def test_half_gradients_have_the_inputs_dtype_and_are_near(kernel):
     torch.manual_seed(0)  # always the same: a draw beside a kink, such as a clamp's, has another slope once rounded
     name, backend = kernel
-    args = calls(dtype=torch.bfloat16)[name]
+    args = small_call(name, dtype=torch.bfloat16)
     wide = [
         x.detach().double().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for x in args
@@ -99,16 +84,16 @@ def test_out_is_refused_where_a_gradient_is_recorded():
 
 @pytest.mark.parametrize("name", registry.operators())
 def test_compile_keeps_the_call_in_one_graph(name):
-    args = calls(grad=False, dtype=torch.float32)[name]
+    args = small_call(name, grad=False, dtype=torch.float32)
     function, several = getattr(flagops, name), registry.operator(name).several
 
-    def call(*args):
+    def run(*args):
         results = function(*args)
         return [x.float() * 1 for x in (results if several else (results,))]
 
     torch._dynamo.reset()  # it compiles one function only so many times
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(*args), call(*args), strict=True):
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(*args), run(*args), strict=True):
         assert torch.equal(got.nan_to_num(), expected.nan_to_num())
 
 

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import flagops  # noqa: E402
-from flagops.examples import random_deepseek_v4  # noqa: E402
+from flagops.deepseek_v4.examples import random_deepseek_v4  # noqa: E402
 from flagops.transformers import NAME, OPS  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -13,17 +13,20 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from .. import config
 from ..arrays import is_numpy, is_torch
-from . import _pool, _team, missing
+from ..replay import Place
+from . import _launches, _pool, _team, missing
 from ._store import Refused, Store
 
 log = logging.getLogger("flagops")
+
+_current = _launches.current
 
 
 class _Numba:
@@ -93,12 +96,41 @@ class _Numba:
     def synchronize(self) -> None:
         """Nothing runs behind a caller's back."""
 
+    @cached_property
+    def environment(self) -> Callable[[], tuple[Any, ...]]:
+        """What a kernel may look at besides its arguments, for calls on torch's tensors."""
+        count, current = sys.modules["torch"].get_num_threads, config.current
+        return lambda: (count(), _caller.most, current().budget)
+
+    def record(
+        self,
+        function: Callable[..., None],
+        args: Sequence[Any],
+        places: Sequence[Place],
+        otherwise: Callable[[Sequence[Any]], None],
+    ) -> Callable[[Sequence[Any]], None] | None:
+        """What a kernel hands to its loops for calls like this one, with new addresses each time; None if it cannot
+        be told without the values of its arguments.
+
+        places: where its tensors lie among the values of a call. otherwise: runs it for those that overlap in another
+        way than here.
+        """
+        given = iter(places)
+        seen = [_launches.stand_in(x, given) for x in args]
+        try:
+            return _launches.replay(function, seen, parallel, threads(), otherwise)
+        except Exception as error:  # whatever it raised, the kernel itself raises it better
+            log.debug("%s is not recorded: %s", function.__name__, error)
+            return None
+
 
 backend = _Numba()
 
 
-def pointer(x: Any) -> int:
+def pointer(x: Any) -> Any:
     """Address of the first element of a torch CPU tensor or a NumPy array."""
+    if _current.recording is not None:
+        return _current.recording.address(x)
     return x.data_ptr() if hasattr(x, "data_ptr") else x.__array_interface__["data"][0]
 
 
@@ -192,13 +224,18 @@ def _sources(package: str) -> Iterator[tuple[str, bytes]]:
                 yield f"{folder}/{source.name}", source.read_bytes()
 
 
-_caller = threading.local()
+class _Caller(threading.local):
+    most: int | None = None
+    """Of how many threads the calls of this one may run, None for as many as there are."""
+
+
+_caller = _Caller()
 
 
 @contextlib.contextmanager
 def at_most(count: int) -> Iterator[None]:
     """Calls of this thread run on at most so many threads: for one of several threads that share the processors."""
-    before = getattr(_caller, "most", None)
+    before = _caller.most
     _caller.most = count
     try:
         yield
@@ -213,7 +250,7 @@ def threads() -> int:
         count = int(torch.get_num_threads())
     else:
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = getattr(_caller, "most", None)
+    most = _caller.most
     return count if most is None else min(count, most)
 
 
@@ -236,6 +273,9 @@ def parallel(kernel: Callable[..., Any], tasks: int, *args: Any, minimum: int = 
     Chunks hold at least `minimum` tasks. Serial for few tasks, in a forked child and at interpreter exit.
     """
     if tasks < 1:
+        return
+    if _current.recording is not None:
+        _current.recording.launch(kernel, tasks, args, minimum)
         return
     team = threads() if tasks >= 2 * minimum and not (_forked or sys.is_finalizing()) else 1
     if team < 2:

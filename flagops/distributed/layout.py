@@ -44,7 +44,7 @@ class Sizes:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.heads % self.groups:
             raise ValueError(f"{self.groups} groups do not divide {self.heads} heads")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flagops import surroundings
 
@@ -15,8 +15,15 @@ if TYPE_CHECKING:
 
 
 View = Callable[["torch.Tensor"], "torch.Tensor"]
-Part = tuple[int, "View | None"]
-"""A kernel's argument: which value of the call it is, and the view of it, if it is not the value itself."""
+
+
+class Part(NamedTuple):
+    """A kernel's argument: which value of the call it is, the view of it, if it is not the value itself, and for a
+    tensor how many bytes behind that one's first element it begins."""
+
+    source: int
+    view: View | None
+    behind: int | None
 
 
 class Form:

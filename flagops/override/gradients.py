@@ -27,7 +27,7 @@ def differentiable(
     """`compute` with gradients. Raises Unsupported for an operator that has no backward."""
     backward = dispatch.backward(plan.operator, plan.kernel)
     own = _Backward(form, plan, parts[:-1], constants, backward, compute)
-    return lambda args: _Own.apply(own, *args)  # type: ignore[no-untyped-call]
+    return lambda args: _apply(own, *args)
 
 
 class _Backward:
@@ -51,21 +51,21 @@ class _Backward:
         leaves: dict[int, torch.Tensor] = {}
         clean: list[Any] = []
         with torch.enable_grad():
-            for i, view in self.parts:
+            for i, view, _ in self.parts:
                 x = held[i]
                 if view is not None:
                     if needs[i]:
                         x = leaves.setdefault(i, x.detach().requires_grad_())
                     x = view(x)
                 clean.append(x)
-        wanted = tuple(i < len(needs) and needs[i] for i in (self.parts[p][0] for p in self.tensors))
+        wanted = tuple(i < len(needs) and needs[i] for i in (self.parts[p].source for p in self.tensors))
         plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in clean]
         found = self.backward(grad.reshape(self.shape), *plain, wanted)
         result: list[Any] = [None] * len(args)
         for position, gradient, need in zip(self.tensors, found, wanted, strict=True):
             if not need:
                 continue
-            i, view = self.parts[position]
+            i, view, _ = self.parts[position]
             gradient = gradient.to(held[i].dtype)
             if view is not None:
                 (gradient,) = torch.autograd.grad(clean[position], leaves[i], gradient, retain_graph=True)
@@ -104,6 +104,10 @@ class _Own(torch.autograd.Function):
             args[i] = x
         needs = ctx.needs_input_grad[1:]
         return (None, *(ctx.own.ours if _plain(grad) else ctx.own.torchs)(grad, args, needs))
+
+
+_apply: Any = super(torch.autograd.Function, _Own).apply
+"""What `Function.apply` comes to where no transform of `torch.func` is active, and there a site computes nothing."""
 
 
 def _plain(grad: torch.Tensor) -> bool:

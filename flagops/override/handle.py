@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from flagops import config, registry
 from flagops.errors import Unsupported, suggestion
-from flagops.report import Report, Row
+from flagops.override.report import Report, Row
 
 from . import fuel, interpose, lowerings  # noqa: F401  (which declares them)
 from .forms import forms

@@ -1,14 +1,14 @@
 """What a torch call means in flagops operators, in ordinary tensor code: one function for all forms of a name.
 
 A lowering gets the arguments of the call and `to`, where the result goes, and returns the one call of an operator that
-makes it. It runs once per signature; what it did (which views of which arguments went where) is then replayed. So it
-may look at shapes, strides, dtypes and scalars, and never at values.
+makes it, or what makes it in several steps. It runs once per signature; what it did (which views of which arguments
+went where) is then replayed. So it may look at shapes, strides, dtypes and scalars, and never at values.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +28,8 @@ class Call(NamedTuple):
     out: Tensor
 
 
+Lowered = Call | Callable[[], None]
+
 Result = tuple[tuple[int, ...], "tuple[int, ...] | None"] | None
 
 REFUSED = "arguments that torch refuses"
@@ -39,7 +41,7 @@ class To:
 
     out: the destination, with the shape and strides of torch's result.
     given: whether it is an argument of the call, and not made for it.
-    run: computes a step of several at once, ``run(operator, *inputs, out=...)``; the call is lowered again each time.
+    run: computes one of several steps, ``run(operator, *inputs, out=...)``; such a call is lowered again each time.
     """
 
     out: Tensor
@@ -55,7 +57,8 @@ class Lowering:
     """How calls of an aten name become calls of an operator.
 
     composite: torch composes the name of other operators, which have the gradients.
-    state: what else the lowering looks at, such as a switch of torch; calls are remembered apart by it.
+    state: gives what asks for whatever else the lowering looks at, such as a switch of torch; calls are remembered
+        apart by the answers.
     result: shape and strides of torch's result (None: row by row), where that is cheaper to say than to ask torch's
         shape function, or where a kernel lays it out in another way; None where torch is to be asked. Raises Pass for
         what torch refuses.
@@ -63,9 +66,9 @@ class Lowering:
 
     name: str
     operator: str
-    function: Callable[..., Call | None]
+    function: Callable[..., Lowered]
     composite: bool = False
-    state: Callable[[], Hashable] | None = None
+    state: Callable[[], Sequence[Callable[[], Hashable]]] | None = None
     result: Callable[..., Result] | None = None
 
     @property
@@ -81,12 +84,12 @@ def lowers(
     *names: str,
     to: str,
     composite: bool = False,
-    state: Callable[[], Hashable] | None = None,
+    state: Callable[[], Sequence[Callable[[], Hashable]]] | None = None,
     result: Callable[..., Result] | None = None,
-) -> Callable[[Callable[..., Call | None]], Callable[..., Call | None]]:
+) -> Callable[[Callable[..., Lowered]], Callable[..., Lowered]]:
     """Declare a function as the lowering of these names to a flagops operator."""
 
-    def declare(function: Callable[..., Call | None]) -> Callable[..., Call | None]:
+    def declare(function: Callable[..., Lowered]) -> Callable[..., Lowered]:
         for name in names:
             if name in LOWERINGS:
                 raise TypeError(f"aten::{name} has a lowering already")

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flagops import arrays, config, dispatch, registry, surroundings
+from flagops import arrays, config, dispatch, memory, registry, surroundings
+from flagops.replay import Replay
 
 from . import fuel
 from .forms import Form, Part, View
@@ -56,12 +57,15 @@ def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...]) 
             chosen.append(_choose(operator, (*values, out), backend))
 
         call = lowering.function(To(destination, form.given is not None, step), **form.named(roles))
-        if call is not None:
+        if isinstance(call, Call):
             step(call.operator, *call.inputs, out=call.out)
+            parts = _parts(chosen[-1], call, (*roles, destination), form.given)
+        else:
+            call()
+            parts = None
         plan = chosen[-1]
-        parts = None if call is None else _parts(plan, call, (*roles, destination), form.given)
     by = f"{plan.operator.name}/{plan.backend}"
-    goal = _Destination(form, by, make, None if form.given is None else _clash(form, args))
+    goal = _Destination(form, by, make, _ready(form, args))
     guard = _guard(tensors[0])
     if parts is None:
         if needs_grad:
@@ -102,26 +106,22 @@ def _apart(args: tuple[Any, ...], form: Form) -> list[Any]:
 
 @dataclass(frozen=True)
 class _Destination:
-    """Where a call's result goes, and what may stand against writing it there."""
+    """Where a call's result goes, and whether it can be written there."""
 
     form: Form
     by: str
     make: Callable[[], Tensor]
-    clash: Callable[[tuple[Any, ...], Tensor], bool] | None
+    ready: Callable[[tuple[Any, ...]], bool]
 
-    def spend(self, args: tuple[Any, ...]) -> None:
-        """A call's fuel, where that is limited."""
+    def look_closer(self, args: tuple[Any, ...]) -> None:
+        """Raises Pass for a call that is not ready, or beyond the fuel where that is limited."""
+        if not self.ready(args):
+            raise Pass(self.form.without_memory(args) or "out may share memory with an input")
         if fuel.tank is not None and not fuel.tank.take(self.form.name, self.by, self.form.inputs(args)):
             raise Pass("out of fuel")
 
     def of(self, args: tuple[Any, ...]) -> Tensor:
-        if self.clash is None:
-            return self.make()
-        out: Tensor = args[self.form.given]  # type: ignore[index]
-        _refuse(surroundings.without_memory(out))
-        if self.clash(args, out):
-            raise Pass("out may share memory with an input")
-        return out
+        return self.make() if self.form.given is None else args[self.form.given]
 
 
 def _replayed(
@@ -131,33 +131,39 @@ def _replayed(
     destination: _Destination,
     guard: Callable[[], Any] | None,
 ) -> Callable[[tuple[Any, ...]], Any]:
-    run, memory, values = plan.run, plan.memory, plan.operator.values if plan.check_values else None
-    as_it_is = not constants and all(i == at and view is None for at, (i, view) in enumerate(parts))
-    give = destination.of if destination.clash else lambda args, make=destination.make: make()
+    """The call of a kernel whose arguments are views of a call's, and constants."""
+    given, make, ready = destination.form.given, destination.make, destination.ready
+    values = plan.operator.values if plan.check_values else None
+    as_they_are = not constants and all(part.source == at and part.view is None for at, part in enumerate(parts))
+    places = [((part.source,), part.behind) for part in parts if part.behind is not None]
+
+    def clean(held: Sequence[Any]) -> Sequence[Any]:
+        if as_they_are:
+            return held
+        held = (*held, *constants)
+        return [held[source] if view is None else view(held[source]) for source, view, _ in parts]
+
+    replay = Replay(registry.backend(plan.backend), plan.run, clean, None if guard else places)
+    known, environment, first = replay.known, replay.environment, replay.first
 
     def compute(args: tuple[Any, ...]) -> Any:
-        if fuel.tank is not None:
-            destination.spend(args)
-        out = give(args)
-        if as_it_is:
-            clean: Sequence[Any] = (*args, out)
-        else:
-            held = (*args, out, *constants)
-            clean = [held[i] if view is None else view(held[i]) for i, view in parts]
-        for position, size, end in memory:
-            x = clean[position]
-            if not x.data_ptr() or x.untyped_storage().nbytes() < x.storage_offset() * size + end:
-                _refuse(surroundings.without_memory(x))
+        if fuel.tank is not None or not ready(args):
+            destination.look_closer(args)
+        out = make() if given is None else args[given]
+        held = (*args, out)
         if values is not None:
-            _refuse(values(*clean[:-1]))
-        if guard is None:
-            run(*clean)
-        else:
-            with guard():
-                run(*clean)
+            _refuse(values(*clean(held)[:-1]))
+        (known.get(environment()) or first)(held)
         return out
 
-    return compute
+    if guard is None:
+        return compute
+
+    def guarded(args: tuple[Any, ...]) -> Any:
+        with guard():
+            return compute(args)
+
+    return guarded
 
 
 def _refuse(problem: str | None) -> None:
@@ -226,23 +232,19 @@ def _choose(operator: str, values: Sequence[Any], backend: Any) -> dispatch.Plan
     return plan
 
 
-def _clash(form: Form, args: tuple[Any, ...]) -> Callable[[tuple[Any, ...], Tensor], bool]:
-    """Whether the destination shares memory with an input, but for one that it *is*: that the lowering has seen."""
-    assert form.given is not None
-    own = arrays.span(args[form.given])[1]
-    spans = [(i, arrays.span(args[i])[1]) for i in form.tensors if i != form.given and args[i] is not None]
-
-    def clash(args: tuple[Any, ...], out: Tensor) -> bool:
-        start = out.data_ptr()
-        for i, reach in spans:
-            x = args[i]
-            if x is not out:
-                there = x.data_ptr()
-                if start < there + reach and there < start + own:
-                    return True
-        return False
-
-    return clash
+def _ready(form: Form, args: tuple[Any, ...]) -> Callable[[Sequence[Any]], bool]:
+    """Whether the tensors of a call have memory, and its destination shares none with an input, but for one that it
+    *is*: that the lowering has seen."""
+    spans = {i: ((i,), *arrays.span(args[i])) for i in form.tensors if args[i] is not None}
+    own = None if form.given is None else args[form.given]
+    needs = [
+        (path, args[i].element_size(), high)
+        for i, (path, _, high) in spans.items()
+        if high and surroundings.allocated(args[i])
+    ]
+    others = [spans[i] for i in spans if own is not None and args[i] is not own]
+    apart = [(spans[form.given], other, False) for other in others if form.given is not None and other[2]]
+    return memory.ready(needs, [pair for pair in apart if pair[0][2]], zeros=False)
 
 
 def _parts(
@@ -259,13 +261,15 @@ def _parts(
     parts: list[Part] = []
     for x in plan.clean((*call.inputs, call.out)):
         if not isinstance(x, torch.Tensor):
-            parts.append((len(held) + len(constants), None))
+            parts.append(Part(len(held) + len(constants), None, None))
             constants.append(x)
             continue
         source = next((i for i, y in owners if x is y or _same_memory(x, y)), None)
         if source is None:
             return None
-        parts.append((source, None if x is held[source] else _view(held[source], x)))
+        y = held[source]
+        behind = x.data_ptr() - y.data_ptr() if x.numel() and x is not y else 0
+        parts.append(Part(source, None if x is y else _view(y, x), behind))
     return parts, constants
 
 
@@ -301,13 +305,14 @@ def _lowered_again(
             _refuse(plan.operator.values(*values))
         plan.run(*plan.clean((*values, out)))
 
-    _refuse(form.without_memory(args))  # the lowering computes with them
-    goal.spend(args)
+    goal.look_closer(args)
     out = goal.of(args)
     with guard() if guard else contextlib.nullcontext():
         call = lowering.function(To(out, form.given is not None, run), **form.named(args))
-        if call is not None:
+        if isinstance(call, Call):
             run(call.operator, *call.inputs, out=call.out)
+        else:
+            call()
     return out
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import functools
 import keyword
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from flagops import config, surroundings
+from flagops import config, generated, surroundings
 from flagops.errors import Unsupported
 
 from .forms import Form
 from .interpose import Counter, Registration, thread
 from .lowering import Lowering, Pass
-from .recipes import Recipe, record
+from .recipes import record
 
 COMPOSITE = "CompositeImplicitAutograd"
 DEVICES = ("CPU", "CUDA", "PrivateUse1")
@@ -35,8 +36,8 @@ class Wish(Protocol):
     def counter(self, name: str, key: str, by: str, reason: str) -> Callable[[], int]: ...
 
 
-Plan = Callable[[Any, tuple[Any, ...]], Any]
-"""What becomes of the calls of one signature: takes the key set of torch's dispatcher and the arguments."""
+Plan = tuple["Callable[[tuple[Any, ...]], Any] | None", Callable[[], int]]
+"""What becomes of the calls of one signature: what computes them, None where torch does, and what counts them."""
 
 
 @functools.cache
@@ -53,6 +54,37 @@ def _plain() -> dict[int, tuple[str, bool]]:
         plain[keys.raw_repr()] = device, False
         plain[keys.add(getattr(torch._C.DispatchKey, f"Autograd{device}")).raw_repr()] = device, True
     return plain
+
+
+_CALL = """
+def call(_keyset, {parameters}):
+    _args = ({names},)
+    if _thread.busy:
+        return _site.below_with(_keyset, _args)
+{aside}
+    _plans, _signature = _site.plans, ({signature})
+    _compute, _count = _plans.get(_signature) or _plan(_plans, _signature, _args)
+    if _compute is None:
+        _count()
+        return _site.below_with(_keyset, _args)
+    _thread.busy = True
+    try:
+        _result = _compute(_args)
+    except _refused as _error:
+        _reason = str(_error)
+    else:
+        _count()
+        return _result
+    finally:
+        _thread.busy = False
+    return _left(_keyset, _args, _reason)
+"""
+
+_ASIDE = """
+    _keys = _keyset.raw_repr()
+    if _keys not in _plain:
+        return _aside(_keyset, _args)
+"""
 
 
 class Site(Registration):
@@ -75,13 +107,15 @@ class Site(Registration):
         out = form.schema.arguments[form.given].name if form.given is not None else None
         names, parameters, signature = [], [], ["_current()"]
         space: dict[str, Any] = {"_site": self, "_thread": thread, "_current": config.current}
-        space |= {"_idle": self._idle, "_aside": self._aside, "_plan": self._plan}
+        space |= {"_plan": self._plan, "_left": self._left, "_refused": (Pass, Unsupported)}
         if self.composite:
-            space |= {"_plain": _plain(), "_grad": surroundings.probes()[1], "_forward": surroundings.forward_level}
-            signature += ["_keyset.raw_repr()", "_grad()", "_forward()"]
+            space |= {"_aside": self._aside, "_plain": _plain(), "_grad": surroundings.probes()[1]}
+            space["_forward"] = sys.modules["torch.autograd.forward_ad"]
+            signature += ["_keys", "_grad()", "_forward._current_level"]
         if self.lowering.state:
-            space["_state"] = self.lowering.state
-            signature.append("_state()")
+            for i, probe in enumerate(self.lowering.state()):
+                space[f"_state{i}"] = probe
+                signature.append(f"_state{i}()")
         for i, argument in enumerate(form.schema.arguments):
             name = argument.name + "_" * keyword.iskeyword(argument.name)
             names.append(name)
@@ -92,19 +126,9 @@ class Site(Registration):
             else:
                 parameters.append(name)
             signature.append(self._facts(name, str(argument.type), out))
-        every = f"({', '.join(names)},)"
-        aside = f"    if _keyset.raw_repr() not in _plain:\n        return _aside(_keyset, {every})\n"
-        source = (
-            f"def call(_keyset, {', '.join(parameters)}):\n"
-            f"    if _thread.busy or not _site.handles:\n        return _idle(_keyset, {every})\n"
-            f"{aside if self.composite else ''}"
-            f"    _plans, _signature = _site.plans, ({', '.join(signature)})\n"
-            f"    _found = _plans.get(_signature) or _plan(_plans, _signature, {every})\n"
-            f"    return _found(_keyset, {every})\n"
-        )
-        exec(compile(source, f"<aten::{self.name} by flagops>", "exec"), space)
-        function: Callable[..., Any] = space["call"]
-        return function
+        words = {"parameters": ", ".join(parameters), "names": ", ".join(names), "signature": ", ".join(signature)}
+        source = _CALL.format(aside=_ASIDE if self.composite else "", **words)
+        return generated.function(source, f"aten::{self.name}", space)
 
     def _facts(self, name: str, kind: str, out: str | None) -> str:
         """What a plan may depend on of an argument."""
@@ -133,17 +157,10 @@ class Site(Registration):
         self.untaken.add()
         return self.torch(keyset, *args, **kwargs)
 
-    def _idle(self, keyset: Any, args: tuple[Any, ...]) -> Any:
-        if not thread.busy:
-            self.untaken.add()
-        return self.below_with(keyset, args)
-
     def _aside(self, keyset: Any, args: tuple[Any, ...]) -> Any:
         """A composite's call that is not one on plain tensors: whoever watches shall see what it consists of."""
         reason = self._why_not_plain(keyset, args)
-        if reason:
-            self._leave(args, reason)
-        return self.below_with(keyset, args)
+        return self._left(keyset, args, reason) if reason else self.below_with(keyset, args)
 
     def _why_not_plain(self, keyset: Any, args: tuple[Any, ...]) -> str | None:
         import torch
@@ -166,6 +183,11 @@ class Site(Registration):
             return "a negated or conjugated view"
         return f"torch dispatches it by {keyset}"
 
+    def _left(self, keyset: Any, args: tuple[Any, ...], reason: str) -> Any:
+        """A call that turned out not to be ours: counted, and torch's."""
+        self._leave(args, reason)
+        return self.below_with(keyset, args)
+
     def _leave(self, args: tuple[Any, ...], reason: str) -> None:
         handle, key = self._decide(args)
         if handle:
@@ -185,45 +207,19 @@ class Site(Registration):
         plan: Plan
         missing = self.form.without_memory(args)
         if handle and missing:  # says nothing of the next call like it
-            return self._counted(handle.counter(self.name, key, "", missing))
+            return None, handle.counter(self.name, key, "", missing)
         if handle is None or self.lowering is None:
-            plan = self._counted(self.untaken.add)
+            plan = None, self.untaken.add
         else:
             thread.busy = True
             try:
                 recipe = record(self.form, handle.backend, self.lowering, args)
-                plan = self._computed(recipe, handle, key)
+                plan = recipe.compute, handle.counter(self.name, key, recipe.by, "")
             except (Pass, Unsupported) as reason:
-                plan = self._counted(handle.counter(self.name, key, "", str(reason)))
+                plan = None, handle.counter(self.name, key, "", str(reason))
             finally:
                 thread.busy = False
         if len(plans) >= _PLANS_KEPT:
             plans.clear()
         plans[signature] = plan
         return plan
-
-    def _counted(self, count: Callable[[], int]) -> Plan:
-        def run(keyset: Any, args: tuple[Any, ...]) -> Any:
-            count()
-            return self.below_with(keyset, args)
-
-        return run
-
-    def _computed(self, recipe: Recipe, handle: Wish, key: str) -> Plan:
-        compute, count = recipe.compute, handle.counter(self.name, key, recipe.by, "")
-
-        def run(keyset: Any, args: tuple[Any, ...]) -> Any:
-            thread.busy = True
-            try:
-                result = compute(args)
-            except (Pass, Unsupported) as error:
-                reason = str(error)
-            else:
-                count()
-                return result
-            finally:
-                thread.busy = False
-            self._leave(args, reason)
-            return self.below_with(keyset, args)
-
-        return run

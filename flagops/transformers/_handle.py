@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
-from flagops import dispatch, registry
-from flagops.call import execute, of
+import flagops
+from flagops import registry
+from flagops.call import of, run
 from flagops.config import names
 from flagops.errors import Unsupported
-from flagops.report import Report, Row
+from flagops.operator import Operator
+from flagops.override.report import Report, Row
 
 from ._binding import Binding
 
 log = logging.getLogger("flagops")
+
+
+@functools.cache
+def _known(op: str) -> tuple[Operator, Callable[..., Any]]:
+    """An operator by name, and the function that users call."""
+    operator = registry.operator(op)
+    return operator, of(operator)
 
 
 class Handle:
@@ -72,31 +82,22 @@ class Handle:
         """One operator; None, counted with the reason, when no backend takes the call."""
         if torch.compiler.is_compiling():
             return getattr(torch.ops.flagops, op).default(*args, backend=self._wish)
-        import flagops
-
-        operator = registry.operator(op)
+        operator, ours = _known(op)
         args = (*args, *operator.defaults[len(args) : -1], out)
         public = getattr(flagops, op)
         try:
-            if public is of(operator):
-                plan = dispatch.plan(operator, args, self.backend, torch.is_grad_enabled())
-                calls = plan.calls
-                result, backend = execute(plan, args), plan.backend
-                if plan.calls == calls and not plan.through_torch:  # refused while it ran
-                    backend = dispatch.plan(operator, args, self.backend, torch.is_grad_enabled()).backend
+            if public is ours:
+                result, ran = run(operator, args, self.backend)
             else:
-                result = public(*args, backend=self.backend)
-                backend = dispatch.plan(operator, args, self.backend, torch.is_grad_enabled()).backend
+                result, ran = public(*args, backend=self.backend), getattr(public, "__qualname__", str(public))
         except Unsupported as error:
             self.leave(op, args[0], str(error))
             return None
-        self._count(op, args[0], backend, "")
+        self._count(op, args[0], ran or "torch.ops.flagops", "")
         return result
 
     def round(self, op: str, *args: Any) -> Any:
         """A step of the official numerics, which no choice of backends turns off: the first that takes it."""
-        import flagops
-
         result = self.call(op, *args)
         return getattr(flagops, op)(*args) if result is None else result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def scaled_dot_product_attention(
     blocks = -(-shared * length // rows)
     each = (*batch, heads)
     kind, steps = 0, (0, 0)
-    mask: Any = 0, np.zeros(1, np.int64)
+    mask: Any = 0, _starts((), (), (1,))
     if attn_mask is not None:
         kind = 1 if dtype_name(attn_mask) == "uint8" else 2
         mask, steps = (
@@ -56,8 +57,12 @@ def scaled_dot_product_attention(
 
 
 def _places(x: Any, lead: tuple[int, ...], tail: int) -> Any:
-    """Where each matrix starts, in elements; batch axes broadcast to `lead`."""
-    shape, steps = tuple(x.shape)[: x.ndim - tail], strides(x)
+    """Where each matrix starts, in elements; batch axes broadcast to `lead`. One table for all calls alike."""
+    return _starts(tuple(x.shape)[: x.ndim - tail], strides(x), lead)
+
+
+@lru_cache(maxsize=256)
+def _starts(shape: tuple[int, ...], steps: tuple[int, ...], lead: tuple[int, ...]) -> Any:
     result = np.zeros(lead, np.int64)
     for axis, (extent, step) in enumerate(zip(shape, steps, strict=False), len(lead) - len(shape)):
         if extent > 1:

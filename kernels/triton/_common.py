@@ -3,7 +3,7 @@
 
 import threading
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,25 +78,38 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
             kernel[grid](*arguments, **options)
 
 
-@cache
-def target(device: torch.device) -> str:
-    """The column of the tile tables: ``"hip"`` on AMD, ``"cuda"`` elsewhere and under the interpreter."""
-    return "hip" if torch.version.hip and device.type == "cuda" else "cuda"
+class Chip(NamedTuple):
+    """What launches are shaped by.
+
+    kind: the column of the tile tables, ``"hip"`` on AMD, ``"cuda"`` elsewhere and under the interpreter.
+    processors: programs that run at once; 1 under the interpreter, where splitting a sum gains nothing.
+    shared: bytes of shared memory that one program may take.
+    converts: whether FP8 becomes float16 by an instruction.
+    """
+
+    kind: str
+    processors: int
+    shared: int
+    converts: bool
+
+
+pretended: Chip | None = None
+"""Stands for every device, to see what would be launched on a chip that is not here."""
+
+
+def chip(device: torch.device) -> Chip:
+    return pretended or _measured(device)
 
 
 @cache
-def processors(device: torch.device) -> int:
-    """How many programs the device runs at once; 1 under the interpreter, where splitting a sum gains nothing."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
-
-
-@cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory one program may take."""
+def _measured(device: torch.device) -> Chip:
     if device.type != "cuda":
-        return 227 << 10
+        return Chip("cuda", 1, 227 << 10, False)
     properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", 64 << 10))
+    kind = "hip" if torch.version.hip else "cuda"
+    converts = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    shared = int(getattr(properties, "shared_memory_per_block_optin", 64 << 10))
+    return Chip(kind, int(properties.multi_processor_count), shared, converts)
 
 
 def precision() -> str:

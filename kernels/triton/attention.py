@@ -13,13 +13,11 @@ from ._common import (
     INTERPRET,
     LOG2E,
     attend,
+    chip,
     dot,
     launch,
     narrow,
     precision,
-    processors,
-    shared_memory,
-    target,
     too_long,
 )
 
@@ -166,9 +164,9 @@ def combine_kernel(
 def _choose(heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """The narrowest tile that holds the head, tall if there are heads to fill it and shared memory to hold it."""
     kind = "half" if dtype.itemsize == 2 or INTERPRET.value else str(dtype).removeprefix("torch.")
-    tiles = TILES[target(device)][kind]
-    if kind == "half" and not INTERPRET.value and target(device) == "cuda":  # the query and two tiles of keys
-        room = shared_memory(device) // dtype.itemsize
+    tiles = TILES[chip(device).kind][kind]
+    if kind == "half" and not INTERPRET.value and chip(device).kind == "cuda":  # the query and two tiles of keys
+        room = chip(device).shared // dtype.itemsize
         tiles = [tile for tile in tiles if (tile["BH"] + 2 * tile["BK"]) * tile["SLICE"] < room]
     pieces = {tile["SLICE"] for tile in tiles}
     piece = min((p for p in pieces if p >= width), default=max(p for p in pieces if p <= WIDEST or kind != "half"))
@@ -200,7 +198,7 @@ def sparse_attention(
     pieces = triton.cdiv(width, tile["SLICE"])
     programs, lines = batch * tokens * triton.cdiv(heads, tile["BH"]), batch * tokens * heads
     affordable = config.budget() // 4 // (8 * lines * (width + 2))
-    parts = max(1, min(processors(device) // (programs * pieces), keys // (2 * tile["BK"]), affordable, 32))
+    parts = max(1, min(chip(device).processors // (programs * pieces), keys // (2 * tile["BK"]), affordable, 32))
     span = triton.cdiv(triton.cdiv(keys, tile["BK"]), parts) * tile["BK"]
     parts = triton.cdiv(keys, span) if span else 1
 

@@ -15,11 +15,11 @@ from flagops import config
 from flagops.registry import kernel
 
 from .._moe import BLOCK, quantised, refusal
-from ._common import dot, launch, narrow, precision, shared_memory, target, too_long, widen
+from ._common import chip, dot, launch, narrow, precision, too_long, widen
 from .matmul import TILES as PLAIN
 from .moe import bits, gated
 from .qmatmul import TILES as CODED
-from .qmatmul import _converts, brain, factor, weight
+from .qmatmul import brain, factor, weight
 from .quantize import NAN, e4m3_code, e4m3_value, magnitude_of
 
 ACTIVATE_TILE: dict[str, Any] = {"ROWS": 8, "num_warps": 4}
@@ -198,7 +198,7 @@ def _tile(tiles: list[Tile], rows: float, device: torch.device, item: int) -> Ti
     fitting = [
         tile for tile in tiles
         if max(tile["BM"], tile["BN"]) <= 128
-        and tile["num_stages"] * (tile["BM"] + tile["BN"]) * tile.get("BK", 128) * item <= shared_memory(device)
+        and tile["num_stages"] * (tile["BM"] + tile["BN"]) * tile.get("BK", 128) * item <= chip(device).shared
     ]  # fmt: skip
     return next((tile for tile in fitting if tile["BM"] >= rows), fitting[-1] if fitting else tiles[0])
 
@@ -209,7 +209,7 @@ def _plain(
     """Rows of a, sorted by expert or listed in ``rows``, times b[e, k, n]."""
     experts, depth, width = b.shape
     kind = "half" if a.dtype.itemsize == 2 else str(a.dtype).removeprefix("torch.")
-    tile = _tile(PLAIN[target(a.device)][kind], count / experts, a.device, a.dtype.itemsize)
+    tile = _tile(PLAIN[chip(a.device).kind][kind], count / experts, a.device, a.dtype.itemsize)
     work = _work(ends, count, tile["BM"])
     launch(
         grouped_kernel, (len(work), triton.cdiv(width, tile["BN"])), a.device,
@@ -224,13 +224,14 @@ def _coded(
 ) -> None:  # fmt: skip
     """Likewise, a as `through_fp8` leaves it and b[e, n, k] in codes."""
     experts, width = b.shape[:2]
-    tile = _tile(CODED[target(a.device)], count / experts, a.device, 2)
+    tile = _tile(CODED[chip(a.device).kind], count / experts, a.device, 2)
     work = _work(ends, count, tile["BM"])
     launch(
         coded_kernel, (len(work), triton.cdiv(width, tile["BN"])), a.device,
         a, b, scale, out, work, work if rows is None else rows, experts, width, depth,
         a.stride(0), *b.stride(), *scale.stride(), out.stride(0),
-        GATHER=rows is not None, EVEN=depth % BLOCK == 0, FOUR=b.shape[2] != depth, CONVERT=_converts(a.device), **tile,
+        GATHER=rows is not None, EVEN=depth % BLOCK == 0, FOUR=b.shape[2] != depth, CONVERT=chip(a.device).converts,
+        **tile,
     )  # fmt: skip
 
 

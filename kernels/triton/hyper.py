@@ -11,7 +11,7 @@ import triton.language as tl
 from flagops.registry import kernel
 
 from .._tensors import Results, give, room, tokens
-from ._common import LOG2E, dot, launch, narrow, precision, processors, too_long, widen
+from ._common import LOG2E, chip, dot, launch, narrow, precision, too_long, widen
 
 PROJECT = {"BT": 16, "BK": 64, "num_warps": 4, "num_stages": 2}
 COLLAPSE = {"BT": 4, "BD": 512, "num_warps": 4}
@@ -294,7 +294,7 @@ def _run(
         y, post, comb = found if iters else (found[0], None, None)
         count, depth = len(part), max(n * d, 1)
         blocks = triton.cdiv(count, PROJECT["BT"])
-        parts = max(1, min(processors(device) // blocks, triton.cdiv(depth, 4 * PROJECT["BK"]), 64))
+        parts = max(1, min(chip(device).processors // blocks, triton.cdiv(depth, 4 * PROJECT["BK"]), 64))
         span = triton.cdiv(triton.cdiv(depth, PROJECT["BK"]), parts) * PROJECT["BK"]
         parts = triton.cdiv(depth, span)
         sums = torch.empty((parts, count, columns + 1), dtype=fn.dtype, device=device)
@@ -304,7 +304,7 @@ def _run(
             C=columns, PC=max(16, triton.next_power_of_2(columns)), PRECISION=precision(), **PROJECT,
         )  # fmt: skip
         blocks = triton.cdiv(count, COLLAPSE["BT"])
-        pieces = max(1, min(processors(device) // blocks, triton.cdiv(d, COLLAPSE["BD"])))
+        pieces = max(1, min(chip(device).processors // blocks, triton.cdiv(d, COLLAPSE["BD"])))
         reach = triton.cdiv(triton.cdiv(d, COLLAPSE["BD"]), pieces) * COLLAPSE["BD"]
         launch(
             collapse_kernel, (blocks, pieces), device,

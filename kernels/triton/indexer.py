@@ -10,7 +10,7 @@ import triton.language as tl
 from flagops import config
 from flagops.registry import kernel
 
-from ._common import dot, launch, precision, processors, target, too_long, widen
+from ._common import chip, dot, launch, precision, too_long, widen
 
 Tile = dict[str, int]
 
@@ -216,7 +216,9 @@ def lightning_indexer(
     room = min(config.budget() // 4, _SCRATCH)
     entries = n if n == k else max(1, min(n, room // 4 // wide))
     lines = max(1, min(batch * length, room // (entries * wide)))
-    parts = max(1, min(max(4, processors(q.device)) // lines, entries // _PART, room // (2 * lines * k * (wide + 4))))
+    parts = max(
+        1, min(max(4, chip(q.device).processors) // lines, entries // _PART, room // (2 * lines * k * (wide + 4)))
+    )
     if lines < length:
         for b in range(batch):
             for start in range(0, length, lines):
@@ -246,9 +248,9 @@ def _choose(
     number = torch.int64 if q.dtype == torch.float64 else torch.int32
     scores = torch.empty((batch * length, entries if n > k else 0), dtype=number, device=device)
     kind = "half" if q.dtype.itemsize == 2 else str(q.dtype).removeprefix("torch.")
-    tiles = TILES[target(device)][kind]
+    tiles = TILES[chip(device).kind][kind]
     tile = tiles[0] if heads <= tiles[0]["BH"] else tiles[-1]
-    queries = 8 if batch * length * triton.cdiv(entries, tile["BN"]) >= 16 * processors(device) else 1
+    queries = 8 if batch * length * triton.cdiv(entries, tile["BN"]) >= 16 * chip(device).processors else 1
     seen_steps = (0, 0) if visible is None else visible.stride()
     shared: dict[str, Any] = {"VISIBLE": visible is not None}
 

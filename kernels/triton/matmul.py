@@ -10,7 +10,7 @@ import triton.language as tl
 from flagops import config
 from flagops.registry import kernel
 
-from ._common import LONGEST, dot, launch, narrow, precision, processors, shared_memory, target, too_long, widen
+from ._common import LONGEST, chip, dot, launch, narrow, precision, too_long, widen
 
 Tile = dict[str, int]
 
@@ -117,22 +117,22 @@ def sum_kernel(
 def _choose(m: int, n: int, batch: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """As many rows as there are, up to the largest tile that still gives every processor one."""
     kind = "half" if dtype.itemsize == 2 else str(dtype).removeprefix("torch.")
-    tiles = TILES[target(device)][kind]
+    tiles = TILES[chip(device).kind][kind]
     chosen = tiles[0]
     for tile in tiles[1:]:
-        buffers = tile["num_stages"] - (target(device) == "hip")  # there one of the stages lies in registers
+        buffers = tile["num_stages"] - (chip(device).kind == "hip")  # there one of the stages lies in registers
         needed = buffers * (tile["BM"] + tile["BN"]) * tile["BK"] * dtype.itemsize
         count = batch * triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"])
-        if needed > shared_memory(device) or tile["BM"] >= 2 * max(m, chosen["BM"]):
+        if needed > chip(device).shared or tile["BM"] >= 2 * max(m, chosen["BM"]):
             break
-        if m > chosen["BM"] or count >= processors(device):
+        if m > chosen["BM"] or count >= chip(device).processors:
             chosen = tile
     return chosen
 
 
 def _parts(tiles: int, k: int, rows: int, tile: Tile, device: torch.device) -> int:
     """Into how many spans of k a product is cut, so that few tiles still fill the device; 1 leaves it whole."""
-    wanted = min(processors(device) // max(tiles, 1), k // (4 * tile["BK"]), 16)
+    wanted = min(chip(device).processors // max(tiles, 1), k // (4 * tile["BK"]), 16)
     return max(1, min(wanted, config.budget() // 4 // max(8 * rows, 1)))
 
 

@@ -15,7 +15,7 @@ from flagops import config
 from flagops.registry import kernel
 
 from .._tensors import matrix
-from ._common import INTERPRET, dot, launch, narrow, precision, processors, target, too_long
+from ._common import chip, dot, launch, narrow, precision, too_long
 from .dequantize import power_of_two
 from .matmul import sum_kernel
 
@@ -165,11 +165,6 @@ def brain(code, CONVERT: tl.constexpr):
     return narrow(half(code, CONVERT).to(tl.float32), tl.bfloat16)
 
 
-def _converts(device: torch.device) -> bool:
-    """Whether the processor has instructions for e4m3."""
-    return not INTERPRET.value and target(device) == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 def quantized_product(
     run: Any, a: torch.Tensor, a_scale: torch.Tensor | None, b: torch.Tensor, b_scale: torch.Tensor, out: torch.Tensor
 ) -> None:
@@ -181,11 +176,11 @@ def quantized_product(
     scale = b_scale if a_scale is None else matrix(a_scale.expand(*lead, a_scale.shape[-1]))
     result = matrix(out if out.is_contiguous() else out.new_empty(out.shape))
     m, size = len(result), result.numel()
-    tiles = TILES[target(device)]
+    tiles = TILES[chip(device).kind]
     tile = next((t for t in tiles if m <= t["BM"]), tiles[-1])
     programs = triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"])
     blocks = triton.cdiv(k, 128)
-    parts = min(processors(device) // programs, blocks // 4, 16, config.budget() // 4 // (8 * size))
+    parts = min(chip(device).processors // programs, blocks // 4, 16, config.budget() // 4 // (8 * size))
     span = triton.cdiv(blocks, max(parts, 1))
     parts = triton.cdiv(blocks, span) if blocks else 1
     kinds = {"PLAIN": a_scale is None, "PRECISION": precision()} if run is fp8_kernel else {}
@@ -196,7 +191,7 @@ def quantized_product(
         run, (programs, parts), device,
         x, scale, b, b_scale, to, m, n, k, 128 * span,
         *x.stride(), *scale.stride(), *b.stride(), *b_scale.stride(), part, *to.stride()[-2:],
-        GROUP=8, EVEN=k % 128 == 0, CONVERT=_converts(device), **kinds, **tile,
+        GROUP=8, EVEN=k % 128 == 0, CONVERT=chip(device).converts, **kinds, **tile,
     )  # fmt: skip
     if parts > 1:
         launch(

@@ -12,7 +12,7 @@ from flagops.reference.sdpa import factor
 
 from flagops.registry import kernel
 
-from ._common import INTERPRET, attend, dot, launch, narrow, precision, shared_memory, too_long
+from ._common import INTERPRET, attend, chip, dot, launch, narrow, precision, too_long
 
 WIDEST = 256
 
@@ -133,9 +133,9 @@ def scaled_dot_product_attention(
         kind, steps = 1 if mask.dtype == torch.uint8 else 2, mask.stride()
     name = "half" if query.dtype.itemsize == 2 or INTERPRET.value else str(query.dtype).removeprefix("torch.")
     width = max(query.shape[-1], depth)
-    table = TILES["hip" if torch.version.hip else "cuda"][name]
+    table = TILES[chip(device).kind][name]
     tile = next(tile for tile in table if tile["SLICE"] >= width)
-    if not INTERPRET.value and 3 * 64 * tile["SLICE"] * query.itemsize * tile["num_stages"] > shared_memory(device):
+    if not INTERPRET.value and 3 * 64 * tile["SLICE"] * query.itemsize * tile["num_stages"] > chip(device).shared:
         tile = {**tile, "num_stages": 1}
     launch(
         dense_kernel, (len(q) * heads * triton.cdiv(length, tile["BM"]),), device,

@@ -1,13 +1,4 @@
-"""The attention family: one call of each operator, and edits of its kernels that the suite must notice."""
-
-import torch
-
-
-def calls(t, codes):
-    sink = t(2) if t(0).dtype == torch.float64 else t(2).float().detach().requires_grad_(t(0).requires_grad)
-    indices = torch.tensor([[[0, 3, -1], [4, -1, 1]], [[-1, -1, -1], [2, 2, 0]]])
-    return {"sparse_attention": (t(2, 2, 2, 4), t(2, 5, 4), sink, indices, 0.7)}
-
+"""The attention family: edits of its kernels that the suite must notice."""
 
 MUTANTS = {
     "numba/attention.py": [

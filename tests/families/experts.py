@@ -1,16 +1,4 @@
-"""The experts family: one call of each operator, and edits of its kernels that the suite must notice."""
-
-import torch
-
-
-def calls(t, codes):
-    weights = t(2, 2) if t(0).dtype == torch.float64 else t(2, 2).float().detach().requires_grad_(t(0).requires_grad)
-    indices = torch.tensor([[0, 2], [2, 2]])
-    return {
-        "grouped_matmul": (t(6, 3), t(4, 3, 2), torch.tensor([2, 2, 3, 5], dtype=torch.int32)),
-        "moe_experts": (t(2, 3), weights, indices, t(3, 4, 3), t(3, 3, 2), None, None, 0.8, t(2, 3)),
-    }
-
+"""The experts family: edits of its kernels that the suite must notice."""
 
 MUTANTS = {
     "numba/experts.py": [

@@ -7,6 +7,7 @@ a backward of their own, and hand what that cannot do (second derivatives, trans
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..lowering import REFUSED, Call, Pass, Result, To, lowers
@@ -44,10 +45,10 @@ def rms_norm(
     return to("rms_norm", flat, None if weight is None else weight.reshape(-1), eps, False, out=out)
 
 
-def _sdpa_switches() -> tuple[bool, ...]:
+def _sdpa_switches() -> tuple[Callable[[], bool], ...]:
     import torch
 
-    return torch._C._get_flash_sdp_enabled(), torch._C._get_overrideable_sdp_enabled()
+    return torch._C._get_flash_sdp_enabled, torch._C._get_overrideable_sdp_enabled
 
 
 def _as_query(
@@ -102,7 +103,7 @@ def attention(
 ) -> Call:
     if dropout_p:
         raise Pass("dropout")
-    if not any(_sdpa_switches()):
+    if not any(on() for on in _sdpa_switches()):
         raise Pass("sdpa_kernel asks for torch's own")
     if attn_mask is not None and is_causal:
         raise Pass("a mask beside is_causal")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flagops import config
 
-from ..lowering import REFUSED, Call, Pass, Result, To, lowers
+from ..lowering import REFUSED, Call, Lowered, Pass, Result, To, lowers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,7 @@ def product(to: To, self: Tensor, mat2: Tensor) -> Call:
 
 
 @lowers("baddbmm", to="matmul", result=lambda self, batch1, batch2, **_: _product((3, 3), batch1, batch2, self))
-def baddbmm(to: To, self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Call | None:
+def baddbmm(to: To, self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Lowered:
     _alike(to, batch1, batch2, self)
     return _sum("matmul", to, self, (batch1, batch2), to.out, beta, alpha)
 
@@ -59,13 +60,13 @@ def dot(to: To, self: Tensor, tensor: Tensor) -> Call:
 
 
 @lowers("addmm", to="linear", result=lambda self, mat1, mat2, **_: _product((2, 2), mat1, mat2, self))
-def addmm(to: To, self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Call | None:
+def addmm(to: To, self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Lowered:
     _alike(to, mat1, mat2, self)
     return _sum("linear", to, self, (mat1, mat2.t()), to.out, beta, alpha)
 
 
 @lowers("addmv", to="linear", result=lambda self, mat, vec, **_: _product((2, 1), mat, vec, self))
-def addmv(to: To, self: Tensor, mat: Tensor, vec: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Call | None:
+def addmv(to: To, self: Tensor, mat: Tensor, vec: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Lowered:
     _alike(to, mat, vec, self)
     if not mat.numel():
         raise Pass("an empty matrix, for which torch gives what is added in its own shape")
@@ -86,7 +87,7 @@ def _alike(to: To, *inputs: Tensor) -> None:
 
 def _sum(
     operator: str, to: To, added: Tensor, factors: tuple[Tensor, Tensor], out: Tensor, beta: Any, alpha: Any
-) -> Call | None:
+) -> Lowered:
     """``beta * added + alpha * product``, where `out` is the destination as the operator has it."""
     for name, value in (("beta", beta), ("alpha", alpha)):
         if not isinstance(value, (int, float)):
@@ -102,8 +103,7 @@ def _sum(
         row = _row(added)
         if row is not None:
             return to(operator, *factors, row.expand(out.shape[-1]), out=out)
-    _scaled(operator, to, added, factors, bias, out, float(beta), float(alpha))
-    return None
+    return partial(_scaled, operator, to, added, factors, bias, out, float(beta), float(alpha))
 
 
 def _row(added: Tensor) -> Tensor | None:

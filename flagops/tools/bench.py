@@ -19,14 +19,14 @@ from flagops import tables
 from flagops.errors import Unsupported, suggestion
 
 if TYPE_CHECKING:
-    from flagops.measure import Call, Roofline, Row, Settings
     from flagops.operator import Operator
+    from flagops.tools.measure import Call, Roofline, Row, Settings
 
 NO_BF16 = "AVX512_CORE_VNNI"
 """The newest instructions without bfloat16 units, as oneDNN names them."""
 QUICK = 5e9
 """Floating-point operations of the largest workload that ``--quick`` keeps."""
-ORDER = Path(__file__).parent / "order.json"
+ORDER = Path(__file__).parents[1] / "order.json"
 
 
 def run(argv: Sequence[str]) -> int:
@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
         raise ModuleNotFoundError("flagops bench compares with torch, which is not installed (pip install torch)")
     import torch
 
-    from flagops import measure
+    from flagops.tools import measure
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def companion(name: str) -> ModuleType | None:
     """A module of the checkout's ``benchmarks/``; None where flagops is installed without it."""
-    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
     full = f"flagops_benchmarks_{name}"
     if full not in sys.modules:
         if not path.is_file():
@@ -118,7 +118,7 @@ HEAD = ("workload", "dtype", "by", "time", "spread", "GB/s", "GFLOP/s", "rooflin
 
 
 def _bench(options: argparse.Namespace, settings: Settings) -> int:
-    from flagops import measure
+    from flagops.tools import measure
 
     selected = _selected(options)
     backends = options.backend or measure.usable(settings.device)
@@ -184,7 +184,7 @@ def seconds(value: float) -> str:
 
 def write_json(path: Path, rows: Iterable[Row], roofline: Roofline) -> None:
     """Every number of a run, in the fields that pytest-benchmark writes; `data` holds the raw times."""
-    from flagops import measure
+    from flagops.tools import measure
 
     benchmarks = []
     for row in rows:
@@ -226,7 +226,7 @@ def write_json(path: Path, rows: Iterable[Row], roofline: Roofline) -> None:
 
 
 def write_markdown(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]], note: str) -> None:
-    from flagops import measure
+    from flagops.tools import measure
 
     facts = ", ".join(f"{name} {value}" for name, value in measure.machine().items())
     path.write_text(f"{facts}\n\n{note}\n\n{tables.markdown(head, rows)}\n")
@@ -255,7 +255,8 @@ def write_order(options: argparse.Namespace, settings: Settings) -> None:
     """Measure the backends for each operator and dtype, and write the order that dispatch then follows here."""
     import torch
 
-    from flagops import arrays, measure
+    from flagops import arrays
+    from flagops.tools import measure
 
     kind = arrays.device_class(torch.empty(0, device=settings.device))
     backends = options.backend or measure.usable(settings.device)

@@ -118,7 +118,7 @@ def _outcome(argv: Sequence[str], fuel: int) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         note = os.path.join(folder, "note.json")
         child = subprocess.run(
-            [sys.executable, "-m", "flagops.bisect", note, *argv],
+            [sys.executable, "-m", "flagops.tools.bisect", note, *argv],
             env=os.environ | {"FLAGOPS_FUEL": str(fuel)},
             stdout=subprocess.PIPE,
             stdin=subprocess.DEVNULL,

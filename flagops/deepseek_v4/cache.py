@@ -1,4 +1,4 @@
-"""What the attention layers of `flagops.layers` remember of a sequence, and how it lies in memory.
+"""What the attention layers of `flagops.deepseek_v4.layers` remember of a sequence, and how it lies in memory.
 
 Rows of a cache: the ring of the last ``window`` positions (position p in row ``p % window``), then the compressed
 entries, then, while a call runs, the keys of its own tokens. A call writes behind what the sequence holds and moves its
@@ -14,6 +14,7 @@ from typing import Any
 
 import flagops
 from flagops import arrays
+from flagops.scalars import whole
 
 KINDS = ("sliding", "csa", "hca")
 LAYOUTS = ("plain", "fp8")
@@ -54,8 +55,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         for name in ("heads", "head_dim", "groups", "window", "csa_ratio", "hca_ratio", "index_heads", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"AttentionConfig: {name} must be at least 1, got {getattr(self, name)}")
+            whole().read(f"AttentionConfig: {name}", getattr(self, name))
         if self.rope_dim % 2 or not 0 <= self.rope_dim <= min(self.head_dim, self.index_dim):
             raise ValueError(f"AttentionConfig: {self.rope_dim} channels cannot be rotated in pairs in every head")
         if self.heads % self.groups:

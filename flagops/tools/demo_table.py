@@ -32,7 +32,7 @@ class Row:
     """One backend against torch alone.
 
     replaced, calls: of the operators that flagops replaces. of_computing, of_time: the share of flagops in all calls
-    that compute and in the CPU time of all operators, see `flagops.shares`; `computing` is the number of such calls.
+    that compute and in the CPU time of all operators, see `flagops.tools.shares`; `computing` is the number of them.
     """
 
     backend: str

@@ -24,13 +24,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flagops import demo_table, measure, registry
-from flagops.demo_table import ALONE, BOUND_BFLOAT16, MEASURED, Part, Progress, Row
+from flagops import registry
+from flagops.tools import demo_table, measure
+from flagops.tools.demo_table import ALONE, BOUND_BFLOAT16, MEASURED, Part, Progress, Row
 
 if TYPE_CHECKING:
     import torch
 
-    from flagops.report import Report
+    from flagops.override.report import Report
 
 PARTS = ("smollm2", "deepseek-v4", "deepseek-v4-long")
 PROMPT = "Describe the sea in one sentence."
@@ -170,12 +171,12 @@ def deepseek_v4_long(options: argparse.Namespace, show: Progress) -> Part:
 
 
 def _deepseek_v4(title: str, example: str, length: int, seed: int, show: Progress) -> _Run:
-    """A model of `flagops.examples` and a prompt of random tokens, to be run under `flagops.patch`."""
+    """A model of `flagops.deepseek_v4.examples` and a prompt of random tokens, to be run under `flagops.patch`."""
     _require("transformers", EXTRA)
     with show.step(f"building a {title}"):
         import torch
 
-        from flagops import examples
+        from flagops.deepseek_v4 import examples
         from flagops.transformers import OPS, patch
 
         model = getattr(examples, example)()
@@ -290,7 +291,7 @@ class _Run:
 
     def measure(self, row: Row) -> None:
         """The share of the kernels in all that the model computes, in runs apart from the timed one."""
-        from flagops import shares
+        from flagops.tools import shares
 
         def measured() -> shares.Shares:
             return shares.measure(lambda: generate(self.model, self.prompt, MEASURED), handle.report)
@@ -368,7 +369,7 @@ def _shared(*answers: Answer) -> int:
 
 def _interpreted(part: Part, tokens: int, show: Progress) -> None:
     """The Triton row on a machine without a GPU: its interpreter must be chosen before triton is first imported."""
-    command = "import sys; from flagops.demo import run; sys.exit(run(sys.argv[1:]))"
+    command = "import sys; from flagops.tools.demo import run; sys.exit(run(sys.argv[1:]))"
     tokens = min(tokens, SHORT["triton"])
     arguments = ["--part", "deepseek-v4", "--backend", "triton", "--tokens", str(tokens), "--json"]
     with show.step(f"{part.name}, float32, triton (interpreter, in a process of its own)"):

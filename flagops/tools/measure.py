@@ -145,11 +145,11 @@ def inputs(op: Operator, of: testing.Case, seed: int = 0, device: str = "cpu") -
             x = _random(shape, dtype, generator)
         made.append(x)
     if op.fit:
-        made = _fitted(op, made, dims, seed)
+        made = fitted(op, made, dims, seed)
     return [x.to(device) if arrays.is_torch(x) else x for x in made]
 
 
-def _fitted(op: Operator, made: Sequence[Any], dims: dict[str, int], seed: int) -> list[Any]:
+def fitted(op: Operator, made: Sequence[Any], dims: dict[str, int], seed: int) -> list[Any]:
     import numpy
 
     assert op.fit

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flagops import arrays
-from flagops.cache import KINDS, AttentionConfig
+from flagops.deepseek_v4.cache import KINDS, AttentionConfig
 
 
 @dataclass

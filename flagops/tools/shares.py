@@ -18,7 +18,7 @@ from typing import Any
 
 import flagops
 from flagops import registry
-from flagops.report import Report
+from flagops.override.report import Report
 
 _MARK = "flagops::"
 _REFUSED = "flagops: refused"

@@ -9,10 +9,10 @@ from typing import Any
 
 import flagops
 from flagops import arrays, config
-from flagops.cache import NAMES, AttentionCache, AttentionConfig
+from flagops.deepseek_v4.cache import NAMES, AttentionCache, AttentionConfig
+from flagops.deepseek_v4.indices import chunk_window, visible_entries
+from flagops.deepseek_v4.weights import AttentionWeights, CompressorWeights, IndexerWeights, check, packed
 from flagops.errors import Unsupported
-from flagops.indices import chunk_window, visible_entries
-from flagops.weights import AttentionWeights, CompressorWeights, IndexerWeights, check, packed
 
 __all__ = [
     "AttentionWeights", "CompressorWeights", "IndexerWeights", "csa_attention", "hca_attention",

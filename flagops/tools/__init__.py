@@ -1,0 +1,1 @@
+"""What only commands use: measuring, the demo, bisecting, type stubs."""
