@@ -1,7 +1,10 @@
 """The folder of compiled code: nobody else can put code there, and what is damaged is compiled again."""
 
+import contextlib
+import grp
 import itertools
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from flagops import config
+from flagops.backends import _store
 from flagops.backends._store import Refused, Store
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +78,8 @@ def test_no_file_is_read_under_anothers_name(tmp_path):
 @posix
 @pytest.mark.parametrize("mode", [0o770, 0o720, 0o707, 0o702, 0o777, 0o1777])
 @pytest.mark.parametrize("place", ["cache", "cache/numba/1"])
-def test_a_folder_that_others_can_write_is_refused(tmp_path, place, mode):
+def test_a_folder_that_others_can_write_is_refused(tmp_path, place, mode, monkeypatch):
+    monkeypatch.setattr(_store, "_alone", lambda group: False)
     folder = Store(tmp_path / "cache" / "numba" / "1").folder
     (tmp_path / place).chmod(mode)
     if mode == 0o1777 and place == "cache":  # as in /tmp, nobody can take away what is not his
@@ -82,6 +87,22 @@ def test_a_folder_that_others_can_write_is_refused(tmp_path, place, mode):
         return
     with pytest.raises(Refused, match=rf"{place} can be written by other users \(mode {mode:04o}\)"):
         Store(folder)
+
+
+@posix
+def test_a_group_of_one_is_nobody_else(tmp_path, monkeypatch):
+    """Where everyone has a group of his own name, folders are made 0775."""
+    user = pwd.getpwuid(os.geteuid())
+    own, wheel = (user.pw_name, "x", user.pw_gid, []), (user.pw_name, "x", user.pw_gid, [user.pw_name, "other"])
+    for entry, alone in ((own, True), (wheel, False), (("users", "x", user.pw_gid, []), False)):
+        monkeypatch.setattr(grp, "getgrgid", lambda group, entry=entry: grp.struct_group(entry))
+        _store._alone.cache_clear()
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        (tmp_path / "cache").chmod(0o770)
+        with contextlib.nullcontext() if alone else pytest.raises(Refused, match="can be written by other users"):
+            Store(tmp_path / "cache")
+    monkeypatch.undo()
+    _store._alone.cache_clear()
 
 
 @posix
@@ -109,7 +130,7 @@ def test_a_link_leads_to_where_it_is_examined(tmp_path, monkeypatch):
 def test_a_file_of_others_or_elsewhere_is_not_read(tmp_path, monkeypatch):
     store = Store(tmp_path / "cache")
     store.write("code", b"content")
-    (store.folder / "code").chmod(0o622)
+    (store.folder / "code").chmod(0o602)
     assert store.read("code") is None
     (store.folder / "code").rename(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").chmod(0o600)

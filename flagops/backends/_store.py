@@ -8,6 +8,7 @@ import logging
 import os
 import stat
 import tempfile
+from functools import cache
 from pathlib import Path
 
 log = logging.getLogger("flagops")
@@ -81,9 +82,28 @@ def _examine(path: Path, status: os.stat_result, shared: bool = False) -> None:
     """shared: where others may write, if none can remove what is not his own, as in /tmp."""
     if not hasattr(os, "geteuid"):
         return  # access lists decide there, which the mode does not show
-    if status.st_uid not in (0, os.geteuid()):
+    if status.st_uid not in (0, os.geteuid(), _root()):
         raise Refused(f"{path} belongs to user {status.st_uid}, who could put other code there")
-    sticky = shared and status.st_mode & stat.S_ISVTX
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+    others = stat.S_IWOTH if _alone(status.st_gid) else stat.S_IWGRP | stat.S_IWOTH
+    if status.st_mode & others and not (shared and status.st_mode & stat.S_ISVTX):
         mode = stat.S_IMODE(status.st_mode)
         raise Refused(f"{path} can be written by other users (mode {mode:04o}), who could put other code there")
+
+
+@cache
+def _root() -> int:
+    """Who owns the root folder can replace everything; in a container without a real root it is another than 0."""
+    return os.stat("/").st_uid
+
+
+@cache
+def _alone(group: int) -> bool:
+    """Whether a group is this user's own, as where everyone has a group of his name and new folders are 0775."""
+    import grp
+    import pwd
+
+    try:
+        user, own = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+    except KeyError:
+        return False
+    return user.pw_gid == group and own.gr_name == user.pw_name and set(own.gr_mem) <= {user.pw_name}
