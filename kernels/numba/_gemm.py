@@ -15,7 +15,7 @@ import numpy as np
 
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 
-from ._simd import (
+from ._tiles import (
     DOT_COLUMNS,
     DOT_ROW_COLUMNS,
     DOT_ROWS,
@@ -25,21 +25,12 @@ from ._simd import (
     ROW_VECTORS,
     dot_row,
     dot_tile,
-    lanes,
-    load,
     outer_row,
     outer_tile,
-    size,
-    store,
-    vadd,
-    vload,
-    vsplat,
-    vstore,
-    wide,
 )
+from ._vectors import TAGS, lanes, load, size, store, vload, vsplat, vstore, wide
 
 Axes = tuple[int, ...]
-TAGS = {"float16": np.int16(0), "bfloat16": np.uint16(0), "float32": np.float32(0), "float64": np.float64(0)}
 DOT_DEPTH, OUTER_DEPTH, STREAM_DEPTH = 512, 256, 16
 _L2, _WIDTH, _SERIAL = 512 << 10, 384, 1 << 19
 
@@ -89,7 +80,7 @@ def unpack(tag, source, ld, rows, columns, target, row, column, bias, bias_strid
         for c in range(0, whole, step):
             value = vload(float_tag, origin + c * width)
             if bias != 0:
-                value = vadd(value, vload(tag, bias + c * item))
+                value += vload(tag, bias + c * item)
             vstore(tag, goal + c * item, value)
         for c in range(whole, columns):
             scalar = load(float_tag, origin + c * width)

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """C = A B^T with B in e4m3 or packed e2m1 and block scales, on the CPU; the sums are those of `_gemm`.
 
 A is widened once, scaled, into rows of float32. B is decoded in registers for one row of A, else in panels that stay in
@@ -17,21 +16,19 @@ from flagops import config
 from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, threads
 
-from ._dequantize_simd import byte
-from ._gemm import TAGS, View, _offsets, pack, row_blocks, share, unpack, view
-from ._qmatmul_simd import fp4_arrange, fp4_decode, fp4_row, fp4_table, fp8_decode, fp8_row
-from ._simd import (
-    DOT_COLUMNS,
-    DOT_ROW_COLUMNS,
-    DOT_ROWS,
-    DOT_WIDTH,
+from ._coded_tiles import FP8_FACTOR, fp4_arrange, fp4_decode, fp4_row, fp4_table, fp8_decode, fp8_row
+from ._formats import FORMATS
+from ._gemm import View, _offsets, pack, row_blocks, share, unpack, view
+from ._tiles import DOT_COLUMNS, DOT_ROW_COLUMNS, DOT_ROWS, DOT_WIDTH, dot_tile
+from ._vectors import (
+    BYTE,
+    FLOAT32,
     LANES,
-    dot_tile,
+    TAGS,
     load,
     size,
     store,
     vload,
-    vmul,
     vsplat,
     vstore,
 )
@@ -39,20 +36,18 @@ from ._simd import (
 DEPTH = 512
 PAIR = 2 * LANES
 BLOCK = 128
+_FP8_FACTOR = np.float32(FP8_FACTOR)
 _ROWS, _WIDTH, _UNIT, _SERIAL = 128, 384, 24, 1 << 19
-_F32 = np.float32(0)
 
 
 @cache
 def _e4m3() -> Any:
-    import ml_dtypes
-
-    return np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return FORMATS["e4m3"].values.astype(np.float32)
 
 
 @cache
 def _e8m0() -> Any:
-    return np.append(np.exp2(np.arange(255) - 127.0), np.nan).astype(np.float32)
+    return FORMATS["e8m0"].values.astype(np.float32)
 
 
 @cache
@@ -68,16 +63,16 @@ def _address(table: Callable[[], Any]) -> int:
 @jit
 def _scale(address, index, coded, table):
     """A scale by its index, of bytes or of float32."""
-    return load(_F32, table + 4 * byte(address + index)) if coded else load(_F32, address + 4 * index)
+    return load(FLOAT32, table + 4 * load(BYTE, address + index)) if coded else load(FLOAT32, address + 4 * index)
 
 
 @jit
 def _multiply(target, source, count, factor):
     many, whole = vsplat(factor), count - count % LANES
     for i in range(0, whole, LANES):
-        vstore(_F32, target + 4 * i, vmul(vload(_F32, source + 4 * i), many))
+        vstore(FLOAT32, target + 4 * i, vload(FLOAT32, source + 4 * i) * many)
     for i in range(whole, count):
-        store(_F32, target + 4 * i, load(_F32, source + 4 * i) * factor)
+        store(FLOAT32, target + 4 * i, load(FLOAT32, source + 4 * i) * factor)
 
 
 @jit
@@ -89,12 +84,12 @@ def _fill(start, stop, tag, m, k, ld, a, ak, scale, scale_step, coded, scales, v
             pack(tag, a + offsets[row, 0] * size(tag), 0, ak, 1, k, target, ld, 1, k)
         elif row < m:
             for i in range(k):
-                store(_F32, target + 4 * i, load(_F32, values + 4 * byte(a + offsets[row, 0] + i * ak)))
+                store(FLOAT32, target + 4 * i, load(FLOAT32, values + 4 * load(BYTE, a + offsets[row, 0] + i * ak)))
             for first in range(0, k, BLOCK):
                 factor = _scale(scale, offsets[row, 1] + first // BLOCK * scale_step, coded, scales)
                 _multiply(target + 4 * first, target + 4 * first, min(BLOCK, k - first), factor)
         for i in range(k if row < m else 0, ld):
-            store(_F32, target + 4 * i, _F32)
+            store(FLOAT32, target + 4 * i, FLOAT32)
         if arranged:
             fp4_arrange(target, k // 32)
 
@@ -114,7 +109,7 @@ def _gather(source, row, column, rows, columns, target, at, ld):
     """Bytes of any strides into rows of `ld` of an array, zero beyond `columns`."""
     for i in range(rows):
         for j in range(columns):
-            target[at + i * ld + j] = byte(source + i * row + j * column)
+            target[at + i * ld + j] = load(BYTE, source + i * row + j * column)
         for j in range(columns, ld):
             target[at + i * ld + j] = 0
 
@@ -153,7 +148,7 @@ def _fp4(start, stop, tag, n, groups, mc, nc, x, ldx, b, bg, bn, bk, s, sg, sn, 
                 fp4_decode(w + i * ldw, scales + i * lds, table, deep, panel + 4 * i * DEPTH)
             for i in range(0, rows, DOT_ROWS):
                 into = sums + 4 * (i * ldc + j)
-                dot_tile(_F32, left + 4 * i * ldx, ldx, panel, DEPTH, valid, 32 * deep, into, ldc, part > 0)
+                dot_tile(FLOAT32, left + 4 * i * ldx, ldx, panel, DEPTH, valid, 32 * deep, into, ldc, part > 0)
         _emit(tag, sums, ldc, rows, columns, np.float32(1), out + column * cn * size(tag), cn, offsets, row)
     return held[0] + codes[0]  # keeps the scratch alive until here
 
@@ -200,8 +195,8 @@ def _fp8(start, stop, tag, n, k, mc, nc, x, ldx, b, bg, bn, bk, s, sg, sn, sk, c
                 fp8_decode(w + i * ldw, deep, panel + 4 * i * DEPTH)
             for i in range(0, rows, DOT_ROWS):
                 into = sums + 4 * (i * ldc + j)
-                dot_tile(_F32, left + 4 * i * DEPTH, DEPTH, panel, DEPTH, valid, deep, into, ldc, part > 0)
-        _emit(tag, sums, ldc, rows, columns, np.float32(256), out + column * cn * size(tag), cn, offsets, row)
+                dot_tile(FLOAT32, left + 4 * i * DEPTH, DEPTH, panel, DEPTH, valid, deep, into, ldc, part > 0)
+        _emit(tag, sums, ldc, rows, columns, _FP8_FACTOR, out + column * cn * size(tag), cn, offsets, row)
     return held[0] + codes[0]  # keeps the scratch alive until here
 
 
@@ -245,7 +240,7 @@ def product(
         scale = (a_scale.view.address, a_scale.view.strides[-1], a_scale.coded) if a_scale else (0, 0, False)
         tables = _address(_e8m0), _address(_e4m3)
         parallel(
-            _fill, padded, TAGS.get(name, _F32), rows, k, ld, a.address, a.strides[-1], *scale, *tables,
+            _fill, padded, TAGS.get(name, FLOAT32), rows, k, ld, a.address, a.strides[-1], *scale, *tables,
             packed, where, x, minimum=-(-_SERIAL // (16 * max(k, 1))),
         )  # fmt: skip
         mc = min(rows, _ROWS)

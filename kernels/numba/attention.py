@@ -12,9 +12,8 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
-from ._attention_simd import cast, load_index, vdiv, vexp, vround
-from ._gemm import TAGS, pack
-from ._simd import (
+from ._gemm import pack
+from ._tiles import (
     DOT_COLUMNS,
     DOT_ROW_COLUMNS,
     DOT_ROWS,
@@ -23,20 +22,24 @@ from ._simd import (
     ROW_VECTORS,
     dot_row,
     dot_tile,
-    lanes,
-    load,
     outer_row,
     outer_tile,
+)
+from ._vectors import (
+    TAGS,
+    cast,
+    exp,
+    lanes,
+    load,
+    load_index,
+    maximum,
+    rounded,
     size,
     store,
-    vadd,
     vhighest,
     vload,
-    vmax,
-    vmul,
     vsplat,
     vstore,
-    vsub,
     vsum,
     wide,
 )
@@ -167,28 +170,28 @@ def _softmax(tag, p, found, scale, top, mass, sums, width, fresh):
     unit, step = size(real), lanes(tag)
     factor = vsplat(cast(real, scale))
     for j in range(0, found, step):
-        vstore(real, p + j * unit, vmul(vload(real, p + j * unit), factor))
+        vstore(real, p + j * unit, vload(real, p + j * unit) * factor)
     for j in range(found, -(-found // step) * step):
         store(real, p + j * unit, cast(real, -np.inf))
     before = load(real, top)
     highest = vsplat(before)
     for j in range(0, found, step):
-        highest = vmax(highest, vload(real, p + j * unit))
+        highest = maximum(highest, vload(real, p + j * unit))
     after = vhighest(highest)
     store(real, top, after)
     base = after if after > -np.inf or after != after else real
     shift = vsplat(base)
     total = vsplat(real)
     for j in range(0, found, step):
-        exact = vexp(vsub(vload(real, p + j * unit), shift))
-        total = vadd(total, exact)
-        vstore(real, p + j * unit, vround(tag, exact))
+        exact = exp(vload(real, p + j * unit) - shift)
+        total += exact
+        vstore(real, p + j * unit, rounded(tag, exact))
     fade = cast(real, math.exp(np.float64(before) - np.float64(base)))
     store(real, mass, load(real, mass) * fade + vsum(total))
     if not fresh and fade != 1:
         factor = vsplat(fade)
         for j in range(0, width, step):
-            vstore(real, sums + j * unit, vmul(vload(real, sums + j * unit), factor))
+            vstore(real, sums + j * unit, vload(real, sums + j * unit) * factor)
 
 
 @jit
@@ -207,7 +210,7 @@ def _finish(tag, sums, seen, top, mass, width, target, column):
         first = np.nan
     divisor, again = vsplat(cast(real, first)), vsplat(cast(real, second))
     for j in range(0, width, step):
-        result = vdiv(vdiv(vload(real, sums + j * unit), divisor), again)
+        result = vload(real, sums + j * unit) / divisor / again
         if column == 1 and j + step <= width:
             vstore(tag, target + j * item, result)
         else:

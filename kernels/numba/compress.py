@@ -11,9 +11,8 @@ from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
 from .._compress import chunks
-from ._attention_simd import cast, vdiv, vexp
-from ._gemm import TAGS, View, contract, pack, unpack, view
-from ._simd import fma, lanes, load, size, store, vadd, vload, vmax, vsplat, vstore, vsub
+from ._gemm import View, contract, pack, unpack, view
+from ._vectors import TAGS, cast, exp, fma, lanes, load, maximum, size, store, vload, vsplat, vstore
 
 _PAD = 16  # elements behind a row that a vector may touch
 _SCRATCH = 16 << 20
@@ -81,7 +80,7 @@ def _complete(
         whole = channels - channels % step if bias_steps[1] == 1 else 0
         for c in range(0, whole, step):
             at = scores + line + c * unit
-            vstore(real, at, vadd(vload(real, at), vload(real, origin + c * unit)))
+            vstore(real, at, vload(real, at) + vload(real, origin + c * unit))
         for c in range(whole, channels):
             at = scores + line + c * unit
             store(real, at, load(real, at) + load(real, origin + c * bias_steps[1] * unit))
@@ -105,15 +104,15 @@ def _pool(
             top = vsplat(cast(real, -np.inf))
             for j in range(before + m):
                 at = (line + j * ld + (c if j < before else channels - width + c)) * unit
-                top = vmax(top, vload(real, scores + at))
+                top = maximum(top, vload(real, scores + at))
             mass = vsplat(real)
             total = vsplat(real)
             for j in range(before + m):
                 at = (line + j * ld + (c if j < before else channels - width + c)) * unit
-                p = vexp(vsub(vload(real, scores + at), top))
-                mass = vadd(mass, p)
+                p = exp(vload(real, scores + at) - top)
+                mass += p
                 total = fma(p, vload(real, kv + at), total)
-            value = vdiv(total, mass)
+            value = total / mass
             if entry_steps[2] == 1 and c + step <= width:
                 vstore(tag, target + c * item, value)
             else:

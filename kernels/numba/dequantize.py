@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """FP4 and FP8 block formats on the CPU: all results of a scale stand in a table, and vector shuffles look them up."""
 
 from __future__ import annotations
@@ -9,33 +8,25 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from flagops.arrays import dtype_name
+from flagops.arrays import dtype_name, numpy_dtype
 from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
-from ._dequantize_simd import byte, decode_fp4, decode_fp8, fence
-from ._simd import LANES, load, store, vload, vmul, vsplat, vstore
+from ._formats import FORMATS, decode_fp4, decode_fp8
+from ._vectors import BYTE, FLOAT32, LANES, TAGS, fence, load, store, vload, vsplat, vstore
 
-_FORMATS: dict[str, tuple[Any, Any]] = {
-    "bfloat16": (ml_dtypes.bfloat16, np.uint16(0)),
-    "float16": (np.float16, np.int16(0)),
-    "float32": (np.float32, np.float32(0)),
-}
-_E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-_E4M3 = np.arange(128, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+_E4M3 = FORMATS["e4m3"].values[:128].astype(np.float32)
 _GRAIN = 1 << 17  # elements worth a thread
 _CACHED = 32 << 20  # bytes; a larger result is streamed past the caches
-_F32 = np.float32(0)
 
 
 @kernel(deterministic=True, batch_invariant=True, note="table lookup by byte shuffles")
 def fp4_dequantize(packed: Any, scale: Any, dtype: str, out: Any) -> None:
     """Each group of 32 looks up its nibbles among the 16 products of its scale."""
     rows, columns = out.shape
-    size, tag = out.itemsize, _FORMATS[dtype][1]
+    size, tag = out.itemsize, TAGS[dtype]
     out_row, out_column = (size * step for step in strides(out))
     target = pointer(out)
     streaming = out_column == size and rows * columns * size > _CACHED and not (target | out_row) % 16
@@ -52,7 +43,7 @@ def fp4_dequantize(packed: Any, scale: Any, dtype: str, out: Any) -> None:
 def fp8_dequantize(weight: Any, scale: Any, block: tuple[int, int], dtype: str, out: Any) -> None:
     """Each block looks up its codes among the 128 products of its scale; the sign is a bit apart."""
     rows, columns = out.shape
-    size, tag = out.itemsize, _FORMATS[dtype][1]
+    size, tag = out.itemsize, TAGS[dtype]
     out_row, out_column = (size * step for step in strides(out))
     target = pointer(out)
     streaming = out_column == size and rows * columns * size > _CACHED and not (target | out_row | block[1] * size) % 64
@@ -89,7 +80,7 @@ def _madvise() -> Callable[..., int] | None:
 
 @cache
 def _fp4_products(dtype: str) -> Any:
-    return _products(np.concatenate((_E2M1, -_E2M1)), dtype)
+    return _products(FORMATS["e2m1"].values, dtype)
 
 
 @cache
@@ -99,9 +90,8 @@ def _fp8_products(dtype: str) -> Any:
 
 def _products(values: Any, dtype: str) -> Any:
     """[256, values]: each value times each e8m0 scale. The products are exact in float32 up to overflow."""
-    scales = np.append(np.exp2(np.arange(255) - 127.0), np.nan)
     with np.errstate(over="ignore", invalid="ignore"):
-        return (scales[:, None] * values).astype(np.float32).astype(_FORMATS[dtype][0])
+        return (FORMATS["e8m0"].values[:, None] * values).astype(np.float32).astype(numpy_dtype(dtype))
 
 
 @jit
@@ -118,7 +108,7 @@ def _fp4_rows(
         if out_column != size:
             target = np.int64(results.ctypes.data)
         for group in range(groups):
-            table = tables + 16 * size * byte(scale + row * scale_row + group * scale_column)
+            table = tables + 16 * size * load(BYTE, scale + row * scale_row + group * scale_column)
             decode_fp4(source + 16 * group, target + 32 * size * group, table, streaming, tag)
         if out_column != size:
             _scatter(results, out + row * out_row, out_column, 32 * groups, size, tag)
@@ -148,7 +138,7 @@ def _fp8_rows(
             target = np.int64(results.ctypes.data)
         for block in range(blocks):
             if coded:
-                table = tables + 128 * size * byte(scales + block * scale_column)
+                table = tables + 128 * size * load(BYTE, scales + block * scale_column)
             else:
                 table = np.int64(products.ctypes.data) + 128 * size * block
             column = block * block_columns
@@ -163,16 +153,16 @@ def _fp8_rows(
 @jit
 def _multiply(products, values, scales, scale_column, size, tag):
     for block in range(products.size // (128 * size)):
-        factor = vsplat(load(_F32, scales + block * scale_column))
+        factor = vsplat(load(FLOAT32, scales + block * scale_column))
         table = np.int64(products.ctypes.data) + 128 * size * block
         for i in range(0, 128, LANES):
-            vstore(tag, table + i * size, vmul(vload(_F32, values + 4 * i), factor))
+            vstore(tag, table + i * size, vload(FLOAT32, values + 4 * i) * factor)
 
 
 @jit
 def _gather(codes, source, step):
     for i in range(codes.size):
-        codes[i] = byte(source + i * step)
+        codes[i] = load(BYTE, source + i * step)
     return np.int64(codes.ctypes.data)
 
 

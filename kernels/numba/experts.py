@@ -16,9 +16,10 @@ from flagops.backends.numba import parallel, pointer, strides
 from flagops.registry import kernel
 
 from .._moe import quantised, refusal
-from ._gemm import TAGS, View, contract_groups, view
+from ._gemm import View, contract_groups, view
 from ._moe_rows import STEP, activate, add_rows, by_expert, gather, round_rows, widen_rows
 from ._qmatmul import product, scales
+from ._vectors import TAGS
 
 _GRAIN = 1 << 15  # elements worth a thread
 

@@ -14,9 +14,8 @@ from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
 from .._rows import rows, spread
-from ._attention_simd import cast, vdiv, vexp
-from ._gemm import DOT_DEPTH, TAGS, pack, unpack
-from ._simd import (
+from ._gemm import DOT_DEPTH, pack, unpack
+from ._tiles import (
     DOT_COLUMNS,
     DOT_ROW_COLUMNS,
     DOT_ROWS,
@@ -25,21 +24,23 @@ from ._simd import (
     OUTER_VECTORS,
     dot_row,
     dot_tile,
+    outer_tile,
+)
+from ._vectors import (
+    TAGS,
+    cast,
+    exp,
     fma,
     lanes,
     load,
-    outer_tile,
     size,
     store,
     transpose,
-    vadd,
     vload,
-    vmul,
     vsplat,
     vstore,
-    vsub,
     vsum,
-    vwhere,
+    where,
 )
 
 _BLOCK = 512 << 10  # bytes of streams that a task reads twice
@@ -253,7 +254,7 @@ def _collapse(tag, real, sizes, shape, target, first, last, parts, held, origin,
         gate = pre + i * n * unit
         whole = d - d % step if x_steps[1] == 1 and y_step == 1 else 0
         for c in range(0, whole, step):
-            total = vmul(vload(tag, source + c * item), vsplat(load(real, gate)))
+            total = vload(tag, source + c * item) * vsplat(load(real, gate))
             for j in range(1, n):
                 stream = vload(tag, source + (j * x_steps[0] + c) * item)
                 total = fma(stream, vsplat(load(real, gate + j * unit)), total)
@@ -324,9 +325,8 @@ def _work(real, n):
 
 @jit
 def _sigmoid(real, x):
-    zero, one = vsplat(real), vsplat(cast(real, 1.0))
-    power = vexp(vwhere(x, zero, x, vsub(zero, x)))  # exp(-|x|)
-    return vdiv(vwhere(x, zero, power, one), vadd(one, power))
+    power = exp(-abs(x))
+    return where(x < 0, power, 1) / (1 + power)
 
 
 @jit
@@ -348,10 +348,10 @@ def _coefficients(real, first, last, sizes, n, iters, eps, scale, base, mix, pre
             for at in range(work + column * pair, work + (column + 1) * pair, vector):
                 logit = fma(vload(real, at), factor, bias)
                 if part == 0:
-                    logit = vadd(_sigmoid(real, logit), small)
+                    logit = _sigmoid(real, logit) + small
                 elif part == 1:
                     logit = _sigmoid(real, logit)
-                    logit = vadd(logit, logit)
+                    logit += logit
                 vstore(real, at, logit)
         if n == 4:
             _sinkhorn(real, matrix, 4, iters, small, factors)  # what the compiler knows, it unrolls
@@ -403,8 +403,8 @@ def _sinkhorn(real, matrix, n, iters, small, factors):
         for k in range(n):
             for at in range(0, pair, vector):
                 entry = matrix + (j * n + k) * pair + at
-                both = vmul(vload(real, factors + j * pair + at), vload(real, columns + k * pair + at))
-                vstore(real, entry, vmul(vload(real, entry), both))
+                both = vload(real, factors + j * pair + at) * vload(real, columns + k * pair + at)
+                vstore(real, entry, vload(real, entry) * both)
 
 
 @jit
@@ -416,13 +416,13 @@ def _softmax(real, matrix, n, small):
         top = vload(real, row)
         for k in range(1, n):
             value = vload(real, row + k * pair)
-            top = vwhere(top, value, value, top)
+            top = where(top < value, value, top)
         total = vsplat(real)
         for k in range(n):
-            value = vexp(vsub(vload(real, row + k * pair), top))
-            total = vadd(total, value)
+            value = exp(vload(real, row + k * pair) - top)
+            total += value
             vstore(real, row + k * pair, value)
-        factor = vdiv(one, total)
+        factor = one / total
         for k in range(n):
             vstore(real, row + k * pair, fma(vload(real, row + k * pair), factor, small))
 
@@ -440,5 +440,5 @@ def _normalise(real, matrix, n, across, along, others, own, small):
             p = fma(vload(real, entry), vload(real, other), p)
             q = fma(vload(real, entry + vector), vload(real, other + vector), q)
         factor, second = vload(real, target), vload(real, target + vector)
-        vstore(real, target, vdiv(factor, fma(p, factor, small)))
-        vstore(real, target + vector, vdiv(second, fma(q, second, small)))
+        vstore(real, target, factor / fma(p, factor, small))
+        vstore(real, target + vector, second / fma(q, second, small))

@@ -11,21 +11,23 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
-from ._attention_simd import load_index
-from ._gemm import TAGS, pack
-from ._indexer_simd import ordered, store_index, vrelu
-from ._simd import (
+from ._gemm import pack
+from ._tiles import OUTER_ROWS, OUTER_VECTORS, outer_tile
+from ._vectors import (
+    INT32,
     LANES,
-    OUTER_ROWS,
-    OUTER_VECTORS,
+    TAGS,
     fma,
     lanes,
     load,
-    outer_tile,
+    load_index,
+    ordered,
     size,
+    store,
     vload,
     vsplat,
     vsum,
+    where,
     wide,
 )
 
@@ -105,7 +107,7 @@ def _keep(best, places, count, k, top, counts):
 @jit
 def _write(out, column, places, count, k, offset):
     for i in range(k):
-        store_index(out + i * column * 4, places[i] + offset if i < count else -1)
+        store(INT32, out + i * column * 4, places[i] + offset if i < count else -1)
 
 
 @jit
@@ -143,7 +145,7 @@ def _queries(
             if limits[i] <= k:
                 if part == 0:
                     for j in range(k):
-                        store_index(target + j * out_steps[2] * 4, j + offset if j < limits[i] else -1)
+                        store(INT32, target + j * out_steps[2] * 4, j + offset if j < limits[i] else -1)
                 limits[i] = 0
                 continue
             limits[i] = min(limits[i], begin + span)
@@ -168,11 +170,12 @@ def _queries(
                         line = sums + (entry - row) * padded * unit
                         total = vsplat(real)
                         for j in range(0, whole, step):
-                            total = fma(vrelu(vload(real, line + j * unit)), vload(real, panel + j * unit), total)
+                            value = vload(real, line + j * unit)
+                            total = fma(where(value < 0, 0, value), vload(real, panel + j * unit), total)
                         score = vsum(total)
                         for j in range(whole, heads):
-                            value = load(real, line + j * unit)
-                            score += load(real, panel + j * unit) * (real if value < 0 else value)
+                            scalar = load(real, line + j * unit)
+                            score += load(real, panel + j * unit) * (real if scalar < 0 else scalar)
                         key = ordered(score)
                         if key > least[i]:
                             if counts[i] == capacity:

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """The router and the gated activation on the CPU."""
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
 from .._rows import rows, spread
-from ._attention_simd import cast, load_index, vexp
-from ._gemm import TAGS, View, contract, pack, unpack, view
-from ._moe_rows import STEP, gate_block, put_int32, vdescent, vscore
-from ._simd import LANES, lanes, load, size, store, vload, vstore, wide
+from ._gemm import View, contract, pack, unpack, view
+from ._moe_rows import STEP, gate_block, gate_score
+from ._vectors import INT32, LANES, TAGS, cast, lanes, load, load_index, size, store, vload, vstore, wide
 
 _GRAIN = 1 << 14  # elements worth a thread
 _ROUTED = 16  # tokens worth one
@@ -68,7 +66,7 @@ def _route(
     for row in range(start, stop):
         for e in range(0, experts, step):
             logit = vload(tag, z + (row * experts + e) * unit)
-            vstore(tag, scores + e * unit, vscore(logit, vexp(vdescent(logit))))
+            vstore(tag, scores + e * unit, gate_score(logit))
         for e in range(experts):
             score = load(tag, scores + e * unit)
             if bias != 0:
@@ -95,7 +93,7 @@ def _route(
             score = load(tag, scores + best * unit)
             total += score
             store(tag, goal + slot * weight_steps[1] * unit, score)
-            put_int32(places + slot * index_steps[1] * 4, best)
+            store(INT32, places + slot * index_steps[1] * 4, best)
         factor = cast(tag, scale)
         for slot in range(top_k):
             place = goal + slot * weight_steps[1] * unit

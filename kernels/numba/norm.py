@@ -11,9 +11,7 @@ from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
 from .._rows import rows
-from ._attention_simd import cast, vround
-from ._gemm import TAGS
-from ._simd import fma, lanes, load, size, store, vadd, vload, vmul, vsplat, vstore, vsum, wide
+from ._vectors import TAGS, cast, fma, lanes, load, rounded, size, store, vload, vsplat, vstore, vsum, wide
 
 _GRAIN = 1 << 15  # elements worth a thread
 
@@ -89,16 +87,16 @@ def _row(tag, source, target, n, factors, eps):
     for i in range(four, whole, step):
         p = vload(tag, source + i * item)
         a = fma(p, p, a)
-    total = vsum(vadd(vadd(a, b), vadd(c, d)))
+    total = vsum(a + b + (c + d))
     for i in range(whole, n):
         value = load(tag, source + i * item)
         total += value * value
     root = cast(real, 1 / np.sqrt(total / cast(real, n) + cast(real, eps)))
     factor = vsplat(root)
     for i in range(0, whole, step):
-        value = vmul(vload(tag, source + i * item), factor)
+        value = vload(tag, source + i * item) * factor
         if factors != 0:
-            value = vmul(vload(real, factors + i * unit), value)
+            value = vload(real, factors + i * unit) * value
         vstore(tag, target + i * item, value)
     for i in range(whole, n):
         value = load(tag, source + i * item) * root
@@ -114,11 +112,11 @@ def _steps(tag, kept, source, target, n, factors, eps):
     total = 0.0
     for i in range(n):
         value = load(kept, source + i * item)
-        total += np.float64(vround(tag, value * value))
-    mean = vround(tag, np.float32(total / n))
-    root = vround(tag, np.float32(1 / np.sqrt(np.float64(vround(tag, mean + np.float32(eps))))))
+        total += np.float64(rounded(tag, value * value))
+    mean = rounded(tag, np.float32(total / n))
+    root = rounded(tag, np.float32(1 / np.sqrt(np.float64(rounded(tag, mean + np.float32(eps))))))
     for i in range(n):
-        value = vround(tag, load(kept, source + i * item) * root)
+        value = rounded(tag, load(kept, source + i * item) * root)
         if factors != 0:
             value *= load(np.float32(0), factors + i * unit)
-        store(kept, target + i * item, vround(tag, value))
+        store(kept, target + i * item, rounded(tag, value))

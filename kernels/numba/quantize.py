@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """Quantisers, the recoding of FP4 as FP8, and the Hadamard transform on the CPU.
 
 A block is read for its largest magnitude and again, from cache, for its codes; both by whole vectors. Blocks that are
@@ -18,30 +17,32 @@ from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
 from .._rows import rows
-from ._attention_simd import cast, vdiv
-from ._dequantize_simd import byte, decode_fp4
-from ._gemm import TAGS
-from ._quantize_simd import (
+from ._formats import E2M1, E4M3, FORMATS, INFINITY, decode_fp4, vencode, vround
+from ._vectors import (
+    BYTE,
+    FLOAT32,
+    INT32,
+    TAGS,
+    bits,
+    cast,
     from_bits,
-    put_byte,
-    to_bits,
+    lanes,
+    load,
+    maximum,
+    size,
+    store,
     vbutterflies,
-    vlarger,
-    vlargest_bits,
-    vmagnitude,
-    vput_e2m1,
-    vput_e4m3,
-    vround_e2m1,
-    vround_e4m3,
+    vhighest,
+    vload,
+    vsplat,
+    vstore,
+    wide,
 )
-from ._simd import lanes, load, size, store, vadd, vload, vmul, vsplat, vstore, vsub, wide
 
 _GRAIN = 1 << 16  # elements worth a thread
 _F32, _BYTE = np.float32(0), np.uint8(0)
 _NAN = np.float32(np.nan)
-_E4M3 = (np.float32(1 / 448), np.float32(1e-4))  # inverse of the largest value; floor of a block's largest magnitude
-_E2M1 = (np.float32(1 / 6), np.float32(6 * 2.0**-126))
-_INFINITY = 0x7F800000
+_E4M3, _E2M1 = ((FORMATS[name].inverse, FORMATS[name].floor) for name in ("e4m3", "e2m1"))
 _LOST = 13  # 6 * 2^-13 rounds to 0 in e4m3, and all that is smaller
 _NONE = _LOST + 7  # the table of NaN
 _SPAN = 4  # blocks of a task of fp4_to_fp8
@@ -149,16 +150,16 @@ def _place(task, sizes, steps):
 def _scale(tag, source, padded, inverse, floor, power_of_two):
     """The scale of a block and its e8m0 byte; NaN and 255 where the block is not finite."""
     item, step = size(tag), lanes(tag)
-    highest = vsplat(_F32)
+    highest = vsplat(INT32)
     for i in range(0, padded, step):
-        highest = vlarger(highest, vmagnitude(vload(tag, source + i * item)))
-    bits = np.int64(vlargest_bits(highest))
-    if bits >= _INFINITY:
+        highest = maximum(highest, bits(abs(vload(tag, source + i * item))))
+    top = np.int64(vhighest(highest))
+    if top >= INFINITY:
         return _NAN, 255
-    scale = max(from_bits(bits), floor) * inverse
+    scale = max(from_bits(FLOAT32, top), floor) * inverse
     if power_of_two:
-        code = (to_bits(scale) + 0x7FFFFF) >> 23
-        return from_bits(code << 23), code
+        code = (bits(scale) + 0x7FFFFF) >> 23
+        return from_bits(FLOAT32, code << 23), code
     return scale, 0
 
 
@@ -167,14 +168,14 @@ def _codes(tag, source, target, padded, scale, code, four):
     """The codes of a finite block. A power of two divides exactly by its inverse."""
     item, step = size(tag), lanes(tag)
     exact = code != 0
-    divisor = vsplat(from_bits((254 - code) << 23) if exact else scale)
+    divisor = vsplat(from_bits(FLOAT32, (254 - code) << 23) if exact else scale)
     for i in range(0, padded, step):
         value = vload(tag, source + i * item)
-        value = vmul(value, divisor) if exact else vdiv(value, divisor)
+        value = value * divisor if exact else value / divisor
         if four:
-            vput_e2m1(target + i // 2, value)
+            vencode(E2M1, target + i // 2, value)
         else:
-            vput_e4m3(target + i, value)
+            vencode(E4M3, target + i, value)
 
 
 @jit
@@ -201,19 +202,19 @@ def _code_rows(
                     _codes(tag, first, into, padded, scale, code, four)
             else:
                 for i in range(block):
-                    store(_F32, scratch + 4 * i, load(tag, first + i * column * item))
-                scale, code = _scale(_F32, scratch, padded, inverse, floor, power_of_two)
+                    store(FLOAT32, scratch + 4 * i, load(tag, first + i * column * item))
+                scale, code = _scale(FLOAT32, scratch, padded, inverse, floor, power_of_two)
                 if code != 255:
-                    _codes(_F32, scratch, scratch + 4 * padded, padded, scale, code, four)
+                    _codes(FLOAT32, scratch, scratch + 4 * padded, padded, scale, code, four)
                     for i in range(count):
-                        put_byte(into + i * codes_column, np.int64(byte(scratch + 4 * padded + i)))
+                        store(BYTE, into + i * codes_column, np.int64(load(BYTE, scratch + 4 * padded + i)))
             if code == 255:
                 for i in range(count):
-                    put_byte(into + i * codes_column, 0x77 if four else 0x7F)
+                    store(BYTE, into + i * codes_column, 0x77 if four else 0x7F)
             if unit == 4:
-                store(_F32, beside + group * scale_column * unit, scale)
+                store(FLOAT32, beside + group * scale_column * unit, scale)
             else:
-                put_byte(beside + group * scale_column, code)
+                store(BYTE, beside + group * scale_column, code)
     return held.size  # keeps the scratch alive until here
 
 
@@ -222,12 +223,12 @@ def _rounded(tag, source, target, padded, scale, code, four):
     """A block to the format and back; a NaN scale makes it NaN."""
     item, step = size(tag), lanes(tag)
     exact = 0 < code < 255
-    divisor, factor = vsplat(from_bits((254 - code) << 23) if exact else scale), vsplat(scale)
+    divisor, factor = vsplat(from_bits(FLOAT32, (254 - code) << 23) if exact else scale), vsplat(scale)
     for i in range(0, padded, step):
         value = vload(tag, source + i * item)
-        value = vmul(value, divisor) if exact else vdiv(value, divisor)
-        value = vround_e2m1(value) if four else vround_e4m3(value)
-        vstore(tag, target + i * item, vmul(value, factor))
+        value = value * divisor if exact else value / divisor
+        value = vround(E2M1, value) if four else vround(E4M3, value)
+        vstore(tag, target + i * item, value * factor)
 
 
 @jit
@@ -249,11 +250,11 @@ def _fake_rows(
                 _rounded(tag, first, into, padded, scale, code, four)
             else:
                 for i in range(padded):
-                    store(_F32, scratch + 4 * i, load(tag, first + i * column * item) if i < block else _F32)
-                scale, code = _scale(_F32, scratch, padded, inverse, floor, power_of_two)
-                _rounded(_F32, scratch, scratch, padded, scale, code, four)
+                    store(FLOAT32, scratch + 4 * i, load(tag, first + i * column * item) if i < block else FLOAT32)
+                scale, code = _scale(FLOAT32, scratch, padded, inverse, floor, power_of_two)
+                _rounded(FLOAT32, scratch, scratch, padded, scale, code, four)
                 for i in range(block):
-                    store(tag, into + i * out_column * item, load(_F32, scratch + 4 * i))
+                    store(tag, into + i * out_column * item, load(FLOAT32, scratch + 4 * i))
     return held.size
 
 
@@ -273,7 +274,7 @@ def _recode(
         tops[:] = 0
         for row in range(128):
             for group in range(4 * count):
-                code = np.int64(byte(old + row * scale_steps[0] + group * scale_steps[1]))
+                code = np.int64(load(BYTE, old + row * scale_steps[0] + group * scale_steps[1]))
                 if code > tops[group >> 2]:
                     tops[group >> 2] = code
         for block in range(count):
@@ -284,26 +285,26 @@ def _recode(
             target = weight + (128 * band + row) * weight_steps[0] + 128 * first * weight_steps[1]
             if packed_steps[1] != 1:
                 for i in range(64 * count):
-                    put_byte(scratch + i, np.int64(byte(source + i * packed_steps[1])))
+                    store(BYTE, scratch + i, np.int64(load(BYTE, source + i * packed_steps[1])))
                 source = scratch
             into = target if weight_steps[1] == 1 else scratch + 64 * _SPAN
             for group in range(4 * count):
                 block = group >> 2
-                shift = np.int64(byte(old + row * scale_steps[0] + group * scale_steps[1])) - news[block]
+                shift = np.int64(load(BYTE, old + row * scale_steps[0] + group * scale_steps[1])) - news[block]
                 shift = max(shift, -_LOST) + _LOST if tops[block] != 255 else _NONE
                 decode_fp4(source + 16 * group, into + 32 * group, tables + 16 * shift, False, _BYTE)
                 if changed[shift]:
                     for i in range(16):
-                        pair = np.int64(byte(source + 16 * group + i))
+                        pair = np.int64(load(BYTE, source + 16 * group + i))
                         same[block] &= ~(changed[shift] >> (pair & 7) | changed[shift] >> (pair >> 4 & 7))
             if weight_steps[1] != 1:
                 for i in range(128 * count):
-                    put_byte(target + i * weight_steps[1], np.int64(byte(into + i)))
+                    store(BYTE, target + i * weight_steps[1], np.int64(load(BYTE, into + i)))
         for block in range(count):
             place = first + block
             new = 255 if tops[block] == 255 else news[block]
-            put_byte(scales + band * scales_steps[0] + place * scales_steps[1], new)
-            put_byte(lossless + band * lossless_steps[0] + place * lossless_steps[1], same[block])
+            store(BYTE, scales + band * scales_steps[0] + place * scales_steps[1], new)
+            store(BYTE, lossless + band * lossless_steps[0] + place * lossless_steps[1], same[block])
     return held[0]
 
 
@@ -335,7 +336,7 @@ def _transform(start, stop, tag, sizes, width, x, x_steps, column, out, out_step
         if out_column == 1 and width >= step:
             factors = vsplat(scale)
             for i in range(0, width, step):
-                vstore(tag, target + i * item, vmul(vload(real, row + i * unit), factors))
+                vstore(tag, target + i * item, vload(real, row + i * unit) * factors)
         else:
             for i in range(width):
                 store(tag, target + i * out_column * item, load(real, row + i * unit) * scale)
@@ -358,5 +359,5 @@ def _vectors(real, row, width, apart):
     for first in range(0, width, 2 * apart):
         for i in range(first, first + apart, step):
             low, high = vload(real, row + i * unit), vload(real, row + (i + apart) * unit)
-            vstore(real, row + i * unit, vadd(low, high))
-            vstore(real, row + (i + apart) * unit, vsub(low, high))
+            vstore(real, row + i * unit, low + high)
+            vstore(real, row + (i + apart) * unit, low - high)

@@ -6,8 +6,6 @@ import math
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba.extending import intrinsic
 
 from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
@@ -15,22 +13,9 @@ from flagops.registry import kernel
 
 from .._rotary import frequencies
 from .._rows import rows, spread
-from ._attention_simd import cast, load_index
-from ._gemm import TAGS
-from ._simd import _shuffle, fma, lanes, load, size, store, vload, vmul, vstore, wide
+from ._vectors import TAGS, cast, fma, lanes, load, load_index, size, store, vload, vstore, vswap, wide
 
 _GRAIN = 1 << 15  # elements worth a thread
-
-
-@intrinsic
-def vswap(typingctx, a):
-    """Neighbouring lanes exchanged."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> ir.Value:
-        value = arguments[0]
-        return _shuffle(builder, value, value, [lane ^ 1 for lane in range(value.type.count)])
-
-    return a(a), generate
 
 
 @kernel(deterministic=True)
@@ -88,7 +73,7 @@ def _rotate(
             target += first * out_step * item
             for p in range(0, whole, step):
                 value = vload(tag, source + p * item)
-                turned = fma(vswap(value), vload(real, s + p * unit), vmul(value, vload(real, c + p * unit)))
+                turned = fma(vswap(value), vload(real, s + p * unit), value * vload(real, c + p * unit))
                 vstore(tag, target + p * item, turned)
             for p in range(whole, 2 * r, 2):
                 a, b = load(tag, source + p * x_step * item), load(tag, source + (p + 1) * x_step * item)

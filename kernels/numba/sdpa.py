@@ -13,10 +13,9 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
-from ._attention_simd import cast
-from ._dequantize_simd import byte
-from ._gemm import TAGS, pack
-from ._simd import DOT_ROW_COLUMNS, DOT_ROWS, OUTER_ROWS, OUTER_VECTORS, lanes, load, size, store, wide
+from ._gemm import pack
+from ._tiles import DOT_ROW_COLUMNS, DOT_ROWS, OUTER_ROWS, OUTER_VECTORS
+from ._vectors import BYTE, TAGS, cast, lanes, load, size, store, wide
 from .attention import _finish, _scores, _softmax, _values
 
 _KEYS = 96  # keys of a block
@@ -141,6 +140,6 @@ def _cover(tag, line, at, found, scale, is_causal, t, mask, place):
         score = load(real, line + j * unit) * multiple
         if mask[4] == 2:
             score += load(tag, mask[0] + (origin + j * mask[3]) * item)
-        if (is_causal and at + j > t) or (mask[4] == 1 and byte(mask[0] + origin + j * mask[3]) == 0):
+        if (is_causal and at + j > t) or (mask[4] == 1 and load(BYTE, mask[0] + origin + j * mask[3]) == 0):
             score = none
         store(real, line + j * unit, score)

@@ -20,7 +20,7 @@ MUTANTS = {
         ("sparse_attention", "width, sums, seen > 0)", "width, sums, False)", 0),
         ("sparse_attention", "mass += math.exp(", "mass -= math.exp(", 0),
         ("sparse_attention", "(first + i) * sink_step * unit", "i * sink_step * unit", 0),
-        ("sparse_attention", "vmul(vload(real, p + j * unit), factor)", "vload(real, p + j * unit)", 0),
+        ("sparse_attention", "vload(real, p + j * unit) * factor", "vload(real, p + j * unit)", 0),
         ("sparse_attention", "load(real, mass) * fade + vsum(total)", "load(real, mass) + vsum(total)", 0),
         ("sparse_attention", "if not fresh and fade != 1:", "if False:", 0),
         ("sparse_attention", "if seen == 0:", "if seen == -1:", 0),

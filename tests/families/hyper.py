@@ -21,8 +21,8 @@ MUTANTS = {
     "numba/hyper.py": [
         ("hc_split_sinkhorn", "matrix, n, n * pair, pair, columns, factors, small", "matrix, n, pair, n * pair, columns, factors, small", 0),
         ("hc_split_sinkhorn", "for _ in range(iters - 1):", "for _ in range(iters):", 0),
-        ("hc_split_sinkhorn", "vdiv(factor, fma(p, factor, small))", "vdiv(factor, vmul(p, factor))", 0),
-        ("hc_split_sinkhorn", "logit = vadd(logit, logit)", "logit = vadd(logit, small)", 0),
+        ("hc_split_sinkhorn", "factor / fma(p, factor, small)", "factor / (p * factor)", 0),
+        ("hc_split_sinkhorn", "logit += logit", "logit += small", 0),
         ("hc_split_sinkhorn", "goal + j * comb[2][0] * unit, comb[2][1]", "goal + j * comb[2][1] * unit, comb[2][0]", 0),
         ("hc_split_sinkhorn", ", sizes[2] - token % sizes[2])", ")", 0),
         ("hc_split_sinkhorn", "i * steps[0] + j * steps[1] +", "j * steps[0] + i * steps[1] +", 0),

@@ -20,13 +20,13 @@ MUTANTS = {
         ("swiglu", "gate_column * item, 0, gate_column", "gate_column * item, 0, 1", 0),
     ],
     "numba/_moe_rows.py": [
-        ("swiglu", "vmost(vleast(vload(real, u + i * unit), above), below)", "vleast(vload(real, u + i * unit), above)", 0),
-        ("swiglu", "vchoose(gate, fall)", "fall", 0),
-        ("moe_gate", "1 / (2 * i + 1)", "1 / (2 * i + 3)", 0),
+        ("swiglu", "maximum(minimum(vload(real, u + i * unit), limit), -limit)", "minimum(vload(real, u + i * unit), limit)", 0),
+        ("swiglu", "where(gate >= 0, 1, power)", "power", 0),
+        ("moe_gate", "where(z > 0, z, 0) + log1p", "z + log1p", 0),
         ("moe_experts", "order[bounds[ids[place] + 1]] = place", "order[place] = place", 0),
         ("moe_experts", "tokens[i] * row * item", "i * row * item", 0),
         ("moe_experts", "source + width * item, 0, 1", "source, 0, 1", 0),
-        ("moe_experts", "vround_e4m3(vmul(", "(vmul(", 0),
+        ("moe_experts", "vround(E4M3, vload(FLOAT32, x + 4 * i) * divisor)", "vload(FLOAT32, x + 4 * i) * divisor", 0),
     ],
     "_moe.py": [("moe_experts", "not in FLOATS", "in FLOATS", 0)],
     "torch/moe.py": [

@@ -12,9 +12,9 @@ MUTANTS = {
         ("rms_norm", "c, d = fma(p, p, c), fma(q, q, d)", "c, d = fma(p, p, c), fma(p, q, d)", 0),
         ("rms_norm", "for i in range(four, whole, step):", "for i in range(four + step, whole, step):", 0),
         ("rms_norm", "total += value * value", "total += value", 0),
-        ("rms_norm", "vmul(vload(real, factors + i * unit), value)", "vmul(vload(real, factors), value)", 0),
-        ("rms_norm", "np.float64(vround(tag, value * value))", "np.float64(value * value)", 0),
-        ("rms_norm", "value = vround(tag, load(kept, source + i * item) * root)", "value = load(kept, source + i * item) * root", 0),
+        ("rms_norm", "vload(real, factors + i * unit) * value", "vload(real, factors) * value", 0),
+        ("rms_norm", "np.float64(rounded(tag, value * value))", "np.float64(value * value)", 0),
+        ("rms_norm", "value = rounded(tag, load(kept, source + i * item) * root)", "value = load(kept, source + i * item) * root", 0),
     ],
     "_rows.py": [
         ("rms_norm", "outer == size * inner", "outer >= size * inner", 0),

@@ -20,11 +20,11 @@ MUTANTS = {
         ("moe_experts", "group * sg + column // BLOCK * sn", "column // BLOCK * sn", 0),
         ("fp4_matmul", "32 * deep, into, ldc, part > 0)", "32 * deep, into, ldc, part > 1)", 0),
     ],
-    "numba/_qmatmul_simd.py": [
+    "numba/_coded_tiles.py": [
         ("fp4_matmul", "+ 4 * (lane // 4) for lane in range(16)]", "+ 4 * (lane // 8) for lane in range(16)]", 0),
-        ("fp4_matmul", "np.arange(255) - 127.0", "np.arange(255) - 126.0", 0),
-        ("fp8_matmul", "[0xBFFF]", "[0xFFFF]", 0),
-        ("fp8_matmul", "builder.select(any_nan, ir.Constant(total.type, [float(\"nan\")] * LANES), total)", "total", 0),
+        ("fp4_matmul", "_SCALES.values[:, None]", "2 * _SCALES.values[:, None]", 0),
+        ("fp8_matmul", "~(1 << FLOAT16.bits - 2)", "~0", 0),
+        ("fp8_matmul", "builder.select(any_nan, constant(total.type, float(\"nan\")), total)", "total", 0),
         ("fp8_matmul", "range(part * LANES, (part + 1) * LANES)", "range(0, LANES)", 0),
     ],
     "torch/qmatmul.py": [

@@ -17,20 +17,27 @@ def calls(t, codes):
 
 MUTANTS = {
     "numba/quantize.py": [
-        ("fp8_quantize", "if bits >= _INFINITY:", "if bits > _INFINITY:", 0),
+        ("fp8_quantize", "if top >= INFINITY:", "if top > INFINITY:", 0),
         ("fp8_quantize", "+ 0x7FFFFF) >> 23", "+ 0x400000) >> 23", 0),
         ("fp8_quantize", "beside + group * scale_column, code", "beside + group, code", 0),
         ("fp4_quantize", "target + i // 2, value", "target + i // 4, value", 0),
         ("fp8_fake_quantize", "exact = 0 < code < 255", "exact = code < 255", 0),
         ("fp4_to_fp8", "128 * first * weight_steps[1]", "first * weight_steps[1]", 0),
         ("fp4_to_fp8", "same[block] = tops[block] != 255", "same[block] = True", 0),
-        ("hadamard", "vstore(real, row + (i + apart) * unit, vsub(low, high))", "vstore(real, row + (i + apart) * unit, vsub(high, low))", 0),
+        ("hadamard", "vstore(real, row + (i + apart) * unit, low - high)", "vstore(real, row + (i + apart) * unit, high - low)", 0),
     ],
-    "numba/_quantize_simd.py": [
-        ("fp8_quantize", "magnitude, _constant(magnitude.type, (1 << dropped - 1) - 1)", "magnitude, _constant(magnitude.type, 1 << dropped - 1)", 0),
-        ("fp4_quantize", '"e2m1": 4}', '"e2m1": 3}', 0),
-        ("fp8_fake_quantize", "builder.or_(rounded, sign)", "rounded", 0),
-        ("hadamard", "lane ^ step for lane", "(lane + step) % lanes for lane", 0),
+    "numba/_formats.py": [
+        ("fp8_quantize", "magnitude, constant(magnitude.type, (1 << dropped - 1) - 1)", "magnitude, constant(magnitude.type, 1 << dropped - 1)", 0),
+        ("fp4_quantize", "FLOAT32.bits - form.bits)", "FLOAT32.bits - form.bits + 1)", 0),
+        ("fp8_fake_quantize", "builder.or_(chosen, sign)", "chosen", 0),
+        ("fp4_dequantize", "for lane in (i, count + i)", "for lane in (count + i, i)", 0),
+        ("fp8_dequantize", "constant(typ, 128)), constant(typ, 8 * size - 8)", "constant(typ, 64)), constant(typ, 8 * size - 7)", 0),
+        ("fp8_dequantize", "builder.and_(code, i64(127))", "builder.and_(code, i64(63))", 0),
+        ("fp4_dequantize", "-value, value)", "0 - value, value)", 0),
+        ("fp4_dequantize", '"e8m0": Format(8, 0, 127,', '"e8m0": Format(8, 0, 126,', 0),
+        ("fp4_dequantize", 'Format(8, 0, 127, signed=False, nan=True)', 'Format(8, 0, 127, signed=False, nan=False)', 0),
+        ("fp8_quantize", "Format(8, 3, 7, nan=True, floor=1e-4)", "Format(8, 3, 7, nan=True)", 0),
+        ("fp8_quantize", "np.float32(1 / self.largest)", "np.float32(0.5 / self.largest)", 0),
     ],
     "torch/quantize.py": [
         ("fp8_quantize", "byte.masked_fill_(infinite, 255)", "", 0),

@@ -19,7 +19,7 @@ MUTANTS = {
         ("rotary_embedding", "h * x_head", "h * d", 0),
         ("rotary_embedding", "p * sin_step * unit", "p * cos_step * unit", 0),
         ("rotary_embedding", "a * cosine - b * sine", "a * cosine + b * sine", 0),
-        ("rotary_embedding", "[lane ^ 1 for lane", "[lane for lane", 0),
+        ("rotary_embedding", "fma(vswap(value),", "fma(value,", 0),
         ("yarn_table", "j * cos_steps[1] + k * cos_steps[2]) * 4", "j * cos_steps[1] + k * cos_step) * 4", 0),
         ("yarn_table", "np.float64(np.float32(position * theta[p]))", "np.float64(position) * np.float64(theta[p])", 0),
     ],
