@@ -15,6 +15,7 @@ import numpy as np
 
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 
+from ._blocks import Block, clear, pack, unpack_sum
 from ._tiles import (
     DOT_COLUMNS,
     DOT_ROW_COLUMNS,
@@ -28,65 +29,11 @@ from ._tiles import (
     outer_row,
     outer_tile,
 )
-from ._vectors import TAGS, lanes, load, size, store, vload, vsplat, vstore, wide
+from ._vectors import TAGS, lanes, size, wide
 
 Axes = tuple[int, ...]
 DOT_DEPTH, OUTER_DEPTH, STREAM_DEPTH = 512, 256, 16
 _L2, _WIDTH, _SERIAL = 512 << 10, 384, 1 << 19
-
-
-@jit
-def _clear(float_tag, target, count):
-    width, step = size(float_tag), lanes(float_tag)
-    zeros, whole = vsplat(float_tag), count - count % step
-    for i in range(0, whole, step):
-        vstore(float_tag, target + i * width, zeros)
-    for i in range(whole, count):
-        store(float_tag, target + i * width, float_tag)
-
-
-@jit
-def pack(tag, source, row, column, rows, columns, target, ld, padded_rows, padded_columns):
-    """Widen a block of any strides into rows of `ld`, zero beyond it."""
-    float_tag = wide(tag)
-    item, width, step = size(tag), size(float_tag), lanes(tag)
-    if column == 1:
-        for r in range(rows):
-            origin, goal = source + r * row * item, target + r * ld * width
-            whole = columns - columns % step
-            for c in range(0, whole, step):
-                vstore(float_tag, goal + c * width, vload(tag, origin + c * item))
-            for c in range(whole, columns):
-                store(float_tag, goal + c * width, load(tag, origin + c * item))
-    else:
-        for c in range(columns):
-            for r in range(rows):
-                store(float_tag, target + (r * ld + c) * width, load(tag, source + (r * row + c * column) * item))
-    if padded_columns > columns:
-        for r in range(rows):
-            _clear(float_tag, target + (r * ld + columns) * width, padded_columns - columns)
-    for r in range(rows, padded_rows):
-        _clear(float_tag, target + r * ld * width, padded_columns)
-
-
-@jit
-def unpack(tag, source, ld, rows, columns, target, row, column, bias, bias_stride):
-    """Round a block of sums (plus bias, where its address is not 0) into the output."""
-    float_tag = wide(tag)
-    item, width, step = size(tag), size(float_tag), lanes(tag)
-    whole = columns - columns % step if column == 1 and (bias == 0 or bias_stride == 1) else 0
-    for r in range(rows):
-        origin, goal = source + r * ld * width, target + r * row * item
-        for c in range(0, whole, step):
-            value = vload(float_tag, origin + c * width)
-            if bias != 0:
-                value += vload(tag, bias + c * item)
-            vstore(tag, goal + c * item, value)
-        for c in range(whole, columns):
-            scalar = load(float_tag, origin + c * width)
-            if bias != 0:
-                scalar += load(tag, bias + c * bias_stride * item)
-            store(tag, goal + c * column * item, scalar)
 
 
 @jit
@@ -137,7 +84,7 @@ def _dot(
         rows, columns = min(mc, blocks[block, 3]), min(nc, n - column)
         across = DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS
         if k == 0:
-            _clear(float_tag, sums, rows * ldc)
+            clear(float_tag, sums, rows * ldc)
         for part in range(-(-k // span) * terms):
             term, first = block + part // -(-k // span), part % -(-k // span) * span
             depth = min(span, k - first)
@@ -145,7 +92,7 @@ def _dot(
             right = b + (blocks[term, 1] + column * bn + first) * item
             padded = -(-depth // step) * step
             padded_rows = -(-rows // DOT_ROWS) * DOT_ROWS if rows > 1 else 1
-            pack(tag, left, am, ak, rows, depth, x, span, padded_rows, padded)
+            pack(tag, left, (am, ak), (rows, depth), Block(float_tag, x, span), (padded_rows, padded))
             for j in range(0, columns, across):
                 valid = min(across, columns - j)
                 for at in range(0, depth, DOT_DEPTH):
@@ -154,21 +101,49 @@ def _dot(
                     d_padded = -(-d // step) * step
                     w, add = right + (j * bn + at) * item, part + at > 0
                     if rows == 1 and whole:
-                        dot_row(tag, x + at * width, span, w, bn, valid, d, sums + j * width, ldc, add)
+                        dot_row(
+                            Block(float_tag, x + at * width, span),
+                            Block(tag, w, bn),
+                            valid,
+                            d,
+                            Block(float_tag, sums + j * width, ldc),
+                            add,
+                        )
                     elif rows == 1:
-                        pack(tag, w, bn, 1, valid, d, panel, DOT_DEPTH, valid, d_padded)
+                        pack(tag, w, (bn, 1), (valid, d), Block(float_tag, panel, DOT_DEPTH), (valid, d_padded))
                         into = sums + j * width
-                        dot_row(float_tag, x + at * width, span, panel, DOT_DEPTH, valid, d_padded, into, ldc, add)
+                        dot_row(
+                            Block(float_tag, x + at * width, span),
+                            Block(float_tag, panel, DOT_DEPTH),
+                            valid,
+                            d_padded,
+                            Block(float_tag, into, ldc),
+                            add,
+                        )
                     elif rows <= DOT_ROWS and whole:
-                        dot_tile(tag, x + at * width, span, w, bn, valid, d, sums + j * width, ldc, add)
+                        dot_tile(
+                            Block(float_tag, x + at * width, span),
+                            Block(tag, w, bn),
+                            valid,
+                            d,
+                            Block(float_tag, sums + j * width, ldc),
+                            add,
+                        )
                     else:
-                        pack(tag, w, bn, 1, valid, d, panel, DOT_DEPTH, valid, d_padded)
+                        pack(tag, w, (bn, 1), (valid, d), Block(float_tag, panel, DOT_DEPTH), (valid, d_padded))
                         for i in range(0, rows, DOT_ROWS):
                             xi, into = x + (i * span + at) * width, sums + (i * ldc + j) * width
-                            dot_tile(float_tag, xi, span, panel, DOT_DEPTH, valid, d_padded, into, ldc, add)
+                            dot_tile(
+                                Block(float_tag, xi, span),
+                                Block(float_tag, panel, DOT_DEPTH),
+                                valid,
+                                d_padded,
+                                Block(float_tag, into, ldc),
+                                add,
+                            )
         target = c + (blocks[block, 2] + column * cn) * size(out_tag)
         shift = bias + column * bias_stride * size(out_tag) if bias != 0 else 0
-        unpack(out_tag, sums, ldc, rows, columns, target, cm, cn, shift, bias_stride)
+        unpack_sum(out_tag, Block(float_tag, sums, ldc), (rows, columns), target, (cm, cn), shift, bias_stride)
     return held[0]  # keeps the scratch alive until here
 
 
@@ -190,34 +165,46 @@ def _outer(
         rows, columns = min(mc, blocks[block, 3]), min(nc, n - column)
         wide_step = across_row if rows == 1 else across
         if k == 0:
-            _clear(float_tag, sums, rows * ldc)
+            clear(float_tag, sums, rows * ldc)
         for part in range(-(-k // span) * terms):
             term, first = block + part // -(-k // span), part % -(-k // span) * span
             d = min(span, k - first)
             left = a + (blocks[term, 0] + first * ak) * item
             right = b + (blocks[term, 1] + column * bn + first * bk) * item
             padded_rows = -(-rows // OUTER_ROWS) * OUTER_ROWS if rows > 1 else 1
-            pack(tag, left, am, ak, rows, d, x, span, padded_rows, d)
+            pack(tag, left, (am, ak), (rows, d), Block(float_tag, x, span), (padded_rows, d))
             for j in range(0, columns, wide_step):
                 valid = min(wide_step, columns - j)
                 w, into, add = right + j * bn * item, sums + j * width, part > 0
                 direct = rows <= OUTER_ROWS and bn == 1 and valid == wide_step
                 if not direct:
-                    pack(tag, w, bk, bn, d, valid, panel, wide_step, d, wide_step)
+                    pack(tag, w, (bk, bn), (d, valid), Block(float_tag, panel, wide_step), (d, wide_step))
                 if rows == 1:
                     if direct:
-                        outer_row(tag, x, span, w, bk, d, into, ldc, add)
+                        outer_row(Block(float_tag, x, span), Block(tag, w, bk), d, Block(float_tag, into, ldc), add)
                     else:
-                        outer_row(float_tag, x, span, panel, wide_step, d, into, ldc, add)
+                        outer_row(
+                            Block(float_tag, x, span),
+                            Block(float_tag, panel, wide_step),
+                            d,
+                            Block(float_tag, into, ldc),
+                            add,
+                        )
                 elif direct:
-                    outer_tile(tag, x, span, w, bk, d, into, ldc, add)
+                    outer_tile(Block(float_tag, x, span), Block(tag, w, bk), d, Block(float_tag, into, ldc), add)
                 else:
                     for i in range(0, rows, OUTER_ROWS):
                         xi, into = x + i * span * width, sums + (i * ldc + j) * width
-                        outer_tile(float_tag, xi, span, panel, wide_step, d, into, ldc, add)
+                        outer_tile(
+                            Block(float_tag, xi, span),
+                            Block(float_tag, panel, wide_step),
+                            d,
+                            Block(float_tag, into, ldc),
+                            add,
+                        )
         target = c + (blocks[block, 2] + column * cn) * size(out_tag)
         shift = bias + column * bias_stride * size(out_tag) if bias != 0 else 0
-        unpack(out_tag, sums, ldc, rows, columns, target, cm, cn, shift, bias_stride)
+        unpack_sum(out_tag, Block(float_tag, sums, ldc), (rows, columns), target, (cm, cn), shift, bias_stride)
     return held[0]  # keeps the scratch alive until here
 
 

@@ -5,8 +5,8 @@ import numpy as np
 from flagops.backends.numba import jit
 
 from .._moe import BLOCK
+from ._blocks import Block, pack, unpack
 from ._formats import E4M3, FORMATS, INFINITY, vround
-from ._gemm import pack, unpack
 from ._vectors import (
     FLOAT32,
     INT32,
@@ -101,9 +101,9 @@ def gather(start, stop, tag, width, tokens, x, row, column, quantised, out):
             count = min(BLOCK, width - first)
             origin = source + first * column * item
             if quantised:
-                pack(tag, origin, 0, column, 1, count, scratch, BLOCK, 1, BLOCK)
+                pack(tag, origin, (0, column), (1, count), Block(wide(tag), scratch, BLOCK), (1, BLOCK))
                 fake_block(scratch, BLOCK)
-                unpack(FLOAT32, scratch, 0, 1, count, out + 4 * (i * width + first), 0, 1, 0, 0)
+                unpack(FLOAT32, Block(FLOAT32, scratch, 0), (1, count), out + 4 * (i * width + first), (0, 1))
             elif column == 1:
                 _copy(tag, origin, count, out + (i * width + first) * item)
             else:
@@ -137,8 +137,8 @@ def activate(start, stop, tag, width, both, pairs, slots, weights, weight_row, w
             count = min(BLOCK, width - first)
             padded = BLOCK if quantised else -(-count // step) * step
             source = both + (2 * i * width + first) * item
-            pack(tag, source, 0, 1, 1, count, g, BLOCK, 1, padded)
-            pack(tag, source + width * item, 0, 1, 1, count, u, BLOCK, 1, padded)
+            pack(tag, source, (0, 1), (1, count), Block(real, g, BLOCK), (1, padded))
+            pack(tag, source + width * item, (0, 1), (1, count), Block(real, u, BLOCK), (1, padded))
             gate_block(real, g, u, padded, weight, cast(real, limit))
             if quantised:
                 for c in range(0, BLOCK, step):
@@ -146,9 +146,9 @@ def activate(start, stop, tag, width, both, pairs, slots, weights, weight_row, w
                 for c in range(count, BLOCK):
                     store(real, g + c * unit, real)  # a weight that is not finite makes NaN of the padding
                 fake_block(g, BLOCK)
-                unpack(FLOAT32, g, 0, 1, count, out + 4 * (i * width + first), 0, 1, 0, 0)
+                unpack(FLOAT32, Block(FLOAT32, g, 0), (1, count), out + 4 * (i * width + first), (0, 1))
             else:
-                unpack(tag, g, 0, 1, count, out + (i * width + first) * item, 0, 1, 0, 0)
+                unpack(tag, Block(real, g, 0), (1, count), out + (i * width + first) * item, (0, 1))
     return held[0]  # keeps the scratch alive until here
 
 
@@ -176,7 +176,7 @@ def widen_rows(start, stop, tag, width, x, row, column, total):
     for i in range(start, stop):
         target = total + i * width * unit
         if x != 0:
-            pack(tag, x + i * row * item, 0, column, 1, width, target, width, 1, width)
+            pack(tag, x + i * row * item, (0, column), (1, width), Block(real, target, width), (1, width))
         else:
             for c in range(width):
                 store(real, target + c * unit, real)
@@ -186,4 +186,10 @@ def widen_rows(start, stop, tag, width, x, row, column, total):
 def round_rows(start, stop, tag, width, total, out, row, column):
     """Contiguous rows of the accumulator rounded into rows of any strides."""
     for i in range(start, stop):
-        unpack(tag, total + i * width * size(wide(tag)), 0, 1, width, out + i * row * size(tag), 0, column, 0, 0)
+        unpack(
+            tag,
+            Block(wide(tag), total + i * width * size(wide(tag)), 0),
+            (1, width),
+            out + i * row * size(tag),
+            (0, column),
+        )

@@ -16,9 +16,10 @@ from flagops import config
 from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, threads
 
+from ._blocks import Block, pack, unpack
 from ._coded_tiles import FP8_FACTOR, fp4_arrange, fp4_decode, fp4_row, fp4_table, fp8_decode, fp8_row
 from ._formats import FORMATS
-from ._gemm import View, _offsets, pack, row_blocks, share, unpack, view
+from ._gemm import View, _offsets, row_blocks, share, view
 from ._tiles import DOT_COLUMNS, DOT_ROW_COLUMNS, DOT_ROWS, DOT_WIDTH, dot_tile
 from ._vectors import (
     BYTE,
@@ -81,7 +82,7 @@ def _fill(start, stop, tag, m, k, ld, a, ak, scale, scale_step, coded, scales, v
     for row in range(start, stop):
         target = x + 4 * ld * row
         if row < m and scale == 0:
-            pack(tag, a + offsets[row, 0] * size(tag), 0, ak, 1, k, target, ld, 1, k)
+            pack(tag, a + offsets[row, 0] * size(tag), (0, ak), (1, k), Block(FLOAT32, target, ld), (1, k))
         elif row < m:
             for i in range(k):
                 store(FLOAT32, target + 4 * i, load(FLOAT32, values + 4 * load(BYTE, a + offsets[row, 0] + i * ak)))
@@ -101,7 +102,7 @@ def _emit(tag, sums, ld, rows, columns, factor, out, cn, offsets, row):
         source = sums + 4 * ld * i
         if factor != 1:
             _multiply(source, source, columns, factor)
-        unpack(tag, source, ld, 1, columns, out + offsets[row + i, 2] * size(tag), 0, cn, 0, 0)
+        unpack(tag, Block(FLOAT32, source, ld), (1, columns), out + offsets[row + i, 2] * size(tag), (0, cn))
 
 
 @jit
@@ -148,7 +149,14 @@ def _fp4(start, stop, tag, n, groups, mc, nc, x, ldx, b, bg, bn, bk, s, sg, sn, 
                 fp4_decode(w + i * ldw, scales + i * lds, table, deep, panel + 4 * i * DEPTH)
             for i in range(0, rows, DOT_ROWS):
                 into = sums + 4 * (i * ldc + j)
-                dot_tile(FLOAT32, left + 4 * i * ldx, ldx, panel, DEPTH, valid, 32 * deep, into, ldc, part > 0)
+                dot_tile(
+                    Block(FLOAT32, left + 4 * i * ldx, ldx),
+                    Block(FLOAT32, panel, DEPTH),
+                    valid,
+                    32 * deep,
+                    Block(FLOAT32, into, ldc),
+                    part > 0,
+                )
         _emit(tag, sums, ldc, rows, columns, np.float32(1), out + column * cn * size(tag), cn, offsets, row)
     return held[0] + codes[0]  # keeps the scratch alive until here
 
@@ -195,7 +203,14 @@ def _fp8(start, stop, tag, n, k, mc, nc, x, ldx, b, bg, bn, bk, s, sg, sn, sk, c
                 fp8_decode(w + i * ldw, deep, panel + 4 * i * DEPTH)
             for i in range(0, rows, DOT_ROWS):
                 into = sums + 4 * (i * ldc + j)
-                dot_tile(FLOAT32, left + 4 * i * DEPTH, DEPTH, panel, DEPTH, valid, deep, into, ldc, part > 0)
+                dot_tile(
+                    Block(FLOAT32, left + 4 * i * DEPTH, DEPTH),
+                    Block(FLOAT32, panel, DEPTH),
+                    valid,
+                    deep,
+                    Block(FLOAT32, into, ldc),
+                    part > 0,
+                )
         _emit(tag, sums, ldc, rows, columns, _FP8_FACTOR, out + column * cn * size(tag), cn, offsets, row)
     return held[0] + codes[0]  # keeps the scratch alive until here
 
@@ -240,7 +255,7 @@ def product(
         scale = (a_scale.view.address, a_scale.view.strides[-1], a_scale.coded) if a_scale else (0, 0, False)
         tables = _address(_e8m0), _address(_e4m3)
         parallel(
-            _fill, padded, TAGS.get(name, FLOAT32), rows, k, ld, a.address, a.strides[-1], *scale, *tables,
+            _fill, padded, FLOAT32 if a_scale else TAGS[name], rows, k, ld, a.address, a.strides[-1], *scale, *tables,
             packed, where, x, minimum=-(-_SERIAL // (16 * max(k, 1))),
         )  # fmt: skip
         mc = min(rows, _ROWS)

@@ -1,22 +1,26 @@
 """Matrix tiles for numba kernels, whose sums stay in registers.
 
-They take row-major blocks with leading dimensions in elements and mask nothing: the caller pads.
-`outer_tile(tag, a, lda, b, ldb, k, c, ldc, add)`: C[OUTER_ROWS, OUTER_VECTORS * lanes] = A[.., k] B[k, ..], plus C if
-add, each sum in the order of k. `dot_tile(tag, x, ldx, w, ldw, rows, k, c, ldc, add)`: C[DOT_ROWS, DOT_WIDTH] =
-X[.., k] W[rows <= DOT_COLUMNS, k]^T, plus C if add; zero past DOT_COLUMNS, W's last row repeated past `rows`; k is a
-multiple of lanes. `outer_row`, `dot_row` do one row, ROW_VECTORS * lanes or DOT_ROW_COLUMNS wide, with the same sums.
-A, X and C are in the arithmetic dtype, B and W in the tag's: a bfloat16 matrix used once is widened in registers (pass
-`wide(tag)` for a B or W widened before).
+They take Blocks and mask nothing: the caller pads. `outer_tile(a, b, k, c, add)`: C[OUTER_ROWS, OUTER_VECTORS * lanes]
+= A[.., k] B[k, ..], plus C if add, each sum in the order of k. `dot_tile(x, w, rows, k, c, add)`: C[DOT_ROWS,
+DOT_WIDTH] = X[.., k] W[rows <= DOT_COLUMNS, k]^T, plus C if add; zero past DOT_COLUMNS, W's last row repeated past
+`rows`; k is a multiple of lanes. `outer_row`, `dot_row` do one row, ROW_VECTORS * lanes or DOT_ROW_COLUMNS wide, with
+the same sums. A, X and C are in the arithmetic dtype of B's and W's tag: a bfloat16 matrix used once is widened in
+registers.
 """
 
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ._ir import MANY, SIZE, STORAGE, constant, fma, i64, lanes_of, load, loop, pointer, register, shuffle, splat, store
+from ._ir import MANY, SIZE, constant, fma, i64, lanes_of, load, loop, pointer, register, shuffle, splat, store
 
 OUTER_ROWS, OUTER_VECTORS, ROW_VECTORS = 6, 4 if MANY else 2, 8
 DOT_ROWS, DOT_COLUMNS, DOT_ROW_COLUMNS, DOT_WIDTH = (4, 6, 8, 8) if MANY else (3, 4, 8, 8)
+
+
+def places(builder, block):
+    """The address and the leading dimension of a Block."""
+    return [builder.extract_value(block, i) for i in (1, 2)]
 
 
 def initial(builder, kind, base, index, add):
@@ -27,13 +31,14 @@ def initial(builder, kind, base, index, add):
 
 
 def _outer(rows, vectors):
-    def typed(typingctx, tag, a, lda, b, ldb, k, c, ldc, add):
-        tag_a = STORAGE[tag].arithmetic
+    def typed(typingctx, a, b, k, c, add):
+        tag, tag_a = b[0], a[0]
         lanes = lanes_of(tag_a)
         kind = ir.VectorType(register(tag_a), lanes)
 
         def generate(context, builder, signature, arguments):
-            _, a, lda, b, ldb, k, c, ldc, add = arguments
+            (a, lda), (b, ldb), (c, ldc) = (places(builder, arguments[i]) for i in (0, 1, 3))
+            k, add = arguments[2], arguments[4]
             row = [builder.mul(lda, i64(i)) for i in range(rows)]
             at = [builder.add(builder.mul(ldc, i64(i)), i64(v * lanes)) for i in range(rows) for v in range(vectors)]
 
@@ -51,8 +56,7 @@ def _outer(rows, vectors):
                 store(builder, tag_a, value, c, index)
             return context.get_dummy_value()
 
-        i = types.int64
-        return types.none(tag, i, i, i, i, i, i, i, types.boolean), generate
+        return types.none(a, b, types.int64, c, types.boolean), generate
 
     return intrinsic(typed)
 
@@ -90,13 +94,14 @@ def fold(builder, vectors):
 
 
 def _dot(rows, columns):
-    def typed(typingctx, tag, x, ldx, w, ldw, valid, k, c, ldc, add):
-        tag_x = STORAGE[tag].arithmetic
+    def typed(typingctx, x, w, valid, k, c, add):
+        tag, tag_x = w[0], x[0]
         lanes = lanes_of(tag_x)
         zero = constant(ir.VectorType(register(tag_x), lanes), 0.0)
 
         def generate(context, builder, signature, arguments):
-            _, x, ldx, w, ldw, valid, k, c, ldc, add = arguments
+            (x, ldx), (w, ldw), (c, ldc) = (places(builder, arguments[i]) for i in (0, 1, 4))
+            valid, k, add = arguments[2], arguments[3], arguments[5]
             last = builder.sub(valid, i64(1))
             left = [builder.mul(ldx, i64(i)) for i in range(rows)]
             right = []
@@ -121,8 +126,7 @@ def _dot(rows, columns):
                 store(builder, tag_x, builder.fadd(folded, initial(builder, folded.type, c, at, add)), c, at)
             return context.get_dummy_value()
 
-        i = types.int64
-        return types.none(tag, i, i, i, i, i, i, i, i, types.boolean), generate
+        return types.none(x, w, types.int64, types.int64, c, types.boolean), generate
 
     return intrinsic(typed)
 

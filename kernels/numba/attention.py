@@ -12,7 +12,7 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
-from ._gemm import pack
+from ._blocks import Block, pack
 from ._tiles import (
     DOT_COLUMNS,
     DOT_ROW_COLUMNS,
@@ -94,7 +94,7 @@ def _queries(
         count = min(together, heads - first)
         source = q + (b * q_steps[0] + t * q_steps[1] + first * q_steps[2]) * item
         target = out + (b * out_steps[0] + t * out_steps[1] + first * out_steps[2]) * item
-        pack(tag, source, q_steps[2], q_steps[3], count, width, x, ld, count, width)
+        pack(tag, source, (q_steps[2], q_steps[3]), (count, width), Block(real, x, ld), (count, width))
         for i in range(count):
             store(real, tops + i * unit, cast(real, -np.inf))
             store(real, masses + i * unit, real)
@@ -108,7 +108,14 @@ def _queries(
                 at += 1
                 if 0 <= row < rows:
                     origin = kv + (b * kv_steps[0] + row * kv_steps[1]) * item
-                    pack(tag, origin, 0, kv_steps[2], 1, width, values + found * ld * unit, ld, 1, width)
+                    pack(
+                        tag,
+                        origin,
+                        (0, kv_steps[2]),
+                        (1, width),
+                        Block(real, values + found * ld * unit, ld),
+                        (1, width),
+                    )
                     found += 1
             if found == 0:
                 break
@@ -138,12 +145,12 @@ def _scores(tag, x, values, ld, count, found, width, p, ldp):
         valid = min(DOT_COLUMNS, found - j)
         for i in range(0, tiled, DOT_ROWS):
             left, right, into = x + i * ld * unit, values + j * ld * unit, p + (i * ldp + j) * unit
-            dot_tile(real, left, ld, right, ld, valid, depth, into, ldp, False)
+            dot_tile(Block(real, left, ld), Block(real, right, ld), valid, depth, Block(real, into, ldp), False)
     for i in range(tiled, count):
         for j in range(0, found, DOT_ROW_COLUMNS):
             valid = min(DOT_ROW_COLUMNS, found - j)
             left, right, into = x + i * ld * unit, values + j * ld * unit, p + (i * ldp + j) * unit
-            dot_row(real, left, ld, right, ld, valid, depth, into, ldp, False)
+            dot_row(Block(real, left, ld), Block(real, right, ld), valid, depth, Block(real, into, ldp), False)
 
 
 @jit
@@ -156,11 +163,11 @@ def _values(tag, p, ldp, values, ld, count, found, width, sums, add):
     for j in range(0, width if tiled else 0, across):
         for i in range(0, tiled, OUTER_ROWS):
             left, right, into = p + i * ldp * unit, values + j * unit, sums + (i * ld + j) * unit
-            outer_tile(real, left, ldp, right, ld, found, into, ld, add)
+            outer_tile(Block(real, left, ldp), Block(real, right, ld), found, Block(real, into, ld), add)
     for i in range(tiled, count):
         for j in range(0, width, across_row):
             left, right, into = p + i * ldp * unit, values + j * unit, sums + (i * ld + j) * unit
-            outer_row(real, left, ldp, right, ld, found, into, ld, add)
+            outer_row(Block(real, left, ldp), Block(real, right, ld), found, Block(real, into, ld), add)
 
 
 @jit

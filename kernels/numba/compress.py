@@ -11,7 +11,8 @@ from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
 from .._compress import chunks
-from ._gemm import View, contract, pack, unpack, view
+from ._blocks import Block, pack, unpack
+from ._gemm import View, contract, view
 from ._vectors import TAGS, cast, exp, fma, lanes, load, maximum, size, store, vload, vsplat, vstore
 
 _PAD = 16  # elements behind a row that a vector may touch
@@ -74,7 +75,7 @@ def _complete(
         if row < old:
             for state, steps, target in ((kv_state, kv_steps, kv), (score_state, score_steps, scores)):
                 origin = state + ((first + b) * steps[0] + row * steps[1]) * unit
-                pack(real, origin, 0, steps[2], 1, channels, target + line, ld, 1, channels)
+                pack(real, origin, (0, steps[2]), (1, channels), Block(real, target + line, ld), (1, channels))
             continue
         origin = bias + (inside + row - old) % m * bias_steps[0] * unit
         whole = channels - channels % step if bias_steps[1] == 1 else 0
@@ -137,4 +138,4 @@ def _advance(
                 if row >= rows:  # no new token has this place: the window that closed still has
                     row -= m
                 into = target + place * steps[1] * unit
-                unpack(real, origin + row * ld * unit, ld, 1, channels, into, 0, steps[2], 0, 0)
+                unpack(real, Block(real, origin + row * ld * unit, ld), (1, channels), into, (0, steps[2]))

@@ -14,7 +14,8 @@ from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
 from .._rows import rows, spread
-from ._gemm import DOT_DEPTH, pack, unpack
+from ._blocks import Block, pack, unpack
+from ._gemm import DOT_DEPTH
 from ._tiles import (
     DOT_COLUMNS,
     DOT_ROW_COLUMNS,
@@ -196,7 +197,7 @@ def _sums(tag, real, sizes, shape, x, weights, stream, first, last, scratch, par
         for i in range(rows):
             source = _start(x, item, sizes, first + i) + (stream * x_steps[0] + begin * x_steps[1]) * item
             row = scratch + i * DOT_DEPTH * unit
-            pack(tag, source, 0, x_steps[1], 1, depth, row, DOT_DEPTH, 1, padded)
+            pack(tag, source, (0, x_steps[1]), (1, depth), Block(real, row, DOT_DEPTH), (1, padded))
             squares = vsplat(real)
             for c in range(0, padded, step):
                 value = vload(real, row + c * unit)
@@ -205,16 +206,37 @@ def _sums(tag, real, sizes, shape, x, weights, stream, first, last, scratch, par
             store(real, square, load(real, square) + vsum(squares))
         weight, ldw = fn + (stream * d + begin) * fn_steps[1] * unit, fn_steps[0]
         if fn_steps[1] != 1 or padded != depth:
-            pack(real, weight, fn_steps[0], fn_steps[1], columns, depth, panel, DOT_DEPTH, columns, padded)
+            pack(
+                real,
+                weight,
+                (fn_steps[0], fn_steps[1]),
+                (columns, depth),
+                Block(real, panel, DOT_DEPTH),
+                (columns, padded),
+            )
             weight, ldw = panel, DOT_DEPTH
         for j in range(0, columns, across):
             valid, right = min(across, columns - j), weight + j * ldw * unit
             if rows == 1:
-                dot_row(real, scratch, DOT_DEPTH, right, ldw, valid, padded, sums + j * unit, ld, begin > 0)
+                dot_row(
+                    Block(real, scratch, DOT_DEPTH),
+                    Block(real, right, ldw),
+                    valid,
+                    padded,
+                    Block(real, sums + j * unit, ld),
+                    begin > 0,
+                )
             else:
                 for i in range(0, rows, DOT_ROWS):
                     left, into = scratch + i * DOT_DEPTH * unit, sums + (i * ld + j) * unit
-                    dot_tile(real, left, DOT_DEPTH, right, ldw, valid, padded, into, ld, begin > 0)
+                    dot_tile(
+                        Block(real, left, DOT_DEPTH),
+                        Block(real, right, ldw),
+                        valid,
+                        padded,
+                        Block(real, into, ld),
+                        begin > 0,
+                    )
     for i in range(rows if d else 0):
         for column in range(columns):
             store(real, own + (i * (columns + 1) + column) * unit, load(real, sums + (i * ld + column) * unit))
@@ -306,14 +328,20 @@ def _mix(start, stop, tag, real, sizes, n, d, y, x, post, comb, out):
         for c in range(0, d, _COLUMNS):
             width = min(_COLUMNS, d - c)
             padded = -(-width // across) * across
-            pack(tag, new + c * y[2][0] * item, 0, y[2][0], 1, width, wide_rows, ld, 1, padded)
+            pack(tag, new + c * y[2][0] * item, (0, y[2][0]), (1, width), Block(real, wide_rows, ld), (1, padded))
             source = streams + c * x[2][1] * item
-            pack(tag, source, x[2][0], x[2][1], n, width, wide_rows + ld * unit, ld, n, padded)
+            pack(tag, source, (x[2][0], x[2][1]), (n, width), Block(real, wide_rows + ld * unit, ld), (n, padded))
             for j in range(0, padded, across):
                 for i in range(0, n, OUTER_ROWS):
                     left, into = weights + i * (n + 1) * unit, sums + (i * ld + j) * unit
-                    outer_tile(real, left, n + 1, wide_rows + j * unit, ld, n + 1, into, ld, False)
-            unpack(tag, sums, ld, n, width, goal + c * out[2][1] * item, out[2][0], out[2][1], 0, 0)
+                    outer_tile(
+                        Block(real, left, n + 1),
+                        Block(real, wide_rows + j * unit, ld),
+                        n + 1,
+                        Block(real, into, ld),
+                        False,
+                    )
+            unpack(tag, Block(real, sums, ld), (n, width), goal + c * out[2][1] * item, (out[2][0], out[2][1]))
     return held[0]  # keeps the scratch alive until here
 
 

@@ -11,7 +11,7 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
-from ._gemm import pack
+from ._blocks import Block, pack
 from ._tiles import OUTER_ROWS, OUTER_VECTORS, outer_tile
 from ._vectors import (
     INT32,
@@ -152,20 +152,40 @@ def _queries(
             end = max(end, limits[i])
             panel = panels + i * (depth + 1) * padded * unit
             origin = weights + (b * weight_steps[0] + t * weight_steps[1]) * size(weight_tag)
-            pack(weight_tag, origin, 0, weight_steps[2], 1, heads, panel, padded, 1, heads)
+            pack(weight_tag, origin, (0, weight_steps[2]), (1, heads), Block(real, panel, padded), (1, heads))
             origin = q + (b * q_steps[0] + t * q_steps[1]) * item
-            pack(tag, origin, q_steps[3], q_steps[2], depth, heads, panel + padded * unit, padded, depth, padded)
+            pack(
+                tag,
+                origin,
+                (q_steps[3], q_steps[2]),
+                (depth, heads),
+                Block(real, panel + padded * unit, padded),
+                (depth, padded),
+            )
         for at in range(begin, end, _ROWS):
             rows = min(_ROWS, end - at)
             origin = keys + (b * key_steps[0] + at * key_steps[1]) * item
-            pack(tag, origin, key_steps[1], key_steps[2], rows, depth, block, depth, rows + OUTER_ROWS, depth)
+            pack(
+                tag,
+                origin,
+                (key_steps[1], key_steps[2]),
+                (rows, depth),
+                Block(real, block, depth),
+                (rows + OUTER_ROWS, depth),
+            )
             for i in range(queries):
                 panel = panels + i * (depth + 1) * padded * unit
                 for row in range(at, min(limits[i], at + rows), OUTER_ROWS):
                     left = block + (row - at) * depth * unit
                     for j in range(0, padded, across):
                         right = panel + (padded + j) * unit
-                        outer_tile(real, left, depth, right, padded, depth, sums + j * unit, padded, False)
+                        outer_tile(
+                            Block(real, left, depth),
+                            Block(real, right, padded),
+                            depth,
+                            Block(real, sums + j * unit, padded),
+                            False,
+                        )
                     for entry in range(row, min(limits[i], row + OUTER_ROWS)):
                         line = sums + (entry - row) * padded * unit
                         total = vsplat(real)

@@ -12,7 +12,8 @@ from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
 from .._rows import rows, spread
-from ._gemm import View, contract, pack, unpack, view
+from ._blocks import Block, pack, unpack
+from ._gemm import View, contract, view
 from ._moe_rows import STEP, gate_block, gate_score
 from ._vectors import INT32, LANES, TAGS, cast, lanes, load, load_index, size, store, vload, vstore, wide
 
@@ -143,8 +144,10 @@ def _gate_rows(
         for first in range(0, width, STEP):
             count = min(STEP, width - first)
             padded = -(-count // step) * step
-            pack(tag, left + first * gate_column * item, 0, gate_column, 1, count, g, STEP, 1, padded)
-            pack(tag, right + first * up_column * item, 0, up_column, 1, count, u, STEP, 1, padded)
+            pack(
+                tag, left + first * gate_column * item, (0, gate_column), (1, count), Block(real, g, STEP), (1, padded)
+            )
+            pack(tag, right + first * up_column * item, (0, up_column), (1, count), Block(real, u, STEP), (1, padded))
             gate_block(real, g, u, padded, weight, cast(real, limit))
-            unpack(tag, g, 0, 1, count, target + first * column * item, 0, column, 0, 0)
+            unpack(tag, Block(real, g, 0), (1, count), target + first * column * item, (0, column))
     return held[0]  # keeps the scratch alive until here

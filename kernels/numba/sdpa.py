@@ -13,7 +13,7 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
-from ._gemm import pack
+from ._blocks import Block, pack
 from ._tiles import DOT_ROW_COLUMNS, DOT_ROWS, OUTER_ROWS, OUTER_VECTORS
 from ._vectors import BYTE, TAGS, cast, lanes, load, size, store, wide
 from .attention import _finish, _scores, _softmax, _values
@@ -91,15 +91,15 @@ def _queries(start, stop, tag, shape, scale, is_causal, query, key, value, mask,
         for i in range(here):
             head, t = divmod(first + i, length)
             source = query[0] + (query[1][group * shared + head] + t * query[2]) * item
-            pack(tag, source, 0, query[3], 1, width, x + i * ld * unit, ld, 1, width)
+            pack(tag, source, (0, query[3]), (1, width), Block(real, x + i * ld * unit, ld), (1, width))
             store(real, tops + i * unit, cast(real, -np.inf))
             store(real, masses + i * unit, real)
         for at in range(0, reach, _KEYS):
             found = min(_KEYS, reach - at)
             source = key[0] + (key[1][group] + at * key[2]) * item
-            pack(tag, source, key[2], key[3], found, width, keys, ld, found, width)
+            pack(tag, source, (key[2], key[3]), (found, width), Block(real, keys, ld), (found, width))
             source = value[0] + (value[1][group] + at * value[2]) * item
-            pack(tag, source, value[2], value[3], found, depth, values, ld, found, depth)
+            pack(tag, source, (value[2], value[3]), (found, depth), Block(real, values, ld), (found, depth))
             _scores(tag, x, keys, ld, here, found, width, p, ldp)
             for i in range(here):
                 head, t = divmod(first + i, length)

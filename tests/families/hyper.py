@@ -30,7 +30,7 @@ MUTANTS = {
         ("hc_post", "(j * comb[2][0] + k * comb[2][1])", "(k * comb[2][0] + j * comb[2][1])", 0),
         ("hc_post", "goal + c * out[2][1] * item", "goal + c * item", 0),
         ("hc_head", "(stream * x_steps[0] + begin * x_steps[1])", "(stream * x_steps[0] + begin)", 0),
-        ("hc_head", "sums + j * unit, ld, begin > 0)", "sums + j * unit, ld, False)", 0),
+        ("hc_head", "begin > 0,", "False,", 0),
     ],
     "torch/hyper.py": [
         ("hc_split_sinkhorn", "comb.sum(step % 2, keepdim=True)", "comb.sum(1 - step % 2, keepdim=True)", 0),

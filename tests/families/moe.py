@@ -17,7 +17,7 @@ MUTANTS = {
         ("moe_gate", "taken[best] = 1", "taken[best] = 0", 0),
         ("moe_gate", "score = load(tag, scores + best * unit)", "score = load(tag, biased + best * unit)", 0),
         ("moe_gate", "token * table_steps[0]", "token", 0),
-        ("swiglu", "gate_column * item, 0, gate_column", "gate_column * item, 0, 1", 0),
+        ("swiglu", "gate_column * item, (0, gate_column)", "gate_column * item, (0, 1)", 0),
     ],
     "numba/_moe_rows.py": [
         ("swiglu", "maximum(minimum(vload(real, u + i * unit), limit), -limit)", "minimum(vload(real, u + i * unit), limit)", 0),
@@ -25,7 +25,7 @@ MUTANTS = {
         ("moe_gate", "where(z > 0, z, 0) + log1p", "z + log1p", 0),
         ("moe_experts", "order[bounds[ids[place] + 1]] = place", "order[place] = place", 0),
         ("moe_experts", "tokens[i] * row * item", "i * row * item", 0),
-        ("moe_experts", "source + width * item, 0, 1", "source, 0, 1", 0),
+        ("moe_experts", "source + width * item, (0, 1)", "source, (0, 1)", 0),
         ("moe_experts", "vround(E4M3, vload(FLOAT32, x + 4 * i) * divisor)", "vload(FLOAT32, x + 4 * i) * divisor", 0),
     ],
     "_moe.py": [("moe_experts", "not in FLOATS", "in FLOATS", 0)],

@@ -18,7 +18,7 @@ MUTANTS = {
         ("moe_experts", "b + group * bg", "b", 1),
         ("moe_experts", "s + group * sg", "s", 0),
         ("moe_experts", "group * sg + column // BLOCK * sn", "column // BLOCK * sn", 0),
-        ("fp4_matmul", "32 * deep, into, ldc, part > 0)", "32 * deep, into, ldc, part > 1)", 0),
+        ("fp4_matmul", "into, ldc),\n                    part > 0", "into, ldc),\n                    part > 1", 0),
     ],
     "numba/_coded_tiles.py": [
         ("fp4_matmul", "+ 4 * (lane // 4) for lane in range(16)]", "+ 4 * (lane // 8) for lane in range(16)]", 0),
