@@ -14,8 +14,9 @@ from numba.extending import intrinsic
 from flagops.backends.numba import jit, pointer, strides
 
 from .._rows import rows, spread
-from ._ir import STORAGE, Kind, i64
-from ._vectors import lanes, load, size, store, vload, vsplat, vstore, wide
+from . import _ir
+from ._ir import Kind, i64, lanes_of, storage
+from ._vectors import Vector, lanes, load, size, store, vload, vsplat, vstore, wide
 
 _LINE = 64  # bytes of a line of the cache
 
@@ -40,6 +41,37 @@ def shifted(block, i, j):
     return Block(block.tag, block.base + (i * block.row + j) * size(block.tag), block.row)
 
 
+def _accessor(lanes: bool, name: str, about: str, put: bool) -> Any:
+    """A word that reads or writes the element [i, j] of a block, or the vector that begins there."""
+
+    def generator(block):
+        tag, element = block[0], storage(block[0]).arithmetic
+
+        def generate(context, builder, signature, arguments):
+            base, row = (builder.extract_value(arguments[0], i) for i in (1, 2))
+            index = builder.add(builder.mul(arguments[1], row), arguments[2])
+            if put:
+                _ir.store(builder, tag, arguments[3], base, index)
+                return context.get_dummy_value()
+            return _ir.load(builder, tag, base, index, lanes_of(element) if lanes else 0)
+
+        kind = Vector(element) if lanes else element
+        i = types.int64
+        return (types.none(block, i, i, kind) if put else kind(block, i, i)), generate
+
+    reads = lambda typingctx, block, i, j: generator(block)  # noqa: E731
+    writes = lambda typingctx, block, i, j, value: generator(block)  # noqa: E731
+    word: Any = writes if put else reads
+    word.__name__, word.__doc__ = name, about
+    return intrinsic(word)
+
+
+get = _accessor(False, "get", "The element [i, j] of a block.", False)
+put = _accessor(False, "put", "Round a scalar into the element [i, j] of a block.", True)
+vget = _accessor(True, "vget", "The vector that begins at element [i, j] of a block.", False)
+vput = _accessor(True, "vput", "Round a vector into a block from element [i, j] on.", True)
+
+
 def block_of(tag: Kind) -> Kind:
     """The numba type of a Block."""
     return BaseTuple.from_types((tag, types.int64, types.int64), Block)
@@ -53,7 +85,7 @@ def _cut(context, builder, tag, shapes, values):
             context.cast(builder, value, given, types.int64)
             for value, given in zip(cgutils.unpack_tuple(builder, shape), kind, strict=True)
         )
-        used = builder.mul(builder.mul(count, row), i64(STORAGE[tag].size))
+        used = builder.mul(builder.mul(count, row), i64(storage(tag).size))
         whole = builder.and_(builder.add(used, i64(_LINE - 1)), i64(-_LINE))
         offsets.append(builder.add(offsets[-1], whole))
     return offsets

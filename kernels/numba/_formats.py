@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from flagops.backends.numba import features
 
-from ._ir import STORAGE, bits, call, constant, floats, i8, i64, like, lookup, named, read, shuffle, write
+from ._ir import bits, call, constant, floats, i8, i64, like, lookup, named, read, shuffle, storage, write
 
 
 class Format:
@@ -161,7 +161,7 @@ def decode_fp4(typingctx, codes, out, table, streaming, tag):
 
     def generate(context, builder, signature, arguments):
         codes, out, table, streaming, _ = arguments
-        size = STORAGE[tag].size
+        size = storage(tag).size
         packed = read(builder, ir.VectorType(i8, 16), codes)
         low, high = builder.and_(packed, constant(packed.type, 15)), builder.lshr(packed, constant(packed.type, 4))
         entries = read(builder, ir.VectorType(i8, 16 * size), table)
@@ -193,7 +193,7 @@ def decode_fp8(typingctx, codes, out, count, table, streaming, tag):
 
     def generate(context, builder, signature, arguments):
         codes, out, count, table, streaming, _ = arguments
-        size = STORAGE[tag].size
+        size = storage(tag).size
         whole_bits, lanes = ir.IntType(8 * size), 64 // size
         typ = ir.VectorType(whole_bits, lanes)
         permute = f"x86.avx512.vpermi2var.{'hi' if size == 2 else 'd'}.512"

@@ -1,7 +1,7 @@
 """How LLVM IR is built for numba kernels, and what every dtype is in memory and in registers: `STORAGE`.
 
-Addresses are int64. A *tag* is a value whose numba type names a dtype: NumPy's own zero of it, and where numba has no
-arithmetic for it, as for both halves, one that `named` makes. What is written here is for the authors of
+Addresses are int64. A *tag* is a value whose numba type is named as a dtype is: NumPy's own zero of it, and where numba
+has no arithmetic for it, as for both halves, one that `named` makes. What is written here is for the authors of
 words (`_vectors`), tiles (`_tiles`) and formats (`_formats`); kernels use those.
 """
 
@@ -39,22 +39,16 @@ class Named(types.Type):
 
 
 def named(name: str) -> tuple[Named, Any]:
-    """A type and the tag that has it: an empty tuple, since numba knows a tuple by its class and any other object by
-    asking Python at each call."""
-    kind, own = Named(name), type(name, (tuple,), {})
+    """A type and the tag that has it: a scalar of a NumPy record, since numba's dispatcher knows the type of those at
+    once, where it asks Python about any object of a class of ours at each call."""
+    kind, own = Named(name), type(name, (np.void,), {})
     typeof_impl.register(own)(lambda value, context: kind)
-    return kind, own()
+    return kind, np.zeros((), np.dtype((own, [(name, np.uint8)])))[()]
 
 
 register_model(Named)(models.OpaqueModel)
 unbox(Named)(lambda kind, value, c: NativeValue(c.context.get_dummy_value()))
 lower_constant(Named)(lambda context, builder, kind, value: context.get_dummy_value())
-
-(BFLOAT16, _bfloat16), (FLOAT16, _float16) = named("bfloat16"), named("float16")
-TAGS: dict[str, Any] = {"bfloat16": _bfloat16, "float16": _float16} | {
-    name: np.dtype(name).type(0)
-    for name in ("float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
-}
 
 
 def like(kind: ir.Type, element: ir.Type) -> ir.Type:
@@ -109,28 +103,38 @@ class Storage(NamedTuple):
         return SIZE[self.memory]
 
 
-_INTEGERS: frozenset[Kind] = types.integer_domain
-STORAGE: dict[Kind, Storage] = {
-    types.float32: Storage(f32, types.float32),
-    types.float64: Storage(f64, types.float64),
-    BFLOAT16: Storage(i16, types.float32, _widen_bfloat16, _narrow_bfloat16),
-    FLOAT16: Storage(
+STORAGE = {
+    "float32": Storage(f32, types.float32),
+    "float64": Storage(f64, types.float64),
+    "bfloat16": Storage(i16, types.float32, _widen_bfloat16, _narrow_bfloat16),
+    "float16": Storage(
         f16, types.float32,
         lambda builder, value: builder.fpext(value, like(value.type, f32)),
         lambda builder, value: builder.fptrunc(value, like(value.type, f16)),
     ),
-    types.boolean: Storage(
+    "bool": Storage(
         i8, types.boolean,
         lambda builder, value: builder.icmp_unsigned("!=", value, constant(value.type, 0)),
         lambda builder, value: builder.zext(value, like(value.type, i8)),
     ),
-} | {integer: Storage(ir.IntType(integer.bitwidth), integer) for integer in _INTEGERS}  # fmt: skip
-"""Every dtype that a kernel may name. A new one is a row here and a tag in `TAGS`."""
+    **{f"int{kind.width}": Storage(kind, getattr(types, f"int{kind.width}")) for kind in (i8, i16, i32, i64)},
+    **{f"uint{kind.width}": Storage(kind, getattr(types, f"uint{kind.width}")) for kind in (i8, i16, i32, i64)},
+}  # fmt: skip
+"""Every dtype that a kernel may name, a row each."""
+
+TAGS: dict[str, Any] = {
+    name: named(name)[1] if name in ("bfloat16", "float16") else np.dtype(name).type(0) for name in STORAGE
+}
+
+
+def storage(tag: Kind) -> Storage:
+    """Of the numba type of a tag."""
+    return STORAGE[tag.name]
 
 
 def register(element: Kind) -> ir.Type:
     """The IR type of an arithmetic type."""
-    return i1 if element is types.boolean else STORAGE[element].memory
+    return i1 if element is types.boolean else storage(element).memory
 
 
 def lanes_of(element: Kind) -> int:
@@ -165,17 +169,17 @@ def stream(builder: Builder, instruction: Value) -> None:
 
 def load(builder: Builder, tag: Kind, base: Value, index: Value | int = 0, lanes: int = 0) -> Value:
     """The element of a tag's dtype that lies `index` of them behind an address, or a vector of them, widened."""
-    storage = STORAGE[tag]
-    kind = ir.VectorType(storage.memory, lanes) if lanes else storage.memory
-    place = pointer(builder, base, index, storage.size)
-    return storage.widen(builder, builder.load(place, align=storage.size, typ=kind))
+    own = storage(tag)
+    kind = ir.VectorType(own.memory, lanes) if lanes else own.memory
+    place = pointer(builder, base, index, own.size)
+    return own.widen(builder, builder.load(place, align=own.size, typ=kind))
 
 
 def store(builder: Builder, tag: Kind, value: Value, base: Value, index: Value | int = 0) -> Value:
     """As `load`, the other way; the instruction."""
-    storage = STORAGE[tag]
-    place = pointer(builder, base, index, storage.size)
-    return builder.store(storage.narrow(builder, value), place, align=storage.size)
+    own = storage(tag)
+    place = pointer(builder, base, index, own.size)
+    return builder.store(own.narrow(builder, value), place, align=own.size)
 
 
 def call(builder: Builder, name: str, *values: Value, result: ir.Type | None = None) -> Value:

@@ -23,7 +23,7 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic, lower_builtin, lower_cast, models, register_model, type_callable
 
 from . import _ir
-from ._ir import LANES, STORAGE, TAGS, Kind, constant, generic, like
+from ._ir import LANES, TAGS, Kind, constant, generic, like, storage
 
 FLOAT32, INT32, BYTE = np.float32(0), np.int32(0), np.uint8(0)
 
@@ -51,7 +51,7 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def _arithmetic(tag):
-    return STORAGE[unliteral(tag)].arithmetic
+    return storage(unliteral(tag)).arithmetic
 
 
 @intrinsic
@@ -64,7 +64,7 @@ def lanes(typingctx, tag):
 @intrinsic
 def size(typingctx, tag):
     """Bytes of an element in memory."""
-    count = STORAGE[tag].size
+    count = storage(tag).size
     return types.int64(tag), lambda context, builder, signature, arguments: _ir.i64(count)
 
 
@@ -135,7 +135,7 @@ def vstream(typingctx, tag, address, value):
 
     def generate(context, builder, signature, arguments):
         instruction = _ir.store(builder, tag, arguments[2], arguments[1])
-        instruction.align = value.lanes * STORAGE[tag].size
+        instruction.align = value.lanes * storage(tag).size
         _ir.stream(builder, instruction)
         return context.get_dummy_value()
 
@@ -409,7 +409,7 @@ def rounded(typingctx, tag, a):
     """Each lane, or a scalar, rounded to the tag's dtype and widened again."""
 
     def generate(context, builder, signature, arguments):
-        return STORAGE[tag].widen(builder, STORAGE[tag].narrow(builder, arguments[1]))
+        return storage(tag).widen(builder, storage(tag).narrow(builder, arguments[1]))
 
     return a(tag, a), generate
 
