@@ -148,6 +148,12 @@ def alive(memory):
     return memory[0]
 
 
+@jit
+def round_up(count, step):
+    """The least multiple of a step that is no less."""
+    return -(-count // step) * step
+
+
 def walk(lead: Any, tails: tuple[int, ...], *arrays: Any) -> Iterator[tuple[tuple[int, ...], list[Any]]]:
     """Blocks of three axes that cover leading axes, to which those of the arrays broadcast: their sizes; and of each
     array its address, its strides along the three, and those of its last axes, as many as `tails` says; 0 of None."""

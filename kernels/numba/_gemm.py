@@ -1,7 +1,8 @@
 """C = A B (+ bias) over any strides. Each sum has one order, fixed by K and the layout of B: never by M, N or threads.
 
-Where B is contiguous along K, as a transposed weight is, vectors run along K (`dot_tile`): a bfloat16 weight is read
-once per block of rows and widened in registers or into a panel in L1. Elsewhere vectors run along N (`outer_tile`).
+One row is bound by the bytes of B: it goes from memory to registers and is widened there, read once. Many rows are
+bound by operations: tiles keep their sums in registers, and A and a panel of B, widened, stay in the caches. Where B is
+contiguous along K, as a transposed weight is, vectors run along K (`dot_tile`); elsewhere along N (`outer_tile`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 
-from ._blocks import Block, clear, pack, unpack_sum
+from ._blocks import Block, alive, clear, pack, round_up, scratch, shifted, unpack_sum
 from ._tiles import (
     DOT_COLUMNS,
     DOT_ROW_COLUMNS,
@@ -32,8 +33,13 @@ from ._tiles import (
 from ._vectors import TAGS, lanes, size, wide
 
 Axes = tuple[int, ...]
-DOT_DEPTH, OUTER_DEPTH, STREAM_DEPTH = 512, 256, 16
-_L2, _WIDTH, _SERIAL = 512 << 10, 384, 1 << 19
+Steps = tuple[tuple[int, int], ...]  # of rows and of columns: of A, B and C
+DOT_DEPTH, OUTER_DEPTH = 512, 256  # so deep a panel of B stays in L1
+STREAM_DEPTH = 16  # and so deep is B taken where it is read in place, row after row
+_L2 = 512 << 10  # bytes that A may take of it
+_WIDTH = 384  # columns of a task
+SERIAL = 1 << 19  # multiplications that no second thread is worth
+A, B, C, ROWS, PLACE, COUNT = range(6)  # what `row_blocks` says of a block
 
 
 @jit
@@ -62,150 +68,107 @@ def share(blocks, task, n, nc, terms):
     """The block and the first column of a task: all blocks of a group take `nc` columns of B while those are near."""
     parts = -(-n // nc)
     near = task // parts
-    first, count = near - blocks[near * terms, 4], blocks[near * terms, 5]
+    first, count = near - blocks[near * terms, PLACE], blocks[near * terms, COUNT]
     part, place = divmod(task - first * parts, count)
     return (first + place) * terms, part * nc
 
 
 @jit
-def _dot(
-    start, stop, tag, out_tag, n, k, mc, nc, span,
-    a, am, ak, b, bk, bn, c, cm, cn, bias, bias_stride, blocks, terms,
-):  # fmt: skip
-    float_tag = wide(tag)
-    item, width, step = size(tag), size(float_tag), lanes(tag)
-    rows_held, ldc = mc + DOT_ROWS, nc + DOT_WIDTH
-    held = np.empty(width * (rows_held * (span + ldc) + DOT_ROW_COLUMNS * DOT_DEPTH) + 64, np.uint8)
-    x = (np.int64(held.ctypes.data) + 63) & ~63
-    panel = x + rows_held * span * width
-    sums = panel + DOT_ROW_COLUMNS * DOT_DEPTH * width
-    for task in range(start, stop):
-        block, column = share(blocks, task, n, nc, terms)
-        rows, columns = min(mc, blocks[block, 3]), min(nc, n - column)
-        across = DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS
-        if k == 0:
-            clear(float_tag, sums, rows * ldc)
-        for part in range(-(-k // span) * terms):
-            term, first = block + part // -(-k // span), part % -(-k // span) * span
-            depth = min(span, k - first)
-            left = a + (blocks[term, 0] + first * ak) * item
-            right = b + (blocks[term, 1] + column * bn + first) * item
-            padded = -(-depth // step) * step
-            padded_rows = -(-rows // DOT_ROWS) * DOT_ROWS if rows > 1 else 1
-            pack(tag, left, (am, ak), (rows, depth), Block(float_tag, x, span), (padded_rows, padded))
-            for j in range(0, columns, across):
-                valid = min(across, columns - j)
-                for at in range(0, depth, DOT_DEPTH):
-                    d = min(DOT_DEPTH, depth - at)
-                    whole = d % step == 0
-                    d_padded = -(-d // step) * step
-                    w, add = right + (j * bn + at) * item, part + at > 0
-                    if rows == 1 and whole:
-                        dot_row(
-                            Block(float_tag, x + at * width, span),
-                            Block(tag, w, bn),
-                            valid,
-                            d,
-                            Block(float_tag, sums + j * width, ldc),
-                            add,
-                        )
-                    elif rows == 1:
-                        pack(tag, w, (bn, 1), (valid, d), Block(float_tag, panel, DOT_DEPTH), (valid, d_padded))
-                        into = sums + j * width
-                        dot_row(
-                            Block(float_tag, x + at * width, span),
-                            Block(float_tag, panel, DOT_DEPTH),
-                            valid,
-                            d_padded,
-                            Block(float_tag, into, ldc),
-                            add,
-                        )
-                    elif rows <= DOT_ROWS and whole:
-                        dot_tile(
-                            Block(float_tag, x + at * width, span),
-                            Block(tag, w, bn),
-                            valid,
-                            d,
-                            Block(float_tag, sums + j * width, ldc),
-                            add,
-                        )
-                    else:
-                        pack(tag, w, (bn, 1), (valid, d), Block(float_tag, panel, DOT_DEPTH), (valid, d_padded))
-                        for i in range(0, rows, DOT_ROWS):
-                            xi, into = x + (i * span + at) * width, sums + (i * ldc + j) * width
-                            dot_tile(
-                                Block(float_tag, xi, span),
-                                Block(float_tag, panel, DOT_DEPTH),
-                                valid,
-                                d_padded,
-                                Block(float_tag, into, ldc),
-                                add,
-                            )
-        target = c + (blocks[block, 2] + column * cn) * size(out_tag)
-        shift = bias + column * bias_stride * size(out_tag) if bias != 0 else 0
-        unpack_sum(out_tag, Block(float_tag, sums, ldc), (rows, columns), target, (cm, cn), shift, bias_stride)
-    return held[0]  # keeps the scratch alive until here
+def dot_rows(x, w, rows, columns, depth, c, add):
+    """As `dot_tile` for one row or any number; a last tile reads and writes whole ones."""
+    if rows == 1:
+        dot_row(x, w, columns, depth, c, add)
+    else:
+        for i in range(0, rows, DOT_ROWS):
+            dot_tile(shifted(x, i, 0), w, columns, depth, shifted(c, i, 0), add)
 
 
 @jit
-def _outer(
-    start, stop, tag, out_tag, n, k, mc, nc, span,
-    a, am, ak, b, bk, bn, c, cm, cn, bias, bias_stride, blocks, terms,
-):  # fmt: skip
-    float_tag = wide(tag)
-    item, width = size(tag), size(float_tag)
-    across, across_row = OUTER_VECTORS * lanes(tag), ROW_VECTORS * lanes(tag)
-    rows_held, ldc = mc + OUTER_ROWS, nc + across_row
-    held = np.empty(width * (rows_held * (span + ldc) + span * across_row) + 64, np.uint8)
-    x = (np.int64(held.ctypes.data) + 63) & ~63
-    panel = x + span * rows_held * width
-    sums = panel + span * across_row * width
+def outer_rows(a, b, rows, depth, c, add):
+    """As `outer_tile` for one row or any number; a last tile reads and writes whole ones."""
+    if rows == 1:
+        outer_row(a, b, depth, c, add)
+    else:
+        for i in range(0, rows, OUTER_ROWS):
+            outer_tile(shifted(a, i, 0), b, depth, shifted(c, i, 0), add)
+
+
+@jit
+def _leave(tag, sums, rows, columns, column, c, offset, bias):
+    """Round sums, and a bias where there is one, into columns from `column` on of the rows at an offset."""
+    (base, row_step, column_step), (shift, shift_step) = c, bias
+    target = base + (offset + column * column_step) * size(tag)
+    if shift != 0:
+        shift += column * shift_step * size(tag)
+    unpack_sum(tag, sums, (rows, columns), target, (row_step, column_step), shift, shift_step)
+
+
+@jit
+def _dot(start, stop, tag, out_tag, n, k, mc, nc, span, a, b, c, bias, blocks, terms):
+    """Vectors along K. Few rows read B where it lies, unless its depth leaves part of a vector."""
+    (a, am, ak), (b, _, bn), real, step = a, b, wide(tag), lanes(tag)
+    shapes = (mc + DOT_ROWS, span), (DOT_ROW_COLUMNS, DOT_DEPTH), (mc + DOT_ROWS, nc + DOT_WIDTH)
+    memory, (x, panel, sums) = scratch(real, shapes)
+    parts = -(-k // span)
     for task in range(start, stop):
         block, column = share(blocks, task, n, nc, terms)
-        rows, columns = min(mc, blocks[block, 3]), min(nc, n - column)
-        wide_step = across_row if rows == 1 else across
+        rows, columns = min(mc, blocks[block, ROWS]), min(nc, n - column)
+        across = DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS
+        padded_rows = round_up(rows, DOT_ROWS) if rows > 1 else 1
         if k == 0:
-            clear(float_tag, sums, rows * ldc)
-        for part in range(-(-k // span) * terms):
-            term, first = block + part // -(-k // span), part % -(-k // span) * span
-            d = min(span, k - first)
-            left = a + (blocks[term, 0] + first * ak) * item
-            right = b + (blocks[term, 1] + column * bn + first * bk) * item
-            padded_rows = -(-rows // OUTER_ROWS) * OUTER_ROWS if rows > 1 else 1
-            pack(tag, left, (am, ak), (rows, d), Block(float_tag, x, span), (padded_rows, d))
-            for j in range(0, columns, wide_step):
-                valid = min(wide_step, columns - j)
-                w, into, add = right + j * bn * item, sums + j * width, part > 0
-                direct = rows <= OUTER_ROWS and bn == 1 and valid == wide_step
-                if not direct:
-                    pack(tag, w, (bk, bn), (d, valid), Block(float_tag, panel, wide_step), (d, wide_step))
-                if rows == 1:
-                    if direct:
-                        outer_row(Block(float_tag, x, span), Block(tag, w, bk), d, Block(float_tag, into, ldc), add)
+            clear(real, sums.base, rows * sums.row)
+        for part in range(parts * terms):
+            term, first = block + part // parts, part % parts * span
+            depth = min(span, k - first)
+            left = a + (blocks[term, A] + first * ak) * size(tag)
+            pack(tag, left, (am, ak), (rows, depth), x, (padded_rows, round_up(depth, step)))
+            right = Block(tag, b + (blocks[term, B] + column * bn + first) * size(tag), bn)
+            for j in range(0, columns, across):
+                valid = min(across, columns - j)
+                for at in range(0, depth, DOT_DEPTH):
+                    deep = min(DOT_DEPTH, depth - at)
+                    w, values, into, add = shifted(right, j, at), shifted(x, 0, at), shifted(sums, 0, j), part + at > 0
+                    if rows <= DOT_ROWS and deep % step == 0:
+                        dot_rows(values, w, rows, valid, deep, into, add)
                     else:
-                        outer_row(
-                            Block(float_tag, x, span),
-                            Block(float_tag, panel, wide_step),
-                            d,
-                            Block(float_tag, into, ldc),
-                            add,
-                        )
-                elif direct:
-                    outer_tile(Block(float_tag, x, span), Block(tag, w, bk), d, Block(float_tag, into, ldc), add)
+                        padded = round_up(deep, step)
+                        pack(tag, w.base, (bn, 1), (valid, deep), panel, (valid, padded))
+                        dot_rows(values, panel, rows, valid, padded, into, add)
+        _leave(out_tag, sums, rows, columns, column, c, blocks[block, C], bias)
+    return alive(memory)
+
+
+@jit
+def _outer(start, stop, tag, out_tag, n, k, mc, nc, span, a, b, c, bias, blocks, terms):
+    """Vectors along N. Few rows read B where it lies, unless its columns are apart or end within a tile."""
+    (a, am, ak), (b, bk, bn), real = a, b, wide(tag)
+    most = ROW_VECTORS * lanes(tag)
+    memory, (x, panel, sums) = scratch(real, ((mc + OUTER_ROWS, span), (span, most), (mc + OUTER_ROWS, nc + most)))
+    parts = -(-k // span)
+    for task in range(start, stop):
+        block, column = share(blocks, task, n, nc, terms)
+        rows, columns = min(mc, blocks[block, ROWS]), min(nc, n - column)
+        across = most if rows == 1 else OUTER_VECTORS * lanes(tag)
+        dense = Block(real, panel.base, across)
+        padded_rows = round_up(rows, OUTER_ROWS) if rows > 1 else 1
+        if k == 0:
+            clear(real, sums.base, rows * sums.row)
+        for part in range(parts * terms):
+            term, first = block + part // parts, part % parts * span
+            depth = min(span, k - first)
+            left = a + (blocks[term, A] + first * ak) * size(tag)
+            pack(tag, left, (am, ak), (rows, depth), x, (padded_rows, depth))
+            right = b + (blocks[term, B] + column * bn + first * bk) * size(tag)
+            for j in range(0, columns, across):
+                valid = min(across, columns - j)
+                w, into, add = right + j * bn * size(tag), shifted(sums, 0, j), part > 0
+                if rows <= OUTER_ROWS and bn == 1 and valid == across:
+                    outer_rows(x, Block(tag, w, bk), rows, depth, into, add)
                 else:
-                    for i in range(0, rows, OUTER_ROWS):
-                        xi, into = x + i * span * width, sums + (i * ldc + j) * width
-                        outer_tile(
-                            Block(float_tag, xi, span),
-                            Block(float_tag, panel, wide_step),
-                            d,
-                            Block(float_tag, into, ldc),
-                            add,
-                        )
-        target = c + (blocks[block, 2] + column * cn) * size(out_tag)
-        shift = bias + column * bias_stride * size(out_tag) if bias != 0 else 0
-        unpack_sum(out_tag, Block(float_tag, sums, ldc), (rows, columns), target, (cm, cn), shift, bias_stride)
-    return held[0]  # keeps the scratch alive until here
+                    pack(tag, w, (bk, bn), (depth, valid), dense, (depth, across))
+                    outer_rows(x, dense, rows, depth, into, add)
+        _leave(out_tag, sums, rows, columns, column, c, blocks[block, C], bias)
+    return alive(memory)
 
 
 class View(NamedTuple):
@@ -290,7 +253,7 @@ def _arranged(
         return _offsets([*batch, (count, most * am, 0, most * cm, -most, 1, 0), *summed], (0, 0, 0, m, 0, count))
 
     shared = _shared(name, result, m, n, k, m * groups * terms, (bk, bn), blocks, terms, team)
-    return shared, (am, ak, bk, bn, cm, cn), terms
+    return shared, ((am, ak), (bk, bn), (cm, cn)), terms
 
 
 def contract_groups(name: str, a: View, b: View, out: View, bounds: Any) -> None:
@@ -304,14 +267,13 @@ def contract_groups(name: str, a: View, b: View, out: View, bounds: Any) -> None
     most = min(m, _most(bounds))
     if most and n:
         shared = _shared(name, name, most, n, k, m, (bk, bn), blocks, 1, threads())
-        _multiply(shared, (am, ak, bk, bn, cm, cn), 1, a, b, out, (0, 0))
+        _multiply(shared, ((am, ak), (bk, bn), (cm, cn)), 1, a, b, out, (0, 0))
 
 
-def _multiply(shared: Any, steps: Axes, terms: int, a: View, b: View, out: View, bias: tuple[int, int]) -> None:
+def _multiply(shared: Any, steps: Steps, terms: int, a: View, b: View, out: View, bias: tuple[int, int]) -> None:
     kernel, tasks, minimum, sizes, table = shared
-    am, ak, bk, bn, cm, cn = steps
-    where = a.address, am, ak, b.address, bk, bn, out.address, cm, cn, *bias
-    parallel(kernel, tasks, *sizes, *where, table, terms, minimum=minimum)
+    operands = ((x.address, *own) for x, own in zip((a, b, out), steps, strict=True))
+    parallel(kernel, tasks, *sizes, *operands, bias, table, terms, minimum=minimum)
 
 
 @jit
@@ -340,7 +302,7 @@ def _shared(
         kernel, unit, mc = _outer, 128, min(m, 192)
         span = STREAM_DEPTH if m <= OUTER_ROWS else OUTER_DEPTH
     table = blocks(mc)
-    count = team if rows * n * max(k, 1) > _SERIAL else 1
+    count = team if rows * n * max(k, 1) > SERIAL else 1
     cut = len(table) // terms
     nc = min(_WIDTH, max(unit, -(-n * cut // (4 * count * unit)) * unit))
     tasks = cut * -(-n // nc)
