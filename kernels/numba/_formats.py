@@ -50,6 +50,16 @@ class Format:
         return 2 ** (self.bits - self.signed) - 1
 
     @property
+    def per_byte(self) -> int:
+        """Codes in a byte."""
+        return 8 // self.bits
+
+    @property
+    def full(self) -> int:
+        """A byte of `top`."""
+        return sum(self.top << place for place in range(0, 8, self.bits))
+
+    @property
     def largest(self) -> float:
         return float(np.nanmax(self.values))
 
@@ -69,6 +79,20 @@ INFINITY = (2**8 - 1) << FLOAT32.mantissa
 """Bits of a float32; those of NaN are more."""
 
 (_E4M3, E4M3), (_E2M1, E2M1) = named("e4m3"), named("e2m1")
+
+
+def _fact(name: str, kind: Any) -> Any:
+    """A word that gives what a format says of itself."""
+
+    def fact(typingctx, form):
+        value = constant(storage(kind).memory, getattr(FORMATS[form.name], name))
+        return kind(form), lambda context, builder, signature, arguments: value
+
+    return intrinsic(fact)
+
+
+floor, inverse = _fact("floor", types.float32), _fact("inverse", types.float32)
+full, per_byte = _fact("full", types.int64), _fact("per_byte", types.int64)
 
 
 def _is_small(builder, form, magnitude):

@@ -12,11 +12,12 @@ MUTANTS = {
     "numba/dequantize.py": [
         ("fp4_dequantize", "group * scale_column", "group", 0),
         ("fp4_dequantize", "row * scale_row + group", "group", 0),
-        ("fp4_dequantize", "_gather(codes, source, packed_column)", "_gather(codes, source, 1)", 0),
+        ("fp4_dequantize", "(0, packed_column), halves", "(0, 1), halves", 0),
         ("fp8_dequantize", "row // block_rows * scale_row", "row * scale_row", 0),
-        ("fp8_dequantize", "128 * size * load(BYTE, scales + block * scale_column)", "128 * size * load(BYTE, scales)", 0),
+        ("fp8_dequantize", "scale + scales + i * scale_column", "scale + scales", 0),
         ("fp8_dequantize", "row // block_rows != band", "band < 0", 0),
-        ("fp8_dequantize", "_multiply(products, tables, scales, scale_column", "_multiply(products, tables, scales, 1", 0),
+        ("fp8_dequantize", "scales + block * step * size", "scales + block * size", 0),
+        ("fp8_dequantize", "target, (0, out_column)", "target, (0, 1)", 1),
     ],
     "torch/dequantize.py": [
         ("fp4_dequantize", "values[byte & 15], values[byte >> 4]", "values[byte >> 4], values[byte & 15]", 0),

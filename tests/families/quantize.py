@@ -17,14 +17,22 @@ def calls(t, codes):
 
 MUTANTS = {
     "numba/quantize.py": [
-        ("fp8_quantize", "if top >= INFINITY:", "if top > INFINITY:", 0),
-        ("fp8_quantize", "+ 0x7FFFFF) >> 23", "+ 0x400000) >> 23", 0),
+        ("fp8_quantize", "beside + group * scale_column * size(FLOAT32)", "beside + group * size(FLOAT32)", 0),
         ("fp8_quantize", "beside + group * scale_column, code", "beside + group, code", 0),
-        ("fp4_quantize", "target + i // 2, value", "target + i // 4, value", 0),
-        ("fp8_fake_quantize", "exact = 0 < code < 255", "exact = code < 255", 0),
-        ("fp4_to_fp8", "128 * first * weight_steps[1]", "first * weight_steps[1]", 0),
-        ("fp4_to_fp8", "same[block] = tops[block] != 255", "same[block] = True", 0),
-        ("hadamard", "vstore(real, row + (i + apart) * unit, low - high)", "vstore(real, row + (i + apart) * unit, high - low)", 0),
+        ("fp8_quantize", "unpack(BYTE, coded, (1, count), into, (0, codes_column))", "unpack(BYTE, coded, (1, count), into, (0, 1))", 0),
+        ("fp8_fake_quantize", "group * block * out_column", "group * block", 0),
+        ("fp4_to_fp8", "_byte(weight, row, _BLOCK * first)", "_byte(weight, row, first)", 0),
+        ("fp4_to_fp8", "same[block] = tops[block] != NOT_FINITE", "same[block] = True", 0),
+        ("fp4_to_fp8", "pair >> _BITS & _TOP", "pair & _TOP", 0),
+        ("hadamard", "vput(row, 0, i + apart, low - high)", "vput(row, 0, i + apart, high - low)", 0),
+        ("hadamard", "Block(tag, result, out_column)", "Block(tag, result, 1)", 0),
+    ],
+    "numba/_scales.py": [
+        ("fp8_quantize", "if top >= INFINITY:", "if top > INFINITY:", 0),
+        ("fp8_quantize", "_LEFT = 2**_MANTISSA - 1", "_LEFT = 2 ** (_MANTISSA - 1)", 0),
+        ("fp4_quantize", "0, i // per_byte(form)", "0, i // 4", 0),
+        ("fp8_fake_quantize", "0 < code < NOT_FINITE", "code < NOT_FINITE", 0),
+        ("fp4_quantize", "full(form)", "0", 0),
     ],
     "numba/_formats.py": [
         ("fp8_quantize", "magnitude, constant(magnitude.type, (1 << dropped - 1) - 1)", "magnitude, constant(magnitude.type, 1 << dropped - 1)", 0),
