@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from flagops.backends.numba import features
 
 from . import _ir
-from ._formats import FLOAT16, FORMATS
+from ._formats import FORMATS, HALF
 from ._ir import LANES, constant, f16, f32, fma, i8, i16, i32, i64, lookup, loop, read, shuffle, splat, store
 from ._tiles import DOT_ROW_COLUMNS, fold, initial
 
@@ -25,7 +25,7 @@ _PERMUTE = "+avx512f" in features()
 _TOGETHER = 4
 """Rows of weights that run side by side: enough to hide the latency of their sums."""
 _E4M3, _E2M1, _SCALES = (FORMATS[name] for name in ("e4m3", "e2m1", "e8m0"))
-FP8_FACTOR = 2.0 ** (FLOAT16.bias - _E4M3.bias)
+FP8_FACTOR = 2.0 ** (HALF.bias - _E4M3.bias)
 
 FP4_ORDER = (
     tuple(8 * (lane % 4) + 4 * half + lane // 4 for half in (0, 1) for lane in range(16))
@@ -71,8 +71,8 @@ def _fp4_group(builder, codes, scale, table):
 def _fp8_pair(builder, code):
     """Two vectors for 2 * LANES codes; NaN codes give numbers."""
     wide = builder.sext(code, _vector(i16, 2 * LANES))
-    shifted = builder.shl(wide, constant(wide.type, FLOAT16.mantissa - _E4M3.mantissa))
-    bits = builder.and_(shifted, constant(wide.type, ~(1 << FLOAT16.bits - 2)))  # a copy of the sign is shifted there
+    shifted = builder.shl(wide, constant(wide.type, HALF.mantissa - _E4M3.mantissa))
+    bits = builder.and_(shifted, constant(wide.type, ~(1 << HALF.bits - 2)))  # a copy of the sign is shifted there
     half = builder.bitcast(bits, _vector(f16, 2 * LANES))
     parts = (shuffle(builder, half, half, range(first, first + LANES)) for first in (0, LANES))
     return [builder.fpext(part, _vector(f32)) for part in parts]

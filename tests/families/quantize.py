@@ -27,8 +27,11 @@ MUTANTS = {
         ("hadamard", "vstore(real, row + (i + apart) * unit, low - high)", "vstore(real, row + (i + apart) * unit, high - low)", 0),
     ],
     "numba/_formats.py": [
+        ("moe_experts", "vround(tag, divided(x, i, scale, code))", "divided(x, i, scale, code)", 0),
+        ("moe_experts", "if top >= INFINITY:", "if top > INFINITY:", 0),
+        ("moe_experts", "+ _ALL_BUT_ONE)", "+ _ALL_BUT_ONE // 2)", 0),
         ("fp8_quantize", "magnitude, constant(magnitude.type, (1 << dropped - 1) - 1)", "magnitude, constant(magnitude.type, 1 << dropped - 1)", 0),
-        ("fp4_quantize", "FLOAT32.bits - form.bits)", "FLOAT32.bits - form.bits + 1)", 0),
+        ("fp4_quantize", "SINGLE.bits - form.bits)", "SINGLE.bits - form.bits + 1)", 0),
         ("fp8_fake_quantize", "builder.or_(chosen, sign)", "chosen", 0),
         ("fp4_dequantize", "for lane in (i, count + i)", "for lane in (count + i, i)", 0),
         ("fp8_dequantize", "constant(typ, 128)), constant(typ, 8 * size - 8)", "constant(typ, 64)), constant(typ, 8 * size - 7)", 0),
