@@ -22,7 +22,10 @@ _LINE = 64  # bytes of a line of the cache
 
 
 class Block(NamedTuple):
-    """Rows of elements of a tag: where the first lies, and from one to the next in elements."""
+    """Rows of elements of a tag: where the first lies, and from one to the next in elements.
+
+    A vector of any stride is rows of one element.
+    """
 
     tag: Any
     base: Any
@@ -190,9 +193,20 @@ def place(task, sizes, steps):
 
 
 @jit
-def origin(tag, x, sizes, task):
-    """The address of a task's row in an array of `walk`."""
-    return x[0] + place(task, sizes, x[1]) * size(tag)
+def of_task(tag, x, sizes, task):
+    """What a task has of an array of `walk`: rows of its last two axes, or the elements of its last as rows of one."""
+    return Block(tag, x[0] + place(task, sizes, x[1]) * size(tag), x[2][0])
+
+
+@jit
+def copy(source, target, count):
+    """The first elements of the rows of a block into those of another of the same tag."""
+    step = lanes(source.tag)
+    whole = count - count % step if source.row == 1 and target.row == 1 else 0
+    for i in range(0, whole, step):
+        vput(target, i, 0, vget(source, i, 0))
+    for i in range(whole, count):
+        put(target, i, 0, get(source, i, 0))
 
 
 @jit

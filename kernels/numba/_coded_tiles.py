@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from flagops.backends.numba import features
 
 from . import _ir
-from ._formats import FLOAT16, FORMATS
+from ._formats import FORMATS, HALF
 from ._ir import LANES, constant, f16, f32, fma, i8, i16, i32, i64, load, lookup, loop, read, shuffle, splat, store
 from ._tiles import DOT_ROW_COLUMNS, fold, initial, places
 
@@ -27,7 +27,7 @@ _TOGETHER = 4
 _E4M3, _E2M1, _SCALES = (FORMATS[name] for name in ("e4m3", "e2m1", "e8m0"))
 GROUP, PAIR = 32, 2 * LANES
 """Weights that share a scale in FP4; and that are decoded together in FP8, of which there must be a multiple."""
-FP8_FACTOR = 2.0 ** (FLOAT16.bias - _E4M3.bias)
+FP8_FACTOR = 2.0 ** (HALF.bias - _E4M3.bias)
 
 FP4_ORDER = (
     tuple(8 * (lane % 4) + 4 * half + lane // 4 for half in (0, 1) for lane in range(16))
@@ -82,8 +82,8 @@ def _fp4_group(builder, codes, scale, table):
 def _fp8_pair(builder, code):
     """Two vectors for PAIR codes; NaN codes give numbers."""
     wide = builder.sext(code, _vector(i16, PAIR))
-    shifted = builder.shl(wide, constant(wide.type, FLOAT16.mantissa - _E4M3.mantissa))
-    bits = builder.and_(shifted, constant(wide.type, ~(1 << FLOAT16.bits - 2)))  # a copy of the sign is shifted there
+    shifted = builder.shl(wide, constant(wide.type, HALF.mantissa - _E4M3.mantissa))
+    bits = builder.and_(shifted, constant(wide.type, ~(1 << HALF.bits - 2)))  # a copy of the sign is shifted there
     half = builder.bitcast(bits, _vector(f16, PAIR))
     parts = (shuffle(builder, half, half, range(first, first + LANES)) for first in (0, LANES))
     return [builder.fpext(part, _vector(f32)) for part in parts]

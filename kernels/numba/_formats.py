@@ -17,7 +17,8 @@ from numba.extending import intrinsic
 
 from flagops.backends.numba import features
 
-from ._ir import bits, call, constant, floats, i8, i64, like, lookup, named, read, shuffle, storage, write
+from . import _ir
+from ._ir import call, constant, floats, i8, i64, like, lookup, named, read, shuffle, storage, write
 
 
 class Format:
@@ -74,9 +75,11 @@ FORMATS = {
     "e2m1": Format(4, 1, 1, nan=False, floor=6 * 2.0**-126),
     "e8m0": Format(8, 0, 127, signed=False, nan=True),
 }
-FLOAT16, FLOAT32 = Format(16, 10, 15, nan=True), Format(32, 23, 127, nan=True)  # what codes are made of and into
-INFINITY = (2**8 - 1) << FLOAT32.mantissa
+HALF, SINGLE = Format(16, 10, 15, nan=True), Format(32, 23, 127, nan=True)  # what codes are made of and into
+INFINITY = (2**8 - 1) << SINGLE.mantissa
 """Bits of a float32; those of NaN are more."""
+NO_SCALE = FORMATS["e8m0"].top
+"""The code of the scale of a block that is not finite."""
 
 (_E4M3, E4M3), (_E2M1, E2M1) = named("e4m3"), named("e2m1")
 
@@ -97,25 +100,25 @@ full, per_byte = _fact("full", types.int64), _fact("per_byte", types.int64)
 
 def _is_small(builder, form, magnitude):
     """Whether a magnitude is subnormal in the format."""
-    least = FLOAT32.bias + 1 - form.bias
-    return builder.icmp_signed("<", magnitude, constant(magnitude.type, least << FLOAT32.mantissa))
+    least = SINGLE.bias + 1 - form.bias
+    return builder.icmp_signed("<", magnitude, constant(magnitude.type, least << SINGLE.mantissa))
 
 
 def _magic(form):
     """The float32 whose unit is the format's least step."""
-    return 2.0 ** (FLOAT32.mantissa - form.mantissa + 1 - form.bias)
+    return 2.0 ** (SINGLE.mantissa - form.mantissa + 1 - form.bias)
 
 
 def _split(builder, value):
     """Sign and magnitude as integers."""
-    both = bits(builder, value)
-    top = constant(both.type, FLOAT32.top)
+    both = _ir.bits(builder, value)
+    top = constant(both.type, SINGLE.top)
     return builder.and_(both, builder.not_(top)), builder.and_(both, top)
 
 
 def _to_even(builder, form, magnitude):
     """The magnitude's bits with those that the format lacks rounded away, not yet cleared."""
-    dropped = FLOAT32.mantissa - form.mantissa
+    dropped = SINGLE.mantissa - form.mantissa
     odd = builder.and_(builder.lshr(magnitude, constant(magnitude.type, dropped)), constant(magnitude.type, 1))
     return builder.add(builder.add(magnitude, constant(magnitude.type, (1 << dropped - 1) - 1)), odd)
 
@@ -124,23 +127,23 @@ def _encode(builder, form, value):
     """Codes, in integers of 32 bits."""
     sign, magnitude = _split(builder, value)
     kind, magic = magnitude.type, _magic(form)
-    shifted = builder.lshr(_to_even(builder, form, magnitude), constant(kind, FLOAT32.mantissa - form.mantissa))
-    normal = builder.sub(shifted, constant(kind, FLOAT32.bias - form.bias << form.mantissa))
+    shifted = builder.lshr(_to_even(builder, form, magnitude), constant(kind, SINGLE.mantissa - form.mantissa))
+    normal = builder.sub(shifted, constant(kind, SINGLE.bias - form.bias << form.mantissa))
     near = builder.fadd(floats(builder, magnitude), constant(value.type, magic))
-    first = (int(math.log2(magic)) + FLOAT32.bias) << FLOAT32.mantissa
-    small = builder.sub(bits(builder, near), constant(kind, first))
+    first = (int(math.log2(magic)) + SINGLE.bias) << SINGLE.mantissa
+    small = builder.sub(_ir.bits(builder, near), constant(kind, first))
     code = builder.select(_is_small(builder, form, magnitude), small, normal)
-    return builder.or_(code, builder.lshr(sign, constant(kind, FLOAT32.bits - form.bits)))
+    return builder.or_(code, builder.lshr(sign, constant(kind, SINGLE.bits - form.bits)))
 
 
 def _round(builder, form, value):
     """The format's nearest values, as float32."""
     sign, magnitude = _split(builder, value)
-    kept = constant(magnitude.type, FLOAT32.top & -(1 << FLOAT32.mantissa - form.mantissa))
+    kept = constant(magnitude.type, SINGLE.top & -(1 << SINGLE.mantissa - form.mantissa))
     normal = builder.and_(_to_even(builder, form, magnitude), kept)
     step = constant(value.type, _magic(form))
     small = builder.fsub(builder.fadd(floats(builder, magnitude), step), step)
-    chosen = builder.select(_is_small(builder, form, magnitude), bits(builder, small), normal)
+    chosen = builder.select(_is_small(builder, form, magnitude), _ir.bits(builder, small), normal)
     return floats(builder, builder.or_(chosen, sign))
 
 

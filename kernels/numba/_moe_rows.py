@@ -1,78 +1,38 @@
-"""Rows on their way through an expert, on the CPU: gathered, gated, rounded through FP8, added up."""
+"""Rows on their way through an expert, on the CPU: gathered, gated, rounded through FP8, added up.
+
+Bound by bytes but for the exponential of the gate; a row goes through in blocks that stay in L1.
+"""
+
+from __future__ import annotations
 
 import numpy as np
 
 from flagops.backends.numba import jit
 
 from .._moe import BLOCK
-from ._blocks import Block, pack, unpack
-from ._formats import E4M3, FORMATS, INFINITY, vround
-from ._vectors import (
-    FLOAT32,
-    INT32,
-    bits,
-    cast,
-    exp,
-    from_bits,
-    lanes,
-    load,
-    log1p,
-    maximum,
-    minimum,
-    rounded,
-    size,
-    sqrt,
-    store,
-    vhighest,
-    vload,
-    vsplat,
-    vstore,
-    where,
-    wide,
-)
+from ._blocks import Block, alive, at, clear, copy, get, pack, put, scratch, shifted, unpack, vget, vput
+from ._formats import E4M3
+from ._scales import fake
+from ._vectors import FLOAT32, exp, lanes, log1p, maximum, minimum, rounded, sqrt, where, wide
 
-_INVERSE, _FLOOR = FORMATS["e4m3"].inverse, FORMATS["e4m3"].floor
-_NAN = np.float32(np.nan)
 STEP = 512  # elements of a row that stay in L1
-
-
-@jit
-def fall(x):
-    """exp(-|x|), which no x overflows."""
-    return exp(-abs(x))
 
 
 @jit
 def gate_score(z):
     """sqrt(softplus(z)), the identity within the root above 20."""
-    return sqrt(where(z > 20, z, where(z > 0, z, 0) + log1p(fall(z))))
+    return sqrt(where(z > 20, z, where(z > 0, z, 0) + log1p(exp(-abs(z)))))
 
 
 @jit
-def gate_block(real, g, u, count, weight, limit):
-    """silu(min(g, limit)) * clip(u) * weight over a block of whole vectors, into g."""
-    unit, step = size(real), lanes(real)
-    for i in range(0, count, step):
-        gate = minimum(vload(real, g + i * unit), limit)
-        up = maximum(minimum(vload(real, u + i * unit), limit), -limit)
-        power = fall(gate)
+def gate_block(g, u, count, weight, limit):
+    """silu(min(g, limit)) * clip(u) * weight over whole vectors of the first rows, into g."""
+    for i in range(0, count, lanes(g.tag)):
+        gate = minimum(vget(g, 0, i), limit)
+        up = maximum(minimum(vget(u, 0, i), limit), -limit)
+        power = exp(-abs(gate))
         silu = gate * where(gate >= 0, 1, power) / (1 + power)
-        vstore(real, g + i * unit, silu * up * weight)
-
-
-@jit
-def fake_block(x, count):
-    """A block of float32, of whole vectors, rounded to FP8 under one power of two; NaN unless all are finite."""
-    step = lanes(FLOAT32)
-    highest = vsplat(INT32)
-    for i in range(0, count, step):
-        highest = maximum(highest, bits(abs(vload(FLOAT32, x + 4 * i))))
-    top = np.int64(vhighest(highest))
-    code = (bits(max(from_bits(FLOAT32, top), _FLOOR) * _INVERSE) + 0x7FFFFF) >> 23 if top < INFINITY else np.int64(127)
-    divisor = from_bits(FLOAT32, (254 - code) << 23)
-    factor = from_bits(FLOAT32, code << 23) if top < INFINITY else _NAN
-    for i in range(0, count, step):
-        vstore(FLOAT32, x + 4 * i, vround(E4M3, vload(FLOAT32, x + 4 * i) * divisor) * factor)
+        vput(g, 0, i, silu * up * weight)
 
 
 @jit
@@ -92,104 +52,80 @@ def by_expert(ids, experts):
 @jit
 def gather(start, stop, tag, width, tokens, x, row, column, quantised, out):
     """Rows of x by number, one after the other: as they are, or through FP8 and as float32."""
-    item = size(tag)
-    held = np.empty(4 * BLOCK + 64, np.uint8)
-    scratch = (np.int64(held.ctypes.data) + 63) & ~63
+    memory, (packed,) = scratch(wide(tag), ((1, BLOCK),))
+    single = Block(FLOAT32, packed.base, BLOCK)  # the same, if float64 could be quantised
+    source = Block(tag, x, row)
+    wide_rows, rows = Block(FLOAT32, out, width), Block(tag, out, width)
     for i in range(start, stop):
-        source = x + tokens[i] * row * item
         for first in range(0, width, BLOCK):
             count = min(BLOCK, width - first)
-            origin = source + first * column * item
+            here = at(source, tokens[i], first * column)
             if quantised:
-                pack(tag, origin, (0, column), (1, count), Block(wide(tag), scratch, BLOCK), (1, BLOCK))
-                fake_block(scratch, BLOCK)
-                unpack(FLOAT32, Block(FLOAT32, scratch, 0), (1, count), out + 4 * (i * width + first), (0, 1))
-            elif column == 1:
-                _copy(tag, origin, count, out + (i * width + first) * item)
+                pack(tag, here, (0, column), (1, count), packed, (1, BLOCK))
+                fake(E4M3, single, BLOCK, True, single)
+                unpack(FLOAT32, single, (1, count), at(wide_rows, i, first), (0, 1))
             else:
-                for c in range(count):
-                    store(tag, out + (i * width + first + c) * item, load(tag, origin + c * column * item))
-    return held[0]  # keeps the scratch alive until here
-
-
-@jit
-def _copy(tag, source, count, target):
-    item, step = size(tag), lanes(tag)
-    whole = count - count % step
-    for c in range(0, whole, step):
-        vstore(tag, target + c * item, vload(tag, source + c * item))
-    for c in range(whole, count):
-        store(tag, target + c * item, load(tag, source + c * item))
+                copy(Block(tag, here, column), Block(tag, at(rows, i, first), 1), count)
+    return alive(memory)
 
 
 @jit
 def activate(start, stop, tag, width, both, pairs, slots, weights, weight_row, weight_slot, limit, quantised, out):
     """h of each row [g, u], both contiguous, with its routing weight; through FP8 it leaves as float32."""
     real = wide(tag)
-    item, unit, step = size(tag), size(real), lanes(tag)
-    held = np.empty(2 * unit * BLOCK + 64, np.uint8)
-    g = (np.int64(held.ctypes.data) + 63) & ~63
-    u = g + unit * BLOCK
+    memory, (g, u) = scratch(real, ((1, BLOCK), (1, BLOCK)))
+    single = Block(FLOAT32, g.base, BLOCK)  # the same, if float64 could be quantised
+    gates, weights = Block(tag, both, 2 * width), Block(real, weights, weight_row)
+    wide_rows, rows = Block(FLOAT32, out, width), Block(tag, out, width)
     for i in range(start, stop):
         token, slot = divmod(pairs[i], slots)
-        weight = load(real, weights + (token * weight_row + slot * weight_slot) * unit)
+        weight = get(weights, token, slot * weight_slot)
         for first in range(0, width, BLOCK):
             count = min(BLOCK, width - first)
-            padded = BLOCK if quantised else -(-count // step) * step
-            source = both + (2 * i * width + first) * item
-            pack(tag, source, (0, 1), (1, count), Block(real, g, BLOCK), (1, padded))
-            pack(tag, source + width * item, (0, 1), (1, count), Block(real, u, BLOCK), (1, padded))
-            gate_block(real, g, u, padded, weight, cast(real, limit))
+            padded = BLOCK if quantised else -(-count // lanes(tag)) * lanes(tag)
+            pack(tag, at(gates, i, first), (0, 1), (1, count), g, (1, padded))
+            pack(tag, at(gates, i, width + first), (0, 1), (1, count), u, (1, padded))
+            gate_block(g, u, padded, weight, limit)
             if quantised:
-                for c in range(0, BLOCK, step):
-                    vstore(real, g + c * unit, rounded(tag, vload(real, g + c * unit)))
+                for c in range(0, BLOCK, lanes(real)):
+                    vput(g, 0, c, rounded(tag, vget(g, 0, c)))
                 for c in range(count, BLOCK):
-                    store(real, g + c * unit, real)  # a weight that is not finite makes NaN of the padding
-                fake_block(g, BLOCK)
-                unpack(FLOAT32, Block(FLOAT32, g, 0), (1, count), out + 4 * (i * width + first), (0, 1))
+                    put(g, 0, c, 0.0)  # a weight that is not finite makes NaN of the padding
+                fake(E4M3, single, BLOCK, True, single)
+                unpack(FLOAT32, single, (1, count), at(wide_rows, i, first), (0, 1))
             else:
-                unpack(tag, Block(real, g, 0), (1, count), out + (i * width + first) * item, (0, 1))
-    return held[0]  # keeps the scratch alive until here
+                unpack(tag, g, (1, count), at(rows, i, first), (0, 1))
+    return alive(memory)
 
 
 @jit
 def add_rows(start, stop, tag, width, tokens, y, total):
     """total[token] += y, block of columns after block; a token that comes twice is added to in order."""
-    real = wide(tag)
-    item, unit, step = size(tag), size(real), lanes(tag)
+    rows, sums, step = Block(tag, y, width), Block(wide(tag), total, width), lanes(tag)
     for block in range(start, stop):
         first, last = block * STEP, min(block * STEP + STEP, width)
         whole = last - (last - first) % step
         for i in range(len(tokens)):
-            source, target = y + i * width * item, total + tokens[i] * width * unit
             for c in range(first, whole, step):
-                vstore(real, target + c * unit, vload(real, target + c * unit) + vload(tag, source + c * item))
+                vput(sums, tokens[i], c, vget(sums, tokens[i], c) + vget(rows, i, c))
             for c in range(whole, last):
-                store(real, target + c * unit, load(real, target + c * unit) + load(tag, source + c * item))
+                put(sums, tokens[i], c, get(sums, tokens[i], c) + get(rows, i, c))
 
 
 @jit
 def widen_rows(start, stop, tag, width, x, row, column, total):
     """Rows of any strides as contiguous rows of the accumulator; zeros where there are none."""
-    real = wide(tag)
-    item, unit = size(tag), size(real)
+    sums = Block(wide(tag), total, width)
     for i in range(start, stop):
-        target = total + i * width * unit
         if x != 0:
-            pack(tag, x + i * row * item, (0, column), (1, width), Block(real, target, width), (1, width))
+            pack(tag, at(Block(tag, x, row), i, 0), (0, column), (1, width), shifted(sums, i, 0), (1, width))
         else:
-            for c in range(width):
-                store(real, target + c * unit, real)
+            clear(sums.tag, at(sums, i, 0), width)
 
 
 @jit
 def round_rows(start, stop, tag, width, total, out, row, column):
     """Contiguous rows of the accumulator rounded into rows of any strides."""
+    sums, rows = Block(wide(tag), total, width), Block(tag, out, row)
     for i in range(start, stop):
-        unpack(
-            tag,
-            Block(wide(tag), total + i * width * size(wide(tag)), 0),
-            (1, width),
-            out + i * row * size(tag),
-            (0, column),
-        )
+        unpack(tag, shifted(sums, i, 0), (1, width), at(rows, i, 0), (0, column))

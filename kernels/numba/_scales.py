@@ -5,15 +5,11 @@ import numpy as np
 from flagops.backends.numba import jit
 
 from ._blocks import at, vget, vput
-from ._formats import FLOAT32 as SINGLE
-from ._formats import FORMATS, INFINITY, floor, full, inverse, per_byte, vencode, vround
+from ._formats import INFINITY, NO_SCALE, SINGLE, floor, full, inverse, per_byte, vencode, vround
 from ._vectors import BYTE, FLOAT32, INT32, bits, from_bits, lanes, maximum, store, vhighest, vsplat
 
-_E8M0 = FORMATS["e8m0"]
-_BIAS, _MANTISSA = _E8M0.bias, SINGLE.mantissa
-_LEFT = 2**_MANTISSA - 1  # added to a float's bits, it carries into the exponent unless there is none of the mantissa
-NOT_FINITE = _E8M0.top  # the code of NaN
-_NAN = np.float32(np.nan)
+_MANTISSA, _BIAS, _NAN = SINGLE.mantissa, SINGLE.bias, np.float32(np.nan)
+_ALL_BUT_ONE = 2**_MANTISSA - 1  # added to a float's bits, it carries into the exponent unless the mantissa is 0
 
 
 @jit
@@ -33,10 +29,10 @@ def block_scale(form, x, count, power_of_two):
         highest = maximum(highest, bits(abs(vget(x, 0, i))))
     top = np.int64(vhighest(highest))
     if top >= INFINITY:
-        return _NAN, NOT_FINITE
+        return _NAN, NO_SCALE
     scale = max(from_bits(FLOAT32, top), floor(form)) * inverse(form)
     if power_of_two:
-        code = (bits(scale) + _LEFT) >> _MANTISSA
+        code = (bits(scale) + _ALL_BUT_ONE) >> _MANTISSA
         return _power(code), code
     return scale, 0
 
@@ -44,7 +40,7 @@ def block_scale(form, x, count, power_of_two):
 @jit
 def _divisor(scale, code):
     """Whether a scale's inverse is exact, as that of a power of two is, and then that: a product costs less."""
-    exact = 0 < code < NOT_FINITE
+    exact = 0 < code < NO_SCALE
     return exact, _power(2 * _BIAS - code) if exact else scale
 
 
@@ -52,7 +48,7 @@ def _divisor(scale, code):
 def encode(form, x, count, power_of_two, codes):
     """The codes of a row of whole vectors, those of most magnitude where it is not finite; and as `block_scale`."""
     scale, code = block_scale(form, x, count, power_of_two)
-    if code == NOT_FINITE:
+    if code == NO_SCALE:
         for i in range(count // per_byte(form)):
             store(BYTE, at(codes, 0, i), full(form))
     else:

@@ -1,8 +1,8 @@
 """The lightning indexer on the CPU: tiles of entries by heads, and the best entries so far of each query.
 
 Bound by operations, heads times depth for each entry and query: a few queries share each block of entries, which stays
-in a cache with their panels. Choosing costs little, since most entries are less than the lowest of the best so far; room for
-more than k lets one pass of counting digits thin out many at once.
+in a cache with their panels. Choosing costs little, since most entries are less than the lowest of the best so far;
+room for more than k lets one pass of counting digits thin out many at once.
 """
 
 from __future__ import annotations

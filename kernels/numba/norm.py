@@ -15,7 +15,7 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
-from ._blocks import Block, alive, get, origin, pack, put, scratch, unpack, vget, vput, walk
+from ._blocks import Block, alive, get, of_task, pack, put, scratch, unpack, vget, vput, walk
 from ._vectors import TAGS, cast, fma, lanes, rounded, vsplat, vsum, wide
 
 _GRAIN = 1 << 15  # elements worth a thread
@@ -38,30 +38,27 @@ def rms_norm(x: Any, weight: Any, eps: float, stepwise: bool, out: Any) -> None:
 @jit
 def _normalise(start, stop, tag, n, sizes, x, out, weight, eps, stepwise):
     real, shape = wide(tag), (1, n)
-    memory, (factors, row) = scratch(real, (shape, shape))
+    memory, (factors, row) = scratch(real, ((n, 1), (n, 1)))
     weights = Block(*weight)
     if weights.base != 0:
         for i in range(n):
-            put(factors, 0, i, cast(real, get(weights, i, 0)))
+            put(factors, i, 0, cast(real, get(weights, i, 0)))
     else:
-        factors = Block(real, np.int64(0), n)
-    (column,), (out_column,) = x[2], out[2]
-    direct = column == 1 and out_column == 1
+        factors = Block(real, weights.base, 1)
     for task in range(start, stop):
-        source, target = origin(tag, x, sizes, task), origin(tag, out, sizes, task)
-        if direct:
-            here, there = Block(tag, source, n), Block(tag, target, n)
+        source, target = of_task(tag, x, sizes, task), of_task(tag, out, sizes, task)
+        if source.row == 1 and target.row == 1:
             if stepwise:
-                _steps(tag, here, there, n, factors, eps)
+                _steps(tag, source, target, n, factors, eps)
             else:
-                _row(here, there, n, factors, eps)
+                _row(source, target, n, factors, eps)
         else:
-            pack(tag, source, (0, column), shape, row, shape)
+            pack(tag, source.base, (0, source.row), shape, row, shape)
             if stepwise:
                 _steps(tag, row, row, n, factors, eps)
             else:
                 _row(row, row, n, factors, eps)
-            unpack(tag, row, shape, target, (0, out_column))
+            unpack(tag, row, shape, target.base, (0, target.row))
     return alive(memory)
 
 
@@ -72,23 +69,23 @@ def _row(x, out, n, factors, eps):
     four = whole - whole % (4 * step)
     a = b = c = d = vsplat(real)
     for i in range(0, four, 4 * step):
-        p, q = vget(x, 0, i), vget(x, 0, i + step)
+        p, q = vget(x, i, 0), vget(x, i + step, 0)
         a, b = fma(p, p, a), fma(q, q, b)
-        p, q = vget(x, 0, i + 2 * step), vget(x, 0, i + 3 * step)
+        p, q = vget(x, i + 2 * step, 0), vget(x, i + 3 * step, 0)
         c, d = fma(p, p, c), fma(q, q, d)
     for i in range(four, whole, step):
-        p = vget(x, 0, i)
+        p = vget(x, i, 0)
         a = fma(p, p, a)
     total = vsum(a + b + (c + d))
     for i in range(whole, n):
-        total += get(x, 0, i) * get(x, 0, i)
+        total += get(x, i, 0) * get(x, i, 0)
     root = cast(real, 1 / np.sqrt(total / cast(real, n) + cast(real, eps)))
     for i in range(0, whole, step):
-        value = vget(x, 0, i) * root
-        vput(out, 0, i, vget(factors, 0, i) * value if factors.base != 0 else value)
+        value = vget(x, i, 0) * root
+        vput(out, i, 0, vget(factors, i, 0) * value if factors.base != 0 else value)
     for i in range(whole, n):
-        value = get(x, 0, i) * root
-        put(out, 0, i, get(factors, 0, i) * value if factors.base != 0 else value)
+        value = get(x, i, 0) * root
+        put(out, i, 0, get(factors, i, 0) * value if factors.base != 0 else value)
 
 
 @jit
@@ -96,12 +93,12 @@ def _steps(tag, x, out, n, factors, eps):
     """Each step rounded to the dtype of `tag`."""
     total = 0.0
     for i in range(n):
-        value = get(x, 0, i)
+        value = get(x, i, 0)
         total += np.float64(rounded(tag, value * value))
     mean = rounded(tag, np.float32(total / n))
     root = rounded(tag, np.float32(1 / np.sqrt(np.float64(rounded(tag, mean + np.float32(eps))))))
     for i in range(n):
-        value = rounded(tag, get(x, 0, i) * root)
+        value = rounded(tag, get(x, i, 0) * root)
         if factors.base != 0:
-            value *= get(factors, 0, i)
-        put(out, 0, i, rounded(tag, value))
+            value *= get(factors, i, 0)
+        put(out, i, 0, rounded(tag, value))

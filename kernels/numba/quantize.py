@@ -18,9 +18,9 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
-from ._blocks import Block, alive, at, get, origin, pack, put, round_up, scratch, unpack, vget, vput, walk
-from ._formats import E2M1, E4M3, FORMATS, decode_fp4, per_byte
-from ._scales import NOT_FINITE, encode, fake
+from ._blocks import Block, alive, at, get, of_task, pack, put, round_up, scratch, unpack, vget, vput, walk
+from ._formats import E2M1, E4M3, FORMATS, NO_SCALE, decode_fp4, per_byte
+from ._scales import encode, fake
 from ._vectors import BYTE, FLOAT32, TAGS, cast, lanes, load, size, store, vbutterflies, wide
 
 _GRAIN = 1 << 16  # elements worth a thread
@@ -113,16 +113,16 @@ def _recoded() -> tuple[Any, Any]:
 
 @jit
 def _code_rows(start, stop, tag, form, kind, sizes, block, groups, x, codes, scales, power_of_two):
-    (column,), (codes_column,), (scale_column,) = x[2], codes[2], scales[2]
+    (column,), (codes_column,) = x[2], codes[2]
     shape, padded, count = (1, block), round_up(block, lanes(tag)), block // per_byte(form)
     direct = padded == block and column == 1 and codes_column == 1
     memory, (gathered,) = scratch(FLOAT32, ((1, padded),))
     apart, (coded,) = scratch(BYTE, ((1, padded),))
     for row in range(start, stop):
-        source, target = origin(tag, x, sizes, row), origin(BYTE, codes, sizes, row)
-        beside = origin(kind, scales, sizes, row)
+        source, target = of_task(tag, x, sizes, row), of_task(BYTE, codes, sizes, row)
+        beside = of_task(kind, scales, sizes, row)
         for group in range(groups):
-            first, into = source + group * block * column * size(tag), target + group * count * codes_column
+            first, into = at(source, group * block, 0), at(target, group * count, 0)
             if direct:
                 scale, code = encode(form, Block(tag, first, block), block, power_of_two, Block(BYTE, into, count))
             else:
@@ -130,9 +130,9 @@ def _code_rows(start, stop, tag, form, kind, sizes, block, groups, x, codes, sca
                 scale, code = encode(form, gathered, padded, power_of_two, coded)
                 unpack(BYTE, coded, (1, count), into, (0, codes_column))
             if size(kind) == 1:
-                store(BYTE, beside + group * scale_column, code)
+                store(BYTE, at(beside, group, 0), code)
             else:
-                store(FLOAT32, beside + group * scale_column * size(FLOAT32), scale)
+                store(FLOAT32, at(beside, group, 0), scale)
     return alive(memory) + alive(apart)
 
 
@@ -143,10 +143,9 @@ def _fake_rows(start, stop, tag, form, sizes, block, groups, x, out, power_of_tw
     direct = padded == block and column == 1 and out_column == 1
     memory, (gathered,) = scratch(FLOAT32, ((1, padded),))
     for row in range(start, stop):
-        source, target = origin(tag, x, sizes, row), origin(tag, out, sizes, row)
+        source, target = of_task(tag, x, sizes, row), of_task(tag, out, sizes, row)
         for group in range(groups):
-            first = source + group * block * column * size(tag)
-            into = target + group * block * out_column * size(tag)
+            first, into = at(source, group * block, 0), at(target, group * block, 0)
             if direct:
                 fake(form, Block(tag, first, block), block, power_of_two, Block(tag, into, block))
             else:
@@ -180,7 +179,7 @@ def _recode(start, stop, pieces, across, packed, scale, weight, scales, lossless
                 tops[group // _GROUPS] = max(tops[group // _GROUPS], code)
         for block in range(count):
             news[block] = max(tops[block] - _ABOVE, 0)
-            same[block] = tops[block] != NOT_FINITE
+            same[block] = tops[block] != NO_SCALE
         for row in range(_BLOCK * band, _BLOCK * (band + 1)):
             source, target = _byte(packed, row, _HALF * first), _byte(weight, row, _BLOCK * first)
             halves, shape = (1, _HALF * count), (1, _BLOCK * count)
@@ -191,7 +190,7 @@ def _recode(start, stop, pieces, across, packed, scale, weight, scales, lossless
             for group in range(_GROUPS * count):
                 block = group // _GROUPS
                 shift = np.int64(load(BYTE, _byte(scale, row, _GROUPS * first + group))) - news[block]
-                shift = max(shift, -_LOST) + _LOST if tops[block] != NOT_FINITE else _NONE
+                shift = max(shift, -_LOST) + _LOST if tops[block] != NO_SCALE else _NONE
                 bytes_ = source + group * _GROUP // 2
                 decode_fp4(bytes_, into + group * _GROUP, at(table, shift, 0), False, BYTE)
                 if changed[shift]:
@@ -202,7 +201,7 @@ def _recode(start, stop, pieces, across, packed, scale, weight, scales, lossless
             if weight[2] != 1:
                 unpack(BYTE, results, shape, target, (0, weight[2]))
         for block in range(count):
-            new = NOT_FINITE if tops[block] == NOT_FINITE else news[block]
+            new = NO_SCALE if tops[block] == NO_SCALE else news[block]
             store(BYTE, _byte(scales, band, first + block), new)
             store(BYTE, _byte(lossless, band, first + block), same[block])
     return alive(memory)
@@ -210,13 +209,13 @@ def _recode(start, stop, pieces, across, packed, scale, weight, scales, lossless
 
 @jit
 def _transform(start, stop, tag, sizes, width, x, out, factor):
-    real, step, (column,), (out_column,) = wide(tag), lanes(tag), x[2], out[2]
+    real, step = wide(tag), lanes(tag)
     scale = cast(real, factor)
     memory, (row,) = scratch(real, ((1, width),))
     for task in range(start, stop):
-        given, result = Block(tag, origin(tag, x, sizes, task), width), origin(tag, out, sizes, task)
-        if column != 1 or width < step:
-            pack(tag, given.base, (0, column), (1, width), row, (1, width))
+        given, result = of_task(tag, x, sizes, task), of_task(tag, out, sizes, task)
+        if given.row != 1 or width < step:
+            pack(tag, given.base, (0, given.row), (1, width), row, (1, width))
         if width < step:
             apart = 1
             while apart < width:
@@ -224,17 +223,17 @@ def _transform(start, stop, tag, sizes, width, x, out, factor):
                 apart *= 2
         else:
             for i in range(0, width, step):
-                vput(row, 0, i, vbutterflies(vget(given, 0, i) if column == 1 else vget(row, 0, i)))
+                vput(row, 0, i, vbutterflies(vget(given, 0, i) if given.row == 1 else vget(row, 0, i)))
             apart = step
             while apart < width:
                 _vectors(row, width, apart)
                 apart *= 2
-        if out_column == 1 and width >= step:
+        if result.row == 1 and width >= step:
             for i in range(0, width, step):
-                vput(Block(tag, result, width), 0, i, vget(row, 0, i) * scale)
+                vput(result, 0, i, vget(row, 0, i) * scale)
         else:
             for i in range(width):
-                put(Block(tag, result, out_column), i, 0, get(row, 0, i) * scale)
+                put(result, i, 0, get(row, 0, i) * scale)
     return alive(memory)
 
 

@@ -7,14 +7,14 @@ def calls(t, codes):
 
 MUTANTS = {
     "numba/norm.py": [
-        ("rms_norm", "pack(tag, source, (0, column)", "pack(tag, source, (0, out_column)", 0),
+        ("rms_norm", "(0, source.row)", "(0, target.row)", 0),
         ("rms_norm", "get(weights, i, 0)", "get(weights, 0, i)", 0),
         ("rms_norm", "c, d = fma(p, p, c), fma(q, q, d)", "c, d = fma(p, p, c), fma(p, q, d)", 0),
         ("rms_norm", "for i in range(four, whole, step):", "for i in range(four + step, whole, step):", 0),
-        ("rms_norm", "total += get(x, 0, i) * get(x, 0, i)", "total += get(x, 0, i)", 0),
-        ("rms_norm", "vget(factors, 0, i) * value", "vget(factors, 0, 0) * value", 0),
+        ("rms_norm", "total += get(x, i, 0) * get(x, i, 0)", "total += get(x, i, 0)", 0),
+        ("rms_norm", "vget(factors, i, 0) * value", "vget(factors, 0, 0) * value", 0),
         ("rms_norm", "np.float64(rounded(tag, value * value))", "np.float64(value * value)", 0),
-        ("rms_norm", "value = rounded(tag, get(x, 0, i) * root)", "value = get(x, 0, i) * root", 0),
+        ("rms_norm", "value = rounded(tag, get(x, i, 0) * root)", "value = get(x, i, 0) * root", 0),
     ],
     "_rows.py": [
         ("rms_norm", "outer == size * inner", "outer >= size * inner", 0),

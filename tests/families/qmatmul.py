@@ -23,7 +23,7 @@ MUTANTS = {
     "numba/_coded_tiles.py": [
         ("fp4_matmul", "+ 4 * (lane // 4) for lane in range(16)]", "+ 4 * (lane // 8) for lane in range(16)]", 0),
         ("fp4_matmul", "_SCALES.values[:, None]", "2 * _SCALES.values[:, None]", 0),
-        ("fp8_matmul", "~(1 << FLOAT16.bits - 2)", "~0", 0),
+        ("fp8_matmul", "~(1 << HALF.bits - 2)", "~0", 0),
         ("fp8_matmul", "builder.select(any_nan, constant(total.type, float(\"nan\")), total)", "total", 0),
         ("fp8_matmul", "range(part * LANES, (part + 1) * LANES)", "range(0, LANES)", 0),
     ],
