@@ -37,7 +37,8 @@ Steps = tuple[tuple[int, int], ...]  # of rows and of columns: of A, B and C
 DOT_DEPTH, OUTER_DEPTH = 512, 256  # so deep a panel of B stays in L1
 STREAM_DEPTH = 16  # and so deep is B taken where it is read in place, row after row
 _L2 = 512 << 10  # bytes that A may take of it
-_WIDTH = 384  # columns of a task
+WIDTH = 384  # columns of a task at most
+UNIT, _OUTER_UNIT = 24, 128  # which tiles of one row and of several both divide
 SERIAL = 1 << 19  # multiplications that no second thread is worth
 A, B, C, ROWS, PLACE, COUNT = range(6)  # what `row_blocks` says of a block
 
@@ -293,20 +294,25 @@ def _shared(
 
     `blocks` cuts them into blocks of at most so many rows, as `row_blocks` does.
     """
-    tag, out_tag, width = TAGS[name], TAGS[result], 8 if name == "float64" else 4
+    width = 8 if name == "float64" else 4
     bk, bn = steps
     if bk == 1 and (bn != 1 or n == 1):
-        kernel, unit, mc = _dot, 24, min(m, 128)
+        kernel, unit, mc = _dot, UNIT, min(m, 128)
         span = min(max(_L2 // (mc * width * DOT_DEPTH), 1), max(-(-k // DOT_DEPTH), 1)) * DOT_DEPTH
     else:
-        kernel, unit, mc = _outer, 128, min(m, 192)
+        kernel, unit, mc = _outer, _OUTER_UNIT, min(m, 192)
         span = STREAM_DEPTH if m <= OUTER_ROWS else OUTER_DEPTH
     table = blocks(mc)
     count = team if rows * n * max(k, 1) > SERIAL else 1
     cut = len(table) // terms
-    nc = min(_WIDTH, max(unit, -(-n * cut // (4 * count * unit)) * unit))
+    nc = task_columns(n, cut, count, unit)
     tasks = cut * -(-n // nc)
-    return kernel, tasks, 1 if count > 1 else tasks, (tag, out_tag, n, k, mc, nc, span), table
+    return kernel, tasks, 1 if count > 1 else tasks, (TAGS[name], TAGS[result], n, k, mc, nc, span), table
+
+
+def task_columns(n: int, blocks: int, team: int, unit: int) -> int:
+    """How many columns a task has, whole units: few enough that each of a team's threads has four tasks."""
+    return min(WIDTH, max(unit, -(-n * blocks // (4 * team * unit)) * unit))
 
 
 def _axis(shape: Axes, steps: Axes, axis: int) -> tuple[int, int]:

@@ -19,14 +19,28 @@ from flagops.backends.numba import jit, parallel, pointer, threads
 from ._blocks import Block, alive, at, clear, get, pack, put, round_up, scratch, shifted, unpack, vget, vput
 from ._coded_tiles import FP8_FACTOR, GROUP, PAIR, fp4_arrange, fp4_decode, fp4_row, fp4_table, fp8_decode, fp8_row
 from ._formats import FORMATS
-from ._gemm import DOT_DEPTH, ROWS, SERIAL, A, B, View, _axis, _offsets, dot_rows, row_blocks, share, view
+from ._gemm import (
+    DOT_DEPTH,
+    ROWS,
+    SERIAL,
+    UNIT,
+    A,
+    B,
+    View,
+    _axis,
+    _offsets,
+    dot_rows,
+    row_blocks,
+    share,
+    task_columns,
+    view,
+)
 from ._tiles import DOT_COLUMNS, DOT_ROW_COLUMNS, DOT_ROWS, DOT_WIDTH
 from ._vectors import BYTE, FLOAT32, LANES, TAGS, load, size
 
 BLOCK = 128
 _FP8_FACTOR = np.float32(FP8_FACTOR)
 _ROWS = 128  # of a block
-_WIDTH, _UNIT = 384, 24  # columns of a task of FP4: at most, and a multiple of those of both tiles
 _A, _A_SCALE, _OUT = range(3)  # of what the offsets of a row are
 
 
@@ -218,7 +232,7 @@ def product(
     count = threads() if m * n * k > SERIAL else 1
     scale = (a_scale.view.address, a_scale.view.strides[-1], a_scale.coded) if a_scale else (0, 0, False)
     tables = _address(_values, "e8m0"), _address(_values, "e4m3")
-    weights = (b.address, *_grouped(b)), (b_scale.view.address, *_grouped(b_scale.view))
+    weights = _matrices(b), _matrices(b_scale.view)
     for first in range(0, m, most):
         rows = min(most, m - first)
         padded = rows + DOT_ROWS - 1 if rows > 1 else 1  # a tile may reach beyond its block
@@ -231,7 +245,7 @@ def product(
         mc = min(rows, _ROWS)
         blocks = row_blocks(bounds, first, first + rows, mc, 1, 1, 1)
         if packed:
-            nc = min(_WIDTH, max(_UNIT, -(-n * len(blocks) // (4 * count * _UNIT)) * _UNIT))
+            nc = task_columns(n, len(blocks), count, UNIT)
             kernel, shape, table = _fp4, (n, k // GROUP, mc, nc), (_address(_products),)  # type: Any, Any, Any
         else:
             nc = BLOCK
@@ -244,6 +258,6 @@ def product(
         parallel(kernel, tasks, TAGS[result], *shape, x, *weights, *table, *target, minimum=minimum)
 
 
-def _grouped(x: View) -> tuple[int, ...]:
-    """The strides of matrices, 0 from one to the next where there is one."""
-    return (0, *x.strides)[-3:]
+def _matrices(x: View) -> tuple[int, ...]:
+    """The address and the strides of matrices, 0 from one to the next where there is one."""
+    return (x.address, *(0, *x.strides)[-3:])

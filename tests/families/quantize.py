@@ -24,7 +24,7 @@ MUTANTS = {
         ("fp8_fake_quantize", "at(target, group * block, 0)", "at(target, 0, group * block)", 0),
         ("fp4_to_fp8", "_byte(weight, row, _BLOCK * first)", "_byte(weight, row, first)", 0),
         ("fp4_to_fp8", "same[block] = tops[block] != NO_SCALE", "same[block] = True", 0),
-        ("fp4_to_fp8", "pair >> _BITS & _TOP", "pair & _TOP", 0),
+        ("fp4_to_fp8", "_ABOVE = 6", "_ABOVE = 5", 0),
         ("hadamard", "vput(row, 0, i + apart, low - high)", "vput(row, 0, i + apart, high - low)", 0),
         ("hadamard", "put(result, i, 0, get", "put(result, 0, i, get", 0),
     ],
