@@ -260,6 +260,12 @@ def _room(real, n):
 
 
 @jit
+def _pairs(block):
+    """The same block, two vectors a row: a distance that the compiler knows."""
+    return Block(block.tag, block.base, 2 * lanes(block.tag))
+
+
+@jit
 def _sigmoid(x):
     power = exp(-abs(x))
     return where(x < 0, power, 1) / (1 + power)
@@ -269,8 +275,9 @@ def _sigmoid(x):
 def _coefficients(first, last, sizes, n, target, mix, pre, post, comb, work):
     """Tokens first to last, two vectors of them at a time, each entry of theirs side by side."""
     iters, eps, scale, base = target
-    real, pair = work.tag, work.row
-    count = lanes(real)
+    real, count = work.tag, lanes(work.tag)
+    pair = 2 * count
+    work = _pairs(work)
     scales, bases, small = Block(real, *scale), Block(real, *base), cast(real, eps)
     gates, matrix, factors = shifted(work, n, 0), shifted(work, 2 * n, 0), shifted(work, n * (n + 2), 0)
     row, column = comb[2]
@@ -283,7 +290,7 @@ def _coefficients(first, last, sizes, n, target, mix, pre, post, comb, work):
         for entry in range(n * (n + 2)):
             part = min(entry // n, 2)
             factor, bias = get(scales, part, 0), get(bases, entry, 0)
-            for c in range(0, pair, count):
+            for c in range(0, 2 * count, count):
                 logit = fma(vget(work, entry, c), factor, bias)
                 if part == 0:
                     logit = _sigmoid(logit) + small
@@ -325,12 +332,13 @@ def _turn(real, source, steps, shape, target, target_steps):
 @jit
 def _sinkhorn(matrix, n, iters, small, factors):
     """Two vectors of matrices, from logits to comb; `factors` of their rows and columns are worked in."""
-    pair, count = matrix.row, lanes(matrix.tag)
+    count = lanes(matrix.tag)
+    matrix, factors = _pairs(matrix), _pairs(factors)
     columns = shifted(factors, n, 0)
     _softmax(matrix, n, small)
     _softmax(shifted(matrix, 0, count), n, small)
     for i in range(2 * n):
-        for c in range(0, pair, count):
+        for c in range(0, 2 * count, count):
             vput(factors, i, c, vsplat(cast(matrix.tag, 1.0)))
     _balance(matrix, n, 1, n, factors, columns, small)
     for _ in range(iters - 1):
@@ -338,7 +346,7 @@ def _sinkhorn(matrix, n, iters, small, factors):
         _balance(matrix, n, 1, n, factors, columns, small)
     for j in range(n):
         for k in range(n):
-            for c in range(0, pair, count):
+            for c in range(0, 2 * count, count):
                 both = vget(factors, j, c) * vget(columns, k, c)
                 vput(matrix, j * n + k, c, vget(matrix, j * n + k, c) * both)
 
@@ -346,6 +354,7 @@ def _sinkhorn(matrix, n, iters, small, factors):
 @jit
 def _softmax(matrix, n, small):
     """Softmax of each row, plus eps, for one of the two vectors of an entry."""
+    matrix = _pairs(matrix)
     for j in range(0, n * n, n):
         top = vget(matrix, j, 0)
         for k in range(j + 1, j + n):
@@ -365,6 +374,7 @@ def _softmax(matrix, n, small):
 def _balance(matrix, n, across, along, others, own, small):
     """own /= own * (sums of the matrix along one axis, weighted by the factors of the other) + eps."""
     count = lanes(matrix.tag)
+    matrix, others, own = _pairs(matrix), _pairs(others), _pairs(own)
     for i in range(n):
         p = q = vsplat(cast(matrix.tag, 0.0))
         for j in range(n):

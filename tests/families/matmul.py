@@ -38,7 +38,7 @@ MUTANTS = {
         ("matmul", "store(tag, goal + c * column * item, scalar)", "store(tag, goal + c * item, scalar)", 0),
         ("linear", "scalar += load(tag, bias + c * bias_step * item)", "scalar += load(tag, bias + c * item)", 0),
         ("linear", "value += vload(tag, bias + c * item)", "value = vload(source.tag, origin + c * unit)", 0),
-        ("matmul", "range(count, padded_rows)", "range(count, count)", 0),
+        ("matmul", "if padded_columns > columns:", "if False:", 0),
     ],
     "numba/_ir.py": [
         ("matmul", "constant(bits.type, 0x7FFF)", "constant(bits.type, 0x8000)", 0),
