@@ -179,12 +179,17 @@ def test_kernels_keep_their_scratch():
     for path in Path(blocks.__file__).parent.glob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, ast.FunctionDef) and path.stem != "_blocks":
-                calls = {
-                    n.func.id for n in ast.walk(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-                }
-                if calls & {"scratch", "cleared"}:
+                takes = [
+                    n
+                    for n in ast.walk(function)
+                    if isinstance(n, ast.Assign)
+                    and isinstance(n.value, ast.Call)
+                    and ast.unparse(n.value.func) in ("scratch", "cleared")
+                ]
+                if takes:
                     users += 1
-                    assert ast.unparse(function.body[-1]) == "return alive(memory)", f"{path.name}: {function.name}"
+                    names = ", ".join(n.targets[0].elts[0].id for n in takes)
+                    assert ast.unparse(function.body[-1]) == f"return alive({names})", f"{path.name}: {function.name}"
     assert users > 8
 
 

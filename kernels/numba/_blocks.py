@@ -146,9 +146,9 @@ def cleared(tag, shapes):
 
 
 @jit
-def alive(memory):
-    """What a kernel returns so that its scratch lives until then."""
-    return memory[0]
+def alive(*memories):
+    """What a kernel returns so that its scratch, once or more often taken, lives until then."""
+    return memories[0][0]
 
 
 @jit

@@ -150,7 +150,7 @@ def _fp4(start, stop, tag, n, groups, mc, nc, x, b, s, table, out, step, offsets
                 dot_rows(left, panel, rows, valid, GROUP * deep, into, part > 0)
         target = out + column * step * size(tag)
         _emit(tag, sums, rows, columns, np.float32(1), target, step, offsets[row:])
-    return alive(memory) + alive(apart)
+    return alive(memory, apart)
 
 
 @jit
@@ -195,7 +195,7 @@ def _fp8(start, stop, tag, n, k, mc, nc, x, b, s, coded, table, out, step, offse
                 dot_rows(left, panel, rows, valid, padded, into, part > 0)
         target = out + column * step * size(tag)
         _emit(tag, sums, rows, columns, _FP8_FACTOR, target, step, offsets[row:])
-    return alive(memory) + alive(apart)
+    return alive(memory, apart)
 
 
 class Scales(NamedTuple):

@@ -121,7 +121,7 @@ def _fp4_rows(start, stop, tag, packed, scale, out, groups, products, streaming)
             unpack(tag, results, shape, target, (0, out_column))
     if streaming:
         fence()
-    return alive(memory) + alive(apart)
+    return alive(memory, apart)
 
 
 @jit
@@ -153,7 +153,7 @@ def _fp8_rows(start, stop, tag, weight, scale, block, out, columns, coded, value
             unpack(tag, results, shape, target, (0, out_column))
     if streaming:
         fence()
-    return alive(memory) + alive(apart)
+    return alive(memory, apart)
 
 
 @jit

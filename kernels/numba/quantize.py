@@ -133,7 +133,7 @@ def _code_rows(start, stop, tag, form, kind, sizes, block, groups, x, codes, sca
                 store(BYTE, at(beside, group, 0), code)
             else:
                 store(FLOAT32, at(beside, group, 0), scale)
-    return alive(memory) + alive(apart)
+    return alive(memory, apart)
 
 
 @jit
