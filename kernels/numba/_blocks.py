@@ -151,6 +151,11 @@ def alive(*memories):
     return memories[0][0]
 
 
+def laid(x: Any) -> tuple[int, ...]:
+    """Address and strides of an array."""
+    return (pointer(x), *strides(x))
+
+
 @jit
 def round_up(count, step):
     """The least multiple of a step that is no less."""

@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 
 from flagops.backends.numba import features
 
+from .._moe import GROUP
 from . import _ir
 from ._formats import FORMATS, HALF
 from ._ir import LANES, constant, f16, f32, fma, i8, i16, i32, i64, load, lookup, loop, read, shuffle, splat, store
@@ -25,8 +26,8 @@ _PERMUTE = "+avx512f" in features()
 _TOGETHER = 4
 """Rows of weights that run side by side: enough to hide the latency of their sums."""
 _E4M3, _E2M1, _SCALES = (FORMATS[name] for name in ("e4m3", "e2m1", "e8m0"))
-GROUP, PAIR = 32, 2 * LANES
-"""Weights that share a scale in FP4; and that are decoded together in FP8, of which there must be a multiple."""
+PAIR = 2 * LANES
+"""Weights of FP8 that are decoded together; there must be a multiple of it."""
 FP8_FACTOR = 2.0 ** (HALF.bias - _E4M3.bias)
 
 FP4_ORDER = (

@@ -16,8 +16,9 @@ from flagops import config
 from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, threads
 
+from .._moe import BLOCK, GROUP
 from ._blocks import Block, alive, at, clear, get, pack, put, round_up, scratch, shifted, unpack, vget, vput
-from ._coded_tiles import FP8_FACTOR, GROUP, PAIR, fp4_arrange, fp4_decode, fp4_row, fp4_table, fp8_decode, fp8_row
+from ._coded_tiles import FP8_FACTOR, PAIR, fp4_arrange, fp4_decode, fp4_row, fp4_table, fp8_decode, fp8_row
 from ._formats import FORMATS
 from ._gemm import (
     DOT_DEPTH,
@@ -38,7 +39,6 @@ from ._gemm import (
 from ._tiles import DOT_COLUMNS, DOT_ROW_COLUMNS, DOT_ROWS, DOT_WIDTH
 from ._vectors import BYTE, FLOAT32, LANES, TAGS, load, size
 
-BLOCK = 128
 _FP8_FACTOR = np.float32(FP8_FACTOR)
 _ROWS = 128  # of a block
 _A, _A_SCALE, _OUT = range(3)  # of what the offsets of a row are

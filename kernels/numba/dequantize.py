@@ -18,11 +18,11 @@ from flagops.arrays import dtype_name, numpy_dtype
 from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
-from ._blocks import Block, alive, at, pack, scratch, unpack, vput
+from .._moe import GROUP
+from ._blocks import Block, alive, at, laid, pack, scratch, unpack, vput
 from ._formats import FORMATS, decode_fp4, decode_fp8
 from ._vectors import BYTE, FLOAT32, LANES, TAGS, fence, load, size, vload
 
-_GROUP = 32  # of FP4 under one scale
 _E2M1, _E8M0 = FORMATS["e2m1"].values, FORMATS["e8m0"].values
 _E4M3 = FORMATS["e4m3"].values[: FORMATS["e4m3"].top + 1].astype(np.float32)  # of no sign
 _NIBBLES, _POSITIVE = len(_E2M1), len(_E4M3)
@@ -37,8 +37,8 @@ def fp4_dequantize(packed: Any, scale: Any, dtype: str, out: Any) -> None:
     rows, columns = out.shape
     streaming = _streams(out, _ALIGNED_FP4)
     parallel(
-        _fp4_rows, rows if columns else 0, TAGS[dtype], _matrix(packed), _matrix(scale), _matrix(out),
-        columns // _GROUP, pointer(_fp4_products(dtype)), streaming, minimum=-(-_GRAIN // max(columns, 1)),
+        _fp4_rows, rows if columns else 0, TAGS[dtype], laid(packed), laid(scale), laid(out),
+        columns // GROUP, pointer(_fp4_products(dtype)), streaming, minimum=-(-_GRAIN // max(columns, 1)),
     )  # fmt: skip
 
 
@@ -49,14 +49,9 @@ def fp8_dequantize(weight: Any, scale: Any, block: tuple[int, int], dtype: str, 
     streaming = not block[1] * out.itemsize % _ALIGNED_FP8 and _streams(out, _ALIGNED_FP8)
     coded = dtype_name(scale) != "float32"
     parallel(
-        _fp8_rows, rows if columns else 0, TAGS[dtype], _matrix(weight), _matrix(scale), block, _matrix(out), columns,
+        _fp8_rows, rows if columns else 0, TAGS[dtype], laid(weight), laid(scale), block, laid(out), columns,
         coded, pointer(_fp8_products(dtype) if coded else _E4M3), streaming, minimum=-(-_GRAIN // max(columns, 1)),
     )  # fmt: skip
-
-
-def _matrix(x: Any) -> tuple[int, ...]:
-    """Address and strides."""
-    return (pointer(x), *strides(x))
 
 
 def _streams(out: Any, aligned: int) -> bool:
@@ -105,7 +100,7 @@ def _products(values: Any, dtype: str) -> Any:
 def _fp4_rows(start, stop, tag, packed, scale, out, groups, products, streaming):
     (packed, packed_row, packed_column), (scale, scale_row, scale_column) = packed, scale
     (out, out_row, out_column), table = out, Block(tag, products, _NIBBLES)
-    halves, shape = (1, groups * _GROUP // 2), (1, groups * _GROUP)
+    halves, shape = (1, groups * GROUP // 2), (1, groups * GROUP)
     memory, (codes,) = scratch(BYTE, (halves,))
     apart, (results,) = scratch(tag, (shape,))
     for row in range(start, stop):
@@ -116,7 +111,7 @@ def _fp4_rows(start, stop, tag, packed, scale, out, groups, products, streaming)
             source = codes.base
         for group in range(groups):
             code = load(BYTE, scale + row * scale_row + group * scale_column)
-            decode_fp4(source + group * _GROUP // 2, at(into, 0, group * _GROUP), at(table, code, 0), streaming, tag)
+            decode_fp4(source + group * GROUP // 2, at(into, 0, group * GROUP), at(table, code, 0), streaming, tag)
         if out_column != 1:
             unpack(tag, results, shape, target, (0, out_column))
     if streaming:

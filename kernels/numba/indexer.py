@@ -13,10 +13,10 @@ import numpy as np
 
 from flagops import config
 from flagops.arrays import dtype_name
-from flagops.backends.numba import jit, parallel, pointer, strides, threads
+from flagops.backends.numba import jit, parallel, threads
 from flagops.registry import kernel
 
-from ._blocks import Block, alive, get, pack, put, round_up, scratch, shifted, vget
+from ._blocks import Block, alive, get, laid, pack, put, round_up, scratch, shifted, vget
 from ._tiles import OUTER_ROWS, OUTER_VECTORS, outer_tile
 from ._vectors import INT32, LANES, TAGS, fma, lanes, load, ordered, size, vsplat, vsum, where, wide
 
@@ -47,18 +47,13 @@ def lightning_indexer(q: Any, keys: Any, weights: Any, top_k: int, visible: Any,
     span = -(-n // splits)
     parts = tuple(np.empty((batch * length if splits > 1 else 0, splits, k), kind) for kind in (np.int64, np.int32))
     shape = length, n, k, splits
-    seen = (0, 0, 0) if visible is None else _array(visible)
+    seen = (0, 0, 0) if visible is None else laid(visible)
     parallel(
         _queries, blocks * splits, blocks * splits, tag, TAGS[dtype_name(weights)], shape, heads, depth, capacity,
-        together, span, _array(q), _array(keys), _array(weights), seen, offset, _array(out), *parts,
+        together, span, laid(q), laid(keys), laid(weights), seen, offset, laid(out), *parts,
     )  # fmt: skip
     if splits > 1:
-        parallel(_merge, batch * length, tag, shape, seen, offset, _array(out), *parts)
-
-
-def _array(x: Any) -> tuple[int, ...]:
-    """Address and strides."""
-    return (pointer(x), *strides(x))
+        parallel(_merge, batch * length, tag, shape, seen, offset, laid(out), *parts)
 
 
 @jit

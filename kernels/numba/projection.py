@@ -15,8 +15,9 @@ from flagops import arrays
 from flagops.arrays import dtype_name
 from flagops.registry import kernel
 
+from .._moe import BLOCK
 from ._gemm import View, contract, empty, view
-from ._qmatmul import BLOCK, Scales, product, scales
+from ._qmatmul import Scales, product, scales
 from .dequantize import fp8_dequantize
 from .quantize import fp8_quantize
 

@@ -15,10 +15,11 @@ import ml_dtypes
 import numpy as np
 
 from flagops.arrays import dtype_name
-from flagops.backends.numba import jit, parallel, pointer, strides
+from flagops.backends.numba import jit, parallel, pointer
 from flagops.registry import kernel
 
-from ._blocks import Block, alive, at, get, of_task, pack, put, round_up, scratch, unpack, vget, vput, walk
+from .._moe import BLOCK, GROUP
+from ._blocks import Block, alive, at, get, laid, of_task, pack, put, round_up, scratch, unpack, vget, vput, walk
 from ._formats import E2M1, E4M3, FORMATS, NO_SCALE, decode_fp4, per_byte
 from ._scales import encode, fake
 from ._vectors import BYTE, FLOAT32, TAGS, cast, lanes, load, size, store, vbutterflies, wide
@@ -26,8 +27,7 @@ from ._vectors import BYTE, FLOAT32, TAGS, cast, lanes, load, size, store, vbutt
 _GRAIN = 1 << 16  # elements worth a thread
 _FP4 = FORMATS["e2m1"]
 _BITS, _TOP = _FP4.bits, _FP4.top
-_BLOCK, _GROUP = 128, 32  # elements along an axis that share a scale in FP8, and in FP4
-_GROUPS, _HALF = _BLOCK // _GROUP, _BLOCK // 2  # in a block's row: scales of FP4, bytes of its codes
+_GROUPS, _HALF = BLOCK // GROUP, BLOCK // 2  # in a block's row: scales of FP4, bytes of its codes
 _ABOVE = 6  # e4m3 holds all of e2m1 times two to this
 _LOST = 13  # 6 * 2^-13 rounds to 0 in e4m3, and all that is smaller
 _NONE = _LOST + _ABOVE + 1  # the table of NaN
@@ -85,7 +85,7 @@ def fp4_to_fp8(packed: Any, scale: Any, out: tuple[Any, Any, Any]) -> None:
     pieces = -(-across // _SPAN)
     parallel(
         _recode, bands * pieces, pieces, across,
-        *((pointer(x), *strides(x)) for x in (packed, scale, weight, scales, lossless)), pointer(tables), changed,
+        *map(laid, (packed, scale, weight, scales, lossless)), pointer(tables), changed,
     )  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def _byte(matrix, i, j):
 @jit
 def _recode(start, stop, pieces, across, packed, scale, weight, scales, lossless, tables, changed):
     """A new scale is two to the power that lets the largest group under it in; the others lose what is too small."""
-    memory, (codes, results) = scratch(BYTE, ((1, _SPAN * _HALF), (1, _SPAN * _BLOCK)))
+    memory, (codes, results) = scratch(BYTE, ((1, _SPAN * _HALF), (1, _SPAN * BLOCK)))
     tops, news, same = np.empty(_SPAN, np.int64), np.empty(_SPAN, np.int64), np.empty(_SPAN, np.int64)
     table = Block(BYTE, tables, 2**_BITS)
     for task in range(start, stop):
@@ -173,16 +173,16 @@ def _recode(start, stop, pieces, across, packed, scale, weight, scales, lossless
         first = piece * _SPAN
         count = min(_SPAN, across - first)
         tops[:] = 0
-        for row in range(_BLOCK * band, _BLOCK * (band + 1)):
+        for row in range(BLOCK * band, BLOCK * (band + 1)):
             for group in range(_GROUPS * count):
                 code = np.int64(load(BYTE, _byte(scale, row, _GROUPS * first + group)))
                 tops[group // _GROUPS] = max(tops[group // _GROUPS], code)
         for block in range(count):
             news[block] = max(tops[block] - _ABOVE, 0)
             same[block] = tops[block] != NO_SCALE
-        for row in range(_BLOCK * band, _BLOCK * (band + 1)):
-            source, target = _byte(packed, row, _HALF * first), _byte(weight, row, _BLOCK * first)
-            halves, shape = (1, _HALF * count), (1, _BLOCK * count)
+        for row in range(BLOCK * band, BLOCK * (band + 1)):
+            source, target = _byte(packed, row, _HALF * first), _byte(weight, row, BLOCK * first)
+            halves, shape = (1, _HALF * count), (1, BLOCK * count)
             if packed[2] != 1:
                 pack(BYTE, source, (0, packed[2]), halves, codes, halves)
                 source = codes.base
@@ -191,11 +191,11 @@ def _recode(start, stop, pieces, across, packed, scale, weight, scales, lossless
                 block = group // _GROUPS
                 shift = np.int64(load(BYTE, _byte(scale, row, _GROUPS * first + group))) - news[block]
                 shift = max(shift, -_LOST) + _LOST if tops[block] != NO_SCALE else _NONE
-                bytes_ = source + group * _GROUP // 2
-                decode_fp4(bytes_, into + group * _GROUP, at(table, shift, 0), False, BYTE)
+                pairs = source + group * GROUP // 2
+                decode_fp4(pairs, into + group * GROUP, at(table, shift, 0), False, BYTE)
                 if changed[shift]:
-                    for i in range(_GROUP // 2):
-                        pair = np.int64(load(BYTE, bytes_ + i))
+                    for i in range(GROUP // 2):
+                        pair = np.int64(load(BYTE, pairs + i))
                         low, high = pair & _TOP, pair >> _BITS & _TOP
                         same[block] &= ~(changed[shift] >> low | changed[shift] >> high)
             if weight[2] != 1:

@@ -22,7 +22,7 @@ MUTANTS = {
         ("fp8_quantize", "at(source, group * block, 0)", "at(source, 0, group * block)", 0),
         ("fp8_quantize", "unpack(BYTE, coded, (1, count), into, (0, codes_column))", "unpack(BYTE, coded, (1, count), into, (0, 1))", 0),
         ("fp8_fake_quantize", "at(target, group * block, 0)", "at(target, 0, group * block)", 0),
-        ("fp4_to_fp8", "_byte(weight, row, _BLOCK * first)", "_byte(weight, row, first)", 0),
+        ("fp4_to_fp8", "_byte(weight, row, BLOCK * first)", "_byte(weight, row, first)", 0),
         ("fp4_to_fp8", "same[block] = tops[block] != NO_SCALE", "same[block] = True", 0),
         ("fp4_to_fp8", "_ABOVE = 6", "_ABOVE = 5", 0),
         ("hadamard", "vput(row, 0, i + apart, low - high)", "vput(row, 0, i + apart, high - low)", 0),
