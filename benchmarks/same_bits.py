@@ -61,7 +61,8 @@ def digests(backend: str, names: list[str], examples: int, seed: int) -> Iterato
         op = registry.operator(name)
         try:
             kernel = registry.find(name, backend)
-        except Unsupported:
+        except Unsupported as reason:
+            print(f"{name}: {reason}", file=sys.stderr)
             continue
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         for index in range(examples):

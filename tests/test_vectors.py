@@ -11,6 +11,7 @@ from flagops import arrays, testing
 
 numba = pytest.importorskip("numba")
 blocks = pytest.importorskip("flagops.kernels.numba._blocks")
+functions = pytest.importorskip("flagops.kernels.numba._functions")
 vectors = pytest.importorskip("flagops.kernels.numba._vectors")
 
 FLOATS = ("float32", "float64", "bfloat16", "float16")
@@ -143,7 +144,7 @@ def test_halves_come_back_and_are_rounded_to_even(dtype, rng):
 
 @pytest.mark.parametrize("dtype", ("float32", "float64"))
 def test_exp_and_log1p(dtype, rng):
-    exp, log1p = vectors.exp, vectors.log1p
+    exp, log1p = functions.exp, functions.log1p
     last = 110 if dtype == "float32" else 760
     x = np.concatenate([rng.uniform(-last, last, 4088), [0, -0.0, np.inf, -np.inf, np.nan, 88.7, 709.7, -1e9]])
     x = x.astype(dtype)

@@ -12,8 +12,9 @@ from flagops.backends.numba import jit
 from .._moe import BLOCK
 from ._blocks import Block, alive, at, clear, copy, get, pack, put, scratch, shifted, unpack, vget, vput
 from ._formats import E4M3
+from ._functions import exp, log1p
 from ._scales import fake
-from ._vectors import FLOAT32, exp, lanes, log1p, maximum, minimum, rounded, sqrt, where, wide
+from ._vectors import FLOAT32, lanes, maximum, minimum, rounded, sqrt, where, wide
 
 STEP = 512  # elements of a row that stay in L1
 

@@ -13,6 +13,7 @@ import numpy as np
 from flagops.backends.numba import jit
 
 from ._blocks import get, put, shifted, vget, vput
+from ._functions import exp
 from ._tiles import (
     DOT_COLUMNS,
     DOT_ROW_COLUMNS,
@@ -25,7 +26,7 @@ from ._tiles import (
     outer_row,
     outer_tile,
 )
-from ._vectors import cast, exp, lanes, maximum, rounded, vhighest, vsplat, vsum, wide
+from ._vectors import cast, lanes, maximum, rounded, vhighest, vsplat, vsum, wide
 
 KEYS = 96
 """Keys of a block: with values of 512 channels they take 200 KiB in float32, which leave room beside them in L2."""

@@ -8,10 +8,8 @@ contracted: `a * b + c` is rounded twice, `fma(a, b, c)` once, so that a kernel'
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,9 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic, lower_builtin, lower_cast, models, register_model, type_callable
 
 from . import _ir
-from ._ir import LANES, TAGS, Kind, constant, generic, like, storage
+from ._ir import LANES as LANES
+from ._ir import TAGS as TAGS
+from ._ir import Kind, constant, generic, storage
 
 FLOAT32, INT32, BYTE = np.float32(0), np.int32(0), np.uint8(0)
 
@@ -201,82 +201,72 @@ def _common(*kinds: Kind) -> Kind | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _is_float(kind: Kind) -> bool:
-    return isinstance(getattr(kind, "element", kind), types.Float)
+def choose(kind: Kind, of_floats: Any, of_signed: Any, of_unsigned: Any) -> Any:
+    """What suits an element or a vector's elements; bool is among the unsigned."""
+    element = getattr(kind, "element", kind)
+    if isinstance(element, types.Float):
+        return of_floats
+    return of_signed if getattr(element, "signed", False) else of_unsigned
 
 
-def _is_signed(kind: Kind) -> bool:
-    return getattr(getattr(kind, "element", kind), "signed", False)
-
-
-# What a word emits: of the builder, the numba type that the values are brought to, and the values.
 Emit = Callable[..., Any]
+"""What a word emits: of the builder, the numba type that the values are brought to, and the values."""
 
 
-def _sign(
-    sign: Any, emit: Emit, *, mask: bool = False, arity: int = 2, floats: bool = True, others: bool = True
-) -> None:
-    """Give Python's operator a meaning for vectors, of floats or of `others`; a `mask` is what it makes."""
+def _give(sign: Any, arity: int, emit: Callable[[Kind], Any], mask: bool = False) -> None:
+    """Give Python's operator a meaning for the vectors for which `emit` has one; a `mask` is what it makes."""
 
     def typer(*kinds):
         vector = _common(*kinds)
-        if isinstance(vector, Vector) and (floats if _is_float(vector) else others):
-            return signature(vector.mask if mask else vector, *[vector] * len(kinds))
-        return None
+        if not isinstance(vector, Vector) or emit(vector) is None:
+            return None
+        return signature(vector.mask if mask else vector, *[vector] * len(kinds))
+
+    def lower(context, builder, signature, arguments):
+        return emit(signature.args[0])(builder, *arguments)
 
     # numba reads the parameters of a typer
     type_callable(sign)(lambda context: (lambda a: typer(a)) if arity == 1 else lambda a, b: typer(a, b))
-
-    def lower(context, builder, signature, arguments):
-        return emit(builder, signature.args[0], *arguments)
-
     lower_builtin(sign, *[Vector] * arity)(lower)
 
 
-def _either(of_floats: str, of_integers: str) -> Emit:
-    """One of the builder's instructions for floats, another for integers."""
-    return lambda builder, kind, *values: getattr(builder, of_floats if _is_float(kind) else of_integers)(*values)
+# An operator's name in Python; the builder's instruction for floats, for signed and for unsigned integers.
+_ARITHMETIC = (
+    ("add", "fadd", "add", "add"), ("sub", "fsub", "sub", "sub"), ("mul", "fmul", "mul", "mul"),
+    ("truediv", "fdiv", None, None), ("and_", None, "and_", "and_"), ("or_", None, "or_", "or_"),
+    ("xor", None, "xor", "xor"), ("lshift", None, "shl", "shl"), ("rshift", None, "ashr", "lshr"),
+    ("neg", "fneg", "neg", "neg"), ("invert", None, "not_", "not_"),
+)  # fmt: skip
+for _name, *_instructions in _ARITHMETIC:
+
+    def _instruction(kind: Kind, names: Any = tuple(_instructions)) -> Emit | None:
+        name = choose(kind, *names)
+        return name and (lambda builder, *values: getattr(builder, name)(*values))
+
+    _unary = _name in ("neg", "invert")
+    for _sign in (_name,) if _unary else (_name, f"i{_name.strip('_')}"):
+        _give(getattr(operator, _sign), 1 if _unary else 2, _instruction)
+
+for _name, _predicate in {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}.items():
+
+    def _compared(kind: Kind, predicate: str = _predicate) -> Emit:
+        of_floats = "fcmp_unordered" if predicate == "!=" else "fcmp_ordered"  # NaN differs from all, and is not less
+        name = choose(kind, of_floats, "icmp_signed", "icmp_unsigned")
+        return lambda builder, a, b: getattr(builder, name)(predicate, a, b)
+
+    _give(getattr(operator, _name), 2, _compared, mask=True)
 
 
-def _compared(name: str) -> Emit:
-    def emit(builder, kind, a, b):
-        if _is_float(kind):
-            return (builder.fcmp_unordered if name == "!=" else builder.fcmp_ordered)(name, a, b)
-        return (builder.icmp_signed if _is_signed(kind) else builder.icmp_unsigned)(name, a, b)
-
-    return emit
-
-
-for _signs, _emit in (
-    ((operator.add, operator.iadd), _either("fadd", "add")),
-    ((operator.sub, operator.isub), _either("fsub", "sub")),
-    ((operator.mul, operator.imul), _either("fmul", "mul")),
-):
-    for _one in _signs:
-        _sign(_one, _emit)
-for _one in (operator.truediv, operator.itruediv):
-    _sign(_one, lambda builder, kind, a, b: builder.fdiv(a, b), others=False)
-for _one, _emit in (
-    (operator.and_, lambda builder, kind, a, b: builder.and_(a, b)),
-    (operator.or_, lambda builder, kind, a, b: builder.or_(a, b)),
-    (operator.xor, lambda builder, kind, a, b: builder.xor(a, b)),
-    (operator.lshift, lambda builder, kind, a, b: builder.shl(a, b)),
-    (operator.rshift, lambda builder, kind, a, b: (builder.ashr if _is_signed(kind) else builder.lshr)(a, b)),
-):
-    _sign(_one, _emit, floats=False)
-for _name, _word in {"<": "lt", "<=": "le", ">": "gt", ">=": "ge", "==": "eq", "!=": "ne"}.items():
-    _sign(getattr(operator, _word), _compared(_name), mask=True)
-_sign(operator.neg, _either("fneg", "neg"), arity=1)
-_sign(operator.invert, lambda builder, kind, a: builder.not_(a), arity=1, floats=False)
+def _magnitude(kind: Kind) -> Emit:
+    return choose(
+        kind,
+        lambda builder, a: generic(builder, "fabs", a),
+        lambda builder, a: generic(builder, "abs", a, _ir.i1(0)),
+        lambda builder, a: a,
+    )
 
 
-def _magnitude(builder, kind, a):
-    if _is_float(kind):
-        return generic(builder, "fabs", a)
-    return _ir.call(builder, f"abs.{_ir.name_of(a.type)}", a, _ir.i1(0)) if _is_signed(kind) else a
-
-
-_sign(abs, _magnitude, arity=1)
+_give(abs, 1, _magnitude)
 
 
 def word(arity: int, result: Callable[[Kind], Kind] = lambda kind: kind) -> Callable[[Emit], Any]:
@@ -308,13 +298,13 @@ def fma(builder, kind, a, b, c):
 @word(2)
 def maximum(builder, kind, a, b):
     """The greater of each lane; NaN if either is."""
-    return generic(builder, "maximum" if _is_float(kind) else "smax" if _is_signed(kind) else "umax", a, b)
+    return generic(builder, choose(kind, "maximum", "smax", "umax"), a, b)
 
 
 @word(2)
 def minimum(builder, kind, a, b):
     """The less of each lane; NaN if either is."""
-    return generic(builder, "minimum" if _is_float(kind) else "smin" if _is_signed(kind) else "umin", a, b)
+    return generic(builder, choose(kind, "minimum", "smin", "umin"), a, b)
 
 
 @word(1)
@@ -359,51 +349,6 @@ def from_bits(typingctx, tag, integer):
     return element(tag, _bits_of(element)), generate
 
 
-_LN2 = Fraction("0.693147180559945309417232121458176568")
-#          terms, mantissa bits, exponent bias, below it exp rounds to 0, above it to infinity, bits kept of ln 2
-_EXP = {_ir.f32: (8, 23, 127, -104.5, 89.0, 12), _ir.f64: (14, 52, 1023, -746.0, 710.0, 32)}
-
-
-@word(1)
-def exp(builder, kind, a):
-    """e to the power of each lane, subnormal results included."""
-    element = _ir.element_of(a.type)
-    terms, mantissa, bias, least, most, kept = _EXP[element]
-    whole = like(a.type, ir.IntType(8 * _ir.SIZE[element]))
-
-    def number(value):
-        return constant(a.type, float(value))
-
-    def power(n):
-        return builder.bitcast(builder.shl(builder.add(n, constant(whole, bias)), constant(whole, mantissa)), a.type)
-
-    x = builder.select(builder.fcmp_ordered("<", a, number(least)), number(least), a)
-    x = builder.select(builder.fcmp_ordered(">", x, number(most)), number(most), x)
-    magic = number(1.5 * 2.0**mantissa)
-    shifted = _ir.fma(builder, x, number(1 / math.log(2)), magic)
-    n = builder.sub(builder.bitcast(shifted, whole), builder.bitcast(magic, whole))
-    negative = builder.fsub(magic, shifted)
-    high = Fraction(int(_LN2 * 2**kept), 2**kept)
-    r = _ir.fma(builder, negative, number(high), x)
-    r = _ir.fma(builder, negative, number(_LN2 - high), r)
-    result = number(1 / math.factorial(terms - 1))
-    for i in reversed(range(terms - 1)):
-        result = _ir.fma(builder, result, r, number(1 / math.factorial(i)))
-    half = builder.ashr(n, constant(whole, 1))  # in two steps, since 2**n may be subnormal, or beyond the largest
-    return builder.fmul(builder.fmul(result, power(half)), power(builder.sub(n, half)))
-
-
-@word(1)
-def log1p(builder, kind, a):
-    """log(1 + a) for lanes from 0 to 1: twice the artanh of a / (2 + a), whose series converges fast up to 1/3."""
-    two, series = constant(a.type, 2.0), constant(a.type, 0.0)
-    ratio = builder.fdiv(a, builder.fadd(two, a))
-    square = builder.fmul(ratio, ratio)
-    for i in reversed(range(17 if _ir.element_of(a.type) == _ir.f64 else 8)):
-        series = _ir.fma(builder, series, square, constant(a.type, 1 / (2 * i + 1)))
-    return builder.fmul(builder.fmul(two, ratio), series)
-
-
 @intrinsic
 def rounded(typingctx, tag, a):
     """Each lane, or a scalar, rounded to the tag's dtype and widened again."""
@@ -417,17 +362,18 @@ def rounded(typingctx, tag, a):
 @word(1, lambda kind: kind.element)
 def vsum(builder, kind, a):
     """The sum of a vector's lanes, in a fixed tree."""
+    add = choose(kind, builder.fadd, builder.add, builder.add)
     while a.type.count > 1:
         half = a.type.count // 2
         low, high = (_ir.shuffle(builder, a, a, range(i, i + half)) for i in (0, half))
-        a = builder.fadd(low, high) if _is_float(kind) else builder.add(low, high)
+        a = add(low, high)
     return builder.extract_element(a, _ir.i32(0))
 
 
 @word(1, lambda kind: kind.element)
 def vhighest(builder, kind, a):
     """The largest of a vector's lanes; NaN if any is."""
-    name = "fmaximum" if _is_float(kind) else "smax" if _is_signed(kind) else "umax"
+    name = choose(kind, "fmaximum", "smax", "umax")
     return generic(builder, f"vector.reduce.{name}", a, result=a.type.element)
 
 
@@ -491,6 +437,3 @@ def transpose(typingctx, tag, source, ld, target, target_ld):
 
     i = types.int64
     return types.none(tag, i, i, i, i), generate
-
-
-__all__ = ["BYTE", "FLOAT32", "INT32", "LANES", "TAGS"]

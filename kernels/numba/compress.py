@@ -17,8 +17,9 @@ from flagops.registry import kernel
 
 from .._compress import chunks
 from ._blocks import Block, alive, at, get, pack, put, scratch, shifted, unpack, vget, vput
+from ._functions import exp
 from ._gemm import View, contract, view
-from ._vectors import TAGS, cast, exp, fma, lanes, maximum, size, vsplat
+from ._vectors import TAGS, cast, fma, lanes, maximum, size, vsplat
 
 _PAD = 16  # elements behind a row that a vector may touch
 _SCRATCH = 16 << 20

@@ -18,6 +18,7 @@ from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
 from ._blocks import Block, alive, at, clear, get, of_task, pack, put, scratch, shifted, unpack, vget, vput, walk
+from ._functions import exp
 from ._gemm import DOT_DEPTH
 from ._tiles import (
     DOT_COLUMNS,
@@ -30,7 +31,7 @@ from ._tiles import (
     dot_tile,
     outer_tile,
 )
-from ._vectors import TAGS, cast, exp, fma, lanes, transpose, vsplat, vsum, where
+from ._vectors import TAGS, cast, fma, lanes, transpose, vsplat, vsum, where
 
 _BLOCK = 512 << 10  # bytes of streams that a task reads twice
 _ROWS = 24  # tokens of a task at the most

@@ -52,7 +52,7 @@ def _converted(x: Any, name: str) -> Any:
     return x.float() if hasattr(x, "float") else x.astype(name)
 
 
-def _integers(x: Any) -> tuple[int, tuple[int, int], int]:
+def _integers(x: Any) -> tuple[int, tuple[int, ...], int]:
     """Address, strides and bytes of an element; a vector is a column."""
     return pointer(x), (*strides(x), 0)[:2], x.itemsize
 
