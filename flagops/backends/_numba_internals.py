@@ -20,7 +20,11 @@ from numba import types
 from numba.core import serialize
 from numba.core.compiler import CompileResult
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.imputils import lower_constant
 from numba.core.registry import cpu_target
+from numba.core.typeconv import Conversion
+from numba.core.types.misc import unliteral
+from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
 from ._store import Store
@@ -29,6 +33,8 @@ log = logging.getLogger("flagops")
 
 OLDEST, NEWEST = (0, 62), (0, 68)
 """The releases that were tried; before the oldest, LLVM's pointers have types."""
+
+__all__ = ["Conversion", "lower_constant", "signature", "unliteral"]  # what types of our own are declared with
 
 OPTIONS = {"nogil": True, "error_model": "numpy"}
 
@@ -218,6 +224,22 @@ def _kept() -> str | None:
     return None
 
 
+def _declared() -> str | None:
+    """A type that numbers become, with a constant and an operator of its own."""
+
+    class Doubled(types.Type):
+        def can_convert_from(self, typingctx: Any, other: Any) -> Any:
+            return Conversion.unsafe if isinstance(other, types.Integer) else None
+
+    kind = Doubled("doubled")
+    two = signature(types.int64, kind, unliteral(types.literal(2)))
+    if two.return_type != types.int64 or two.args != (kind, types.int64):
+        return f"a signature has become {two}"
+    lower_constant(Doubled)(lambda context, builder, kind, value: context.get_dummy_value())
+    converted = cpu_target.typing_context.can_convert(types.int64, kind)
+    return None if converted == Conversion.unsafe else f"an integer becomes a type of ours by {converted}"
+
+
 def _locked() -> str | None:
     taken: list[bool] = []
 
@@ -240,5 +262,6 @@ _CHECKS: dict[str, Callable[[], str | None]] = {
     "target": _target_known,
     "code library": _linked,
     "cache": _kept,
+    "types": _declared,
     "locks": _locked,
 }

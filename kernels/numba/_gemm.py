@@ -1,7 +1,8 @@
 """C = A B (+ bias) over any strides. Each sum has one order, fixed by K and the layout of B: never by M, N or threads.
 
-Where B is contiguous along K, as a transposed weight is, vectors run along K (`dot_tile`): a bfloat16 weight is read
-once per block of rows and widened in registers or into a panel in L1. Elsewhere vectors run along N (`outer_tile`).
+One row is bound by the bytes of B: it goes from memory to registers and is widened there, read once. Many rows are
+bound by operations: tiles keep their sums in registers, and A and a panel of B, widened, stay in the caches. Where B is
+contiguous along K, as a transposed weight is, vectors run along K (`dot_tile`); elsewhere along N (`outer_tile`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 
-from ._simd import (
+from ._blocks import Block, alive, clear, pack, round_up, scratch, shifted, unpack_sum
+from ._tiles import (
     DOT_COLUMNS,
     DOT_ROW_COLUMNS,
     DOT_ROWS,
@@ -25,77 +27,20 @@ from ._simd import (
     ROW_VECTORS,
     dot_row,
     dot_tile,
-    lanes,
-    load,
     outer_row,
     outer_tile,
-    size,
-    store,
-    vadd,
-    vload,
-    vsplat,
-    vstore,
-    wide,
 )
+from ._vectors import TAGS, lanes, size, wide
 
 Axes = tuple[int, ...]
-TAGS = {"float16": np.int16(0), "bfloat16": np.uint16(0), "float32": np.float32(0), "float64": np.float64(0)}
-DOT_DEPTH, OUTER_DEPTH, STREAM_DEPTH = 512, 256, 16
-_L2, _WIDTH, _SERIAL = 512 << 10, 384, 1 << 19
-
-
-@jit
-def _clear(float_tag, target, count):
-    width, step = size(float_tag), lanes(float_tag)
-    zeros, whole = vsplat(float_tag), count - count % step
-    for i in range(0, whole, step):
-        vstore(float_tag, target + i * width, zeros)
-    for i in range(whole, count):
-        store(float_tag, target + i * width, float_tag)
-
-
-@jit
-def pack(tag, source, row, column, rows, columns, target, ld, padded_rows, padded_columns):
-    """Widen a block of any strides into rows of `ld`, zero beyond it."""
-    float_tag = wide(tag)
-    item, width, step = size(tag), size(float_tag), lanes(tag)
-    if column == 1:
-        for r in range(rows):
-            origin, goal = source + r * row * item, target + r * ld * width
-            whole = columns - columns % step
-            for c in range(0, whole, step):
-                vstore(float_tag, goal + c * width, vload(tag, origin + c * item))
-            for c in range(whole, columns):
-                store(float_tag, goal + c * width, load(tag, origin + c * item))
-    else:
-        for c in range(columns):
-            for r in range(rows):
-                store(float_tag, target + (r * ld + c) * width, load(tag, source + (r * row + c * column) * item))
-    if padded_columns > columns:
-        for r in range(rows):
-            _clear(float_tag, target + (r * ld + columns) * width, padded_columns - columns)
-    for r in range(rows, padded_rows):
-        _clear(float_tag, target + r * ld * width, padded_columns)
-
-
-@jit
-def unpack(tag, source, ld, rows, columns, target, row, column, bias, bias_stride):
-    """Round a block of sums (plus bias, where its address is not 0) into the output."""
-    float_tag = wide(tag)
-    item, width, step = size(tag), size(float_tag), lanes(tag)
-    whole = columns - columns % step if column == 1 and (bias == 0 or bias_stride == 1) else 0
-    for r in range(rows):
-        origin, goal = source + r * ld * width, target + r * row * item
-        for c in range(0, whole, step):
-            value = vload(float_tag, origin + c * width)
-            if bias != 0:
-                value = vadd(value, vload(tag, bias + c * item))
-            vstore(tag, goal + c * item, value)
-        for c in range(whole, columns):
-            scalar = load(float_tag, origin + c * width)
-            if bias != 0:
-                scalar += load(tag, bias + c * bias_stride * item)
-            store(tag, goal + c * column * item, scalar)
+Steps = tuple[tuple[int, int], ...]  # of rows and of columns: of A, B and C
+DOT_DEPTH, OUTER_DEPTH = 512, 256  # so deep a panel of B stays in L1
+STREAM_DEPTH = 16  # and so deep is B taken where it is read in place, row after row
+_L2 = 512 << 10  # bytes that A may take of it
+WIDTH = 384  # columns of a task at most
+UNIT, _OUTER_UNIT = 24, 128  # which tiles of one row and of several both divide
+SERIAL = 1 << 19  # multiplications that no second thread is worth
+A, B, C, ROWS, PLACE, COUNT = range(6)  # what `row_blocks` says of a block
 
 
 @jit
@@ -124,110 +69,107 @@ def share(blocks, task, n, nc, terms):
     """The block and the first column of a task: all blocks of a group take `nc` columns of B while those are near."""
     parts = -(-n // nc)
     near = task // parts
-    first, count = near - blocks[near * terms, 4], blocks[near * terms, 5]
+    first, count = near - blocks[near * terms, PLACE], blocks[near * terms, COUNT]
     part, place = divmod(task - first * parts, count)
     return (first + place) * terms, part * nc
 
 
 @jit
-def _dot(
-    start, stop, tag, out_tag, n, k, mc, nc, span,
-    a, am, ak, b, bk, bn, c, cm, cn, bias, bias_stride, blocks, terms,
-):  # fmt: skip
-    float_tag = wide(tag)
-    item, width, step = size(tag), size(float_tag), lanes(tag)
-    rows_held, ldc = mc + DOT_ROWS, nc + DOT_WIDTH
-    held = np.empty(width * (rows_held * (span + ldc) + DOT_ROW_COLUMNS * DOT_DEPTH) + 64, np.uint8)
-    x = (np.int64(held.ctypes.data) + 63) & ~63
-    panel = x + rows_held * span * width
-    sums = panel + DOT_ROW_COLUMNS * DOT_DEPTH * width
-    for task in range(start, stop):
-        block, column = share(blocks, task, n, nc, terms)
-        rows, columns = min(mc, blocks[block, 3]), min(nc, n - column)
-        across = DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS
-        if k == 0:
-            _clear(float_tag, sums, rows * ldc)
-        for part in range(-(-k // span) * terms):
-            term, first = block + part // -(-k // span), part % -(-k // span) * span
-            depth = min(span, k - first)
-            left = a + (blocks[term, 0] + first * ak) * item
-            right = b + (blocks[term, 1] + column * bn + first) * item
-            padded = -(-depth // step) * step
-            padded_rows = -(-rows // DOT_ROWS) * DOT_ROWS if rows > 1 else 1
-            pack(tag, left, am, ak, rows, depth, x, span, padded_rows, padded)
-            for j in range(0, columns, across):
-                valid = min(across, columns - j)
-                for at in range(0, depth, DOT_DEPTH):
-                    d = min(DOT_DEPTH, depth - at)
-                    whole = d % step == 0
-                    d_padded = -(-d // step) * step
-                    w, add = right + (j * bn + at) * item, part + at > 0
-                    if rows == 1 and whole:
-                        dot_row(tag, x + at * width, span, w, bn, valid, d, sums + j * width, ldc, add)
-                    elif rows == 1:
-                        pack(tag, w, bn, 1, valid, d, panel, DOT_DEPTH, valid, d_padded)
-                        into = sums + j * width
-                        dot_row(float_tag, x + at * width, span, panel, DOT_DEPTH, valid, d_padded, into, ldc, add)
-                    elif rows <= DOT_ROWS and whole:
-                        dot_tile(tag, x + at * width, span, w, bn, valid, d, sums + j * width, ldc, add)
-                    else:
-                        pack(tag, w, bn, 1, valid, d, panel, DOT_DEPTH, valid, d_padded)
-                        for i in range(0, rows, DOT_ROWS):
-                            xi, into = x + (i * span + at) * width, sums + (i * ldc + j) * width
-                            dot_tile(float_tag, xi, span, panel, DOT_DEPTH, valid, d_padded, into, ldc, add)
-        target = c + (blocks[block, 2] + column * cn) * size(out_tag)
-        shift = bias + column * bias_stride * size(out_tag) if bias != 0 else 0
-        unpack(out_tag, sums, ldc, rows, columns, target, cm, cn, shift, bias_stride)
-    return held[0]  # keeps the scratch alive until here
+def dot_rows(x, w, rows, columns, depth, c, add):
+    """As `dot_tile` for one row or any number; a last tile reads and writes whole ones."""
+    if rows == 1:
+        dot_row(x, w, columns, depth, c, add)
+    else:
+        for i in range(0, rows, DOT_ROWS):
+            dot_tile(shifted(x, i, 0), w, columns, depth, shifted(c, i, 0), add)
 
 
 @jit
-def _outer(
-    start, stop, tag, out_tag, n, k, mc, nc, span,
-    a, am, ak, b, bk, bn, c, cm, cn, bias, bias_stride, blocks, terms,
-):  # fmt: skip
-    float_tag = wide(tag)
-    item, width = size(tag), size(float_tag)
-    across, across_row = OUTER_VECTORS * lanes(tag), ROW_VECTORS * lanes(tag)
-    rows_held, ldc = mc + OUTER_ROWS, nc + across_row
-    held = np.empty(width * (rows_held * (span + ldc) + span * across_row) + 64, np.uint8)
-    x = (np.int64(held.ctypes.data) + 63) & ~63
-    panel = x + span * rows_held * width
-    sums = panel + span * across_row * width
+def outer_rows(a, b, rows, depth, c, add):
+    """As `outer_tile` for one row or any number; a last tile reads and writes whole ones."""
+    if rows == 1:
+        outer_row(a, b, depth, c, add)
+    else:
+        for i in range(0, rows, OUTER_ROWS):
+            outer_tile(shifted(a, i, 0), b, depth, shifted(c, i, 0), add)
+
+
+@jit
+def _leave(tag, sums, rows, columns, column, c, offset, bias):
+    """Round sums, and a bias where there is one, into columns from `column` on of the rows at an offset."""
+    (base, row_step, column_step), (shift, shift_step) = c, bias
+    target = base + (offset + column * column_step) * size(tag)
+    if shift != 0:
+        shift += column * shift_step * size(tag)
+    unpack_sum(tag, sums, (rows, columns), target, (row_step, column_step), shift, shift_step)
+
+
+@jit
+def _dot(start, stop, tag, out_tag, n, k, mc, nc, span, a, b, c, bias, blocks, terms):
+    """Vectors along K. Few rows read B where it lies, unless its depth leaves part of a vector."""
+    (a, am, ak), (b, _, bn), real, step = a, b, wide(tag), lanes(tag)
+    shapes = (mc + DOT_ROWS, span), (DOT_ROW_COLUMNS, DOT_DEPTH), (mc + DOT_ROWS, nc + DOT_WIDTH)
+    memory, (x, panel, sums) = scratch(real, shapes)
+    parts = -(-k // span)
     for task in range(start, stop):
         block, column = share(blocks, task, n, nc, terms)
-        rows, columns = min(mc, blocks[block, 3]), min(nc, n - column)
-        wide_step = across_row if rows == 1 else across
+        rows, columns = min(mc, blocks[block, ROWS]), min(nc, n - column)
+        across = DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS
+        padded_rows = round_up(rows, DOT_ROWS) if rows > 1 else 1
         if k == 0:
-            _clear(float_tag, sums, rows * ldc)
-        for part in range(-(-k // span) * terms):
-            term, first = block + part // -(-k // span), part % -(-k // span) * span
-            d = min(span, k - first)
-            left = a + (blocks[term, 0] + first * ak) * item
-            right = b + (blocks[term, 1] + column * bn + first * bk) * item
-            padded_rows = -(-rows // OUTER_ROWS) * OUTER_ROWS if rows > 1 else 1
-            pack(tag, left, am, ak, rows, d, x, span, padded_rows, d)
-            for j in range(0, columns, wide_step):
-                valid = min(wide_step, columns - j)
-                w, into, add = right + j * bn * item, sums + j * width, part > 0
-                direct = rows <= OUTER_ROWS and bn == 1 and valid == wide_step
-                if not direct:
-                    pack(tag, w, bk, bn, d, valid, panel, wide_step, d, wide_step)
-                if rows == 1:
-                    if direct:
-                        outer_row(tag, x, span, w, bk, d, into, ldc, add)
+            clear(real, sums.base, rows * sums.row)
+        for part in range(parts * terms):
+            term, first = block + part // parts, part % parts * span
+            depth = min(span, k - first)
+            left = a + (blocks[term, A] + first * ak) * size(tag)
+            pack(tag, left, (am, ak), (rows, depth), x, (padded_rows, round_up(depth, step)))
+            right = Block(tag, b + (blocks[term, B] + column * bn + first) * size(tag), bn)
+            for j in range(0, columns, across):
+                valid = min(across, columns - j)
+                for at in range(0, depth, DOT_DEPTH):
+                    deep = min(DOT_DEPTH, depth - at)
+                    w, values, into, add = shifted(right, j, at), shifted(x, 0, at), shifted(sums, 0, j), part + at > 0
+                    if rows <= DOT_ROWS and deep % step == 0:
+                        dot_rows(values, w, rows, valid, deep, into, add)
                     else:
-                        outer_row(float_tag, x, span, panel, wide_step, d, into, ldc, add)
-                elif direct:
-                    outer_tile(tag, x, span, w, bk, d, into, ldc, add)
+                        padded = round_up(deep, step)
+                        pack(tag, w.base, (bn, 1), (valid, deep), panel, (valid, padded))
+                        dot_rows(values, panel, rows, valid, padded, into, add)
+        _leave(out_tag, sums, rows, columns, column, c, blocks[block, C], bias)
+    return alive(memory)
+
+
+@jit
+def _outer(start, stop, tag, out_tag, n, k, mc, nc, span, a, b, c, bias, blocks, terms):
+    """Vectors along N. Few rows read B where it lies, unless its columns are apart or end within a tile."""
+    (a, am, ak), (b, bk, bn), real = a, b, wide(tag)
+    most = ROW_VECTORS * lanes(tag)
+    memory, (x, panel, sums) = scratch(real, ((mc + OUTER_ROWS, span), (span, most), (mc + OUTER_ROWS, nc + most)))
+    parts = -(-k // span)
+    for task in range(start, stop):
+        block, column = share(blocks, task, n, nc, terms)
+        rows, columns = min(mc, blocks[block, ROWS]), min(nc, n - column)
+        across = most if rows == 1 else OUTER_VECTORS * lanes(tag)
+        dense = Block(real, panel.base, across)
+        padded_rows = round_up(rows, OUTER_ROWS) if rows > 1 else 1
+        if k == 0:
+            clear(real, sums.base, rows * sums.row)
+        for part in range(parts * terms):
+            term, first = block + part // parts, part % parts * span
+            depth = min(span, k - first)
+            left = a + (blocks[term, A] + first * ak) * size(tag)
+            pack(tag, left, (am, ak), (rows, depth), x, (padded_rows, depth))
+            right = b + (blocks[term, B] + column * bn + first * bk) * size(tag)
+            for j in range(0, columns, across):
+                valid = min(across, columns - j)
+                w, into, add = right + j * bn * size(tag), shifted(sums, 0, j), part > 0
+                if rows <= OUTER_ROWS and bn == 1 and valid == across:
+                    outer_rows(x, Block(tag, w, bk), rows, depth, into, add)
                 else:
-                    for i in range(0, rows, OUTER_ROWS):
-                        xi, into = x + i * span * width, sums + (i * ldc + j) * width
-                        outer_tile(float_tag, xi, span, panel, wide_step, d, into, ldc, add)
-        target = c + (blocks[block, 2] + column * cn) * size(out_tag)
-        shift = bias + column * bias_stride * size(out_tag) if bias != 0 else 0
-        unpack(out_tag, sums, ldc, rows, columns, target, cm, cn, shift, bias_stride)
-    return held[0]  # keeps the scratch alive until here
+                    pack(tag, w, (bk, bn), (depth, valid), dense, (depth, across))
+                    outer_rows(x, dense, rows, depth, into, add)
+        _leave(out_tag, sums, rows, columns, column, c, blocks[block, C], bias)
+    return alive(memory)
 
 
 class View(NamedTuple):
@@ -312,7 +254,7 @@ def _arranged(
         return _offsets([*batch, (count, most * am, 0, most * cm, -most, 1, 0), *summed], (0, 0, 0, m, 0, count))
 
     shared = _shared(name, result, m, n, k, m * groups * terms, (bk, bn), blocks, terms, team)
-    return shared, (am, ak, bk, bn, cm, cn), terms
+    return shared, ((am, ak), (bk, bn), (cm, cn)), terms
 
 
 def contract_groups(name: str, a: View, b: View, out: View, bounds: Any) -> None:
@@ -326,14 +268,13 @@ def contract_groups(name: str, a: View, b: View, out: View, bounds: Any) -> None
     most = min(m, _most(bounds))
     if most and n:
         shared = _shared(name, name, most, n, k, m, (bk, bn), blocks, 1, threads())
-        _multiply(shared, (am, ak, bk, bn, cm, cn), 1, a, b, out, (0, 0))
+        _multiply(shared, ((am, ak), (bk, bn), (cm, cn)), 1, a, b, out, (0, 0))
 
 
-def _multiply(shared: Any, steps: Axes, terms: int, a: View, b: View, out: View, bias: tuple[int, int]) -> None:
+def _multiply(shared: Any, steps: Steps, terms: int, a: View, b: View, out: View, bias: tuple[int, int]) -> None:
     kernel, tasks, minimum, sizes, table = shared
-    am, ak, bk, bn, cm, cn = steps
-    where = a.address, am, ak, b.address, bk, bn, out.address, cm, cn, *bias
-    parallel(kernel, tasks, *sizes, *where, table, terms, minimum=minimum)
+    operands = ((x.address, *own) for x, own in zip((a, b, out), steps, strict=True))
+    parallel(kernel, tasks, *sizes, *operands, bias, table, terms, minimum=minimum)
 
 
 @jit
@@ -353,20 +294,25 @@ def _shared(
 
     `blocks` cuts them into blocks of at most so many rows, as `row_blocks` does.
     """
-    tag, out_tag, width = TAGS[name], TAGS[result], 8 if name == "float64" else 4
+    width = 8 if name == "float64" else 4
     bk, bn = steps
     if bk == 1 and (bn != 1 or n == 1):
-        kernel, unit, mc = _dot, 24, min(m, 128)
+        kernel, unit, mc = _dot, UNIT, min(m, 128)
         span = min(max(_L2 // (mc * width * DOT_DEPTH), 1), max(-(-k // DOT_DEPTH), 1)) * DOT_DEPTH
     else:
-        kernel, unit, mc = _outer, 128, min(m, 192)
+        kernel, unit, mc = _outer, _OUTER_UNIT, min(m, 192)
         span = STREAM_DEPTH if m <= OUTER_ROWS else OUTER_DEPTH
     table = blocks(mc)
-    count = team if rows * n * max(k, 1) > _SERIAL else 1
+    count = team if rows * n * max(k, 1) > SERIAL else 1
     cut = len(table) // terms
-    nc = min(_WIDTH, max(unit, -(-n * cut // (4 * count * unit)) * unit))
+    nc = task_columns(n, cut, count, unit)
     tasks = cut * -(-n // nc)
-    return kernel, tasks, 1 if count > 1 else tasks, (tag, out_tag, n, k, mc, nc, span), table
+    return kernel, tasks, 1 if count > 1 else tasks, (TAGS[name], TAGS[result], n, k, mc, nc, span), table
+
+
+def task_columns(n: int, blocks: int, team: int, unit: int) -> int:
+    """How many columns a task has, whole units: few enough that each of a team's threads has four tasks."""
+    return min(WIDTH, max(unit, -(-n * blocks // (4 * team * unit)) * unit))
 
 
 def _axis(shape: Axes, steps: Axes, axis: int) -> tuple[int, int]:

@@ -1,123 +1,39 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""Rows on their way through an expert, on the CPU: gathered, gated, rounded through FP8, added up."""
+"""Rows on their way through an expert, on the CPU: gathered, gated, rounded through FP8, added up.
+
+Bound by bytes but for the exponential of the gate; a row goes through in blocks that stay in L1.
+"""
+
+from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
 from flagops.backends.numba import jit
 
 from .._moe import BLOCK
-from ._attention_simd import cast, vdiv, vexp, vround
-from ._gemm import pack, unpack
-from ._quantize_simd import from_bits, to_bits, vlarger, vlargest_bits, vmagnitude, vround_e4m3
-from ._simd import _call, _constant, _fma, _i32, lanes, load, size, store, vadd, vload, vmul, vsplat, vstore, wide
+from ._blocks import Block, alive, at, clear, copy, get, pack, put, scratch, shifted, unpack, vget, vput
+from ._formats import E4M3
+from ._functions import exp, log1p
+from ._scales import fake
+from ._vectors import FLOAT32, lanes, maximum, minimum, rounded, sqrt, where, wide
 
-_F32, _INFINITY = np.float32(0), 0x7F800000
-_INVERSE, _FLOOR = np.float32(1 / 448), np.float32(1e-4)
-_NAN = np.float32(np.nan)
 STEP = 512  # elements of a row that stay in L1
 
 
-def _pairwise(name):
-    @intrinsic
-    def typed(typingctx, a, b):
-        def generate(context, builder, signature, arguments):
-            return _call(builder, name, arguments[0].type, *arguments)
-
-        return a(a, a), generate
-
-    return typed
-
-
-vleast = _pairwise("minimum")  # NaN if either is
-vmost = _pairwise("maximum")
-
-
-@intrinsic
-def vdescent(typingctx, a):
-    """-|a|."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.fneg(_call(builder, "fabs", arguments[0].type, arguments[0]))
-
-    return a(a), generate
-
-
-@intrinsic
-def vchoose(typingctx, a, b):
-    """1 where a is at least 0, else b."""
-
-    def generate(context, builder, signature, arguments):
-        a, b = arguments
-        up = builder.fcmp_ordered(">=", a, _constant(a.type, 0.0))
-        return builder.select(up, _constant(a.type, 1.0), b)
-
-    return a(a, b), generate
-
-
-@intrinsic
-def vscore(typingctx, z, fall):
-    """sqrt(softplus(z)), the identity within the root above 20; `fall` is exp(-|z|).
-
-    log(1 + e) is twice the artanh of e / (2 + e), whose series converges fast up to the 1/3 that e = 1 gives.
-    """
-
-    def generate(context, builder, signature, arguments):
-        z, fall = arguments
-        two, zero = _constant(z.type, 2.0), _constant(z.type, 0.0)
-        ratio = builder.fdiv(fall, builder.fadd(two, fall))
-        square, series = builder.fmul(ratio, ratio), zero
-        for i in reversed(range(17 if z.type.element == ir.DoubleType() else 8)):
-            series = _fma(builder, series, square, _constant(z.type, 1 / (2 * i + 1)))
-        rise = builder.select(builder.fcmp_ordered(">", z, zero), z, zero)
-        soft = builder.fadd(rise, builder.fmul(builder.fmul(two, ratio), series))
-        steep = builder.fcmp_ordered(">", z, _constant(z.type, 20.0))
-        return _call(builder, "sqrt", z.type, builder.select(steep, z, soft))
-
-    return z(z, fall), generate
-
-
-@intrinsic
-def put_int32(typingctx, address, value):
-    """Write an integer of 4 bytes."""
-
-    def generate(context, builder, signature, arguments):
-        address, value = arguments
-        builder.store(builder.trunc(value, _i32), builder.inttoptr(address, ir.PointerType()), align=4)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.int64), generate
+@jit
+def gate_score(z):
+    """sqrt(softplus(z)), the identity within the root above 20."""
+    return sqrt(where(z > 20, z, where(z > 0, z, 0) + log1p(exp(-abs(z)))))
 
 
 @jit
-def gate_block(real, g, u, count, weight, limit):
-    """silu(min(g, limit)) * clip(u) * weight over a block of whole vectors, into g."""
-    unit, step = size(real), lanes(real)
-    one, factor = vsplat(cast(real, 1.0)), vsplat(weight)
-    above, below = vsplat(limit), vsplat(-limit)
-    for i in range(0, count, step):
-        gate = vleast(vload(real, g + i * unit), above)
-        up = vmost(vleast(vload(real, u + i * unit), above), below)
-        fall = vexp(vdescent(gate))
-        silu = vdiv(vmul(gate, vchoose(gate, fall)), vadd(one, fall))
-        vstore(real, g + i * unit, vmul(vmul(silu, up), factor))
-
-
-@jit
-def fake_block(x, count):
-    """A block of float32, of whole vectors, rounded to FP8 under one power of two; NaN unless all are finite."""
-    step = lanes(_F32)
-    highest = vsplat(_F32)
-    for i in range(0, count, step):
-        highest = vlarger(highest, vmagnitude(vload(_F32, x + 4 * i)))
-    bits = np.int64(vlargest_bits(highest))
-    code = (to_bits(max(from_bits(bits), _FLOOR) * _INVERSE) + 0x7FFFFF) >> 23 if bits < _INFINITY else np.int64(127)
-    divisor = vsplat(from_bits((254 - code) << 23))
-    factor = vsplat(from_bits(code << 23) if bits < _INFINITY else _NAN)
-    for i in range(0, count, step):
-        vstore(_F32, x + 4 * i, vmul(vround_e4m3(vmul(vload(_F32, x + 4 * i), divisor)), factor))
+def gate_block(g, u, count, weight, limit):
+    """silu(min(g, limit)) * clip(u) * weight over whole vectors of the first rows, into g."""
+    for i in range(0, count, lanes(g.tag)):
+        gate = minimum(vget(g, 0, i), limit)
+        up = maximum(minimum(vget(u, 0, i), limit), -limit)
+        power = exp(-abs(gate))
+        silu = gate * where(gate >= 0, 1, power) / (1 + power)
+        vput(g, 0, i, silu * up * weight)
 
 
 @jit
@@ -137,98 +53,80 @@ def by_expert(ids, experts):
 @jit
 def gather(start, stop, tag, width, tokens, x, row, column, quantised, out):
     """Rows of x by number, one after the other: as they are, or through FP8 and as float32."""
-    item = size(tag)
-    held = np.empty(4 * BLOCK + 64, np.uint8)
-    scratch = (np.int64(held.ctypes.data) + 63) & ~63
+    memory, (packed,) = scratch(wide(tag), ((1, BLOCK),))
+    single = Block(FLOAT32, packed.base, BLOCK)  # the same, if float64 could be quantised
+    source = Block(tag, x, row)
+    wide_rows, rows = Block(FLOAT32, out, width), Block(tag, out, width)
     for i in range(start, stop):
-        source = x + tokens[i] * row * item
         for first in range(0, width, BLOCK):
             count = min(BLOCK, width - first)
-            origin = source + first * column * item
+            here = at(source, tokens[i], first * column)
             if quantised:
-                pack(tag, origin, 0, column, 1, count, scratch, BLOCK, 1, BLOCK)
-                fake_block(scratch, BLOCK)
-                unpack(_F32, scratch, 0, 1, count, out + 4 * (i * width + first), 0, 1, 0, 0)
-            elif column == 1:
-                _copy(tag, origin, count, out + (i * width + first) * item)
+                pack(tag, here, (0, column), (1, count), packed, (1, BLOCK))
+                fake(E4M3, single, BLOCK, True, single)
+                unpack(FLOAT32, single, (1, count), at(wide_rows, i, first), (0, 1))
             else:
-                for c in range(count):
-                    store(tag, out + (i * width + first + c) * item, load(tag, origin + c * column * item))
-    return held[0]  # keeps the scratch alive until here
-
-
-@jit
-def _copy(tag, source, count, target):
-    item, step = size(tag), lanes(tag)
-    whole = count - count % step
-    for c in range(0, whole, step):
-        vstore(tag, target + c * item, vload(tag, source + c * item))
-    for c in range(whole, count):
-        store(tag, target + c * item, load(tag, source + c * item))
+                copy(Block(tag, here, column), Block(tag, at(rows, i, first), 1), count)
+    return alive(memory)
 
 
 @jit
 def activate(start, stop, tag, width, both, pairs, slots, weights, weight_row, weight_slot, limit, quantised, out):
     """h of each row [g, u], both contiguous, with its routing weight; through FP8 it leaves as float32."""
     real = wide(tag)
-    item, unit, step = size(tag), size(real), lanes(tag)
-    held = np.empty(2 * unit * BLOCK + 64, np.uint8)
-    g = (np.int64(held.ctypes.data) + 63) & ~63
-    u = g + unit * BLOCK
+    memory, (g, u) = scratch(real, ((1, BLOCK), (1, BLOCK)))
+    single = Block(FLOAT32, g.base, BLOCK)  # the same, if float64 could be quantised
+    gates, weights = Block(tag, both, 2 * width), Block(real, weights, weight_row)
+    wide_rows, rows = Block(FLOAT32, out, width), Block(tag, out, width)
     for i in range(start, stop):
         token, slot = divmod(pairs[i], slots)
-        weight = load(real, weights + (token * weight_row + slot * weight_slot) * unit)
+        weight = get(weights, token, slot * weight_slot)
         for first in range(0, width, BLOCK):
             count = min(BLOCK, width - first)
-            padded = BLOCK if quantised else -(-count // step) * step
-            source = both + (2 * i * width + first) * item
-            pack(tag, source, 0, 1, 1, count, g, BLOCK, 1, padded)
-            pack(tag, source + width * item, 0, 1, 1, count, u, BLOCK, 1, padded)
-            gate_block(real, g, u, padded, weight, cast(real, limit))
+            padded = BLOCK if quantised else -(-count // lanes(tag)) * lanes(tag)
+            pack(tag, at(gates, i, first), (0, 1), (1, count), g, (1, padded))
+            pack(tag, at(gates, i, width + first), (0, 1), (1, count), u, (1, padded))
+            gate_block(g, u, padded, weight, limit)
             if quantised:
-                for c in range(0, BLOCK, step):
-                    vstore(real, g + c * unit, vround(tag, vload(real, g + c * unit)))
+                for c in range(0, BLOCK, lanes(real)):
+                    vput(g, 0, c, rounded(tag, vget(g, 0, c)))
                 for c in range(count, BLOCK):
-                    store(real, g + c * unit, real)  # a weight that is not finite makes NaN of the padding
-                fake_block(g, BLOCK)
-                unpack(_F32, g, 0, 1, count, out + 4 * (i * width + first), 0, 1, 0, 0)
+                    put(g, 0, c, 0.0)  # a weight that is not finite makes NaN of the padding
+                fake(E4M3, single, BLOCK, True, single)
+                unpack(FLOAT32, single, (1, count), at(wide_rows, i, first), (0, 1))
             else:
-                unpack(tag, g, 0, 1, count, out + (i * width + first) * item, 0, 1, 0, 0)
-    return held[0]  # keeps the scratch alive until here
+                unpack(tag, g, (1, count), at(rows, i, first), (0, 1))
+    return alive(memory)
 
 
 @jit
 def add_rows(start, stop, tag, width, tokens, y, total):
     """total[token] += y, block of columns after block; a token that comes twice is added to in order."""
-    real = wide(tag)
-    item, unit, step = size(tag), size(real), lanes(tag)
+    rows, sums, step = Block(tag, y, width), Block(wide(tag), total, width), lanes(tag)
     for block in range(start, stop):
         first, last = block * STEP, min(block * STEP + STEP, width)
         whole = last - (last - first) % step
         for i in range(len(tokens)):
-            source, target = y + i * width * item, total + tokens[i] * width * unit
             for c in range(first, whole, step):
-                vstore(real, target + c * unit, vadd(vload(real, target + c * unit), vload(tag, source + c * item)))
+                vput(sums, tokens[i], c, vget(sums, tokens[i], c) + vget(rows, i, c))
             for c in range(whole, last):
-                store(real, target + c * unit, load(real, target + c * unit) + load(tag, source + c * item))
+                put(sums, tokens[i], c, get(sums, tokens[i], c) + get(rows, i, c))
 
 
 @jit
 def widen_rows(start, stop, tag, width, x, row, column, total):
     """Rows of any strides as contiguous rows of the accumulator; zeros where there are none."""
-    real = wide(tag)
-    item, unit = size(tag), size(real)
+    sums = Block(wide(tag), total, width)
     for i in range(start, stop):
-        target = total + i * width * unit
         if x != 0:
-            pack(tag, x + i * row * item, 0, column, 1, width, target, width, 1, width)
+            pack(tag, at(Block(tag, x, row), i, 0), (0, column), (1, width), shifted(sums, i, 0), (1, width))
         else:
-            for c in range(width):
-                store(real, target + c * unit, real)
+            clear(sums.tag, at(sums, i, 0), width)
 
 
 @jit
 def round_rows(start, stop, tag, width, total, out, row, column):
     """Contiguous rows of the accumulator rounded into rows of any strides."""
+    sums, rows = Block(wide(tag), total, width), Block(tag, out, row)
     for i in range(start, stop):
-        unpack(tag, total + i * width * size(wide(tag)), 0, 1, width, out + i * row * size(tag), 0, column, 0, 0)
+        unpack(tag, shifted(sums, i, 0), (1, width), at(rows, i, 0), (0, column))

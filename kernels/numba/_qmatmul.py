@@ -1,8 +1,7 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """C = A B^T with B in e4m3 or packed e2m1 and block scales, on the CPU; the sums are those of `_gemm`.
 
-A is widened once, scaled, into rows of float32. B is decoded in registers for one row of A, else in panels that stay in
-L1; a weight is never expanded as a whole. Each sum has one order, fixed by K.
+One row is bound by the bytes of B, which are decoded in registers; many rows by operations, and decode B in panels that
+stay in L1. A weight is never expanded as a whole. A is widened once, scaled, into rows of float32.
 """
 
 from __future__ import annotations
@@ -17,192 +16,186 @@ from flagops import config
 from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, threads
 
-from ._dequantize_simd import byte
-from ._gemm import TAGS, View, _offsets, pack, row_blocks, share, unpack, view
-from ._qmatmul_simd import fp4_arrange, fp4_decode, fp4_row, fp4_table, fp8_decode, fp8_row
-from ._simd import (
-    DOT_COLUMNS,
-    DOT_ROW_COLUMNS,
-    DOT_ROWS,
-    DOT_WIDTH,
-    LANES,
-    dot_tile,
-    load,
-    size,
-    store,
-    vload,
-    vmul,
-    vsplat,
-    vstore,
+from .._moe import BLOCK, GROUP
+from ._blocks import Block, alive, at, clear, get, pack, put, round_up, scratch, shifted, unpack, vget, vput
+from ._coded_tiles import FP8_FACTOR, PAIR, fp4_arrange, fp4_decode, fp4_row, fp4_table, fp8_decode, fp8_row
+from ._formats import FORMATS
+from ._gemm import (
+    DOT_DEPTH,
+    ROWS,
+    SERIAL,
+    UNIT,
+    A,
+    B,
+    View,
+    _axis,
+    _offsets,
+    dot_rows,
+    row_blocks,
+    share,
+    task_columns,
+    view,
 )
+from ._tiles import DOT_COLUMNS, DOT_ROW_COLUMNS, DOT_ROWS, DOT_WIDTH
+from ._vectors import BYTE, FLOAT32, LANES, TAGS, load, size
 
-DEPTH = 512
-PAIR = 2 * LANES
-BLOCK = 128
-_ROWS, _WIDTH, _UNIT, _SERIAL = 128, 384, 24, 1 << 19
-_F32 = np.float32(0)
-
-
-@cache
-def _e4m3() -> Any:
-    import ml_dtypes
-
-    return np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+_FP8_FACTOR = np.float32(FP8_FACTOR)
+_ROWS = 128  # of a block
+_A, _A_SCALE, _OUT = range(3)  # of what the offsets of a row are
 
 
 @cache
-def _e8m0() -> Any:
-    return np.append(np.exp2(np.arange(255) - 127.0), np.nan).astype(np.float32)
+def _values(name: str) -> Any:
+    """Of a format of 8 bits, by code."""
+    return FORMATS[name].values.astype(np.float32)
+
+
+_products = cache(fp4_table)
 
 
 @cache
-def _products() -> Any:
-    return fp4_table()
-
-
-@cache
-def _address(table: Callable[[], Any]) -> int:
-    return pointer(table())  # which keeps it
+def _address(table: Callable[..., Any], *name: str) -> int:
+    """Of a table that is made once and kept."""
+    return pointer(table(*name))
 
 
 @jit
 def _scale(address, index, coded, table):
     """A scale by its index, of bytes or of float32."""
-    return load(_F32, table + 4 * byte(address + index)) if coded else load(_F32, address + 4 * index)
+    return load(FLOAT32, table + 4 * load(BYTE, address + index)) if coded else load(FLOAT32, address + 4 * index)
 
 
 @jit
-def _multiply(target, source, count, factor):
-    many, whole = vsplat(factor), count - count % LANES
+def _multiply(source, count, factor, target):
+    """The beginning of a block, times a factor, into that of another."""
+    whole = count - count % LANES
     for i in range(0, whole, LANES):
-        vstore(_F32, target + 4 * i, vmul(vload(_F32, source + 4 * i), many))
+        vput(target, 0, i, vget(source, 0, i) * factor)
     for i in range(whole, count):
-        store(_F32, target + 4 * i, load(_F32, source + 4 * i) * factor)
+        put(target, 0, i, get(source, 0, i) * factor)
 
 
 @jit
-def _fill(start, stop, tag, m, k, ld, a, ak, scale, scale_step, coded, scales, values, arranged, offsets, x):
-    """Rows of activations as float32, times their scales where there are any; zero beyond m and k."""
+def _fill(start, stop, tag, rows, k, a, column, offsets, scale, scale_step, coded, scales, values, arranged, x):
+    """Rows of activations as float32, times their scales where there are any; zero beyond `rows` and k."""
     for row in range(start, stop):
-        target = x + 4 * ld * row
-        if row < m and scale == 0:
-            pack(tag, a + offsets[row, 0] * size(tag), 0, ak, 1, k, target, ld, 1, k)
-        elif row < m:
+        if row >= rows:
+            clear(FLOAT32, at(x, row, 0), x.row)
+            continue
+        if scale == 0:
+            pack(tag, a + offsets[row, _A] * size(tag), (0, column), (1, k), shifted(x, row, 0), (1, x.row))
+        else:
+            codes = a + offsets[row, _A]
             for i in range(k):
-                store(_F32, target + 4 * i, load(_F32, values + 4 * byte(a + offsets[row, 0] + i * ak)))
+                put(x, row, i, load(FLOAT32, values + 4 * load(BYTE, codes + i * column)))
             for first in range(0, k, BLOCK):
-                factor = _scale(scale, offsets[row, 1] + first // BLOCK * scale_step, coded, scales)
-                _multiply(target + 4 * first, target + 4 * first, min(BLOCK, k - first), factor)
-        for i in range(k if row < m else 0, ld):
-            store(_F32, target + 4 * i, _F32)
+                factor = _scale(scale, offsets[row, _A_SCALE] + first // BLOCK * scale_step, coded, scales)
+                part = shifted(x, row, first)
+                _multiply(part, min(BLOCK, k - first), factor, part)
+            clear(FLOAT32, at(x, row, k), x.row - k)
         if arranged:
-            fp4_arrange(target, k // 32)
+            fp4_arrange(at(x, row, 0), k // GROUP)
 
 
 @jit
-def _emit(tag, sums, ld, rows, columns, factor, out, cn, offsets, row):
-    """Round sums, times a factor, into rows of the output."""
+def _turn(step, tiles, parts, rows):
+    """The tile and the part of the depth that come next: one row reads whole rows of B, several keep a part of A."""
+    return divmod(step, parts) if rows == 1 else (step % tiles, step // tiles)
+
+
+@jit
+def _bytes(matrices, group, row, column, shape, padded, gathered):
+    """Part of a matrix of bytes where it lies; gathered, and zero beyond it, if columns are apart or it is padded."""
+    base, group_step, row_step, column_step = matrices
+    source = base + group * group_step + row * row_step + column * column_step
+    if column_step == 1 and shape[1] == padded:
+        return Block(BYTE, source, row_step)
+    pack(BYTE, source, (row_step, column_step), shape, gathered, (shape[0], padded))
+    return gathered
+
+
+@jit
+def _emit(tag, sums, rows, columns, factor, out, step, offsets):
+    """Round sums, times a factor, into rows of the output at offsets."""
     for i in range(rows):
-        source = sums + 4 * ld * i
+        row = shifted(sums, i, 0)
         if factor != 1:
-            _multiply(source, source, columns, factor)
-        unpack(tag, source, ld, 1, columns, out + offsets[row + i, 2] * size(tag), 0, cn, 0, 0)
+            _multiply(row, columns, factor, row)
+        unpack(tag, row, (1, columns), out + offsets[i, _OUT] * size(tag), (0, step))
 
 
 @jit
-def _gather(source, row, column, rows, columns, target, at, ld):
-    """Bytes of any strides into rows of `ld` of an array, zero beyond `columns`."""
-    for i in range(rows):
-        for j in range(columns):
-            target[at + i * ld + j] = byte(source + i * row + j * column)
-        for j in range(columns, ld):
-            target[at + i * ld + j] = 0
-
-
-@jit
-def _fp4(start, stop, tag, n, groups, mc, nc, x, ldx, b, bg, bn, bk, s, sg, sn, sk, table, out, cn, offsets, blocks):
-    ldc, deepest = nc + DOT_WIDTH, DEPTH // 32
-    held = np.empty(4 * ((mc + DOT_ROWS) * ldc + DOT_ROW_COLUMNS * DEPTH) + 64, np.uint8)
-    codes = np.empty(DOT_ROW_COLUMNS * 17 * deepest, np.uint8)
-    panel = (np.int64(held.ctypes.data) + 63) & ~63
-    sums = panel + 4 * DOT_ROW_COLUMNS * DEPTH
+def _fp4(start, stop, tag, n, groups, mc, nc, x, b, s, table, out, step, offsets, blocks):
+    deepest = DOT_DEPTH // GROUP
+    memory, (panel, sums) = scratch(FLOAT32, ((DOT_ROW_COLUMNS, DOT_DEPTH), (mc + DOT_ROWS, nc + DOT_WIDTH)))
+    apart, (codes, factors) = scratch(BYTE, ((DOT_ROW_COLUMNS, DOT_DEPTH // 2), (DOT_ROW_COLUMNS, deepest)))
     for task in range(start, stop):
         block, column = share(blocks, task, n, nc, 1)
-        row, group, _, rows, _, _ = blocks[block]
-        columns = min(nc, n - column)
-        across, parts = DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS, max(1, -(-groups // deepest))
-        tiles = -(-columns // across)
-        for step in range(tiles * parts):  # one row takes whole rows of B in turn, several share a part in the cache
-            j, part = divmod(step, parts) if rows == 1 else (step % tiles, step // tiles)
-            j, first = j * across, part * deepest
+        row, group, rows = blocks[block, A], blocks[block, B], blocks[block, ROWS]
+        columns, across = min(nc, n - column), DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS
+        tiles, parts = -(-columns // across), max(1, -(-groups // deepest))
+        for turn in range(tiles * parts):
+            tile, part = _turn(turn, tiles, parts, rows)
+            j, first = tile * across, part * deepest
             valid, deep = min(across, columns - j), min(deepest, groups - first)
-            w, ldw = b + group * bg + (column + j) * bn + 16 * first * bk, bn
-            scales, lds = s + group * sg + (column + j) * sn + first * sk, sn
-            if bk != 1:
-                _gather(w, bn, bk, valid, 16 * deep, codes, 0, 16 * deepest)
-                w, ldw = np.int64(codes.ctypes.data), 16 * deepest
-            if sk != 1:
-                at = 16 * deepest * DOT_ROW_COLUMNS
-                _gather(scales, sn, sk, valid, deep, codes, at, deepest)
-                scales, lds = np.int64(codes.ctypes.data) + at, deepest
-            left = x + 4 * (row * ldx + 32 * first)
+            begin, length = first * GROUP // 2, deep * GROUP // 2
+            w = _bytes(b, group, column + j, begin, (valid, length), length, codes)
+            scales = _bytes(s, group, column + j, first, (valid, deep), deep, factors)
+            left, into = shifted(x, row, GROUP * first), shifted(sums, 0, j)
             if rows == 1:
-                fp4_row(w, ldw, scales, lds, table, valid, deep, left, sums + 4 * j, part > 0)
-                continue
-            for i in range(valid):
-                fp4_decode(w + i * ldw, scales + i * lds, table, deep, panel + 4 * i * DEPTH)
-            for i in range(0, rows, DOT_ROWS):
-                into = sums + 4 * (i * ldc + j)
-                dot_tile(_F32, left + 4 * i * ldx, ldx, panel, DEPTH, valid, 32 * deep, into, ldc, part > 0)
-        _emit(tag, sums, ldc, rows, columns, np.float32(1), out + column * cn * size(tag), cn, offsets, row)
-    return held[0] + codes[0]  # keeps the scratch alive until here
+                fp4_row(left, w, scales, table, valid, deep, into, part > 0)
+            else:
+                for i in range(valid):
+                    fp4_decode(at(w, i, 0), at(scales, i, 0), table, deep, at(panel, i, 0))
+                dot_rows(left, panel, rows, valid, GROUP * deep, into, part > 0)
+        target = out + column * step * size(tag)
+        _emit(tag, sums, rows, columns, np.float32(1), target, step, offsets[row:])
+    return alive(memory, apart)
 
 
 @jit
-def _fp8(start, stop, tag, n, k, mc, nc, x, ldx, b, bg, bn, bk, s, sg, sn, sk, coded, table, out, cn, offsets, blocks):
-    """`nc` divides 128, so that the columns of a task lie under one row of scales, which A takes along."""
-    ldc = nc + DOT_WIDTH
-    scaled = max((mc + DOT_ROWS) * DEPTH, ldx)
-    held = np.empty(4 * ((mc + DOT_ROWS) * ldc + DOT_ROW_COLUMNS * DEPTH + scaled) + 64, np.uint8)
-    codes = np.empty(DOT_ROW_COLUMNS * DEPTH, np.uint8)
-    panel = (np.int64(held.ctypes.data) + 63) & ~63
-    sums = panel + 4 * DOT_ROW_COLUMNS * DEPTH
-    left = sums + 4 * (mc + DOT_ROWS) * ldc
+def _scaled(x, rows, depth, scales, index, step, coded, table, target):
+    """Rows of activations times the scales of a row of blocks of B, from that of an index on."""
+    for first in range(0, depth, BLOCK):
+        factor = _scale(scales, index + first // BLOCK * step, coded, table)
+        for i in range(rows):
+            _multiply(shifted(x, i, first), BLOCK, factor, shifted(target, i, first))
+
+
+@jit
+def _fp8(start, stop, tag, n, k, mc, nc, x, b, s, coded, table, out, step, offsets, blocks):
+    """`nc` divides BLOCK, so that the columns of a task lie under one row of scales, which A takes along."""
+    scales, group_step, row_step, scale_step = s
+    several = max(mc + DOT_ROWS, -(-x.row // DOT_DEPTH))  # rows of a part, or parts of one row
+    shapes = (DOT_ROW_COLUMNS, DOT_DEPTH), (mc + DOT_ROWS, nc + DOT_WIDTH), (several, DOT_DEPTH)
+    memory, (panel, sums, left) = scratch(FLOAT32, shapes)
+    apart, (codes,) = scratch(BYTE, ((DOT_ROW_COLUMNS, DOT_DEPTH),))
     for task in range(start, stop):
         block, column = share(blocks, task, n, nc, 1)
-        row, group, _, rows, _, _ = blocks[block]
-        columns = min(nc, n - column)
-        across, parts = DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS, max(1, -(-k // DEPTH))
-        tiles = -(-columns // across)
-        scales = group * sg + column // BLOCK * sn
+        row, group, rows = blocks[block, A], blocks[block, B], blocks[block, ROWS]
+        columns, across = min(nc, n - column), DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS
+        tiles, parts = -(-columns // across), max(1, -(-k // DOT_DEPTH))
+        above = group * group_step + column // BLOCK * row_step
         if rows == 1:
-            for i in range(-(-k // BLOCK)):
-                at = 4 * BLOCK * i
-                _multiply(left + at, x + 4 * row * ldx + at, BLOCK, _scale(s, scales + i * sk, coded, table))
-        for step in range(tiles * parts):
-            j, part = divmod(step, parts) if rows == 1 else (step % tiles, step // tiles)
-            j, first = j * across, part * DEPTH
-            valid, deep = min(across, columns - j), min(DEPTH, k - first)
+            _scaled(shifted(x, row, 0), 1, k, scales, above, scale_step, coded, table, left)
+        for turn in range(tiles * parts):
+            tile, part = _turn(turn, tiles, parts, rows)
+            j, first = tile * across, part * DOT_DEPTH
+            valid, deep = min(across, columns - j), min(DOT_DEPTH, k - first)
             if rows > 1 and j == 0:
-                for i in range(-(-rows // DOT_ROWS) * DOT_ROWS):
-                    for at in range(0, deep, BLOCK):
-                        factor = _scale(s, scales + (first + at) // BLOCK * sk, coded, table)
-                        source = x + 4 * ((row + i) * ldx + first + at)
-                        _multiply(left + 4 * (i * DEPTH + at), source, BLOCK, factor)
-            w, ldw = b + group * bg + (column + j) * bn + first * bk, bn
-            if bk != 1 or deep % PAIR:
-                _gather(w, bn, bk, valid, deep, codes, 0, DEPTH)
-                w, ldw, deep = np.int64(codes.ctypes.data), DEPTH, -(-deep // PAIR) * PAIR
+                index, all_rows = above + first // BLOCK * scale_step, round_up(rows, DOT_ROWS)
+                _scaled(shifted(x, row, first), all_rows, deep, scales, index, scale_step, coded, table, left)
+            padded, into = round_up(deep, PAIR), shifted(sums, 0, j)
+            w = _bytes(b, group, column + j, first, (valid, deep), padded, codes)
             if rows == 1:
-                fp8_row(w, ldw, valid, deep, left + 4 * first, sums + 4 * j, part > 0)
-                continue
-            for i in range(valid):
-                fp8_decode(w + i * ldw, deep, panel + 4 * i * DEPTH)
-            for i in range(0, rows, DOT_ROWS):
-                into = sums + 4 * (i * ldc + j)
-                dot_tile(_F32, left + 4 * i * DEPTH, DEPTH, panel, DEPTH, valid, deep, into, ldc, part > 0)
-        _emit(tag, sums, ldc, rows, columns, np.float32(256), out + column * cn * size(tag), cn, offsets, row)
-    return held[0] + codes[0]  # keeps the scratch alive until here
+                fp8_row(shifted(left, 0, first), w, valid, padded, into, part > 0)
+            else:
+                for i in range(valid):
+                    fp8_decode(at(w, i, 0), padded, at(panel, i, 0))
+                dot_rows(left, panel, rows, valid, padded, into, part > 0)
+        target = out + column * step * size(tag)
+        _emit(tag, sums, rows, columns, _FP8_FACTOR, target, step, offsets[row:])
+    return alive(memory, apart)
 
 
 class Scales(NamedTuple):
@@ -227,49 +220,44 @@ def product(
     """
     n, k, packed = b.shape[-2], a.shape[-1], 2 * b.shape[-1] == a.shape[-1]
     leads = [a, a_scale.view if a_scale else a, out]
-    axes = [(out.shape[-i], *(_step(x, i) for x in leads)) for i in range(len(out.shape), 1, -1)]
+    axes = [(out.shape[-i], *(_axis(x.shape, x.strides, i)[1] for x in leads)) for i in range(len(out.shape), 1, -1)]
     offsets = _offsets(axes)
     m = len(offsets)
     if not (m and n):
         return
     if bounds is None:
         bounds = np.array([0, m])
-    ld = -(-k // BLOCK) * BLOCK + LANES  # rows a power of two apart would share few sets of a cache
-    held_rows = max(_ROWS, config.budget() // 4 // (4 * ld) // _ROWS * _ROWS)
-    count = threads() if m * n * k > _SERIAL else 1
-    for first in range(0, m, held_rows):
-        rows = min(held_rows, m - first)
+    ld = round_up.py_func(k, BLOCK) + LANES  # rows a power of two apart would share few sets of a cache
+    most = max(_ROWS, config.budget() // 4 // (4 * ld) // _ROWS * _ROWS)
+    count = threads() if m * n * k > SERIAL else 1
+    scale = (a_scale.view.address, a_scale.view.strides[-1], a_scale.coded) if a_scale else (0, 0, False)
+    tables = _address(_values, "e8m0"), _address(_values, "e4m3")
+    weights = _matrices(b), _matrices(b_scale.view)
+    for first in range(0, m, most):
+        rows = min(most, m - first)
         padded = rows + DOT_ROWS - 1 if rows > 1 else 1  # a tile may reach beyond its block
-        held = np.empty(padded * ld + 16, np.float32)
-        x, where = (pointer(held) + 63) & ~63, offsets[first : first + rows]
-        scale = (a_scale.view.address, a_scale.view.strides[-1], a_scale.coded) if a_scale else (0, 0, False)
-        tables = _address(_e8m0), _address(_e4m3)
+        memory = np.empty(padded * ld + 16, np.float32)
+        x, where = Block(FLOAT32, (pointer(memory) + 63) & ~63, ld), offsets[first : first + rows]
         parallel(
-            _fill, padded, TAGS.get(name, _F32), rows, k, ld, a.address, a.strides[-1], *scale, *tables,
-            packed, where, x, minimum=-(-_SERIAL // (16 * max(k, 1))),
+            _fill, padded, FLOAT32 if a_scale else TAGS[name], rows, k, a.address, a.strides[-1], where, *scale,
+            *tables, packed, x, minimum=-(-SERIAL // (16 * max(k, 1))),
         )  # fmt: skip
         mc = min(rows, _ROWS)
         blocks = row_blocks(bounds, first, first + rows, mc, 1, 1, 1)
-        weights = b.address, *_grouped(b), b_scale.view.address, *_grouped(b_scale.view)
-        target = out.address, out.strides[-1], where, blocks
         if packed:
-            nc = min(_WIDTH, max(_UNIT, -(-n * len(blocks) // (4 * count * _UNIT)) * _UNIT))
-            kernel, shape, table = _fp4, (n, k // 32, mc, nc), (_address(_products),)  # type: Any, Any, Any
+            nc = task_columns(n, len(blocks), count, UNIT)
+            kernel, shape, table = _fp4, (n, k // GROUP, mc, nc), (_address(_products),)  # type: Any, Any, Any
         else:
             nc = BLOCK
             while nc > 32 and -(-n // nc) * len(blocks) < 4 * count:
                 nc //= 2
-            kernel, shape, table = _fp8, (n, k, mc, nc), (b_scale.coded, _address(_e8m0))
+            kernel, shape, table = _fp8, (n, k, mc, nc), (b_scale.coded, tables[0])
         tasks = len(blocks) * -(-n // nc)
+        target = out.address, out.strides[-1], where, blocks
         minimum = 1 if count > 1 else tasks
-        parallel(kernel, tasks, TAGS[result], *shape, x, ld, *weights, *table, *target, minimum=minimum)
+        parallel(kernel, tasks, TAGS[result], *shape, x, *weights, *table, *target, minimum=minimum)
 
 
-def _grouped(x: View) -> tuple[int, ...]:
-    """The strides of matrices, 0 from one to the next where there is one."""
-    return (0, *x.strides)[-3:]
-
-
-def _step(x: View, axis: int) -> int:
-    """The stride of an axis counted from the end, 0 where it is broadcast."""
-    return x.strides[-axis] if axis <= len(x.shape) and x.shape[-axis] != 1 else 0
+def _matrices(x: View) -> tuple[int, ...]:
+    """The address and the strides of matrices, 0 from one to the next where there is one."""
+    return (x.address, *(0, *x.strides)[-3:])

@@ -1,4 +1,8 @@
-"""Sparse attention on the CPU: gathered rows stay in L2 while scores and values of all heads pass over them."""
+"""Sparse attention on the CPU: gathered rows stay in L2 while scores and values of all heads pass over them.
+
+Bound by operations: a gathered row is read once for up to 64 heads, which share it as keys and as values. Blocks are
+gathered and widened first, since tiles want rows side by side; tasks are queries, split by heads where there are few.
+"""
 
 from __future__ import annotations
 
@@ -12,205 +16,81 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
-from ._attention_simd import cast, load_index, vdiv, vexp, vround
-from ._gemm import TAGS, pack
-from ._simd import (
-    DOT_COLUMNS,
-    DOT_ROW_COLUMNS,
-    DOT_ROWS,
-    OUTER_ROWS,
-    OUTER_VECTORS,
-    ROW_VECTORS,
-    dot_row,
-    dot_tile,
-    lanes,
-    load,
-    outer_row,
-    outer_tile,
-    size,
-    store,
-    vadd,
-    vhighest,
-    vload,
-    vmax,
-    vmul,
-    vsplat,
-    vstore,
-    vsub,
-    vsum,
-    wide,
-)
+from ._blocks import Block, alive, at, cleared, get, pack, put, shifted
+from ._softmax import KEYS, add_values, finish, panels, score, soften
+from ._tiles import DOT_ROW_COLUMNS, OUTER_ROWS
+from ._vectors import TAGS, load_index, size, wide
 
-_KEYS = 96  # rows of a block
 _HEADS = 64  # heads of a task
 
 
-@kernel(deterministic=True, batch_invariant=True, note="an online softmax over blocks of 96 rows")
+@kernel(deterministic=True, batch_invariant=True, note=f"an online softmax over blocks of {KEYS} rows")
 def sparse_attention(q: Any, kv: Any, sink: Any, indices: Any, scale: float, out: Any) -> None:
     """Blocks follow the valid indices of a row alone, so the sums know neither the batch nor the threads."""
     batch, length, heads, width = q.shape
     tasks, count = batch * length, threads()
     if not tasks * heads * width:
         return
-    room = config.budget() // (4 * count) // (16 * width + 1) - _KEYS
+    room = config.budget() // (4 * count) // (16 * width + 1) - KEYS
     together = min(_HEADS, heads, max(OUTER_ROWS, room))
     if tasks < count:
         together = min(together, -(-heads * tasks // (count * OUTER_ROWS)) * OUTER_ROWS)
     splits = -(-heads // together)
     parallel(
-        _queries, tasks * splits, TAGS[dtype_name(q)], length, heads, width, kv.shape[1], indices.shape[2], together,
-        pointer(q), strides(q), pointer(kv), strides(kv),
-        *((0, 0) if sink is None else (pointer(sink), strides(sink)[0])),
-        pointer(indices), strides(indices), 8 if dtype_name(indices) == "int64" else 4,
-        float(scale), pointer(out), strides(out),
+        _queries, tasks * splits, TAGS[dtype_name(q)],
+        (length, heads, width, kv.shape[1], indices.shape[2], together), float(scale),
+        *((pointer(x), strides(x)) for x in (q, kv)), (0, 0) if sink is None else (pointer(sink), strides(sink)[0]),
+        (pointer(indices), strides(indices), indices.itemsize), (pointer(out), strides(out)),
     )  # fmt: skip
 
 
 @jit
-def _queries(
-    start, stop, tag, length, heads, width, rows, slots, together,
-    q, q_steps, kv, kv_steps, sink, sink_step, indices, index_steps, index_size, scale, out, out_steps,
-):  # fmt: skip
+def _query(tag, x, b, t):
+    """The heads of a query."""
+    address, (batch, token, head, _) = x
+    return Block(tag, address + (b * batch + t * token) * size(tag), head)
+
+
+@jit
+def _queries(start, stop, tag, shape, scale, q, kv, sink, indices, out):
+    length, heads, width, rows, slots, together = shape
     real = wide(tag)
-    item, unit, step = size(tag), size(real), lanes(tag)
-    across = OUTER_VECTORS * step
-    padded = together + OUTER_ROWS + DOT_ROWS
-    ld = -(-width // (2 * across)) * 2 * across + 16
-    ldp = _KEYS + 16
-    held = np.zeros(unit * (padded * (2 * ld + ldp + 3) + (_KEYS + DOT_ROW_COLUMNS) * ld) + 128, np.uint8)
-    x = (np.int64(held.ctypes.data) + 63) & ~63
-    values = x + padded * ld * unit
-    p = values + (_KEYS + DOT_ROW_COLUMNS) * ld * unit
-    sums = p + padded * ldp * unit
-    tops = sums + padded * ld * unit
-    masses = tops + padded * unit
+    wanted, (index, index_steps, index_size) = panels(real, together, width), indices
+    memory, (x, sums, p, tops, masses, values) = cleared(real, (*wanted, (KEYS + DOT_ROW_COLUMNS, wanted[0][1])))
+    channel, out_channel = q[1][3], out[1][3]
     splits = -(-heads // together)
     for task in range(start, stop):
         query, first = task // splits, task % splits * together
         b, t = divmod(query, length)
         count = min(together, heads - first)
-        source = q + (b * q_steps[0] + t * q_steps[1] + first * q_steps[2]) * item
-        target = out + (b * out_steps[0] + t * out_steps[1] + first * out_steps[2]) * item
-        pack(tag, source, q_steps[2], q_steps[3], count, width, x, ld, count, width)
+        source, target = shifted(_query(tag, q, b, t), first, 0), shifted(_query(tag, out, b, t), first, 0)
+        pack(tag, source.base, (source.row, channel), (count, width), x, (count, width))
         for i in range(count):
-            store(real, tops + i * unit, cast(real, -np.inf))
-            store(real, masses + i * unit, real)
-        at = 0
+            put(tops, i, 0, -np.inf)
+            put(masses, i, 0, 0.0)
+        slot = 0
         seen = 0
         while True:
             found = 0
-            while found < _KEYS and at < slots:
-                place = b * index_steps[0] + t * index_steps[1] + at * index_steps[2]
-                row = load_index(indices + place * index_size, index_size)
-                at += 1
+            while found < KEYS and slot < slots:
+                place = b * index_steps[0] + t * index_steps[1] + slot * index_steps[2]
+                row = load_index(index + place * index_size, index_size)
+                slot += 1
                 if 0 <= row < rows:
-                    origin = kv + (b * kv_steps[0] + row * kv_steps[1]) * item
-                    pack(tag, origin, 0, kv_steps[2], 1, width, values + found * ld * unit, ld, 1, width)
+                    origin = kv[0] + (b * kv[1][0] + row * kv[1][1]) * size(tag)
+                    pack(tag, origin, (0, kv[1][2]), (1, width), shifted(values, found, 0), (1, width))
                     found += 1
             if found == 0:
                 break
-            _scores(tag, x, values, ld, count, found, width, p, ldp)
+            score(x, values, count, found, width, p)
             for i in range(count):
-                _softmax(tag, p + i * ldp * unit, found, scale, tops + i * unit, masses + i * unit,
-                         sums + i * ld * unit, width, seen == 0)  # fmt: skip
-            _values(tag, p, ldp, values, ld, count, found, width, sums, seen > 0)
+                line, top, mass = shifted(p, i, 0), shifted(tops, i, 0), shifted(masses, i, 0)
+                soften(tag, line, found, scale, top, mass, shifted(sums, i, 0), width, seen == 0)
+            add_values(p, values, count, found, width, sums, seen > 0)
             seen += found
         for i in range(count):
-            mass = np.float64(load(real, masses + i * unit))
-            top = np.float64(load(real, tops + i * unit))
-            if sink != 0:
-                mass += math.exp(np.float64(load(real, sink + (first + i) * sink_step * unit)) - top)
-            _finish(tag, sums + i * ld * unit, seen, top, mass, width, target + i * out_steps[2] * item, out_steps[3])
-    return held[0]  # keeps the scratch alive until here
-
-
-@jit
-def _scores(tag, x, values, ld, count, found, width, p, ldp):
-    """p[heads, rows] = x[heads, d] values[rows, d]^T"""
-    real = wide(tag)
-    unit, step = size(real), lanes(tag)
-    depth = -(-width // step) * step
-    tiled = count - count % DOT_ROWS if count % DOT_ROWS < 3 else count
-    for j in range(0, found if tiled else 0, DOT_COLUMNS):
-        valid = min(DOT_COLUMNS, found - j)
-        for i in range(0, tiled, DOT_ROWS):
-            left, right, into = x + i * ld * unit, values + j * ld * unit, p + (i * ldp + j) * unit
-            dot_tile(real, left, ld, right, ld, valid, depth, into, ldp, False)
-    for i in range(tiled, count):
-        for j in range(0, found, DOT_ROW_COLUMNS):
-            valid = min(DOT_ROW_COLUMNS, found - j)
-            left, right, into = x + i * ld * unit, values + j * ld * unit, p + (i * ldp + j) * unit
-            dot_row(real, left, ld, right, ld, valid, depth, into, ldp, False)
-
-
-@jit
-def _values(tag, p, ldp, values, ld, count, found, width, sums, add):
-    """sums[heads, d] (+)= p[heads, rows] values[rows, d]"""
-    real = wide(tag)
-    unit, step = size(real), lanes(tag)
-    across, across_row = OUTER_VECTORS * step, ROW_VECTORS * step
-    tiled = count - count % OUTER_ROWS if count % OUTER_ROWS < 3 else count
-    for j in range(0, width if tiled else 0, across):
-        for i in range(0, tiled, OUTER_ROWS):
-            left, right, into = p + i * ldp * unit, values + j * unit, sums + (i * ld + j) * unit
-            outer_tile(real, left, ldp, right, ld, found, into, ld, add)
-    for i in range(tiled, count):
-        for j in range(0, width, across_row):
-            left, right, into = p + i * ldp * unit, values + j * unit, sums + (i * ld + j) * unit
-            outer_row(real, left, ldp, right, ld, found, into, ld, add)
-
-
-@jit
-def _softmax(tag, p, found, scale, top, mass, sums, width, fresh):
-    """Scores to probabilities relative to the running maximum, in place; earlier sums are scaled to a new maximum."""
-    real = wide(tag)
-    unit, step = size(real), lanes(tag)
-    factor = vsplat(cast(real, scale))
-    for j in range(0, found, step):
-        vstore(real, p + j * unit, vmul(vload(real, p + j * unit), factor))
-    for j in range(found, -(-found // step) * step):
-        store(real, p + j * unit, cast(real, -np.inf))
-    before = load(real, top)
-    highest = vsplat(before)
-    for j in range(0, found, step):
-        highest = vmax(highest, vload(real, p + j * unit))
-    after = vhighest(highest)
-    store(real, top, after)
-    base = after if after > -np.inf or after != after else real
-    shift = vsplat(base)
-    total = vsplat(real)
-    for j in range(0, found, step):
-        exact = vexp(vsub(vload(real, p + j * unit), shift))
-        total = vadd(total, exact)
-        vstore(real, p + j * unit, vround(tag, exact))
-    fade = cast(real, math.exp(np.float64(before) - np.float64(base)))
-    store(real, mass, load(real, mass) * fade + vsum(total))
-    if not fresh and fade != 1:
-        factor = vsplat(fade)
-        for j in range(0, width, step):
-            vstore(real, sums + j * unit, vmul(vload(real, sums + j * unit), factor))
-
-
-@jit
-def _finish(tag, sums, seen, top, mass, width, target, column):
-    """sums / mass into the output; 0 where nothing was seen, NaN where every score was -inf."""
-    real = wide(tag)
-    item, unit, step = size(tag), size(real), lanes(tag)
-    if seen == 0:
-        for j in range(width):
-            store(tag, target + j * column * item, real)
-        return
-    first, second = mass, 1.0
-    if mass > 1e30:  # beyond float32, perhaps: divide twice by the root
-        first = second = math.sqrt(mass)
-    if top == -np.inf:
-        first = np.nan
-    divisor, again = vsplat(cast(real, first)), vsplat(cast(real, second))
-    for j in range(0, width, step):
-        result = vdiv(vdiv(vload(real, sums + j * unit), divisor), again)
-        if column == 1 and j + step <= width:
-            vstore(tag, target + j * item, result)
-        else:
-            vstore(real, sums + j * unit, result)
-            for c in range(j, min(j + step, width)):
-                store(tag, target + c * column * item, load(real, sums + c * unit))
+            top, mass = np.float64(get(tops, i, 0)), np.float64(get(masses, i, 0))
+            if sink[0] != 0:
+                mass += math.exp(np.float64(get(Block(real, *sink), first + i, 0)) - top)
+            finish(shifted(sums, i, 0), seen, top, mass, width, Block(tag, at(target, i, 0), out_channel))
+    return alive(memory)

@@ -1,7 +1,12 @@
-"""The key-value compressor on the CPU: projections of a few windows at a time, pooled while they are in the caches."""
+"""The key-value compressor on the CPU: projections of a few windows at a time, pooled while they are in the caches.
+
+Bound by operations: two products of every token, which `contract` does; what is here reads their results once more. A
+chunk is as many tokens as fit the caches and ends with a window, so that no window is pooled in parts.
+"""
 
 from __future__ import annotations
 
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -11,9 +16,10 @@ from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
 from .._compress import chunks
-from ._attention_simd import cast, vdiv, vexp
-from ._gemm import TAGS, View, contract, pack, unpack, view
-from ._simd import fma, lanes, load, size, store, vadd, vload, vmax, vsplat, vstore, vsub
+from ._blocks import Block, alive, at, get, pack, put, scratch, shifted, unpack, vget, vput
+from ._functions import exp
+from ._gemm import View, contract, view
+from ._vectors import TAGS, cast, fma, lanes, maximum, size, vsplat
 
 _PAD = 16  # elements behind a row that a vector may touch
 _SCRATCH = 16 << 20
@@ -32,12 +38,8 @@ def compress_kv(
     (batch, length, depth), (m, channels), before = x.shape, bias.shape, kv_state.shape[1] - bias.shape[0]
     if not (batch and length and channels):
         return
-    name, result = dtype_name(x), dtype_name(bias)
-    tag, real, item, width = TAGS[name], TAGS[result], x.itemsize, bias.itemsize
-    ld = channels + _PAD
-    at_bias = pointer(bias), strides(bias)
-    at_entries, entry_steps = pointer(entries), strides(entries)
-    at_states = pointer(states[0]), strides(states[0]), pointer(states[1]), strides(states[1])
+    name, result, ld = dtype_name(x), dtype_name(bias), channels + _PAD
+    tag, real, width = TAGS[name], TAGS[result], bias.itemsize
     source, x_steps = pointer(x), strides(x)
     held = np.empty(0, np.uint8)
     for chunk in chunks(batch, length, m, before, filled, 2 * ld * width, _SCRATCH):
@@ -49,93 +51,99 @@ def compress_kv(
             held = np.empty(2 * count * rows * ld * width + 64, np.uint8)
         kv = (pointer(held) + 63) & ~63
         scores = kv + count * rows * ld * width
-        left = source + (first * x_steps[0] + chunk.start * x_steps[1]) * item
-        for weight, line in ((wkv, kv), (wgate, scores)):
-            new = View(line + old * ld * width, (count, tokens, channels), (rows * ld, ld, 1))
+        left = source + (first * x_steps[0] + chunk.start * x_steps[1]) * x.itemsize
+        for weight, lines in ((wkv, kv), (wgate, scores)):
+            new = View(lines + old * ld * width, (count, tokens, channels), (rows * ld, ld, 1))
             contract(name, View(left, (count, tokens, depth), x_steps), view(weight).T, new, result=result)
-        shape = real, m, channels, before, inside, first, rows, old, ld, kv, scores
-        parallel(_complete, count * rows, *shape, *at_bias, *at_states, minimum=-(-_GRAIN // channels))
+        shape, panels = (m, channels, before, inside, rows, old), ((real, kv, ld), (real, scores, ld))
+        at_states = tuple(_from(state, first) for state in states)
         parallel(
-            _pool, count * windows, tag, *shape, at_entries, entry_steps, chunk.emitted, windows,
+            _complete, count * rows, shape, *panels, _from(bias, 0), *at_states, minimum=-(-_GRAIN // channels)
+        )  # fmt: skip
+        parallel(
+            _pool, count * windows, tag, shape, *panels, _from(entries, first, chunk.emitted), windows,
             minimum=-(-_GRAIN // (8 * channels * m)),
         )  # fmt: skip
-        parallel(_advance, count, *shape, *at_states, windows, minimum=-(-_GRAIN // (channels * m)))
+        parallel(_advance, count, shape, *panels, *at_states, windows, minimum=-(-_GRAIN // (channels * m)))
+
+
+def _from(x: Any, *place: int) -> tuple[int, tuple[int, ...]]:
+    """The address of a place in an array, and its strides."""
+    return pointer(x) + sum(map(mul, place, strides(x))) * x.itemsize, strides(x)
 
 
 @jit
-def _complete(
-    start, stop, real, m, channels, before, inside, first, rows, old, ld, kv, scores,
-    bias, bias_steps, kv_state, kv_steps, score_state, score_steps,
-):  # fmt: skip
+def _matrix(tag, x, b):
+    address, (step, row, _) = x
+    return Block(tag, address + b * step * size(tag), row)
+
+
+@jit
+def _complete(start, stop, shape, kv, scores, bias, kv_state, score_state):
     """Lay the rows of the states before the new tokens, whose scores get their bias."""
-    unit, step = size(real), lanes(real)
+    m, channels, _, inside, rows, old = shape
+    scores = Block(*scores)
+    real, step = scores.tag, lanes(scores.tag)
+    biases, (bias_row, bias_column) = bias
     for task in range(start, stop):
         b, row = divmod(task, rows)
-        line = task * ld * unit
         if row < old:
-            for state, steps, target in ((kv_state, kv_steps, kv), (score_state, score_steps, scores)):
-                origin = state + ((first + b) * steps[0] + row * steps[1]) * unit
-                pack(real, origin, 0, steps[2], 1, channels, target + line, ld, 1, channels)
+            for state, lines in ((kv_state, Block(*kv)), (score_state, scores)):
+                source, line = at(_matrix(real, state, b), row, 0), shifted(lines, task, 0)
+                pack(real, source, (0, state[1][2]), (1, channels), line, (1, channels))
             continue
-        origin = bias + (inside + row - old) % m * bias_steps[0] * unit
-        whole = channels - channels % step if bias_steps[1] == 1 else 0
+        line = shifted(scores, task, 0)
+        added = Block(real, at(Block(real, biases, bias_row), (inside + row - old) % m, 0), bias_column)
+        whole = channels - channels % step if bias_column == 1 else 0
         for c in range(0, whole, step):
-            at = scores + line + c * unit
-            vstore(real, at, vadd(vload(real, at), vload(real, origin + c * unit)))
+            vput(line, 0, c, vget(line, 0, c) + vget(added, c, 0))
         for c in range(whole, channels):
-            at = scores + line + c * unit
-            store(real, at, load(real, at) + load(real, origin + c * bias_steps[1] * unit))
+            put(line, 0, c, get(line, 0, c) + get(added, c, 0))
 
 
 @jit
-def _pool(
-    start, stop, tag, real, m, channels, before, inside, first, rows, old, ld, kv, scores,
-    entries, entry_steps, emitted, windows,
-):  # fmt: skip
+def _pool(start, stop, tag, shape, kv, scores, entries, windows):
     """One entry a task: for a vector of channels the maximum over the slots, then the weights and both sums."""
-    item, unit, step = size(tag), size(real), lanes(real)
+    m, channels, before, _, rows, _ = shape
+    kv, scores = Block(*kv), Block(*scores)
+    real, step = scores.tag, lanes(scores.tag)
     width = channels // 2 if before else channels
-    held = np.empty(unit * step, np.uint8)
-    last = np.int64(held.ctypes.data)
+    memory, (last,) = scratch(real, ((step, 1),))
+    column = entries[1][2]
     for task in range(start, stop):
         b, window = divmod(task, windows)
-        line = (b * rows + window * m) * ld
-        target = entries + ((first + b) * entry_steps[0] + (emitted + window) * entry_steps[1]) * item
+        values, logits = shifted(kv, b * rows + window * m, 0), shifted(scores, b * rows + window * m, 0)
+        target = Block(tag, at(_matrix(tag, entries, b), window, 0), column)
         for c in range(0, width, step):
             top = vsplat(cast(real, -np.inf))
             for j in range(before + m):
-                at = (line + j * ld + (c if j < before else channels - width + c)) * unit
-                top = vmax(top, vload(real, scores + at))
-            mass = vsplat(real)
-            total = vsplat(real)
+                top = maximum(top, vget(logits, j, c if j < before else channels - width + c))
+            mass = total = vsplat(real)
             for j in range(before + m):
-                at = (line + j * ld + (c if j < before else channels - width + c)) * unit
-                p = vexp(vsub(vload(real, scores + at), top))
-                mass = vadd(mass, p)
-                total = fma(p, vload(real, kv + at), total)
-            value = vdiv(total, mass)
-            if entry_steps[2] == 1 and c + step <= width:
-                vstore(tag, target + c * item, value)
+                place = c if j < before else channels - width + c
+                p = exp(vget(logits, j, place) - top)
+                mass += p
+                total = fma(p, vget(values, j, place), total)
+            if column == 1 and c + step <= width:
+                vput(target, c, 0, total / mass)
             else:
-                vstore(real, last, value)
+                vput(last, 0, 0, total / mass)
                 for i in range(min(step, width - c)):
-                    store(tag, target + (c + i) * entry_steps[2] * item, load(real, last + i * unit))
-    return held[0]  # keeps the scratch alive until here
+                    put(target, c + i, 0, get(last, i, 0))
+    return alive(memory)
 
 
 @jit
-def _advance(
-    start, stop, real, m, channels, before, inside, first, rows, old, ld, kv, scores,
-    kv_state, kv_steps, score_state, score_steps, windows,
-):  # fmt: skip
+def _advance(start, stop, shape, kv, scores, kv_state, score_state, windows):
     """The states after these tokens: the newest row of each place, and the last window that closed."""
-    unit = size(real)
+    m, channels, before, inside, rows, _ = shape
     for b in range(start, stop):
-        for state, steps, lines in ((kv_state, kv_steps, kv), (score_state, score_steps, scores)):
-            origin, target = lines + b * rows * ld * unit, state + (first + b) * steps[0] * unit
+        for state, panel in ((kv_state, kv), (score_state, scores)):
+            lines = shifted(Block(*panel), b * rows, 0)
+            target = _matrix(lines.tag, state, b)
             for j in range(before + m if windows else rows):
                 row, place = (windows * m + j, j) if windows else (j, before + inside + j)
                 if row >= rows:  # no new token has this place: the window that closed still has
                     row -= m
-                into = target + place * steps[1] * unit
-                unpack(real, origin + row * ld * unit, ld, 1, channels, into, 0, steps[2], 0, 0)
+                line, steps = shifted(lines, row, 0), (0, state[1][2])
+                unpack(lines.tag, line, (1, channels), at(target, place, 0), steps)

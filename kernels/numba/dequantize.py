@@ -1,5 +1,8 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""FP4 and FP8 block formats on the CPU: all results of a scale stand in a table, and vector shuffles look them up."""
+"""FP4 and FP8 block formats on the CPU: all results of a scale stand in a table, and vector shuffles look them up.
+
+Bound by bytes, those of the result: a large one is streamed past the caches. A scale per block of float32 makes its own
+table for each band of rows, which a band's height pays for.
+"""
 
 from __future__ import annotations
 
@@ -9,42 +12,33 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from flagops.arrays import dtype_name
+from flagops.arrays import dtype_name, numpy_dtype
 from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
-from ._dequantize_simd import byte, decode_fp4, decode_fp8, fence
-from ._simd import LANES, load, store, vload, vmul, vsplat, vstore
+from .._moe import GROUP
+from ._blocks import Block, alive, at, laid, pack, scratch, unpack, vput
+from ._formats import FORMATS, decode_fp4, decode_fp8
+from ._vectors import BYTE, FLOAT32, LANES, TAGS, fence, load, size, vload
 
-_FORMATS: dict[str, tuple[Any, Any]] = {
-    "bfloat16": (ml_dtypes.bfloat16, np.uint16(0)),
-    "float16": (np.float16, np.int16(0)),
-    "float32": (np.float32, np.float32(0)),
-}
-_E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-_E4M3 = np.arange(128, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+_E2M1, _E8M0 = FORMATS["e2m1"].values, FORMATS["e8m0"].values
+_E4M3 = FORMATS["e4m3"].values[: FORMATS["e4m3"].top + 1].astype(np.float32)  # of no sign
+_NIBBLES, _POSITIVE = len(_E2M1), len(_E4M3)
+_ALIGNED_FP4, _ALIGNED_FP8 = 16, 64  # bytes, for stores past the caches
 _GRAIN = 1 << 17  # elements worth a thread
 _CACHED = 32 << 20  # bytes; a larger result is streamed past the caches
-_F32 = np.float32(0)
 
 
 @kernel(deterministic=True, batch_invariant=True, note="table lookup by byte shuffles")
 def fp4_dequantize(packed: Any, scale: Any, dtype: str, out: Any) -> None:
     """Each group of 32 looks up its nibbles among the 16 products of its scale."""
     rows, columns = out.shape
-    size, tag = out.itemsize, _FORMATS[dtype][1]
-    out_row, out_column = (size * step for step in strides(out))
-    target = pointer(out)
-    streaming = out_column == size and rows * columns * size > _CACHED and not (target | out_row) % 16
-    if streaming:
-        _use_large_pages(target, rows * out_row)
+    streaming = _streams(out, _ALIGNED_FP4)
     parallel(
-        _fp4_rows, rows if columns else 0, pointer(packed), *strides(packed), pointer(scale), *strides(scale),
-        target, out_row, out_column, columns // 32, pointer(_fp4_products(dtype)), size, streaming, tag,
-        minimum=-(-_GRAIN // max(columns, 1)),
+        _fp4_rows, rows if columns else 0, TAGS[dtype], laid(packed), laid(scale), laid(out),
+        columns // GROUP, pointer(_fp4_products(dtype)), streaming, minimum=-(-_GRAIN // max(columns, 1)),
     )  # fmt: skip
 
 
@@ -52,22 +46,21 @@ def fp4_dequantize(packed: Any, scale: Any, dtype: str, out: Any) -> None:
 def fp8_dequantize(weight: Any, scale: Any, block: tuple[int, int], dtype: str, out: Any) -> None:
     """Each block looks up its codes among the 128 products of its scale; the sign is a bit apart."""
     rows, columns = out.shape
-    size, tag = out.itemsize, _FORMATS[dtype][1]
-    out_row, out_column = (size * step for step in strides(out))
-    target = pointer(out)
-    streaming = out_column == size and rows * columns * size > _CACHED and not (target | out_row | block[1] * size) % 64
-    if streaming:
-        _use_large_pages(target, rows * out_row)
-    if dtype_name(scale) == "float32":
-        coded, tables, unit = False, pointer(_E4M3), 4
-    else:
-        coded, tables, unit = True, pointer(_fp8_products(dtype)), 1
+    streaming = not block[1] * out.itemsize % _ALIGNED_FP8 and _streams(out, _ALIGNED_FP8)
+    coded = dtype_name(scale) != "float32"
     parallel(
-        _fp8_rows, rows if columns else 0, pointer(weight), *strides(weight),
-        pointer(scale), *(unit * step for step in strides(scale)), *block,
-        target, out_row, out_column, columns, coded, tables, size, streaming, tag,
-        minimum=-(-_GRAIN // max(columns, 1)),
+        _fp8_rows, rows if columns else 0, TAGS[dtype], laid(weight), laid(scale), block, laid(out), columns,
+        coded, pointer(_fp8_products(dtype) if coded else _E4M3), streaming, minimum=-(-_GRAIN // max(columns, 1)),
     )  # fmt: skip
+
+
+def _streams(out: Any, aligned: int) -> bool:
+    """Whether a result is to go past the caches, its rows aligned; it is then made ready for that."""
+    (rows, columns), (row, column), address, item = out.shape, strides(out), pointer(out), out.itemsize
+    streaming = column == 1 and rows * columns * item > _CACHED and not (address | row * item) % aligned
+    if streaming:
+        _use_large_pages(address, rows * row * item)
+    return streaming
 
 
 def _use_large_pages(address: int, size: int) -> None:
@@ -89,7 +82,7 @@ def _madvise() -> Callable[..., int] | None:
 
 @cache
 def _fp4_products(dtype: str) -> Any:
-    return _products(np.concatenate((_E2M1, -_E2M1)), dtype)
+    return _products(_E2M1, dtype)
 
 
 @cache
@@ -99,85 +92,69 @@ def _fp8_products(dtype: str) -> Any:
 
 def _products(values: Any, dtype: str) -> Any:
     """[256, values]: each value times each e8m0 scale. The products are exact in float32 up to overflow."""
-    scales = np.append(np.exp2(np.arange(255) - 127.0), np.nan)
     with np.errstate(over="ignore", invalid="ignore"):
-        return (scales[:, None] * values).astype(np.float32).astype(_FORMATS[dtype][0])
+        return (_E8M0[:, None] * values).astype(np.float32).astype(numpy_dtype(dtype))
 
 
 @jit
-def _fp4_rows(
-    start, stop, packed, packed_row, packed_column, scale, scale_row, scale_column,
-    out, out_row, out_column, groups, tables, size, streaming, tag,
-):  # fmt: skip
-    codes = np.empty(16 * groups if packed_column != 1 else 0, np.uint8)
-    results = np.empty(32 * groups * size if out_column != size else 0, np.uint8)
+def _fp4_rows(start, stop, tag, packed, scale, out, groups, products, streaming):
+    (packed, packed_row, packed_column), (scale, scale_row, scale_column) = packed, scale
+    (out, out_row, out_column), table = out, Block(tag, products, _NIBBLES)
+    halves, shape = (1, groups * GROUP // 2), (1, groups * GROUP)
+    memory, (codes,) = scratch(BYTE, (halves,))
+    apart, (results,) = scratch(tag, (shape,))
     for row in range(start, stop):
-        source, target = packed + row * packed_row, out + row * out_row
+        source, target = packed + row * packed_row, at(Block(tag, out, out_row), row, 0)
+        into = Block(tag, target, out_row) if out_column == 1 else results
         if packed_column != 1:
-            source = _gather(codes, source, packed_column)
-        if out_column != size:
-            target = np.int64(results.ctypes.data)
+            pack(BYTE, source, (0, packed_column), halves, codes, halves)
+            source = codes.base
         for group in range(groups):
-            table = tables + 16 * size * byte(scale + row * scale_row + group * scale_column)
-            decode_fp4(source + 16 * group, target + 32 * size * group, table, streaming, tag)
-        if out_column != size:
-            _scatter(results, out + row * out_row, out_column, 32 * groups, size, tag)
+            code = load(BYTE, scale + row * scale_row + group * scale_column)
+            decode_fp4(source + group * GROUP // 2, at(into, 0, group * GROUP), at(table, code, 0), streaming, tag)
+        if out_column != 1:
+            unpack(tag, results, shape, target, (0, out_column))
     if streaming:
         fence()
+    return alive(memory, apart)
 
 
 @jit
-def _fp8_rows(
-    start, stop, weight, weight_row, weight_column, scale, scale_row, scale_column, block_rows, block_columns,
-    out, out_row, out_column, columns, coded, tables, size, streaming, tag,
-):  # fmt: skip
-    codes = np.empty(columns if weight_column != 1 else 0, np.uint8)
-    results = np.empty(columns * size if out_column != size else 0, np.uint8)
-    blocks = -(-columns // block_columns)
-    products = np.empty(0 if coded else 128 * size * blocks, np.uint8)
+def _fp8_rows(start, stop, tag, weight, scale, block, out, columns, coded, values, streaming):
+    """`values`: of codes without a sign under every scale, in the results' dtype; if not `coded` of one, in float32."""
+    (weight, weight_row, weight_column), (scale, scale_row, scale_column) = weight, scale
+    (out, out_row, out_column), (block_rows, block_columns) = out, block
+    blocks, shape = -(-columns // block_columns), (1, columns)
+    memory, (codes,) = scratch(BYTE, (shape,))
+    apart, (results, products) = scratch(tag, (shape, (0 if coded else blocks, _POSITIVE)))
+    table = Block(tag, values, _POSITIVE) if coded else products
     band = -1
     for row in range(start, stop):
-        source, target = weight + row * weight_row, out + row * out_row
-        scales = scale + row // block_rows * scale_row
+        source, target = weight + row * weight_row, at(Block(tag, out, out_row), row, 0)
+        into = Block(tag, target, out_row) if out_column == 1 else results
+        scales = row // block_rows * scale_row
         if not coded and row // block_rows != band:
             band = row // block_rows
-            _multiply(products, tables, scales, scale_column, size, tag)
+            _multiply(values, scale + scales * size(FLOAT32), scale_column, blocks, products)
         if weight_column != 1:
-            source = _gather(codes, source, weight_column)
-        if out_column != size:
-            target = np.int64(results.ctypes.data)
-        for block in range(blocks):
-            if coded:
-                table = tables + 128 * size * byte(scales + block * scale_column)
-            else:
-                table = np.int64(products.ctypes.data) + 128 * size * block
-            column = block * block_columns
+            pack(BYTE, source, (0, weight_column), shape, codes, shape)
+            source = codes.base
+        for i in range(blocks):
+            column = i * block_columns
+            entry = np.int64(load(BYTE, scale + scales + i * scale_column)) if coded else i
             count = min(block_columns, columns - column)
-            decode_fp8(source + column, target + column * size, count, table, streaming, tag)
-        if out_column != size:
-            _scatter(results, out + row * out_row, out_column, columns, size, tag)
+            decode_fp8(source + column, at(into, 0, column), count, at(table, entry, 0), streaming, tag)
+        if out_column != 1:
+            unpack(tag, results, shape, target, (0, out_column))
     if streaming:
         fence()
+    return alive(memory, apart)
 
 
 @jit
-def _multiply(products, values, scales, scale_column, size, tag):
-    for block in range(products.size // (128 * size)):
-        factor = vsplat(load(_F32, scales + block * scale_column))
-        table = np.int64(products.ctypes.data) + 128 * size * block
-        for i in range(0, 128, LANES):
-            vstore(tag, table + i * size, vmul(vload(_F32, values + 4 * i), factor))
-
-
-@jit
-def _gather(codes, source, step):
-    for i in range(codes.size):
-        codes[i] = byte(source + i * step)
-    return np.int64(codes.ctypes.data)
-
-
-@jit
-def _scatter(results, target, step, count, size, tag):
-    source = np.int64(results.ctypes.data)
-    for i in range(count):
-        store(tag, target + i * step, load(tag, source + i * size))
+def _multiply(values, scales, step, blocks, products):
+    """The table of each block of a band."""
+    for block in range(blocks):
+        factor = load(FLOAT32, scales + block * step * size(FLOAT32))
+        for i in range(0, _POSITIVE, LANES):
+            vput(products, block, i, vload(FLOAT32, values + i * size(FLOAT32)) * factor)

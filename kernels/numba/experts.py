@@ -1,6 +1,7 @@
 """Products of rows grouped by expert on the CPU: rows are sorted, and each expert that is hit reads its weights once.
 
-Once, that is, for as many of its rows as fit the byte budget. FP8 and FP4 weights are decoded inside the product.
+Once, that is, for as many of its rows as fit the byte budget. Bound by the bytes of the weights of experts hit
+until each has many rows: FP8 and FP4 weights are decoded inside the product.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from flagops.backends.numba import parallel, pointer, strides
 from flagops.registry import kernel
 
 from .._moe import quantised, refusal
-from ._gemm import TAGS, View, contract_groups, view
+from ._gemm import View, contract_groups, view
 from ._moe_rows import STEP, activate, add_rows, by_expert, gather, round_rows, widen_rows
 from ._qmatmul import product, scales
+from ._vectors import TAGS
 
 _GRAIN = 1 << 15  # elements worth a thread
 
@@ -48,38 +50,31 @@ def moe_experts(
     if not rows * width:
         return
     name, tag = dtype_name(x), TAGS[dtype_name(x)]
-    packed, item, kept = quantised(gate_up), x.itemsize, numpy_dtype(dtype_name(x))
-    passed = np.dtype(np.float32) if packed else kept
+    packed, kept = quantised(gate_up), numpy_dtype(name)
+    passed = np.dtype(np.float32) if packed else kept  # what a quantised product takes
     total = np.empty((rows, width), np.float64 if name == "float64" else np.float32)
     few = -(-_GRAIN // width)
     source = (0, 0, 0) if shared is None else (pointer(shared), *strides(shared))
     parallel(widen_rows, rows, tag, width, *source, pointer(total), minimum=few)
     pairs, bounds = by_expert(as_numpy(indices).reshape(-1).astype(np.int64), len(gate_up))
-    per_row = (width + inner) * passed.itemsize + (width + 2 * inner) * item
+    columns = (width, passed), (inner, passed), (2 * inner, kept), (width, kept)
+    per_row = sum(count * dtype.itemsize for count, dtype in columns)
     step = min(len(pairs), max(1, config.budget() // 4 // (per_row + 1)))
-    held = np.empty(step * per_row, np.uint8)
-    given = pointer(held)
-    h = given + step * width * passed.itemsize
-    both = h + step * inner * passed.itemsize
-    y = both + step * 2 * inner * item
+    given, h, both, y = (np.empty((step, count), dtype) for count, dtype in columns)
     for first in range(0, len(pairs), step or 1):
         some = pairs[first : first + step]
         tokens, count, within = some // slots, len(some), bounds - first
-        parallel(gather, count, tag, width, tokens, pointer(x), *strides(x), packed, given, minimum=few)
-        _project(name, _rows(given, count, width), gate_up, gate_up_scale, within, _rows(both, count, 2 * inner))
+        parallel(gather, count, tag, width, tokens, pointer(x), *strides(x), packed, pointer(given), minimum=few)
+        _project(name, view(given[:count]), gate_up, gate_up_scale, within, view(both[:count]))
         parallel(
-            activate, count, tag, inner, both, some, slots, pointer(weights), *strides(weights),
-            math.inf if limit is None else limit, packed, h, minimum=-(-_GRAIN // (inner + 1)),
+            activate, count, tag, inner, pointer(both), some, slots, pointer(weights), *strides(weights),
+            math.inf if limit is None else limit, packed, pointer(h), minimum=-(-_GRAIN // (inner + 1)),
         )  # fmt: skip
-        _project(name, _rows(h, count, inner), down, down_scale, within, _rows(y, count, width))
+        _project(name, view(h[:count]), down, down_scale, within, view(y[:count]))
         blocks = -(-width // STEP)
         least = max(1, _GRAIN // (STEP * count))
-        parallel(add_rows, blocks, tag, width, tokens, y, pointer(total), minimum=least)
+        parallel(add_rows, blocks, tag, width, tokens, pointer(y), pointer(total), minimum=least)
     parallel(round_rows, rows, tag, width, pointer(total), pointer(out), *strides(out), minimum=few)
-
-
-def _rows(address: int, count: int, width: int) -> View:
-    return View(address, (count, width), (width, 1))
 
 
 def _project(name: str, x: View, weights: Any, scale: Any, bounds: Any, out: View) -> None:

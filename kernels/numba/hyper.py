@@ -1,10 +1,14 @@
-"""Hyper-connections on the CPU: a block of tokens is projected, normalised and collapsed while it stays in L2."""
+"""Hyper-connections on the CPU: a block of tokens is projected, normalised and collapsed while it stays in L2.
+
+`hc_pre` and `hc_post` are bound by the bytes of the streams, four times those of a hidden state: what is done with a
+token happens while it is near. `hc_split_sinkhorn` is bound by operations on small matrices: a vector holds the same
+entry of as many tokens as it has lanes, two vectors side by side hide latencies, and the rounds scale a factor for each
+row and column rather than the entries.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,10 +17,10 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
-from .._rows import rows, spread
-from ._attention_simd import cast, vdiv, vexp
-from ._gemm import DOT_DEPTH, TAGS, pack, unpack
-from ._simd import (
+from ._blocks import Block, alive, at, clear, get, of_task, pack, put, scratch, shifted, unpack, vget, vput, walk
+from ._functions import exp
+from ._gemm import DOT_DEPTH
+from ._tiles import (
     DOT_COLUMNS,
     DOT_ROW_COLUMNS,
     DOT_ROWS,
@@ -25,22 +29,9 @@ from ._simd import (
     OUTER_VECTORS,
     dot_row,
     dot_tile,
-    fma,
-    lanes,
-    load,
     outer_tile,
-    size,
-    store,
-    transpose,
-    vadd,
-    vload,
-    vmul,
-    vsplat,
-    vstore,
-    vsub,
-    vsum,
-    vwhere,
 )
+from ._vectors import TAGS, cast, fma, lanes, transpose, vsplat, vsum, where
 
 _BLOCK = 512 << 10  # bytes of streams that a task reads twice
 _ROWS = 24  # tokens of a task at the most
@@ -50,53 +41,25 @@ _SPLIT = 32  # tokens of a task of hc_split_sinkhorn
 _GRAIN = 1 << 17  # products worth a thread
 
 
-def _tokens(lead: tuple[int, ...], tails: tuple[int, ...], *arrays: Any) -> Iterator[tuple[tuple[int, ...], list[Any]]]:
-    """Blocks of tokens on three axes: their sizes; address, strides of tokens and of the last axes of each array."""
-    for sizes, layouts in _layouts(lead, tails, *[(x.shape, strides(x)) for x in arrays]):
-        pairs = zip(arrays, layouts, strict=True)
-        yield sizes, [(pointer(x) + offset * x.itemsize, *own) for x, (offset, *own) in pairs]
-
-
-@lru_cache(maxsize=256)
-def _layouts(lead: tuple[int, ...], tails: tuple[int, ...], *arrays: tuple[Any, Any]) -> list[Any]:
-    """As `_tokens`, from shapes and strides, with offsets for addresses; leading axes broadcast to `lead`."""
-    leading = [spread(*array, len(lead), tail) for tail, array in zip(tails, arrays, strict=True)]
-    last = [steps[-tail:] for tail, (_, steps) in zip(tails, arrays, strict=True)]
-    return [(sizes, list(zip(offsets, own, last, strict=True))) for offsets, sizes, own in rows(lead, *leading)]
-
-
-@jit
-def _start(x, item, sizes, token):
-    """Address of a token of one of `_tokens`."""
-    address, steps, _ = x
-    if token < sizes[2]:
-        return address + token * steps[2] * item
-    rest, k = divmod(token, sizes[2])
-    i, j = divmod(rest, sizes[1])
-    return address + (i * steps[0] + j * steps[1] + k * steps[2]) * item
-
-
-def _whole(x: Any) -> Any:
-    """A vector with its elements side by side."""
-    return x.contiguous() if hasattr(x, "contiguous") else np.ascontiguousarray(x)
+def _vector(x: Any) -> tuple[int, int]:
+    return pointer(x), strides(x)[0]
 
 
 @kernel(deterministic=True, batch_invariant=True)
 def hc_split_sinkhorn(mix: Any, scale: Any, base: Any, mult: int, iters: int, eps: float, out: Any) -> None:
     """A vector holds one entry of as many tokens as it has lanes; the rounds scale rows and columns, not entries."""
-    scale, base, tag = _whole(scale), _whole(base), TAGS[dtype_name(mix)]
-    for sizes, arrays in _tokens(mix.shape[:-1], (1, 1, 1, 2), mix, *out):
+    target = iters, eps, _vector(scale), _vector(base)
+    for sizes, arrays in walk(mix.shape[:-1], (1, 1, 1, 2), mix, *out):
         tasks = -(-math.prod(sizes) // _SPLIT)
-        parallel(_split, tasks, tag, sizes, mult, iters, eps, pointer(scale), pointer(base), *arrays, minimum=4)
+        parallel(_split, tasks, TAGS[dtype_name(mix)], sizes, mult, target, *arrays, minimum=4)
 
 
 @jit
-def _split(start, stop, tag, sizes, n, iters, eps, scale, base, mix, pre, post, comb):
-    held = np.empty(_work(tag, n) + 64, np.uint8)
-    work = (np.int64(held.ctypes.data) + 63) & ~63
+def _split(start, stop, real, sizes, n, target, mix, pre, post, comb):
+    memory, (work,) = scratch(real, (_room(real, n),))
     first, last = start * _SPLIT, min(stop * _SPLIT, sizes[0] * sizes[1] * sizes[2])
-    _coefficients(tag, first, last, sizes, n, iters, eps, scale, base, mix, pre, post, comb, work)
-    return held[0]  # keeps the scratch alive until here
+    _coefficients(first, last, sizes, n, target, mix, pre, post, comb, work)
+    return alive(memory)
 
 
 @kernel(deterministic=True, batch_invariant=True)
@@ -104,173 +67,157 @@ def hc_pre(
     x: Any, fn: Any, base: Any, scale: Any, iters: int, eps: float, norm_eps: float, out: tuple[Any, Any, Any]
 ) -> None:
     """The tokens of a block are read from memory once; for few tokens, streams are projected in parallel first."""
-    for sizes, arrays in _tokens(x.shape[:-2], (2, 1, 1, 2), x, *out):
-        _run(x, fn, base, scale, iters, eps, norm_eps, sizes, *arrays)
+    _run(x, fn, norm_eps, (iters, eps, _vector(scale), _vector(base)), *out)
 
 
 @kernel(deterministic=True, batch_invariant=True)
 def hc_head(x: Any, fn: Any, base: Any, scale: Any, eps: float, norm_eps: float, out: Any) -> None:
     """As `hc_pre`, with one gate for each stream."""
-    nowhere = (0, 0, 0)
-    for sizes, arrays in _tokens(x.shape[:-2], (2, 1), x, out):
-        _run(x, fn, base, scale, 0, eps, norm_eps, sizes, *arrays, (0, nowhere, (0,)), (0, nowhere, (0, 0)))
+    _run(x, fn, norm_eps, (0, eps, _vector(scale), _vector(base)), out, None, None)
 
 
-def _run(
-    x: Any, fn: Any, base: Any, scale: Any, iters: int, eps: float, norm_eps: float, sizes: Any, *arrays: Any
-) -> None:
-    tokens, (n, d), columns = math.prod(sizes), x.shape[-2:], fn.shape[0]
+def _run(x: Any, fn: Any, norm_eps: float, target: Any, *out: Any) -> None:
+    (*lead, n, d), columns = x.shape, fn.shape[0]
     tag, real = TAGS[dtype_name(x)], TAGS[dtype_name(fn)]
-    scale, base = _whole(scale), _whole(base)
-    count = max(1, min(threads(), tokens * n * d * columns // _GRAIN))
-    together = min(max(_BLOCK // (n * d * x.itemsize + 1), 1), _ROWS, -(-tokens // count))
-    together = -(-together // DOT_ROWS) * DOT_ROWS
-    blocks = -(-tokens // together)
-    shape, weights = (n, d, columns, together), (pointer(fn), strides(fn))
-    target = iters, eps, norm_eps, pointer(scale), pointer(base)
-    parts = np.empty(n * tokens * (columns + 1) if blocks < count else 0, np.dtype(dtype_name(fn)))
-    products = min(together, tokens) * n * d * columns + 1
-    everything = tag, real, sizes, shape, weights, target, *arrays, pointer(parts)
-    if blocks < count:
-        parallel(_tasks, blocks * n, _PROJECT, *everything, minimum=max(1, _GRAIN * n // products))
-        parallel(_tasks, blocks, _COLLAPSE, *everything)
-    else:
-        parallel(_tasks, blocks, _BOTH, *everything, minimum=max(1, _GRAIN // products))
+    for sizes, arrays in walk(lead, (2, 1, 1, 2), x, *out):
+        tokens = math.prod(sizes)
+        count = max(1, min(threads(), tokens * n * d * columns // _GRAIN))
+        together = min(max(_BLOCK // (n * d * x.itemsize + 1), 1), _ROWS, -(-tokens // count))
+        together = -(-together // DOT_ROWS) * DOT_ROWS
+        blocks = -(-tokens // together)
+        parts = np.empty(n * tokens * (columns + 1) if blocks < count else 0, np.dtype(dtype_name(fn)))
+        products = min(together, tokens) * n * d * columns + 1
+        weights, shape = (pointer(fn), strides(fn)), (n, d, columns, together)
+        everything = tag, real, sizes, shape, weights, norm_eps, target, *arrays, pointer(parts)
+        if blocks < count:
+            parallel(_tasks, blocks * n, _PROJECT, *everything, minimum=max(1, _GRAIN * n // products))
+            parallel(_tasks, blocks, _COLLAPSE, *everything)
+        else:
+            parallel(_tasks, blocks, _BOTH, *everything, minimum=max(1, _GRAIN // products))
 
 
 @jit
-def _tasks(start, stop, phase, tag, real, sizes, shape, weights, target, x, y, post, comb, parts):
-    """Blocks of tokens from streams to results, or for few tokens in two phases; `parts` is what lies between."""
+def _tasks(start, stop, phase, tag, real, sizes, shape, weights, norm_eps, target, x, y, post, comb, between):
+    """Blocks of tokens from streams to results, or for few tokens in two phases with their sums `between`."""
     n, _, columns, together = shape
     tokens = sizes[0] * sizes[1] * sizes[2]
-    panels, local = _panels(real, shape), n * together * (columns + 1) * size(real)
-    held = np.empty(panels + local + _small(real, shape) + 128, np.uint8)
-    scratch = (np.int64(held.ctypes.data) + 63) & ~63
-    work = (scratch + panels + local + 63) & ~63
+    memory, (rows, panel, sums, own, mix, gates, work) = scratch(real, (
+        (together, DOT_DEPTH), (columns, DOT_DEPTH), (together + DOT_ROWS, columns + DOT_WIDTH),
+        (n * together, columns + 1), (together, columns), (together, n), _room(real, n),
+    ))  # fmt: skip
+    parts = own if phase == _BOTH else Block(real, between, columns + 1)
     for task in range(start, stop):
         block, stream = divmod(task, n) if phase == _PROJECT else (task, 0)
         first = block * together
         last = min(first + together, tokens)
-        origin, rows = (first, together) if phase == _BOTH else (0, tokens)
-        into = scratch + panels if phase == _BOTH else parts
+        apart = together if phase == _BOTH else tokens  # from the sums of a stream to those of the next
+        near = shifted(parts, 0 if phase == _BOTH else first, 0)
         if phase != _COLLAPSE:
             for each in range(stream, stream + 1 if phase == _PROJECT else n):
-                _sums(tag, real, sizes, shape, x, weights, each, first, last, scratch, into, rows, origin)
+                to = shifted(near, each * apart, 0)
+                _sums(tag, sizes, shape, x, weights, each, first, last, rows, panel, sums, to)
         if phase != _PROJECT:
-            _collapse(tag, real, sizes, shape, target, first, last, into, rows, origin, x, y, post, comb, work)
-    return held[0]  # keeps the scratch alive until here
+            _normalise(shape, first, last, near, apart, norm_eps, mix)
+            if target[0]:
+                logits, places = _packed(mix, columns, sizes, first), _packed(gates, n, sizes, first)
+                _coefficients(first, last, sizes, n, target, logits, places, post, comb, work)
+            else:
+                _gate(last - first, n, target, mix, gates)
+            _collapse(tag, sizes, shape, first, last, gates, x, y)
+    return alive(memory)
 
 
 @jit
-def _panels(real, shape):
-    """Bytes that `_sums` works in: widened tokens, columns of fn, sums."""
-    _, _, columns, together = shape
-    return (((together + columns) * DOT_DEPTH + (together + DOT_ROWS) * (columns + DOT_WIDTH)) * size(real) + 63) & ~63
-
-
-@jit
-def _small(real, shape):
-    """Bytes that `_collapse` works in: mix, pre, and what `_coefficients` takes."""
-    n, _, columns, together = shape
-    return together * (columns + n) * size(real) + _work(real, n) + 64
-
-
-@jit
-def _sums(tag, real, sizes, shape, x, weights, stream, first, last, scratch, parts, held, origin):
-    """parts[stream, token - origin] of tokens first to last; `held` tokens lie in a stream of `parts`."""
-    _, d, columns, together = shape
-    (fn, fn_steps), x_steps = weights, x[2]
-    item, unit, step = size(tag), size(real), lanes(tag)
-    rows, ld = last - first, columns + DOT_WIDTH
-    panel = scratch + together * DOT_DEPTH * unit
-    sums = panel + columns * DOT_DEPTH * unit
-    own = parts + (stream * held + first - origin) * (columns + 1) * unit
-    across = DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS
-    for i in range(rows):
-        for column in range(columns + 1):
-            store(real, own + (i * (columns + 1) + column) * unit, real)
+def _sums(tag, sizes, shape, x, weights, stream, first, last, rows, panel, sums, to):
+    """Sums of a stream of tokens first to last with the columns of fn, and behind them of their squares."""
+    _, d, columns, _ = shape
+    fn, fn_steps = weights
+    real, step, channel = rows.tag, lanes(tag), x[2][1]
+    count = last - first
+    across = DOT_ROW_COLUMNS if count == 1 else DOT_COLUMNS
+    for i in range(count):
+        clear(real, at(to, i, 0), columns + 1)
     for begin in range(0, d, DOT_DEPTH):
         depth = min(DOT_DEPTH, d - begin)
         padded = -(-depth // step) * step
-        for i in range(rows):
-            source = _start(x, item, sizes, first + i) + (stream * x_steps[0] + begin * x_steps[1]) * item
-            row = scratch + i * DOT_DEPTH * unit
-            pack(tag, source, 0, x_steps[1], 1, depth, row, DOT_DEPTH, 1, padded)
+        for i in range(count):
+            source = at(of_task(tag, x, sizes, first + i), stream, begin * channel)
+            pack(tag, source, (0, channel), (1, depth), shifted(rows, i, 0), (1, padded))
             squares = vsplat(real)
             for c in range(0, padded, step):
-                value = vload(real, row + c * unit)
+                value = vget(rows, i, c)
                 squares = fma(value, value, squares)
-            square = own + (i * (columns + 1) + columns) * unit
-            store(real, square, load(real, square) + vsum(squares))
-        weight, ldw = fn + (stream * d + begin) * fn_steps[1] * unit, fn_steps[0]
+            put(to, i, columns, get(to, i, columns) + vsum(squares))
+        weight = Block(real, at(Block(real, fn, fn_steps[1]), stream * d + begin, 0), fn_steps[0])
         if fn_steps[1] != 1 or padded != depth:
-            pack(real, weight, fn_steps[0], fn_steps[1], columns, depth, panel, DOT_DEPTH, columns, padded)
-            weight, ldw = panel, DOT_DEPTH
+            pack(real, weight.base, fn_steps, (columns, depth), panel, (columns, padded))
+            weight = panel
         for j in range(0, columns, across):
-            valid, right = min(across, columns - j), weight + j * ldw * unit
-            if rows == 1:
-                dot_row(real, scratch, DOT_DEPTH, right, ldw, valid, padded, sums + j * unit, ld, begin > 0)
+            valid = min(across, columns - j)
+            if count == 1:
+                dot_row(rows, shifted(weight, j, 0), valid, padded, shifted(sums, 0, j), begin > 0)
             else:
-                for i in range(0, rows, DOT_ROWS):
-                    left, into = scratch + i * DOT_DEPTH * unit, sums + (i * ld + j) * unit
-                    dot_tile(real, left, DOT_DEPTH, right, ldw, valid, padded, into, ld, begin > 0)
-    for i in range(rows if d else 0):
+                for i in range(0, count, DOT_ROWS):
+                    left, into = shifted(rows, i, 0), shifted(sums, i, j)
+                    dot_tile(left, shifted(weight, j, 0), valid, padded, into, begin > 0)
+    for i in range(count if d else 0):
         for column in range(columns):
-            store(real, own + (i * (columns + 1) + column) * unit, load(real, sums + (i * ld + column) * unit))
+            put(to, i, column, get(sums, i, column))
 
 
 @jit
-def _collapse(tag, real, sizes, shape, target, first, last, parts, held, origin, x, y, post, comb, work):
-    """From the sums of a block to its results."""
-    n, d, columns, together = shape
-    iters, eps, norm_eps, scale, base = target
-    x_steps, y_step = x[2], y[2][0]
-    item, unit, step = size(tag), size(real), lanes(tag)
-    rows = last - first
-    mix = work
-    pre = mix + together * columns * unit
-    rest = (pre + together * n * unit + 63) & ~63
-    for i in range(rows):
-        source = parts + (first + i - origin) * (columns + 1) * unit
+def _normalise(shape, first, last, parts, apart, norm_eps, mix):
+    """The sums of all streams over the root of their mean square."""
+    n, d, columns, _ = shape
+    real = mix.tag
+    for i in range(last - first):
         squares = real
         for stream in range(n):
-            squares += load(real, source + (stream * held * (columns + 1) + columns) * unit)
+            squares += get(parts, stream * apart + i, columns)
         factor = 1 / np.sqrt(squares / cast(real, max(n * d, 1)) + cast(real, norm_eps))
         for column in range(columns):
             total = real
             for stream in range(n):
-                total += load(real, source + (stream * held * (columns + 1) + column) * unit)
-            store(real, mix + (i * columns + column) * unit, total * factor)
-    if iters:
-        logits, gates = _packed(mix, columns, real, sizes, first), _packed(pre, n, real, sizes, first)
-        _coefficients(real, first, last, sizes, n, iters, eps, scale, base, logits, gates, post, comb, rest)
-    else:
-        for i in range(rows * n):
-            logit = load(real, mix + i * unit) * load(real, scale) + load(real, base + i % n * unit)
-            store(real, pre + i * unit, cast(real, 1 / (1 + np.exp(-np.float64(logit))) + eps))
-    for i in range(rows):
-        source, goal = _start(x, item, sizes, first + i), _start(y, item, sizes, first + i)
-        gate = pre + i * n * unit
-        whole = d - d % step if x_steps[1] == 1 and y_step == 1 else 0
-        for c in range(0, whole, step):
-            total = vmul(vload(tag, source + c * item), vsplat(load(real, gate)))
-            for j in range(1, n):
-                stream = vload(tag, source + (j * x_steps[0] + c) * item)
-                total = fma(stream, vsplat(load(real, gate + j * unit)), total)
-            vstore(tag, goal + c * item, total)
-        for c in range(whole, d):
-            value = load(tag, source + c * x_steps[1] * item) * load(real, gate)
-            for j in range(1, n):
-                stream = load(tag, source + (j * x_steps[0] + c * x_steps[1]) * item)
-                value = fma(stream, load(real, gate + j * unit), value)
-            store(tag, goal + c * y_step * item, value)
+                total += get(parts, stream * apart + i, column)
+            put(mix, i, column, total * factor)
 
 
 @jit
-def _packed(address, width, real, sizes, first):
-    """As of `_tokens`: vectors of tokens one behind the other, the first of them at the address."""
+def _gate(count, n, target, mix, gates):
+    """sigmoid(mix * scale + base) + eps"""
+    _, eps, scale, base = target
+    scales, bases = Block(mix.tag, *scale), Block(mix.tag, *base)
+    for i in range(count):
+        for j in range(n):
+            logit = get(mix, i, j) * get(scales, 0, 0) + get(bases, j, 0)
+            put(gates, i, j, 1 / (1 + np.exp(-np.float64(logit))) + eps)
+
+
+@jit
+def _collapse(tag, sizes, shape, first, last, gates, x, y):
+    """The streams of each token, weighted by its gates, as one."""
+    n, d, _, _ = shape
+    step, channel = lanes(tag), x[2][1]
+    whole = d - d % step if channel == 1 and y[2][0] == 1 else 0
+    for i in range(last - first):
+        streams, goal = of_task(tag, x, sizes, first + i), of_task(tag, y, sizes, first + i)
+        for c in range(0, whole, step):
+            total = vget(streams, 0, c) * get(gates, i, 0)
+            for j in range(1, n):
+                total = fma(vget(streams, j, c), get(gates, i, j), total)
+            vput(goal, c, 0, total)
+        for c in range(whole, d):
+            value = get(streams, 0, c * channel) * get(gates, i, 0)
+            for j in range(1, n):
+                value = fma(get(streams, j, c * channel), get(gates, i, j), value)
+            put(goal, c, 0, value)
+
+
+@jit
+def _packed(block, width, sizes, first):
+    """As an array of `walk`: vectors of tokens one behind the other, the first of them at the block's beginning."""
     steps = sizes[1] * sizes[2] * width, sizes[2] * width, width
-    return address - first * width * size(real), steps, (1,)
+    return at(Block(block.tag, block.base, -width), first, 0), steps, (1,)
 
 
 @kernel(deterministic=True, batch_invariant=True)
@@ -278,167 +225,163 @@ def hc_post(y: Any, x: Any, post: Any, comb: Any, out: Any) -> None:
     """Each channel of a token is read once, the streams and the new one together, and mixed in registers."""
     n, d = out.shape[-2:]
     tag, real, least = TAGS[dtype_name(out)], TAGS[dtype_name(post)], max(1, _GRAIN // (n * d * n + 1))
-    for sizes, arrays in _tokens(out.shape[:-2], (1, 2, 1, 2, 2), y, x, post, comb, out):
+    for sizes, arrays in walk(out.shape[:-2], (1, 2, 1, 2, 2), y, x, post, comb, out):
         parallel(_mix, math.prod(sizes), tag, real, sizes, n, d, *arrays, minimum=least)
 
 
 @jit
 def _mix(start, stop, tag, real, sizes, n, d, y, x, post, comb, out):
-    item, unit = size(tag), size(real)
     across = OUTER_VECTORS * lanes(tag)
-    ld = _COLUMNS + across
-    rows = -(-n // OUTER_ROWS) * OUTER_ROWS
-    held = np.empty(((n + 1 + rows) * ld + rows * (n + 1)) * unit + 64, np.uint8)
-    wide_rows = (np.int64(held.ctypes.data) + 63) & ~63
-    sums = wide_rows + (n + 1) * ld * unit
-    weights = sums + rows * ld * unit
+    ld, padded_rows = _COLUMNS + across, -(-n // OUTER_ROWS) * OUTER_ROWS
+    memory, (streams, sums, weights) = scratch(real, ((n + 1, ld), (padded_rows, ld), (padded_rows, n + 1)))
     for token in range(start, stop):
-        gates, entries = _start(post, unit, sizes, token), _start(comb, unit, sizes, token)
+        gates, entries = of_task(real, post, sizes, token), of_task(real, comb, sizes, token)
         for k in range(n):
-            row = weights + k * (n + 1) * unit
-            store(real, row, load(real, gates + k * post[2][0] * unit))
+            put(weights, k, 0, get(gates, k, 0))
             for j in range(n):
-                entry = entries + (j * comb[2][0] + k * comb[2][1]) * unit
-                store(real, row + (j + 1) * unit, load(real, entry))
-        new, streams = _start(y, item, sizes, token), _start(x, item, sizes, token)
-        goal = _start(out, item, sizes, token)
+                put(weights, k, j + 1, get(entries, j, k * comb[2][1]))
+        new, old = of_task(tag, y, sizes, token), of_task(tag, x, sizes, token)
+        goal = of_task(tag, out, sizes, token)
         for c in range(0, d, _COLUMNS):
             width = min(_COLUMNS, d - c)
             padded = -(-width // across) * across
-            pack(tag, new + c * y[2][0] * item, 0, y[2][0], 1, width, wide_rows, ld, 1, padded)
-            source = streams + c * x[2][1] * item
-            pack(tag, source, x[2][0], x[2][1], n, width, wide_rows + ld * unit, ld, n, padded)
+            pack(tag, at(new, c, 0), (0, new.row), (1, width), streams, (1, padded))
+            pack(tag, at(old, 0, c * x[2][1]), x[2], (n, width), shifted(streams, 1, 0), (n, padded))
             for j in range(0, padded, across):
                 for i in range(0, n, OUTER_ROWS):
-                    left, into = weights + i * (n + 1) * unit, sums + (i * ld + j) * unit
-                    outer_tile(real, left, n + 1, wide_rows + j * unit, ld, n + 1, into, ld, False)
-            unpack(tag, sums, ld, n, width, goal + c * out[2][1] * item, out[2][0], out[2][1], 0, 0)
-    return held[0]  # keeps the scratch alive until here
+                    outer_tile(shifted(weights, i, 0), shifted(streams, 0, j), n + 1, shifted(sums, i, j), False)
+            unpack(tag, sums, (n, width), at(goal, 0, c * out[2][1]), out[2])
+    return alive(memory)
 
 
 @jit
-def _work(real, n):
-    """Bytes that `_coefficients` works in."""
-    return (n * (n + 2) + 2 * n) * 2 * lanes(real) * size(real)
+def _room(real, n):
+    """What `_coefficients` works in: two vectors for each entry of mix, and for each factor of a row and a column."""
+    return n * (n + 2) + 2 * n, 2 * lanes(real)
 
 
 @jit
-def _sigmoid(real, x):
-    zero, one = vsplat(real), vsplat(cast(real, 1.0))
-    power = vexp(vwhere(x, zero, x, vsub(zero, x)))  # exp(-|x|)
-    return vdiv(vwhere(x, zero, power, one), vadd(one, power))
+def _pairs(block):
+    """The same block, two vectors a row: a distance that the compiler knows."""
+    return Block(block.tag, block.base, 2 * lanes(block.tag))
 
 
 @jit
-def _coefficients(real, first, last, sizes, n, iters, eps, scale, base, mix, pre, post, comb, work):
+def _sigmoid(x):
+    power = exp(-abs(x))
+    return where(x < 0, power, 1) / (1 + power)
+
+
+@jit
+def _coefficients(first, last, sizes, n, target, mix, pre, post, comb, work):
     """Tokens first to last, two vectors of them at a time, each entry of theirs side by side."""
-    count, unit = lanes(real), size(real)
-    vector, pair = count * unit, 2 * count * unit
-    matrix, factors = work + 2 * n * pair, work + n * (n + 2) * pair
-    lines = 1 if comb[2][0] == n * comb[2][1] else n
-    small = vsplat(cast(real, eps))
+    iters, eps, scale, base = target
+    real, count = work.tag, lanes(work.tag)
+    pair = 2 * count
+    work = _pairs(work)
+    scales, bases, small = Block(real, *scale), Block(real, *base), cast(real, eps)
+    gates, matrix, factors = shifted(work, n, 0), shifted(work, 2 * n, 0), shifted(work, n * (n + 2), 0)
+    row, column = comb[2]
+    lines = 1 if row == n * column else n
     token = first
     while token < last:
-        present = min(2 * count, last - token, sizes[2] - token % sizes[2])
-        source = _start(mix, unit, sizes, token)
-        _turn(real, source, mix[1][2], mix[2][0], present, n * (n + 2), work, 1, 2 * count)
-        for column in range(n * (n + 2)):
-            part = min(column // n, 2)
-            factor, bias = vsplat(load(real, scale + part * unit)), vsplat(load(real, base + column * unit))
-            for at in range(work + column * pair, work + (column + 1) * pair, vector):
-                logit = fma(vload(real, at), factor, bias)
+        present = min(pair, last - token, sizes[2] - token % sizes[2])
+        source = of_task(real, mix, sizes, token).base
+        _turn(real, source, (mix[1][2], mix[2][0]), (present, n * (n + 2)), work.base, (1, pair))
+        for entry in range(n * (n + 2)):
+            part = min(entry // n, 2)
+            factor, bias = get(scales, part, 0), get(bases, entry, 0)
+            for c in range(0, 2 * count, count):
+                logit = fma(vget(work, entry, c), factor, bias)
                 if part == 0:
-                    logit = vadd(_sigmoid(real, logit), small)
+                    logit = _sigmoid(logit) + small
                 elif part == 1:
-                    logit = _sigmoid(real, logit)
-                    logit = vadd(logit, logit)
-                vstore(real, at, logit)
+                    logit = 2 * _sigmoid(logit)
+                vput(work, entry, c, logit)
         if n == 4:
-            _sinkhorn(real, matrix, 4, iters, small, factors)  # what the compiler knows, it unrolls
+            _sinkhorn(matrix, 4, iters, small, factors)  # what the compiler knows, it unrolls
         else:
-            _sinkhorn(real, matrix, n, iters, small, factors)
-        goal, other = _start(pre, unit, sizes, token), _start(post, unit, sizes, token)
-        _turn(real, work, 2 * count, 1, n, present, goal, pre[2][0], pre[1][2])
-        _turn(real, work + n * pair, 2 * count, 1, n, present, other, post[2][0], post[1][2])
-        width, goal = n * n // lines, _start(comb, unit, sizes, token)
+            _sinkhorn(matrix, n, iters, small, factors)
+        goal, other = of_task(real, pre, sizes, token), of_task(real, post, sizes, token)
+        _turn(real, work.base, (pair, 1), (n, present), goal.base, (goal.row, pre[1][2]))
+        _turn(real, gates.base, (pair, 1), (n, present), other.base, (other.row, post[1][2]))
+        width, goal = n * n // lines, of_task(real, comb, sizes, token)
         for j in range(lines):
-            line = matrix + j * width * pair
-            _turn(real, line, 2 * count, 1, width, present, goal + j * comb[2][0] * unit, comb[2][1], comb[1][2])
+            line = at(matrix, j * width, 0)
+            _turn(real, line, (pair, 1), (width, present), at(goal, j, 0), (column, comb[1][2]))
         token += present
 
 
 @jit
-def _turn(real, source, row, column, rows, columns, target, target_row, target_column):
+def _turn(real, source, steps, shape, target, target_steps):
     """Copy a block of any strides, where it is transposed by tiles; the last ones overlap."""
-    count, unit = lanes(real), size(real)
+    (row, column), (rows, columns), (target_row, target_column) = steps, shape, target_steps
+    count = lanes(real)
+    here, there = Block(real, source, row), Block(real, target, target_column)
     if column == 1 and target_row == 1 and min(rows, columns) >= count:
         for i in range(0, rows, count):
             r = min(i, rows - count)
             for j in range(0, columns, count):
                 c = min(j, columns - count)
-                goal = target + (r + c * target_column) * unit
-                transpose(real, source + (r * row + c) * unit, row, goal, target_column)
+                transpose(real, at(here, r, c), row, at(there, c, r), target_column)
     else:
         for r in range(rows):
             for c in range(columns):
-                value = load(real, source + (r * row + c * column) * unit)
-                store(real, target + (r * target_row + c * target_column) * unit, value)
+                put(there, c, r * target_row, get(here, r, c * column))
 
 
 @jit
-def _sinkhorn(real, matrix, n, iters, small, factors):
+def _sinkhorn(matrix, n, iters, small, factors):
     """Two vectors of matrices, from logits to comb; `factors` of their rows and columns are worked in."""
-    vector, one = lanes(real) * size(real), vsplat(cast(real, 1.0))
-    pair = 2 * vector
-    columns = factors + n * pair
-    _softmax(real, matrix, n, small)
-    _softmax(real, matrix + vector, n, small)
-    for at in range(factors, factors + 2 * n * pair, vector):
-        vstore(real, at, one)
-    _normalise(real, matrix, n, pair, n * pair, factors, columns, small)
+    count = lanes(matrix.tag)
+    matrix, factors = _pairs(matrix), _pairs(factors)
+    columns = shifted(factors, n, 0)
+    _softmax(matrix, n, small)
+    _softmax(shifted(matrix, 0, count), n, small)
+    for i in range(2 * n):
+        for c in range(0, 2 * count, count):
+            vput(factors, i, c, vsplat(cast(matrix.tag, 1.0)))
+    _balance(matrix, n, 1, n, factors, columns, small)
     for _ in range(iters - 1):
-        _normalise(real, matrix, n, n * pair, pair, columns, factors, small)
-        _normalise(real, matrix, n, pair, n * pair, factors, columns, small)
+        _balance(matrix, n, n, 1, columns, factors, small)
+        _balance(matrix, n, 1, n, factors, columns, small)
     for j in range(n):
         for k in range(n):
-            for at in range(0, pair, vector):
-                entry = matrix + (j * n + k) * pair + at
-                both = vmul(vload(real, factors + j * pair + at), vload(real, columns + k * pair + at))
-                vstore(real, entry, vmul(vload(real, entry), both))
+            for c in range(0, 2 * count, count):
+                both = vget(factors, j, c) * vget(columns, k, c)
+                vput(matrix, j * n + k, c, vget(matrix, j * n + k, c) * both)
 
 
 @jit
-def _softmax(real, matrix, n, small):
+def _softmax(matrix, n, small):
     """Softmax of each row, plus eps, for one of the two vectors of an entry."""
-    pair, one = 2 * lanes(real) * size(real), vsplat(cast(real, 1.0))
-    for j in range(n):
-        row = matrix + j * n * pair
-        top = vload(real, row)
-        for k in range(1, n):
-            value = vload(real, row + k * pair)
-            top = vwhere(top, value, value, top)
-        total = vsplat(real)
-        for k in range(n):
-            value = vexp(vsub(vload(real, row + k * pair), top))
-            total = vadd(total, value)
-            vstore(real, row + k * pair, value)
-        factor = vdiv(one, total)
-        for k in range(n):
-            vstore(real, row + k * pair, fma(vload(real, row + k * pair), factor, small))
+    matrix = _pairs(matrix)
+    for j in range(0, n * n, n):
+        top = vget(matrix, j, 0)
+        for k in range(j + 1, j + n):
+            value = vget(matrix, k, 0)
+            top = where(top < value, value, top)
+        total = vsplat(cast(matrix.tag, 0.0))
+        for k in range(j, j + n):
+            value = exp(vget(matrix, k, 0) - top)
+            total += value
+            vput(matrix, k, 0, value)
+        factor = 1 / total
+        for k in range(j, j + n):
+            vput(matrix, k, 0, fma(vget(matrix, k, 0), factor, small))
 
 
 @jit
-def _normalise(real, matrix, n, across, along, others, own, small):
+def _balance(matrix, n, across, along, others, own, small):
     """own /= own * (sums of the matrix along one axis, weighted by the factors of the other) + eps."""
-    vector = lanes(real) * size(real)
-    pair = 2 * vector
+    count = lanes(matrix.tag)
+    matrix, others, own = _pairs(matrix), _pairs(others), _pairs(own)
     for i in range(n):
-        line, target = matrix + i * across, own + i * pair
-        p = q = vsplat(real)
+        p = q = vsplat(cast(matrix.tag, 0.0))
         for j in range(n):
-            entry, other = line + j * along, others + j * pair
-            p = fma(vload(real, entry), vload(real, other), p)
-            q = fma(vload(real, entry + vector), vload(real, other + vector), q)
-        factor, second = vload(real, target), vload(real, target + vector)
-        vstore(real, target, vdiv(factor, fma(p, factor, small)))
-        vstore(real, target + vector, vdiv(second, fma(q, second, small)))
+            entry = i * across + j * along
+            p = fma(vget(matrix, entry, 0), vget(others, j, 0), p)
+            q = fma(vget(matrix, entry, count), vget(others, j, count), q)
+        first, second = vget(own, i, 0), vget(own, i, count)
+        vput(own, i, 0, first / fma(p, first, small))
+        vput(own, i, count, second / fma(q, second, small))

@@ -1,7 +1,12 @@
-"""Root-mean-square normalisation on the CPU: a row is read for its squares and again, from cache, for the product."""
+"""Root-mean-square normalisation on the CPU: a row is read for its squares and again, from cache, for the product.
+
+Bound by bytes: a row costs one read and one write of memory, and some four operations an element. Four sums of squares
+run side by side, which hides the latency of fused multiply-adds.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,10 +15,8 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
-from .._rows import rows
-from ._attention_simd import cast, vround
-from ._gemm import TAGS
-from ._simd import fma, lanes, load, size, store, vadd, vload, vmul, vsplat, vstore, vsum, wide
+from ._blocks import Block, alive, get, of_task, pack, put, scratch, unpack, vget, vput, walk
+from ._vectors import TAGS, cast, fma, lanes, rounded, vsplat, vsum, wide
 
 _GRAIN = 1 << 15  # elements worth a thread
 
@@ -21,104 +24,81 @@ _GRAIN = 1 << 15  # elements worth a thread
 @kernel(deterministic=True, batch_invariant=True)
 def rms_norm(x: Any, weight: Any, eps: float, stepwise: bool, out: Any) -> None:
     """The weight is widened once for a run of rows; strided rows are gathered."""
-    (*lead, n), (*steps, column), (*to, out_column) = x.shape, strides(x), strides(out)
-    tag, item = TAGS[dtype_name(x)], out.itemsize
-    weights = (tag, 0, 0) if weight is None else (TAGS[dtype_name(weight)], pointer(weight), strides(weight)[0])
-    stepwise = stepwise and item == 2
-    for (source, target), sizes, (x_steps, out_steps) in rows(lead if n else (0,), steps, to):
+    *lead, n = x.shape
+    tag = TAGS[dtype_name(x)]
+    factors = (tag, 0, 0) if weight is None else (TAGS[dtype_name(weight)], pointer(weight), strides(weight)[0])
+    stepwise = stepwise and out.itemsize == 2
+    for sizes, (source, target) in walk(lead if n else (0,), (1, 1), x, out):
         parallel(
-            _normalise, sizes[0] * sizes[1] * sizes[2], tag, n, sizes, pointer(x) + source * item, x_steps, column,
-            pointer(out) + target * item, out_steps, out_column, *weights, float(eps), stepwise,
+            _normalise, math.prod(sizes), tag, n, sizes, source, target, factors, float(eps), stepwise,
             minimum=-(-_GRAIN // n),
         )  # fmt: skip
 
 
 @jit
-def _normalise(
-    start, stop, tag, n, sizes, x, x_steps, column, out, out_steps, out_column,
-    weight_tag, weight, weight_step, eps, stepwise,
-):  # fmt: skip
-    real = wide(tag)
-    item, unit = size(tag), size(real)
-    held = np.empty(2 * n * unit + 128, np.uint8)
-    factors = (np.int64(held.ctypes.data) + 63) & ~63
-    row = factors + n * unit
-    if weight != 0:
+def _normalise(start, stop, tag, n, sizes, x, out, weight, eps, stepwise):
+    real, shape = wide(tag), (1, n)
+    memory, (factors, row) = scratch(real, ((n, 1), (n, 1)))
+    weights = Block(*weight)
+    if weights.base != 0:
         for i in range(n):
-            value = load(weight_tag, weight + i * weight_step * size(weight_tag))
-            store(real, factors + i * unit, cast(real, value))
+            put(factors, i, 0, cast(real, get(weights, i, 0)))
     else:
-        factors = np.int64(0)
+        factors = Block(real, weights.base, 1)
     for task in range(start, stop):
-        rest, k = divmod(task, sizes[2])
-        i, j = divmod(rest, sizes[1])
-        source = x + (i * x_steps[0] + j * x_steps[1] + k * x_steps[2]) * item
-        target = out + (i * out_steps[0] + j * out_steps[1] + k * out_steps[2]) * item
-        direct = column == 1 and out_column == 1
-        if not direct:
-            for c in range(n):
-                store(real, row + c * unit, load(tag, source + c * column * item))
-        if stepwise:
-            if direct:
-                _steps(tag, tag, source, target, n, factors, eps)
+        source, target = of_task(tag, x, sizes, task), of_task(tag, out, sizes, task)
+        if source.row == 1 and target.row == 1:
+            if stepwise:
+                _steps(tag, source, target, n, factors, eps)
             else:
-                _steps(tag, real, row, row, n, factors, eps)
-        elif direct:
-            _row(tag, source, target, n, factors, eps)
+                _row(source, target, n, factors, eps)
         else:
-            _row(real, row, row, n, factors, eps)
-        if not direct:
-            for c in range(n):
-                store(tag, target + c * out_column * item, load(real, row + c * unit))
-    return held[0]  # keeps the scratch alive until here
+            pack(tag, source.base, (0, source.row), shape, row, shape)
+            if stepwise:
+                _steps(tag, row, row, n, factors, eps)
+            else:
+                _row(row, row, n, factors, eps)
+            unpack(tag, row, shape, target.base, (0, target.row))
+    return alive(memory)
 
 
 @jit
-def _row(tag, source, target, n, factors, eps):
-    real = wide(tag)
-    item, unit, step = size(tag), size(real), lanes(tag)
+def _row(x, out, n, factors, eps):
+    real, step = wide(x.tag), lanes(x.tag)
     whole = n - n % step
     four = whole - whole % (4 * step)
     a = b = c = d = vsplat(real)
     for i in range(0, four, 4 * step):
-        at = source + i * item
-        p, q = vload(tag, at), vload(tag, at + step * item)
+        p, q = vget(x, i, 0), vget(x, i + step, 0)
         a, b = fma(p, p, a), fma(q, q, b)
-        p, q = vload(tag, at + 2 * step * item), vload(tag, at + 3 * step * item)
+        p, q = vget(x, i + 2 * step, 0), vget(x, i + 3 * step, 0)
         c, d = fma(p, p, c), fma(q, q, d)
     for i in range(four, whole, step):
-        p = vload(tag, source + i * item)
+        p = vget(x, i, 0)
         a = fma(p, p, a)
-    total = vsum(vadd(vadd(a, b), vadd(c, d)))
+    total = vsum(a + b + (c + d))
     for i in range(whole, n):
-        value = load(tag, source + i * item)
-        total += value * value
+        total += get(x, i, 0) * get(x, i, 0)
     root = cast(real, 1 / np.sqrt(total / cast(real, n) + cast(real, eps)))
-    factor = vsplat(root)
     for i in range(0, whole, step):
-        value = vmul(vload(tag, source + i * item), factor)
-        if factors != 0:
-            value = vmul(vload(real, factors + i * unit), value)
-        vstore(tag, target + i * item, value)
+        value = vget(x, i, 0) * root
+        vput(out, i, 0, vget(factors, i, 0) * value if factors.base != 0 else value)
     for i in range(whole, n):
-        value = load(tag, source + i * item) * root
-        if factors != 0:
-            value = load(real, factors + i * unit) * value
-        store(tag, target + i * item, value)
+        value = get(x, i, 0) * root
+        put(out, i, 0, get(factors, i, 0) * value if factors.base != 0 else value)
 
 
 @jit
-def _steps(tag, kept, source, target, n, factors, eps):
-    """Each step rounded to the dtype of `tag`; rows are held in that of `kept`."""
-    item, unit = size(kept), size(wide(tag))
+def _steps(tag, x, out, n, factors, eps):
+    """Each step rounded to the dtype of `tag`."""
     total = 0.0
     for i in range(n):
-        value = load(kept, source + i * item)
-        total += np.float64(vround(tag, value * value))
-    mean = vround(tag, np.float32(total / n))
-    root = vround(tag, np.float32(1 / np.sqrt(np.float64(vround(tag, mean + np.float32(eps))))))
+        value = get(x, i, 0)
+        total += np.float64(rounded(tag, value * value))
+    mean = rounded(tag, np.float32(total / n))
+    root = rounded(tag, np.float32(1 / np.sqrt(np.float64(rounded(tag, mean + np.float32(eps))))))
     for i in range(n):
-        value = vround(tag, load(kept, source + i * item) * root)
-        if factors != 0:
-            value *= load(np.float32(0), factors + i * unit)
-        store(kept, target + i * item, vround(tag, value))
+        value = rounded(tag, get(x, i, 0) * root)
+        if factors.base != 0:
+            value *= get(factors, i, 0)
+        put(out, i, 0, rounded(tag, value))

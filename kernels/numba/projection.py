@@ -1,4 +1,9 @@
-"""DeepSeek-V4's two-step output projection on the CPU: per-group `wo_a`, then `wo_b`."""
+"""DeepSeek-V4's two-step output projection on the CPU: per-group `wo_a`, then `wo_b`.
+
+Bound as its products are: by the bytes of both weights for few tokens, by operations for many. Groups are an axis of
+the first product and heads one that it sums over, so that nothing is permuted or copied; FP8, whose products have no
+such axes, takes a group after the other.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,9 @@ from flagops import arrays
 from flagops.arrays import dtype_name
 from flagops.registry import kernel
 
+from .._moe import BLOCK
 from ._gemm import View, contract, empty, view
-from ._qmatmul import BLOCK, Scales, product, scales
+from ._qmatmul import Scales, product, scales
 from .dequantize import fp8_dequantize
 from .quantize import fp8_quantize
 
@@ -53,8 +59,8 @@ def _inner(o: Any, wo_a: Any, groups: int, scale: Any, padding: int = 0) -> Any:
         *steps, by_head, by_channel = view(o).strides
     weight, factors, target = view(wo_a), scales(scale), view(z)
     for group in range(groups):
-        at = view(o).address + group * heads * by_head * o.itemsize
-        left = View(at, (*(lead or (1,)), wo_a.shape[1]), (*(steps or (0,)), by_channel))
+        start = view(o).address + group * heads * by_head * o.itemsize
+        left = View(start, (*(lead or (1,)), wo_a.shape[1]), (*(steps or (0,)), by_channel))
         for first, last in _bands(rank // groups * group, rank // groups * (group + 1)):
             beside = target.address + first * target.strides[-1] * z.itemsize
             out = View(beside, (*target.shape[:-1], last - first), target.strides)

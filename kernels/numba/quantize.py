@@ -1,12 +1,13 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """Quantisers, the recoding of FP4 as FP8, and the Hadamard transform on the CPU.
 
-A block is read for its largest magnitude and again, from cache, for its codes; both by whole vectors. Blocks that are
-no whole vectors, or not contiguous, are gathered into scratch and padded with zeros.
+Bound by bytes: a block is read for its largest magnitude and again, from cache, for its codes; both by whole vectors.
+Blocks that are no whole vectors, or not contiguous, are gathered into scratch and padded with zeros. The transform, of
+log2(width) additions an element, keeps a row in L1.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -14,88 +15,64 @@ import ml_dtypes
 import numpy as np
 
 from flagops.arrays import dtype_name
-from flagops.backends.numba import jit, parallel, pointer, strides
+from flagops.backends.numba import jit, parallel, pointer
 from flagops.registry import kernel
 
-from .._rows import rows
-from ._attention_simd import cast, vdiv
-from ._dequantize_simd import byte, decode_fp4
-from ._gemm import TAGS
-from ._quantize_simd import (
-    from_bits,
-    put_byte,
-    to_bits,
-    vbutterflies,
-    vlarger,
-    vlargest_bits,
-    vmagnitude,
-    vput_e2m1,
-    vput_e4m3,
-    vround_e2m1,
-    vround_e4m3,
-)
-from ._simd import lanes, load, size, store, vadd, vload, vmul, vsplat, vstore, vsub, wide
+from .._moe import BLOCK, GROUP
+from ._blocks import Block, alive, at, get, laid, of_task, pack, put, round_up, scratch, unpack, vget, vput, walk
+from ._formats import E2M1, E4M3, FORMATS, NO_SCALE, decode_fp4, per_byte
+from ._scales import encode, fake
+from ._vectors import BYTE, FLOAT32, TAGS, cast, lanes, load, size, store, vbutterflies, wide
 
 _GRAIN = 1 << 16  # elements worth a thread
-_F32, _BYTE = np.float32(0), np.uint8(0)
-_NAN = np.float32(np.nan)
-_E4M3 = (np.float32(1 / 448), np.float32(1e-4))  # inverse of the largest value; floor of a block's largest magnitude
-_E2M1 = (np.float32(1 / 6), np.float32(6 * 2.0**-126))
-_INFINITY = 0x7F800000
+_FP4 = FORMATS["e2m1"]
+_BITS, _TOP = _FP4.bits, _FP4.top
+_GROUPS, _HALF = BLOCK // GROUP, BLOCK // 2  # in a block's row: scales of FP4, bytes of its codes
+_ABOVE = 6  # e4m3 holds all of e2m1 times two to this
 _LOST = 13  # 6 * 2^-13 rounds to 0 in e4m3, and all that is smaller
-_NONE = _LOST + 7  # the table of NaN
+_NONE = _LOST + _ABOVE + 1  # the table of NaN
 _SPAN = 4  # blocks of a task of fp4_to_fp8
 
 
 @kernel(deterministic=True, batch_invariant=True)
 def fp8_quantize(x: Any, block: int, power_of_two: bool, scale_dtype: str, out: tuple[Any, Any]) -> None:
     """One byte and one scale at a time go to strided results."""
-    codes, scale = out
-    unit = 4 if scale_dtype == "float32" else 1
-    _encode(x, codes, scale, block, unit, power_of_two, False)
+    _encode(E4M3, x, *out, block, FLOAT32 if scale_dtype == "float32" else BYTE, power_of_two)
 
 
 @kernel(deterministic=True, batch_invariant=True)
 def fp4_quantize(x: Any, block: int, out: tuple[Any, Any]) -> None:
     """Two codes a byte."""
-    _encode(x, *out, block, 1, True, True)
+    _encode(E2M1, x, *out, block, BYTE, True)
 
 
-def _encode(x: Any, codes: Any, scale: Any, block: int, unit: int, power_of_two: bool, four: bool) -> None:
-    (*lead, width), (*steps, column) = x.shape, strides(x)
-    (*to, codes_column), (*beside, scale_column) = strides(codes), strides(scale)
-    lead = lead if width else [0]
-    limits = _E2M1 if four else _E4M3
-    for (source, target, aside), sizes, (x_steps, codes_steps, scale_steps) in rows(lead, steps, to, beside):
+def _encode(form: Any, x: Any, codes: Any, scale: Any, block: int, kind: Any, power_of_two: bool) -> None:
+    *lead, width = x.shape
+    for sizes, rows in walk(lead if width else (0,), (1, 1, 1), x, codes, scale):
         parallel(
-            _code_rows, sizes[0] * sizes[1] * sizes[2], TAGS[dtype_name(x)], sizes, block, width // block,
-            pointer(x) + source * x.itemsize, x_steps, column, pointer(codes) + target, codes_steps, codes_column,
-            pointer(scale) + aside * unit, scale_steps, scale_column, unit, *limits, power_of_two, four,
-            minimum=-(-_GRAIN // width),
+            _code_rows, math.prod(sizes), TAGS[dtype_name(x)], form, kind, sizes, block, width // block, *rows,
+            power_of_two, minimum=-(-_GRAIN // width),
         )  # fmt: skip
 
 
 @kernel(deterministic=True, batch_invariant=True)
 def fp8_fake_quantize(x: Any, block: int, power_of_two: bool, out: Any) -> None:
     """Rounded in registers; no code is ever formed."""
-    _fake(x, block, power_of_two, out, False)
+    _fake(E4M3, x, block, power_of_two, out)
 
 
 @kernel(deterministic=True, batch_invariant=True)
 def fp4_fake_quantize(x: Any, block: int, out: Any) -> None:
     """Rounded in registers; no code is ever formed."""
-    _fake(x, block, True, out, True)
+    _fake(E2M1, x, block, True, out)
 
 
-def _fake(x: Any, block: int, power_of_two: bool, out: Any, four: bool) -> None:
-    (*lead, width), (*steps, column), (*to, out_column) = x.shape, strides(x), strides(out)
-    item = x.itemsize
-    limits = _E2M1 if four else _E4M3
-    for (source, target), sizes, (x_steps, out_steps) in rows(lead if width else [0], steps, to):
+def _fake(form: Any, x: Any, block: int, power_of_two: bool, out: Any) -> None:
+    *lead, width = x.shape
+    for sizes, rows in walk(lead if width else (0,), (1, 1), x, out):
         parallel(
-            _fake_rows, sizes[0] * sizes[1] * sizes[2], TAGS[dtype_name(x)], sizes, block, width // block,
-            pointer(x) + source * item, x_steps, column, pointer(out) + target * item, out_steps, out_column,
-            *limits, power_of_two, four, minimum=-(-_GRAIN // width),
+            _fake_rows, math.prod(sizes), TAGS[dtype_name(x)], form, sizes, block, width // block, *rows,
+            power_of_two, minimum=-(-_GRAIN // width),
         )  # fmt: skip
 
 
@@ -107,256 +84,172 @@ def fp4_to_fp8(packed: Any, scale: Any, out: tuple[Any, Any, Any]) -> None:
     tables, changed = _recoded()
     pieces = -(-across // _SPAN)
     parallel(
-        _recode, bands * pieces, pieces, across, pointer(packed), strides(packed), pointer(scale), strides(scale),
-        pointer(weight), strides(weight), pointer(scales), strides(scales), pointer(lossless), strides(lossless),
-        pointer(tables), changed,
+        _recode, bands * pieces, pieces, across,
+        *map(laid, (packed, scale, weight, scales, lossless)), pointer(tables), changed,
     )  # fmt: skip
 
 
 @kernel(deterministic=True, batch_invariant=True)
 def hadamard(x: Any, scale: float | None, out: Any) -> None:
     """Butterflies within vectors first, then between those of a row in cache; the last ones scale and round."""
-    (*lead, width), (*steps, column), (*to, out_column) = x.shape, strides(x), strides(out)
-    item = x.itemsize
+    *lead, width = x.shape
     factor = width**-0.5 if scale is None else scale
-    for (source, target), sizes, (x_steps, out_steps) in rows(lead, steps, to):
+    for sizes, rows in walk(lead, (1, 1), x, out):
         parallel(
-            _transform, sizes[0] * sizes[1] * sizes[2], TAGS[dtype_name(x)], sizes, width,
-            pointer(x) + source * item, x_steps, column, pointer(out) + target * item, out_steps, out_column,
-            float(factor), minimum=-(-_GRAIN // width),
+            _transform, math.prod(sizes), TAGS[dtype_name(x)], sizes, width, *rows, float(factor),
+            minimum=-(-_GRAIN // width),
         )  # fmt: skip
 
 
 @cache
 def _recoded() -> tuple[Any, Any]:
-    """[shift + 13, code]: e4m3 of each e2m1 value times 2^shift, NaN last; and as bits, the values that change."""
-    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    factors = np.append(np.exp2(np.arange(-_LOST, 7)), np.nan)
-    exact = factors[:, None] * np.concatenate((values, -values))
+    """[shift + _LOST, code]: e4m3 of each e2m1 value times 2^shift, NaN last; and as bits, the values that change."""
+    factors = np.append(np.exp2(np.arange(-_LOST, _ABOVE + 1)), np.nan)
+    exact = factors[:, None] * _FP4.values
     codes = exact.astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
-    changed = (codes.astype(np.float64) != exact)[:-1, :8]
-    return codes.view(np.uint8).copy(), np.append((changed << np.arange(8)).sum(1), 0)
+    changed = (codes.astype(np.float64) != exact)[:-1, : _TOP + 1]
+    return codes.view(np.uint8).copy(), np.append((changed << np.arange(_TOP + 1)).sum(1), 0)
 
 
 @jit
-def _place(task, sizes, steps):
-    rest, k = divmod(task, sizes[2])
-    i, j = divmod(rest, sizes[1])
-    return i * steps[0] + j * steps[1] + k * steps[2]
-
-
-@jit
-def _scale(tag, source, padded, inverse, floor, power_of_two):
-    """The scale of a block and its e8m0 byte; NaN and 255 where the block is not finite."""
-    item, step = size(tag), lanes(tag)
-    highest = vsplat(_F32)
-    for i in range(0, padded, step):
-        highest = vlarger(highest, vmagnitude(vload(tag, source + i * item)))
-    bits = np.int64(vlargest_bits(highest))
-    if bits >= _INFINITY:
-        return _NAN, 255
-    scale = max(from_bits(bits), floor) * inverse
-    if power_of_two:
-        code = (to_bits(scale) + 0x7FFFFF) >> 23
-        return from_bits(code << 23), code
-    return scale, 0
-
-
-@jit
-def _codes(tag, source, target, padded, scale, code, four):
-    """The codes of a finite block. A power of two divides exactly by its inverse."""
-    item, step = size(tag), lanes(tag)
-    exact = code != 0
-    divisor = vsplat(from_bits((254 - code) << 23) if exact else scale)
-    for i in range(0, padded, step):
-        value = vload(tag, source + i * item)
-        value = vmul(value, divisor) if exact else vdiv(value, divisor)
-        if four:
-            vput_e2m1(target + i // 2, value)
-        else:
-            vput_e4m3(target + i, value)
-
-
-@jit
-def _code_rows(
-    start, stop, tag, sizes, block, groups, x, x_steps, column, codes, codes_steps, codes_column,
-    scales, scale_steps, scale_column, unit, inverse, floor, power_of_two, four,
-):  # fmt: skip
-    item, step = size(tag), lanes(tag)
-    padded = -(-block // step) * step
-    count = block // 2 if four else block
+def _code_rows(start, stop, tag, form, kind, sizes, block, groups, x, codes, scales, power_of_two):
+    (column,), (codes_column,) = x[2], codes[2]
+    shape, padded, count = (1, block), round_up(block, lanes(tag)), block // per_byte(form)
     direct = padded == block and column == 1 and codes_column == 1
-    held = np.zeros(0 if direct else 5 * padded, np.uint8)
-    scratch = np.int64(held.ctypes.data)
+    memory, (gathered,) = scratch(FLOAT32, ((1, padded),))
+    apart, (coded,) = scratch(BYTE, ((1, padded),))
     for row in range(start, stop):
-        source = x + _place(row, sizes, x_steps) * item
-        target = codes + _place(row, sizes, codes_steps)
-        beside = scales + _place(row, sizes, scale_steps) * unit
+        source, target = of_task(tag, x, sizes, row), of_task(BYTE, codes, sizes, row)
+        beside = of_task(kind, scales, sizes, row)
         for group in range(groups):
-            first = source + group * block * column * item
-            into = target + group * count * codes_column
+            first, into = at(source, group * block, 0), at(target, group * count, 0)
             if direct:
-                scale, code = _scale(tag, first, padded, inverse, floor, power_of_two)
-                if code != 255:
-                    _codes(tag, first, into, padded, scale, code, four)
+                scale, code = encode(form, Block(tag, first, block), block, power_of_two, Block(BYTE, into, count))
             else:
-                for i in range(block):
-                    store(_F32, scratch + 4 * i, load(tag, first + i * column * item))
-                scale, code = _scale(_F32, scratch, padded, inverse, floor, power_of_two)
-                if code != 255:
-                    _codes(_F32, scratch, scratch + 4 * padded, padded, scale, code, four)
-                    for i in range(count):
-                        put_byte(into + i * codes_column, np.int64(byte(scratch + 4 * padded + i)))
-            if code == 255:
-                for i in range(count):
-                    put_byte(into + i * codes_column, 0x77 if four else 0x7F)
-            if unit == 4:
-                store(_F32, beside + group * scale_column * unit, scale)
+                pack(tag, first, (0, column), shape, gathered, (1, padded))
+                scale, code = encode(form, gathered, padded, power_of_two, coded)
+                unpack(BYTE, coded, (1, count), into, (0, codes_column))
+            if size(kind) == 1:
+                store(BYTE, at(beside, group, 0), code)
             else:
-                put_byte(beside + group * scale_column, code)
-    return held.size  # keeps the scratch alive until here
+                store(FLOAT32, at(beside, group, 0), scale)
+    return alive(memory, apart)
 
 
 @jit
-def _rounded(tag, source, target, padded, scale, code, four):
-    """A block to the format and back; a NaN scale makes it NaN."""
-    item, step = size(tag), lanes(tag)
-    exact = 0 < code < 255
-    divisor, factor = vsplat(from_bits((254 - code) << 23) if exact else scale), vsplat(scale)
-    for i in range(0, padded, step):
-        value = vload(tag, source + i * item)
-        value = vmul(value, divisor) if exact else vdiv(value, divisor)
-        value = vround_e2m1(value) if four else vround_e4m3(value)
-        vstore(tag, target + i * item, vmul(value, factor))
-
-
-@jit
-def _fake_rows(
-    start, stop, tag, sizes, block, groups, x, x_steps, column, out, out_steps, out_column,
-    inverse, floor, power_of_two, four,
-):  # fmt: skip
-    item, step = size(tag), lanes(tag)
-    padded = -(-block // step) * step
+def _fake_rows(start, stop, tag, form, sizes, block, groups, x, out, power_of_two):
+    (column,), (out_column,) = x[2], out[2]
+    shape, padded = (1, block), round_up(block, lanes(tag))
     direct = padded == block and column == 1 and out_column == 1
-    held = np.zeros(0 if direct else 4 * padded, np.uint8)
-    scratch = np.int64(held.ctypes.data)
+    memory, (gathered,) = scratch(FLOAT32, ((1, padded),))
     for row in range(start, stop):
-        source, target = x + _place(row, sizes, x_steps) * item, out + _place(row, sizes, out_steps) * item
+        source, target = of_task(tag, x, sizes, row), of_task(tag, out, sizes, row)
         for group in range(groups):
-            first, into = source + group * block * column * item, target + group * block * out_column * item
+            first, into = at(source, group * block, 0), at(target, group * block, 0)
             if direct:
-                scale, code = _scale(tag, first, padded, inverse, floor, power_of_two)
-                _rounded(tag, first, into, padded, scale, code, four)
+                fake(form, Block(tag, first, block), block, power_of_two, Block(tag, into, block))
             else:
-                for i in range(padded):
-                    store(_F32, scratch + 4 * i, load(tag, first + i * column * item) if i < block else _F32)
-                scale, code = _scale(_F32, scratch, padded, inverse, floor, power_of_two)
-                _rounded(_F32, scratch, scratch, padded, scale, code, four)
-                for i in range(block):
-                    store(tag, into + i * out_column * item, load(_F32, scratch + 4 * i))
-    return held.size
+                pack(tag, first, (0, column), shape, gathered, (1, padded))
+                fake(form, gathered, padded, power_of_two, gathered)
+                unpack(tag, gathered, shape, into, (0, out_column))
+    return alive(memory)
 
 
 @jit
-def _recode(
-    start, stop, pieces, across, packed, packed_steps, scale, scale_steps, weight, weight_steps,
-    scales, scales_steps, lossless, lossless_steps, tables, changed,
-):  # fmt: skip
-    held = np.empty(192 * _SPAN, np.uint8)
-    scratch = np.int64(held.ctypes.data)
+def _byte(matrix, i, j):
+    """The address of a byte of a matrix of any strides."""
+    base, row, column = matrix
+    return base + i * row + j * column
+
+
+@jit
+def _recode(start, stop, pieces, across, packed, scale, weight, scales, lossless, tables, changed):
+    """A new scale is two to the power that lets the largest group under it in; the others lose what is too small."""
+    memory, (codes, results) = scratch(BYTE, ((1, _SPAN * _HALF), (1, _SPAN * BLOCK)))
     tops, news, same = np.empty(_SPAN, np.int64), np.empty(_SPAN, np.int64), np.empty(_SPAN, np.int64)
+    table = Block(BYTE, tables, 2**_BITS)
     for task in range(start, stop):
         band, piece = divmod(task, pieces)
         first = piece * _SPAN
         count = min(_SPAN, across - first)
-        old = scale + 128 * band * scale_steps[0] + 4 * first * scale_steps[1]
         tops[:] = 0
-        for row in range(128):
-            for group in range(4 * count):
-                code = np.int64(byte(old + row * scale_steps[0] + group * scale_steps[1]))
-                if code > tops[group >> 2]:
-                    tops[group >> 2] = code
+        for row in range(BLOCK * band, BLOCK * (band + 1)):
+            for group in range(_GROUPS * count):
+                code = np.int64(load(BYTE, _byte(scale, row, _GROUPS * first + group)))
+                tops[group // _GROUPS] = max(tops[group // _GROUPS], code)
         for block in range(count):
-            news[block] = max(tops[block] - 6, 0)
-            same[block] = tops[block] != 255
-        for row in range(128):
-            source = packed + (128 * band + row) * packed_steps[0] + 64 * first * packed_steps[1]
-            target = weight + (128 * band + row) * weight_steps[0] + 128 * first * weight_steps[1]
-            if packed_steps[1] != 1:
-                for i in range(64 * count):
-                    put_byte(scratch + i, np.int64(byte(source + i * packed_steps[1])))
-                source = scratch
-            into = target if weight_steps[1] == 1 else scratch + 64 * _SPAN
-            for group in range(4 * count):
-                block = group >> 2
-                shift = np.int64(byte(old + row * scale_steps[0] + group * scale_steps[1])) - news[block]
-                shift = max(shift, -_LOST) + _LOST if tops[block] != 255 else _NONE
-                decode_fp4(source + 16 * group, into + 32 * group, tables + 16 * shift, False, _BYTE)
+            news[block] = max(tops[block] - _ABOVE, 0)
+            same[block] = tops[block] != NO_SCALE
+        for row in range(BLOCK * band, BLOCK * (band + 1)):
+            source, target = _byte(packed, row, _HALF * first), _byte(weight, row, BLOCK * first)
+            halves, shape = (1, _HALF * count), (1, BLOCK * count)
+            if packed[2] != 1:
+                pack(BYTE, source, (0, packed[2]), halves, codes, halves)
+                source = codes.base
+            into = target if weight[2] == 1 else results.base
+            for group in range(_GROUPS * count):
+                block = group // _GROUPS
+                shift = np.int64(load(BYTE, _byte(scale, row, _GROUPS * first + group))) - news[block]
+                shift = max(shift, -_LOST) + _LOST if tops[block] != NO_SCALE else _NONE
+                pairs = source + group * GROUP // 2
+                decode_fp4(pairs, into + group * GROUP, at(table, shift, 0), False, BYTE)
                 if changed[shift]:
-                    for i in range(16):
-                        pair = np.int64(byte(source + 16 * group + i))
-                        same[block] &= ~(changed[shift] >> (pair & 7) | changed[shift] >> (pair >> 4 & 7))
-            if weight_steps[1] != 1:
-                for i in range(128 * count):
-                    put_byte(target + i * weight_steps[1], np.int64(byte(into + i)))
+                    for i in range(GROUP // 2):
+                        pair = np.int64(load(BYTE, pairs + i))
+                        low, high = pair & _TOP, pair >> _BITS & _TOP
+                        same[block] &= ~(changed[shift] >> low | changed[shift] >> high)
+            if weight[2] != 1:
+                unpack(BYTE, results, shape, target, (0, weight[2]))
         for block in range(count):
-            place = first + block
-            new = 255 if tops[block] == 255 else news[block]
-            put_byte(scales + band * scales_steps[0] + place * scales_steps[1], new)
-            put_byte(lossless + band * lossless_steps[0] + place * lossless_steps[1], same[block])
-    return held[0]
+            new = NO_SCALE if tops[block] == NO_SCALE else news[block]
+            store(BYTE, _byte(scales, band, first + block), new)
+            store(BYTE, _byte(lossless, band, first + block), same[block])
+    return alive(memory)
 
 
 @jit
-def _transform(start, stop, tag, sizes, width, x, x_steps, column, out, out_steps, out_column, factor):
-    real = wide(tag)
-    item, unit, step = size(tag), size(real), lanes(tag)
-    held = np.empty(width * unit + 64, np.uint8)
-    row = (np.int64(held.ctypes.data) + 63) & ~63
+def _transform(start, stop, tag, sizes, width, x, out, factor):
+    real, step = wide(tag), lanes(tag)
     scale = cast(real, factor)
+    memory, (row,) = scratch(real, ((1, width),))
     for task in range(start, stop):
-        source, target = x + _place(task, sizes, x_steps) * item, out + _place(task, sizes, out_steps) * item
-        if column != 1 or width < step:
-            for i in range(width):
-                store(real, row + i * unit, load(tag, source + i * column * item))
+        given, result = of_task(tag, x, sizes, task), of_task(tag, out, sizes, task)
+        if given.row != 1 or width < step:
+            pack(tag, given.base, (0, given.row), (1, width), row, (1, width))
         if width < step:
             apart = 1
             while apart < width:
-                _scalars(real, row, width, apart)
+                _scalars(row, width, apart)
                 apart *= 2
         else:
             for i in range(0, width, step):
-                value = vload(tag, source + i * item) if column == 1 else vload(real, row + i * unit)
-                vstore(real, row + i * unit, vbutterflies(value))
+                vput(row, 0, i, vbutterflies(vget(given, 0, i) if given.row == 1 else vget(row, 0, i)))
             apart = step
             while apart < width:
-                _vectors(real, row, width, apart)
+                _vectors(row, width, apart)
                 apart *= 2
-        if out_column == 1 and width >= step:
-            factors = vsplat(scale)
+        if result.row == 1 and width >= step:
             for i in range(0, width, step):
-                vstore(tag, target + i * item, vmul(vload(real, row + i * unit), factors))
+                vput(result, 0, i, vget(row, 0, i) * scale)
         else:
             for i in range(width):
-                store(tag, target + i * out_column * item, load(real, row + i * unit) * scale)
-    return held[0]
+                put(result, i, 0, get(row, 0, i) * scale)
+    return alive(memory)
 
 
 @jit
-def _scalars(real, row, width, apart):
-    unit = size(real)
+def _scalars(row, width, apart):
     for first in range(0, width, 2 * apart):
         for i in range(first, first + apart):
-            low, high = load(real, row + i * unit), load(real, row + (i + apart) * unit)
-            store(real, row + i * unit, low + high)
-            store(real, row + (i + apart) * unit, low - high)
+            low, high = get(row, 0, i), get(row, 0, i + apart)
+            put(row, 0, i, low + high)
+            put(row, 0, i + apart, low - high)
 
 
 @jit
-def _vectors(real, row, width, apart):
-    unit, step = size(real), lanes(real)
+def _vectors(row, width, apart):
     for first in range(0, width, 2 * apart):
-        for i in range(first, first + apart, step):
-            low, high = vload(real, row + i * unit), vload(real, row + (i + apart) * unit)
-            vstore(real, row + i * unit, vadd(low, high))
-            vstore(real, row + (i + apart) * unit, vsub(low, high))
+        for i in range(first, first + apart, lanes(row.tag)):
+            low, high = vget(row, 0, i), vget(row, 0, i + apart)
+            vput(row, 0, i, low + high)
+            vput(row, 0, i + apart, low - high)

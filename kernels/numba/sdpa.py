@@ -1,4 +1,8 @@
-"""Dense attention on the CPU: blocks of keys and values stay in L2 while many queries pass over them."""
+"""Dense attention on the CPU: blocks of keys and values stay in L2 while many queries pass over them.
+
+Bound by operations. A task has queries of all the heads that share a key head, so that a block of keys, once widened,
+serves them all; blocks that no query of a task may see are not read.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +18,16 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
-from ._attention_simd import cast
-from ._dequantize_simd import byte
-from ._gemm import TAGS, pack
-from ._simd import DOT_ROW_COLUMNS, DOT_ROWS, OUTER_ROWS, OUTER_VECTORS, lanes, load, size, store, wide
-from .attention import _finish, _scores, _softmax, _values
+from ._blocks import Block, alive, cleared, get, pack, put, shifted
+from ._softmax import KEYS, add_values, finish, panels, score, soften
+from ._tiles import DOT_ROW_COLUMNS, OUTER_ROWS
+from ._vectors import BYTE, TAGS, cast, load, size, wide
 
-_KEYS = 96  # keys of a block
 _ROWS = 96  # queries of a task
+_NONE, _BOOL, _ADDED = 0, 1, 2  # kinds of masks
 
 
-@kernel(deterministic=True, batch_invariant=True, note="an online softmax over blocks of 96 keys")
+@kernel(deterministic=True, batch_invariant=True, note=f"an online softmax over blocks of {KEYS} keys")
 def scaled_dot_product_attention(
     query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None, out: Any
 ) -> None:
@@ -34,59 +37,50 @@ def scaled_dot_product_attention(
     if not (math.prod(batch) * heads * length * depth):
         return
     shared = heads // groups
-    room = config.budget() // (4 * threads()) // (16 * max(width, depth) + 1) - 2 * _KEYS
+    room = config.budget() // (4 * threads()) // (16 * max(width, depth) + 1) - 2 * KEYS
     rows = min(_ROWS, shared * length, max(OUTER_ROWS, room))
     blocks = -(-shared * length // rows)
-    each = (*batch, heads)
-    kind, steps = 0, (0, 0)
-    mask: Any = 0, _starts((), (), (1,))
+    mask: Any = (0, _starts((), (), (1,)), 0, 0, _NONE)
     if attn_mask is not None:
-        kind = 1 if dtype_name(attn_mask) == "uint8" else 2
-        mask, steps = (
-            (pointer(attn_mask), _places(attn_mask, each, 2)),
-            (strides(attn_mask)[-2], strides(attn_mask)[-1]),
-        )
+        mask = (*_matrices(attn_mask, (*batch, heads)), _BOOL if dtype_name(attn_mask) == "uint8" else _ADDED)
     parallel(
         _queries, math.prod(batch) * groups * blocks, TAGS[dtype_name(query)],
         (length, count, width, depth, shared, rows), factor(scale, width), is_causal,
-        (pointer(query), _places(query, each, 2), *strides(query)[-2:]),
-        (pointer(key), _places(key, (*batch, groups), 2), *strides(key)[-2:]),
-        (pointer(value), _places(value, (*batch, groups), 2), *strides(value)[-2:]),
-        (*mask, *steps, kind), (pointer(out), _places(out, each, 2), *strides(out)[-2:]),
+        _matrices(query, (*batch, heads)), *(_matrices(x, (*batch, groups)) for x in (key, value)), mask,
+        _matrices(out, (*batch, heads)),
     )  # fmt: skip
 
 
-def _places(x: Any, lead: tuple[int, ...], tail: int) -> Any:
-    """Where each matrix starts, in elements; batch axes broadcast to `lead`. One table for all calls alike."""
-    return _starts(tuple(x.shape)[: x.ndim - tail], strides(x), lead)
+def _matrices(x: Any, lead: tuple[int, ...]) -> tuple[int, Any, int, int]:
+    """Address; where each matrix starts, in elements, with batch axes that broadcast to `lead`; strides in a matrix."""
+    *steps, row, column = strides(x)
+    return pointer(x), _starts(tuple(x.shape)[:-2], tuple(steps), lead), row, column
 
 
 @lru_cache(maxsize=256)
 def _starts(shape: tuple[int, ...], steps: tuple[int, ...], lead: tuple[int, ...]) -> Any:
-    result = np.zeros(lead, np.int64)
-    for axis, (extent, step) in enumerate(zip(shape, steps, strict=False), len(lead) - len(shape)):
+    """One table for all calls alike, which none may write."""
+    places = np.zeros(lead, np.int64)
+    for axis, (extent, step) in enumerate(zip(shape, steps, strict=True), len(lead) - len(shape)):
         if extent > 1:
-            result += (np.arange(extent) * step).reshape(-1, *[1] * (len(lead) - axis - 1))
-    return result.reshape(-1)
+            places += (np.arange(extent) * step).reshape(-1, *[1] * (len(lead) - axis - 1))
+    return places.reshape(-1)
+
+
+@jit
+def _at(tag, x, matrix, row):
+    """The address of a row of one of `_matrices`."""
+    address, places, step, _ = x
+    return address + (places[matrix] + row * step) * size(tag)
 
 
 @jit
 def _queries(start, stop, tag, shape, scale, is_causal, query, key, value, mask, out):
-    real = wide(tag)
     length, count, width, depth, shared, rows = shape
-    item, unit = size(tag), size(real)
-    across = OUTER_VECTORS * lanes(tag)
-    padded = rows + OUTER_ROWS + DOT_ROWS
-    ld = -(-max(width, depth) // (2 * across)) * 2 * across + 16
-    ldp = _KEYS + 16
-    held = np.zeros(unit * (padded * (2 * ld + ldp + 3) + 2 * (_KEYS + DOT_ROW_COLUMNS) * ld) + 128, np.uint8)
-    x = (np.int64(held.ctypes.data) + 63) & ~63
-    keys = x + padded * ld * unit
-    values = keys + (_KEYS + DOT_ROW_COLUMNS) * ld * unit
-    p = values + (_KEYS + DOT_ROW_COLUMNS) * ld * unit
-    sums = p + padded * ldp * unit
-    tops = sums + padded * ld * unit
-    masses = tops + padded * unit
+    real = wide(tag)
+    wanted = panels(real, rows, max(width, depth))
+    held = KEYS + DOT_ROW_COLUMNS, wanted[0][1]
+    memory, (x, sums, p, tops, masses, keys, values) = cleared(real, (*wanted, held, held))
     blocks = -(-shared * length // rows)
     for task in range(start, stop):
         group, first = task // blocks, task % blocks * rows
@@ -96,56 +90,43 @@ def _queries(start, stop, tag, shape, scale, is_causal, query, key, value, mask,
             reach = min(count, (first + here - 1) % length + 1)
         for i in range(here):
             head, t = divmod(first + i, length)
-            source = query[0] + (query[1][group * shared + head] + t * query[2]) * item
-            pack(tag, source, 0, query[3], 1, width, x + i * ld * unit, ld, 1, width)
-            store(real, tops + i * unit, cast(real, -np.inf))
-            store(real, masses + i * unit, real)
-        for at in range(0, reach, _KEYS):
-            found = min(_KEYS, reach - at)
-            source = key[0] + (key[1][group] + at * key[2]) * item
-            pack(tag, source, key[2], key[3], found, width, keys, ld, found, width)
-            source = value[0] + (value[1][group] + at * value[2]) * item
-            pack(tag, source, value[2], value[3], found, depth, values, ld, found, depth)
-            _scores(tag, x, keys, ld, here, found, width, p, ldp)
+            source = _at(tag, query, group * shared + head, t)
+            pack(tag, source, (0, query[3]), (1, width), shifted(x, i, 0), (1, width))
+            put(tops, i, 0, -np.inf)
+            put(masses, i, 0, 0.0)
+        for begin in range(0, reach, KEYS):
+            found = min(KEYS, reach - begin)
+            pack(tag, _at(tag, key, group, begin), key[2:], (found, width), keys, (found, width))
+            pack(tag, _at(tag, value, group, begin), value[2:], (found, depth), values, (found, depth))
+            score(x, keys, here, found, width, p)
             for i in range(here):
                 head, t = divmod(first + i, length)
-                line, factor_left = p + i * ldp * unit, scale
-                if mask[4] or (is_causal and at + found > t + 1):
-                    _cover(
-                        tag,
-                        line,
-                        at,
-                        found,
-                        scale,
-                        is_causal,
-                        t,
-                        mask,
-                        mask[1][(group * shared + head) * (mask[4] > 0)],
-                    )
-                    factor_left = 1.0
-                _softmax(tag, line, found, factor_left, tops + i * unit, masses + i * unit, sums + i * ld * unit,
-                         depth, at == 0)  # fmt: skip
-            _values(tag, p, ldp, values, ld, here, found, depth, sums, at > 0)
+                line, scale_left = shifted(p, i, 0), scale
+                if mask[4] != _NONE or (is_causal and begin + found > t + 1):
+                    _cover(tag, line, begin, found, scale, is_causal, t, mask, group * shared + head)
+                    scale_left = 1.0
+                top, mass = shifted(tops, i, 0), shifted(masses, i, 0)
+                soften(tag, line, found, scale_left, top, mass, shifted(sums, i, 0), depth, begin == 0)
+            add_values(p, values, here, found, depth, sums, begin > 0)
         for i in range(here):
             head, t = divmod(first + i, length)
-            top, mass = np.float64(load(real, tops + i * unit)), np.float64(load(real, masses + i * unit))
+            top, mass = np.float64(get(tops, i, 0)), np.float64(get(masses, i, 0))
             seen = 0 if top == -np.inf else reach
-            target = out[0] + (out[1][group * shared + head] + t * out[2]) * item
-            _finish(tag, sums + i * ld * unit, seen, top, mass, depth, target, out[3])
-    return held[0]  # keeps the scratch alive until here
+            target = Block(tag, _at(tag, out, group * shared + head, t), out[3])
+            finish(shifted(sums, i, 0), seen, top, mass, depth, target)
+    return alive(memory)
 
 
 @jit
-def _cover(tag, line, at, found, scale, is_causal, t, mask, place):
+def _cover(tag, line, begin, found, scale, is_causal, t, mask, matrix):
     """Scores times the scale, plus the mask, -inf where a key does not count."""
-    real = wide(tag)
-    item, unit = size(tag), size(real)
-    multiple, none = cast(real, scale), cast(real, -np.inf)
-    origin = place + t * mask[2] + at * mask[3]
+    address, places, row, column, kind = mask
+    origin = places[matrix] + t * row + begin * column if kind != _NONE else 0
+    added = Block(tag, address + origin * size(tag), column)
     for j in range(found):
-        score = load(real, line + j * unit) * multiple
-        if mask[4] == 2:
-            score += load(tag, mask[0] + (origin + j * mask[3]) * item)
-        if (is_causal and at + j > t) or (mask[4] == 1 and byte(mask[0] + origin + j * mask[3]) == 0):
-            score = none
-        store(real, line + j * unit, score)
+        value = get(line, 0, j) * cast(line.tag, scale)
+        if kind == _ADDED:
+            value += get(added, j, 0)
+        if (is_causal and begin + j > t) or (kind == _BOOL and load(BYTE, address + origin + j * column) == 0):
+            value = cast(line.tag, -np.inf)
+        put(line, 0, j, value)

@@ -6,9 +6,9 @@ MUTANTS = {
         ("compress_kv", "channels - width + c", "c", 1),
         ("compress_kv", "row -= m", "row -= 1", 0),
         ("compress_kv", "(j, before + inside + j)", "(j, before + j)", 0),
-        ("compress_kv", "if entry_steps[2] == 1 and c + step <= width", "if c + step <= width", 0),
-        ("compress_kv", "c * bias_steps[1] * unit", "c * unit", 0),
-        ("compress_kv", "(first + b) * steps[0] + row", "b * steps[0] + row", 0),
+        ("compress_kv", "if column == 1 and c + step <= width", "if c + step <= width", 0),
+        ("compress_kv", "bias_row), (inside + row - old) % m, 0), bias_column)", "bias_row), (inside + row - old) % m, 0), 1)", 0),
+        ("compress_kv", "address + b * step * size(tag)", "address", 0),
     ],
     "_compress.py": [
         ("compress_kv", "(inside + stop - start) % m", "inside", 0),

@@ -2,18 +2,18 @@
 
 MUTANTS = {
     "numba/hyper.py": [
-        ("hc_split_sinkhorn", "matrix, n, n * pair, pair, columns, factors, small", "matrix, n, pair, n * pair, columns, factors, small", 0),
+        ("hc_split_sinkhorn", "_balance(matrix, n, n, 1, columns, factors, small)", "_balance(matrix, n, 1, n, columns, factors, small)", 0),
         ("hc_split_sinkhorn", "for _ in range(iters - 1):", "for _ in range(iters):", 0),
-        ("hc_split_sinkhorn", "vdiv(factor, fma(p, factor, small))", "vdiv(factor, vmul(p, factor))", 0),
-        ("hc_split_sinkhorn", "logit = vadd(logit, logit)", "logit = vadd(logit, small)", 0),
-        ("hc_split_sinkhorn", "goal + j * comb[2][0] * unit, comb[2][1]", "goal + j * comb[2][1] * unit, comb[2][0]", 0),
+        ("hc_split_sinkhorn", "first / fma(p, first, small)", "first / (p * first)", 0),
+        ("hc_split_sinkhorn", "logit = 2 * _sigmoid(logit)", "logit = _sigmoid(logit) + small", 0),
+        ("hc_split_sinkhorn", "at(goal, j, 0), (column, comb[1][2])", "at(goal, 0, j * column), (row, comb[1][2])", 0),
         ("hc_split_sinkhorn", ", sizes[2] - token % sizes[2])", ")", 0),
-        ("hc_split_sinkhorn", "i * steps[0] + j * steps[1] +", "j * steps[0] + i * steps[1] +", 0),
-        ("hc_pre", "address - first * width * size(real)", "address", 0),
-        ("hc_post", "(j * comb[2][0] + k * comb[2][1])", "(k * comb[2][0] + j * comb[2][1])", 0),
-        ("hc_post", "goal + c * out[2][1] * item", "goal + c * item", 0),
-        ("hc_head", "(stream * x_steps[0] + begin * x_steps[1])", "(stream * x_steps[0] + begin)", 0),
-        ("hc_head", "sums + j * unit, ld, begin > 0)", "sums + j * unit, ld, False)", 0),
+        ("hc_pre", "block.base, -width), first, 0)", "block.base, -width), 0, 0)", 0),
+        ("hc_post", "get(entries, j, k * comb[2][1])", "get(entries, k, j * comb[2][1])", 0),
+        ("hc_post", "at(goal, 0, c * out[2][1])", "at(goal, 0, c)", 0),
+        ("hc_head", "stream, begin * channel)", "stream, begin)", 0),
+        ("hc_head", "shifted(sums, 0, j), begin > 0)", "shifted(sums, 0, j), False)", 0),
+        ("hc_head", "get(mix, i, j) * get(scales, 0, 0)", "get(mix, i, j)", 0),
     ],
     "torch/hyper.py": [
         ("hc_split_sinkhorn", "comb.sum(step % 2, keepdim=True)", "comb.sum(1 - step % 2, keepdim=True)", 0),

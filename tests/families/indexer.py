@@ -4,17 +4,13 @@ MUTANTS = {
     "numba/indexer.py": [
         ("lightning_indexer", "(best[i] == least and equal > 0)", "best[i] == least", 0),
         ("lightning_indexer", "remaining -= counts[digit]", "remaining -= 1", 0),
-        ("lightning_indexer", "(digit ^ 128) - 128", "digit", 0),
-        ("lightning_indexer", "j < limits[i] else -1", "j <= limits[i] else -1", 0),
+        ("lightning_indexer", "(digit ^ _NEGATIVE) - _NEGATIVE", "digit", 0),
+        ("lightning_indexer", "i < count else -1", "i <= count else -1", 0),
         ("lightning_indexer", "range(whole, heads)", "range(whole, heads - 1)", 0),
         ("lightning_indexer", "min(limits[i], row + OUTER_ROWS)", "row + OUTER_ROWS", 0),
-        ("lightning_indexer", "key_steps[1], key_steps[2]", "key_steps[1], 1", 0),
-        ("lightning_indexer", "0, weight_steps[2]", "0, 1", 0),
-    ],
-    "numba/_indexer_simd.py": [
-        ("lightning_indexer", "zero), zero, arguments[0]", "zero), arguments[0], zero", 0),
-        ("lightning_indexer", "builder.lshr(sign, kind(1))", "sign", 0),
-        ("lightning_indexer", "least, number", "number, least", 0),
+        ("lightning_indexer", "(key_row, key_channel)", "(key_row, 1)", 0),
+        ("lightning_indexer", "(0, weight)", "(0, 1)", 0),
+        ("lightning_indexer", "where(value < 0, 0, value)", "value", 0),
     ],
     "torch/indexer.py": [
         ("lightning_indexer", "entry >= limit.unsqueeze(1)", "entry > limit.unsqueeze(1)", 0),

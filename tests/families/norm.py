@@ -2,14 +2,14 @@
 
 MUTANTS = {
     "numba/norm.py": [
-        ("rms_norm", "i * x_steps[0] + j * x_steps[1] + k * x_steps[2]", "i * x_steps[0] + j * x_steps[1] + k * column", 0),
-        ("rms_norm", "load(weight_tag, weight + i * weight_step * size(weight_tag))", "load(weight_tag, weight + i * size(weight_tag))", 0),
+        ("rms_norm", "(0, source.row)", "(0, target.row)", 0),
+        ("rms_norm", "get(weights, i, 0)", "get(weights, 0, i)", 0),
         ("rms_norm", "c, d = fma(p, p, c), fma(q, q, d)", "c, d = fma(p, p, c), fma(p, q, d)", 0),
         ("rms_norm", "for i in range(four, whole, step):", "for i in range(four + step, whole, step):", 0),
-        ("rms_norm", "total += value * value", "total += value", 0),
-        ("rms_norm", "vmul(vload(real, factors + i * unit), value)", "vmul(vload(real, factors), value)", 0),
-        ("rms_norm", "np.float64(vround(tag, value * value))", "np.float64(value * value)", 0),
-        ("rms_norm", "value = vround(tag, load(kept, source + i * item) * root)", "value = load(kept, source + i * item) * root", 0),
+        ("rms_norm", "total += get(x, i, 0) * get(x, i, 0)", "total += get(x, i, 0)", 0),
+        ("rms_norm", "vget(factors, i, 0) * value", "vget(factors, 0, 0) * value", 0),
+        ("rms_norm", "np.float64(rounded(tag, value * value))", "np.float64(value * value)", 0),
+        ("rms_norm", "value = rounded(tag, get(x, i, 0) * root)", "value = get(x, i, 0) * root", 0),
     ],
     "_rows.py": [
         ("rms_norm", "outer == size * inner", "outer >= size * inner", 0),

@@ -3,20 +3,20 @@
 MUTANTS = {
     "numba/_qmatmul.py": [
         ("fp8_matmul", "first // BLOCK * scale_step", "first // BLOCK", 0),
-        ("fp8_matmul", "(first + at) // BLOCK * sk", "at // BLOCK * sk", 0),
-        ("fp8_matmul", "if bk != 1 or deep % PAIR:", "if bk != 1:", 0),
-        ("fp4_matmul", "first * sk, sn", "first, sn", 0),
-        ("moe_experts", "b + group * bg", "b", 0),
-        ("moe_experts", "b + group * bg", "b", 1),
-        ("moe_experts", "s + group * sg", "s", 0),
-        ("moe_experts", "group * sg + column // BLOCK * sn", "column // BLOCK * sn", 0),
-        ("fp4_matmul", "32 * deep, into, ldc, part > 0)", "32 * deep, into, ldc, part > 1)", 0),
+        ("fp8_matmul", "above + first // BLOCK * scale_step", "above", 0),
+        ("fp8_matmul", "padded, into = round_up(deep, PAIR)", "padded, into = deep", 0),
+        ("fp4_matmul", "column + j, first, (valid, deep), deep", "column + j, 0, (valid, deep), deep", 0),
+        ("moe_experts", "base + group * group_step", "base", 0),
+        ("moe_experts", "group * group_step + column // BLOCK", "column // BLOCK", 0),
+        ("fp8_matmul", "column // BLOCK * row_step", "0", 0),
+        ("fp8_matmul", "column_step == 1 and shape[1] == padded", "column_step == 1", 0),
+        ("fp4_matmul", "GROUP * deep, into, part > 0", "GROUP * deep, into, part > 1", 0),
     ],
-    "numba/_qmatmul_simd.py": [
+    "numba/_coded_tiles.py": [
         ("fp4_matmul", "+ 4 * (lane // 4) for lane in range(16)]", "+ 4 * (lane // 8) for lane in range(16)]", 0),
-        ("fp4_matmul", "np.arange(255) - 127.0", "np.arange(255) - 126.0", 0),
-        ("fp8_matmul", "[0xBFFF]", "[0xFFFF]", 0),
-        ("fp8_matmul", "builder.select(any_nan, ir.Constant(total.type, [float(\"nan\")] * LANES), total)", "total", 0),
+        ("fp4_matmul", "_SCALES.values[:, None]", "2 * _SCALES.values[:, None]", 0),
+        ("fp8_matmul", "~(1 << HALF.bits - 2)", "~0", 0),
+        ("fp8_matmul", "builder.select(any_nan, constant(total.type, float(\"nan\")), total)", "total", 0),
         ("fp8_matmul", "range(part * LANES, (part + 1) * LANES)", "range(0, LANES)", 0),
     ],
     "torch/qmatmul.py": [

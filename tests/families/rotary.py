@@ -2,13 +2,13 @@
 
 MUTANTS = {
     "numba/rotary.py": [
-        ("rotary_embedding", "store(real, s + 2 * p * unit, -value)", "store(real, s + 2 * p * unit, value)", 0),
-        ("rotary_embedding", "cast(real, -1.0 if inverse else 1.0)", "cast(real, 1.0)", 0),
-        ("rotary_embedding", "h * x_head", "h * d", 0),
-        ("rotary_embedding", "p * sin_step * unit", "p * cos_step * unit", 0),
+        ("rotary_embedding", "put(s, 2 * p, 0, -sine)", "put(s, 2 * p, 0, sine)", 0),
+        ("rotary_embedding", "-get(sines, p, 0) if inverse", "get(sines, p, 0) if inverse", 0),
+        ("rotary_embedding", "at(rows, h, 0)", "at(rows, 0, h * d)", 0),
+        ("rotary_embedding", "of_task(real, sin, sizes", "of_task(real, (*sin[:2], cos[2]), sizes", 0),
         ("rotary_embedding", "a * cosine - b * sine", "a * cosine + b * sine", 0),
-        ("rotary_embedding", "[lane ^ 1 for lane", "[lane for lane", 0),
-        ("yarn_table", "j * cos_steps[1] + k * cos_steps[2]) * 4", "j * cos_steps[1] + k * cos_step) * 4", 0),
+        ("rotary_embedding", "fma(vswap(value),", "fma(value,", 0),
+        ("yarn_table", "of_task(FLOAT32, cos, sizes", "of_task(FLOAT32, (*cos[:2], (1,)), sizes", 0),
         ("yarn_table", "np.float64(np.float32(position * theta[p]))", "np.float64(position) * np.float64(theta[p])", 0),
     ],
     "_rotary.py": [

@@ -2,9 +2,9 @@
 
 MUTANTS = {
     "numba/sdpa.py": [
-        ("scaled_dot_product_attention", "(is_causal and at + j > t)", "(is_causal and at + j >= t)", 0),
-        ("scaled_dot_product_attention", "group * shared + head] + t * query[2]", "group * shared + head] + t * width", 0),
-        ("scaled_dot_product_attention", "score = load(real, line + j * unit) * multiple", "score = load(real, line + j * unit)", 0),
+        ("scaled_dot_product_attention", "(is_causal and begin + j > t)", "(is_causal and begin + j >= t)", 0),
+        ("scaled_dot_product_attention", "places[matrix] + row * step", "places[matrix] + row", 0),
+        ("scaled_dot_product_attention", "get(line, 0, j) * cast(line.tag, scale)", "get(line, 0, j)", 0),
         ("scaled_dot_product_attention", "(first + here - 1) % length + 1)", "(first + here - 1) % length)", 0),
         ("scaled_dot_product_attention", "seen = 0 if top == -np.inf else reach", "seen = reach", 0),
         ("scaled_dot_product_attention", "if is_causal and first // length ==", "if is_causal or first // length ==", 0),

@@ -1,0 +1,274 @@
+"""Memory of numba kernels: blocks of it, scratch to work in, rows on three axes, and copies between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from flagops.backends.numba import jit, pointer, strides
+
+from .._rows import rows, spread
+from . import _ir
+from ._ir import Kind, i64, lanes_of, storage
+from ._vectors import Vector, lanes, load, size, store, vload, vsplat, vstore, wide
+
+_LINE = 64  # bytes of a line of the cache
+
+
+class Block(NamedTuple):
+    """Rows of elements of a tag: where the first lies, and from one to the next in elements.
+
+    A vector of any stride is rows of one element.
+    """
+
+    tag: Any
+    base: Any
+    row: Any
+
+
+@jit
+def at(block, i, j):
+    """The address of an element."""
+    return block.base + (i * block.row + j) * size(block.tag)
+
+
+@jit
+def shifted(block, i, j):
+    """The block whose first element is element [i, j] of this one."""
+    return Block(block.tag, block.base + (i * block.row + j) * size(block.tag), block.row)
+
+
+def _accessor(lanes: bool, name: str, about: str, put: bool) -> Any:
+    """A word that reads or writes the element [i, j] of a block, or the vector that begins there."""
+
+    def generator(block):
+        tag, element = block[0], storage(block[0]).arithmetic
+
+        def generate(context, builder, signature, arguments):
+            base, row = (builder.extract_value(arguments[0], i) for i in (1, 2))
+            index = builder.add(builder.mul(arguments[1], row), arguments[2])
+            if put:
+                _ir.store(builder, tag, arguments[3], base, index)
+                return context.get_dummy_value()
+            return _ir.load(builder, tag, base, index, lanes_of(element) if lanes else 0)
+
+        kind = Vector(element) if lanes else element
+        i = types.int64
+        return (types.none(block, i, i, kind) if put else kind(block, i, i)), generate
+
+    reads = lambda typingctx, block, i, j: generator(block)  # noqa: E731
+    writes = lambda typingctx, block, i, j, value: generator(block)  # noqa: E731
+    word: Any = writes if put else reads
+    word.__name__, word.__doc__ = name, about
+    return intrinsic(word)
+
+
+get = _accessor(False, "get", "The element [i, j] of a block.", False)
+put = _accessor(False, "put", "Round a scalar into the element [i, j] of a block.", True)
+vget = _accessor(True, "vget", "The vector that begins at element [i, j] of a block.", False)
+vput = _accessor(True, "vput", "Round a vector into a block from element [i, j] on.", True)
+
+
+def block_of(tag: Kind) -> Kind:
+    """The numba type of a Block."""
+    return types.BaseTuple.from_types((tag, types.int64, types.int64), Block)  # type: ignore[attr-defined]
+
+
+def _cut(context, builder, tag, shapes, values):
+    """Where blocks of so many rows and leading dimensions begin, in bytes, each on a line; and behind the last."""
+    offsets = [i64(0)]
+    for kind, shape in zip(shapes, cgutils.unpack_tuple(builder, values), strict=True):
+        count, row = (
+            context.cast(builder, value, given, types.int64)
+            for value, given in zip(cgutils.unpack_tuple(builder, shape), kind, strict=True)
+        )
+        used = builder.mul(builder.mul(count, row), i64(storage(tag).size))
+        whole = builder.and_(builder.add(used, i64(_LINE - 1)), i64(-_LINE))
+        offsets.append(builder.add(offsets[-1], whole))
+    return offsets
+
+
+@intrinsic
+def _room(typingctx, tag, shapes):
+    def generate(context, builder, signature, arguments):
+        return _cut(context, builder, tag, shapes, arguments[1])[-1]
+
+    return types.int64(tag, shapes), generate
+
+
+@intrinsic
+def _blocks(typingctx, tag, shapes, base):
+    block = block_of(tag)
+    result = types.UniTuple(block, len(shapes))  # type: ignore[attr-defined]
+
+    def generate(context, builder, signature, arguments):
+        value, sizes, base = arguments
+        found = []
+        for kind, shape, offset in zip(
+            shapes,
+            cgutils.unpack_tuple(builder, sizes),
+            _cut(context, builder, tag, shapes, sizes),
+            strict=False,
+        ):
+            row = context.cast(builder, builder.extract_value(shape, 1), kind[1], types.int64)
+            found.append(context.make_tuple(builder, block, (value, builder.add(base, offset), row)))
+        return context.make_tuple(builder, result, found)
+
+    return result(tag, shapes, types.int64), generate
+
+
+@jit
+def _aligned(memory):
+    return (np.int64(memory.ctypes.data) + _LINE - 1) & -_LINE
+
+
+@jit
+def scratch(tag, shapes):
+    """Memory, and blocks of it, each of so many rows and elements from one to the next, that begin on a line.
+
+    numba frees an array after the last line that names it, which no address does: `return alive(memory)` at the end.
+    """
+    memory = np.empty(_room(tag, shapes) + _LINE, np.uint8)
+    return memory, _blocks(tag, shapes, _aligned(memory))
+
+
+@jit
+def cleared(tag, shapes):
+    """As `scratch`, zeros."""
+    memory = np.zeros(_room(tag, shapes) + _LINE, np.uint8)
+    return memory, _blocks(tag, shapes, _aligned(memory))
+
+
+@jit
+def alive(*memories):
+    """What a kernel returns so that its scratch, once or more often taken, lives until then."""
+    return memories[0][0]
+
+
+def laid(x: Any) -> tuple[int, ...]:
+    """Address and strides of an array."""
+    return (pointer(x), *strides(x))
+
+
+@jit
+def round_up(count, step):
+    """The least multiple of a step that is no less."""
+    return -(-count // step) * step
+
+
+def walk(lead: Any, tails: tuple[int, ...], *arrays: Any) -> Iterator[tuple[tuple[int, ...], list[Any]]]:
+    """Blocks of three axes that cover leading axes, to which those of the arrays broadcast: their sizes; and of each
+    array its address, its strides along the three, and those of its last axes, as many as `tails` says; 0 of None."""
+    layouts = _layouts(tuple(lead), tails, *[None if x is None else (tuple(x.shape), strides(x)) for x in arrays])
+    for sizes, own in layouts:
+        yield (
+            sizes,
+            [
+                (0 if x is None else pointer(x) + offset * x.itemsize, *steps)
+                for x, (offset, *steps) in zip(arrays, own, strict=True)
+            ],
+        )
+
+
+@lru_cache(maxsize=1024)
+def _layouts(lead: tuple[int, ...], tails: tuple[int, ...], *arrays: Any) -> list[Any]:
+    """As `walk`, from shapes and strides, with offsets for addresses."""
+    leading, last = [], []
+    for tail, array in zip(tails, arrays, strict=True):
+        shape, steps = array or ((1,) * tail, (0,) * tail)
+        leading.append(spread(shape, steps, len(lead), tail))
+        last.append(steps[len(steps) - tail :])
+    return [(sizes, list(zip(offsets, own, last, strict=True))) for offsets, sizes, own in rows(lead, *leading)]
+
+
+@jit
+def place(task, sizes, steps):
+    """Elements from the first of the rows on three axes to that of a task."""
+    if task < sizes[2]:
+        return task * steps[2]
+    rest, k = divmod(task, sizes[2])
+    i, j = divmod(rest, sizes[1])
+    return i * steps[0] + j * steps[1] + k * steps[2]
+
+
+@jit
+def of_task(tag, x, sizes, task):
+    """What a task has of an array of `walk`: rows of its last two axes, or the elements of its last as rows of one."""
+    return Block(tag, x[0] + place(task, sizes, x[1]) * size(tag), x[2][0])
+
+
+@jit
+def copy(source, target, count):
+    """The first elements of the rows of a block into those of another of the same tag."""
+    step = lanes(source.tag)
+    whole = count - count % step if source.row == 1 and target.row == 1 else 0
+    for i in range(0, whole, step):
+        vput(target, i, 0, vget(source, i, 0))
+    for i in range(whole, count):
+        put(target, i, 0, get(source, i, 0))
+
+
+@jit
+def clear(tag, target, count):
+    """Zeros from an address on."""
+    item, step = size(tag), lanes(tag)
+    zeros, whole = vsplat(wide(tag)), count - count % step
+    for i in range(0, whole, step):
+        vstore(tag, target + i * item, zeros)
+    for i in range(whole, count):
+        store(tag, target + i * item, wide(tag))
+
+
+@jit
+def pack(tag, source, steps, shape, target, padded):
+    """Widen rows and columns of any strides into a block, zero beyond them up to the shape `padded`."""
+    (row, column), (count, columns), (padded_rows, padded_columns) = steps, shape, padded
+    item, unit, step = size(tag), size(target.tag), lanes(tag)
+    if column == 1:
+        whole = columns - columns % step
+        for r in range(count):
+            origin, goal = source + r * row * item, at(target, r, 0)
+            for c in range(0, whole, step):
+                vstore(target.tag, goal + c * unit, vload(tag, origin + c * item))
+            for c in range(whole, columns):
+                store(target.tag, goal + c * unit, load(tag, origin + c * item))
+    else:
+        for c in range(columns):
+            for r in range(count):
+                store(target.tag, at(target, r, c), load(tag, source + (r * row + c * column) * item))
+    if padded_columns > columns:
+        for r in range(count):
+            clear(target.tag, at(target, r, columns), padded_columns - columns)
+    for r in range(count, padded_rows):
+        clear(target.tag, at(target, r, 0), padded_columns)
+
+
+@jit
+def unpack(tag, source, shape, target, steps):
+    """Round a block into rows and columns of any strides."""
+    unpack_sum(tag, source, shape, target, steps, 0, 0)
+
+
+@jit
+def unpack_sum(tag, source, shape, target, steps, bias, bias_step):
+    """As `unpack`, with a bias added to each row where its address is not 0."""
+    (rows, columns), (row, column) = shape, steps
+    item, unit, step = size(tag), size(source.tag), lanes(tag)
+    whole = columns - columns % step if column == 1 and (bias == 0 or bias_step == 1) else 0
+    for r in range(rows):
+        origin, goal = at(source, r, 0), target + r * row * item
+        for c in range(0, whole, step):
+            value = vload(source.tag, origin + c * unit)
+            if bias != 0:
+                value += vload(tag, bias + c * item)
+            vstore(tag, goal + c * item, value)
+        for c in range(whole, columns):
+            scalar = load(source.tag, origin + c * unit)
+            if bias != 0:
+                scalar += load(tag, bias + c * bias_step * item)
+            store(tag, goal + c * column * item, scalar)
