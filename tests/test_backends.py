@@ -322,9 +322,9 @@ def test_processors_with_narrower_registers(name, tmp_path):
     script = f"""
         import flagops, ml_dtypes, numpy
         from flagops.backends import numba
-        from flagops.kernels.numba import _gemm, _simd
+        from flagops.kernels.numba import _gemm, _ir
         assert numba.backend.facts()["cpu"] == {name!r}
-        assert _simd.LANES == {lanes}, _simd.LANES
+        assert _ir.LANES == {lanes}, _ir.LANES
         a, b = numpy.random.default_rng({int.from_bytes(os.urandom(3))}).integers(-8, 9, (2, 70, 70)).astype("f")
         for right in (b, b.T):
             assert (flagops.matmul(a, right, backend="numba") == a @ right).all()

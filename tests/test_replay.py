@@ -250,10 +250,10 @@ def test_memory_of_a_kernels_own_is_there_for_each_replay():
         numba.parallel(copy, x.shape[0], numba.pointer(x), numba.pointer(between), minimum=1000)
         numba.parallel(copy, x.shape[0], numba.pointer(between), numba.pointer(out), minimum=1000)
 
-    from flagops.kernels.numba import _simd
+    from flagops.kernels.numba import _vectors
 
     tag = np.float32(0)
-    _load, _store = numba.jit(lambda at: _simd.load(tag, at)), numba.jit(lambda at, x: _simd.store(tag, at, x))
+    _load, _store = numba.jit(lambda at: _vectors.load(tag, at)), numba.jit(lambda at, x: _vectors.store(tag, at, x))
     launch = numba.backend.record(kernel, (torch.ones(8), torch.ones(8)), PLACES, fail)
     for _ in range(3):
         x, out = torch.randint(-8, 9, (8,)).float(), torch.zeros(8)

@@ -115,7 +115,7 @@ def test_the_graph_is_read_rightly():
     assert found == {"a": NOW, "b": TYPES, "c": NOW, "d": NOW, "e": NOW, "f": LATER, "g": LATER}
     edges = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a", "f"}, "f": {"e"}}
     assert circles(edges) == {frozenset("bc"), frozenset("ef")}
-    assert "flagops.kernels._rows" in graph((NOW,))["flagops.kernels.numba.norm"]
+    assert "flagops.kernels._rows" in graph((NOW,))["flagops.kernels.numba._blocks"]
 
 
 @pytest.mark.parametrize("kinds", WAYS, ids=", ".join)

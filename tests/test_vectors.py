@@ -214,16 +214,15 @@ def test_tasks_walk_over_every_row_of_every_array(rng):
 
 def test_a_tag_of_its_own_costs_a_call_no_more_than_a_number():
     """Python would be asked about each such argument, and a tuple that holds one, at every call."""
-    from numba.core.dispatcher import Dispatcher
-
     kernel = numba.njit(lambda tag, both: 1)
+    dispatcher = next(kind for kind in type(kernel).__mro__ if "typeof_pyval" in vars(kind))
     tag = vectors.TAGS["bfloat16"]
     kernel(tag, (tag, 1))
     asked = []
-    original = Dispatcher.typeof_pyval
+    original = dispatcher.typeof_pyval
     try:
-        Dispatcher.typeof_pyval = lambda self, value: asked.append(value) or original(self, value)
+        dispatcher.typeof_pyval = lambda self, value: asked.append(value) or original(self, value)
         kernel(tag, (tag, 1))
     finally:
-        Dispatcher.typeof_pyval = original
+        dispatcher.typeof_pyval = original
     assert not asked
