@@ -20,10 +20,10 @@ mutants = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(mutants)
 
 
-def verdicts(backend, chosen):
+def verdicts(backend, chosen, **environment):
     """The lines of as many processes as it takes: a mutant may end the one that runs it, which is noticing it too."""
     found, todo = {}, [f"{file}:{index}" for file, index in chosen]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FLAGOPS_", "TRITON_"))}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FLAGOPS_", "TRITON_"))} | environment
     while todo:
         command = [sys.executable, "-W", "ignore", str(SCRIPT), backend, *todo]
         done = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=60 * len(todo) + 300)

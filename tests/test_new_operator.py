@@ -1,0 +1,93 @@
+"""CONTRIBUTING's worked example, done: an operator added to a copy of this checkout touches its own files alone."""
+
+import filecmp
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_mutants import verdicts
+
+ROOT = Path(__file__).parents[1]
+NAME = "squared_relu"
+FOLDERS = ("flagops", "kernels", "reference", "tests")
+FILES = ("README.md", "CONTRIBUTING.md", "pyproject.toml")
+WRITTEN = {"README.md", "flagops/__init__.pyi"}  # by `python -m flagops.tools.stubs`
+
+pytestmark = pytest.mark.skipif(not (ROOT / "kernels").is_dir(), reason="not a checkout")
+pytest.importorskip("numba")
+pytest.importorskip("triton")
+
+
+def example():
+    """The files of the worked example: python blocks that begin with their own path."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert {path.partition("/")[0] for path, _ in blocks} == {"reference", "kernels"}
+    return dict(blocks)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        shutil.copy(ROOT / name, folder / name)
+    for path, text in example().items():
+        (folder / path).write_text(text, encoding="utf-8")
+    run(folder, "-m", "flagops.tools.stubs")
+    return folder
+
+
+def environment(folder):
+    return {"PYTHONPATH": str(folder), "XDG_CACHE_HOME": str(folder / "cache")}
+
+
+def run(folder, *words):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FLAGOPS_", "TRITON_", "PYTEST_"))}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, env=clean | environment(folder), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_it_touches_its_own_files_alone(checkout):
+    changed = {
+        path.relative_to(checkout).as_posix()
+        for folder in (*FOLDERS, *FILES)
+        for path in [checkout / folder, *(checkout / folder).rglob("*")]
+        if path.is_file() and path.suffix != ".pyc"
+        if not (old := ROOT / path.relative_to(checkout)).exists() or not filecmp.cmp(path, old, shallow=False)
+    }
+    assert changed == {*example(), *WRITTEN}
+    assert f"| {NAME} | yes" in (checkout / "README.md").read_text()
+    assert f"def {NAME}(" in (checkout / "flagops/__init__.pyi").read_text()
+
+
+def test_the_suite_holds_it(checkout):
+    files = ("parity", "torch_ops", "derivatives", "compile", "surroundings", "reference")
+    said = run(
+        checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", NAME, *(f"tests/test_{f}.py" for f in files)
+    )  # fmt: skip
+    assert int(re.search(r"(\d+) passed", said).group(1)) > 30
+    rooms = ("tests/test_rooms.py", "tests/test_layout.py::test_the_stub_is_current", "tests/test_cli.py", "-k")
+    run(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", *rooms, "rooms or stub or readme")
+    assert "WRONG" not in run(checkout, "-m", "flagops", "check", NAME)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch", "triton"])
+def test_its_mutants_are_killed(checkout, backend):
+    """They follow from the syntax of its kernels; nobody lists them."""
+    (file,) = (path.removeprefix("kernels/") for path in example() if path.startswith(f"kernels/{backend}/"))
+    count = len(run(checkout, "tests/derived.py", file).splitlines())
+    assert count
+    found = verdicts(backend, [(file, i) for i in random.sample(range(count), min(count, 3))], **environment(checkout))
+    assert all(said.startswith(("killed", "crashed")) for said in found.values()), found
