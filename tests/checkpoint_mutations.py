@@ -19,6 +19,8 @@ NASTY = [
     "", "text", "BF16", "F8_E4M3", "F4", "\0", "\n", "\ud800", "é" * 300, "../x", "/etc/passwd", "a" * 5000, [], {},
     [[]], [0], [1, 2], [10**30, 0], [0] * 40, [1] * 33, [1 << 55, 0, 128], [1 << 40] * 1000, {"x": 1}, DEEP,
 ]  # fmt: skip
+NAMES = ["", "a\nb", "é", "../x", "x" * 3000, "\0", "\x1b[31m", "x.weight", "x.scale", "\ud800"]
+DTYPES = ["I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "BF16", "F16", "I16", "U16", "F32"]
 RAW = [
     b"", b"{", b"[" * 200_000, b'{"a":' * 200_000, b"null", b"[]", b"{}", b"1e999", b"NaN", b'{"a": 1, "a": 2}',
     b"\xff\xfe",
@@ -128,6 +130,35 @@ def header(world):
 def header_respelt(world):
     reheaded(world.shard(), lambda raw: respelt(raw, world.rng))
     return ACCEPT
+
+
+def agreed(world):
+    """A tensor renamed, reshaped, retyped or taken for another of its size, in the header and the index alike."""
+    shard, rng = world.shard(), world.rng
+    weights = json.loads((world.src / INDEX).read_text())
+
+    def change(raw):
+        found = json.loads(raw)
+        name = rng.choice([name for name in found if name != "__metadata__"])
+        facts, how = found[name], rng.randrange(4)
+        if how == 0:
+            other = rng.choice([*NAMES, f"{name}_scale_inv"])
+            found[other] = found.pop(name)
+            weights["weight_map"][other] = weights["weight_map"].pop(name)
+        elif how == 1:
+            shape = facts["shape"]
+            facts["shape"] = rng.choice([[*shape, 1], [1, *shape], shape[::-1], [0, 1 << 50], []])
+        elif how == 2:
+            facts["dtype"] = rng.choice(DTYPES)
+        else:
+            sizes = {key: x["data_offsets"][1] - x["data_offsets"][0] for key, x in found.items() if "dtype" in x}
+            other = found[rng.choice([key for key, size in sizes.items() if size == sizes[name]])]
+            facts["data_offsets"], other["data_offsets"] = other["data_offsets"], facts["data_offsets"]
+        return json.dumps(found).encode()
+
+    reheaded(shard, change)
+    (world.src / INDEX).write_text(json.dumps(weights))
+    return EITHER
 
 
 def header_length(world):
@@ -389,10 +420,11 @@ def between(world):
     return REFUSE
 
 
-MEANT = (header, index, config)  # after these a source may mean something else
-WEIGHTS = {
-    header: 6, index: 4, config: 4, journal_line: 4, manifest: 4, source_odd: 3, output_odd: 3, while_read: 3,
-    while_verified: 2, header_length: 1, header_respelt: 1, index_respelt: 1, config_respelt: 2, shard_size: 1,
-    journal_torn: 1, journal_names: 2, left_file: 1, finished_file: 1, output_link: 1, partial: 1, strange_partial: 1,
-    stranger: 1, deep: 1, named: 1, long_name: 1, hidden: 1, touched: 1, between: 1,
+MEANT = (header, agreed, index, config)  # after these a source may mean something else
+WEIGHTS = dict.fromkeys((
+    header_length, header_respelt, index_respelt, shard_size, journal_torn, left_file, finished_file, output_link,
+    partial, strange_partial, stranger, deep, named, long_name, hidden, touched, between,
+), 1) | {
+    header: 6, agreed: 4, index: 4, config: 4, journal_line: 4, manifest: 4, source_odd: 3, output_odd: 3,
+    while_read: 3, while_verified: 2, config_respelt: 2, journal_names: 2,
 }  # fmt: skip

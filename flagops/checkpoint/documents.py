@@ -22,11 +22,12 @@ from .memory import resident
 
 MOST = 100_000_000  # bytes of a document, as in the safetensors library
 LARGEST = (1 << 63) - 1
-_AGAIN = "copy or download it again"
+AGAIN = "copy or download it again"
 _CONFIG = 1 << 20  # bytes; the published ones have some thousands
 _TOKEN = 100  # bytes of memory for each value that JSON separates from the next, its place in a list or object included
 _INDENTED = 128  # bytes of memory for a byte of a configuration, which is also copied, walked and written with indents
 _MARGIN = 1 << 20  # bytes
+_SECOND = 1_000_000_000  # ns
 _TICK = 20_000_000  # ns: file systems take times from a clock that may stand still for 10 ms
 _LONGEST = 2000  # characters of a message
 
@@ -59,10 +60,15 @@ def stamp(facts: os.stat_result) -> Stamp:
 
 
 def settled(file: int | Path) -> Stamp:
-    """The stamp of an open file or a path, taken when whatever changes it from now on gives it another."""
+    """The stamp of an open file or a path, taken when whatever changes it from now on gives it another.
+
+    Not seen is what another machine writes while its clock is behind, and what a program writes to a mapping that it
+    has written to before.
+    """
     facts = os.stat(file)
-    if abs(time.time_ns() - facts.st_ctime_ns) < _TICK:
-        time.sleep(1e-9 * _TICK)
+    tick = _TICK if facts.st_ctime_ns % _SECOND else 2 * _SECOND  # some file systems keep whole seconds
+    if abs(time.time_ns() - facts.st_ctime_ns) < tick:
+        time.sleep(tick / _SECOND)
         facts = os.stat(file)
     return stamp(facts)
 
@@ -91,11 +97,11 @@ def regular(path: Path, flags: int = os.O_RDONLY) -> int:
     return handle
 
 
-def contents(handle: int, path: Path, most: int = MOST, memory: int | None = None) -> bytes:
+def contents(handle: int, path: Path, most: int = MOST, memory: int | None = None, remedy: str = AGAIN) -> bytes:
     """All bytes of an open file. Raises Refused where there are more than `most` or more than fit in memory."""
     size = os.fstat(handle).st_size
     if size > most:
-        raise Refused(f"{path} has {size:,} bytes, which is more than the {most:,} it may have; {_AGAIN}")
+        raise Refused(f"{path} has {size:,} bytes, which is more than the {most:,} it may have; {remedy}")
     _fits(path, 2 * size, memory)
     with open(handle, "rb", closefd=False) as file:
         file.seek(0)
@@ -116,21 +122,21 @@ def configuration(path: Path, memory: int | None = None) -> tuple[dict[str, Any]
     """A ``config.json``, its bytes and stamp. Infinities are left in it: published models have some, not in JSON."""
     raw, found = read(path, _CONFIG)
     _fits(path, _INDENTED * len(raw), memory)
-    value = _object(path, raw, {})
+    value = _object(path, raw, AGAIN)
     if b"\\u" in raw:
         _writable(path, value)
     return value, raw, found
 
 
-def parsed(path: Path, raw: bytes, memory: int | None = None) -> dict[str, Any]:
-    """The JSON object of a document. Raises Refused.
+def parsed(path: Path, raw: bytes, memory: int | None = None, remedy: str = AGAIN) -> dict[str, Any]:
+    """The JSON object of a document. Raises Refused with the remedy.
 
     memory: the most bytes that this process may take.
     """
     wide = 1 if raw.isascii() and b"\\u" not in raw else 4  # one such character makes all of a text as wide
     tokens = sum(raw.count(mark) for mark in (b",", b":", b"[", b"{"))
     _fits(path, 2 * wide * len(raw) + _TOKEN * tokens, memory)
-    return _object(path, raw, {"parse_constant": _finite, "parse_float": _finite})
+    return _object(path, raw, remedy, parse_constant=_finite, parse_float=_finite)
 
 
 def whole(value: Any, least: int = 0, most: int = LARGEST) -> bool:
@@ -152,17 +158,17 @@ def _fits(path: Path, need: int, memory: int | None) -> None:
         )
 
 
-def _object(path: Path, raw: bytes, more: dict[str, Any]) -> dict[str, Any]:
+def _object(path: Path, raw: bytes, remedy: str, **more: Any) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_no_duplicates, **more)
     except Refused as error:
-        raise Refused(f"{path}: {error}; correct it") from None
+        raise Refused(f"{path}: {error}; {remedy}") from None
     except RecursionError:
-        raise Refused(f"{path} holds no valid JSON (nested too deep); {_AGAIN}") from None
+        raise Refused(f"{path} holds no valid JSON (nested too deep); {remedy}") from None
     except ValueError as error:
-        raise Refused(f"{path} holds no valid JSON ({error}); {_AGAIN}") from None
+        raise Refused(f"{path} holds no valid JSON ({error}); {remedy}") from None
     if not isinstance(value, dict):
-        raise Refused(f"{path} holds no JSON object; {_AGAIN}")
+        raise Refused(f"{path} holds no JSON object; {remedy}")
     return value
 
 

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from . import documents
-from .documents import MOST, Refused, Stamp, shown, stamp, whole
+from .documents import AGAIN, MOST, Refused, Stamp, shown, stamp, whole
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -33,7 +33,6 @@ BITS = {
 
 _OTHER_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".h5",
                   ".msgpack", ".onnx", ".npz", ".tar", ".partial")  # fmt: skip
-_AGAIN = "copy or download it again"
 _QUIET = "repeat the command when nothing writes there"
 _ELEMENTS = 1 << 56  # of a tensor: their bytes fit 64 bits in every dtype, also where a size of 0 leaves none
 _AXES = 32  # of a tensor, as in every NumPy
@@ -106,7 +105,7 @@ class Source:
         try:
             real = (self.folder / name).resolve(strict=True)
         except FileNotFoundError:
-            raise Refused(f"{self.folder / name} is missing; {_AGAIN}") from None
+            raise Refused(f"{self.folder / name} is missing; {AGAIN}") from None
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long
             raise Refused(f"{self.folder}: {name!r} cannot be reached: {error}") from None
         hub = self.folder.parents[1] / "blobs" if self.folder.parent.name == "snapshots" else None
@@ -140,7 +139,7 @@ class Source:
         index = documents.parsed(self.folder / name, raw, self.memory)
         weights = index.get("weight_map")
         if not isinstance(weights, dict) or not weights:
-            raise Refused(f"{self.folder / name} has no weight_map; {_AGAIN}")
+            raise Refused(f"{self.folder / name} has no weight_map; {AGAIN}")
         for tensor, shard in weights.items():
             if not isinstance(shard, str) or not shard.endswith(".safetensors"):
                 raise Refused(f"{name}: tensor {tensor!r} is said to be in {shard!r}; only .safetensors are read")
@@ -156,13 +155,13 @@ class Source:
         if len(shards) == 1:
             return shards
         if shards:
-            raise Refused(f"{self.folder} holds {len(shards)} safetensors and no {INDEX}; {_AGAIN}")
+            raise Refused(f"{self.folder} holds {len(shards)} safetensors and no {INDEX}; {AGAIN}")
         raise Refused(f"{self.folder} holds no safetensors, and nothing else is read: pickled weights can run code")
 
     def _agree(self, index: dict[str, str], found: dict[str, Stored]) -> None:
         for name, shard in index.items():
             if name not in found:
-                raise Refused(f"tensor {name!r} is missing from {shard}, where the index has it; {_AGAIN}")
+                raise Refused(f"tensor {name!r} is missing from {shard}, where the index has it; {AGAIN}")
             if found[name].file != shard:
                 raise Refused(f"{found[name]}, but the index has it in {shard}; correct the index")
         for name, tensor in found.items():
@@ -177,7 +176,7 @@ class Source:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= min(MOST, size - 8):
-                raise Refused(f"{path} is cut short or has no safetensors header ({size} bytes); {_AGAIN}")
+                raise Refused(f"{path} is cut short or has no safetensors header ({size} bytes); {AGAIN}")
             raw = file.read(length)
             if stamp(os.fstat(handle)) != self.stamps[shard]:
                 raise Refused(f"{path} has changed while it was read; {_QUIET}")
@@ -185,41 +184,45 @@ class Source:
         header = documents.parsed(self.folder / shard, raw, self.memory)
         said = header.pop("__metadata__", {})
         if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
-            raise Refused(f"{path}: __metadata__ is {shown(said)}, expected an object of texts; {_AGAIN}")
+            raise Refused(f"{path}: __metadata__ is {shown(said)}, expected an object of texts; {AGAIN}")
         tensors = [self._tensor(shard, 8 + length, *item) for item in header.items()]
         tensors.sort(key=lambda tensor: (tensor.offset, tensor.size))
         end = 8 + length
         for tensor in tensors:
             if tensor.offset != end:
                 what = "overlaps another" if tensor.offset < end else "follows a hole"
-                raise Refused(f"{tensor} {what}: its data starts at {tensor.offset}, expected {end}; {_AGAIN}")
+                raise Refused(f"{tensor} {what}: its data starts at {tensor.offset}, expected {end}; {AGAIN}")
             end += tensor.size
         if end != size:
             what = "is cut short" if size < end else "has bytes after its last tensor"
-            raise Refused(f"{path} {what}: {size} bytes, its header promises {end}; {_AGAIN}")
+            raise Refused(f"{path} {what}: {size} bytes, its header promises {end}; {AGAIN}")
         return tensors
 
     def _tensor(self, shard: str, base: int, name: str, facts: Any) -> Stored:
         label = f"tensor {name!r} in {shard}: the header"
-        try:
-            name.encode()
-            dtype, shape, (start, stop) = facts["dtype"], facts["shape"], facts["data_offsets"]
-        except (KeyError, TypeError, ValueError):
-            raise Refused(f"{label} is damaged; {_AGAIN}") from None
-        if not isinstance(dtype, str) or dtype not in BITS:
-            raise Refused(f"{label} has the unknown dtype {shown(dtype)}; a newer flagops may know it")
-        if not isinstance(shape, list) or not all(map(whole, [*shape, start, stop])):
-            raise Refused(f"{label} is damaged: {shown(facts)}; {_AGAIN}")
+        facts = facts if isinstance(facts, dict) else {}
+        dtype, shape, offsets = (facts.get(field) for field in ("dtype", "shape", "data_offsets"))
+        for field, value, right, expected in (
+            ("its name", name, name.isascii() or _encodable(name), "text in UTF-8"),
+            ("dtype", dtype, isinstance(dtype, str), "a name"),
+            ("shape", shape, _sizes(shape), "a list of sizes"),
+            ("data_offsets", offsets, _sizes(offsets) and len(offsets) == 2, "two numbers"),
+        ):
+            if not right:
+                raise Refused(f"{label} is damaged: {field} is {shown(value)}, expected {expected}; {AGAIN}")
+        if dtype not in BITS:
+            raise Refused(f"{label} has the unknown dtype {dtype!r}; a newer flagops may know it")
+        start, stop = offsets
         count = elements(shape)
         if count is None:
             raise Refused(
                 f"{label} has a shape that no array can have ({len(shape)} sizes, {shown(shape)}), expected at most "
-                f"{_AXES} with a product, zeros aside, of at most {_ELEMENTS}; {_AGAIN}"
+                f"{_AXES} with a product, zeros aside, of at most {_ELEMENTS}; {AGAIN}"
             )
         size, rest = divmod(count * BITS[dtype], 8)
         if rest or stop - start != size:
             expected = f"{size}{'.5' * bool(rest)}"
-            raise Refused(f"{label} gives {stop - start} bytes to {dtype} {shape}, expected {expected}; {_AGAIN}")
+            raise Refused(f"{label} gives {stop - start} bytes to {dtype} {shape}, expected {expected}; {AGAIN}")
         return Stored(name, dtype, tuple(shape), shard, base + start, size)
 
     def _others(self) -> tuple[list[str], list[str]]:
@@ -286,7 +289,7 @@ class Reader:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self._source.folder / file)) from None
             if count == 0:
-                raise Refused(f"{self._source.folder / file} ends at byte {offset + done} while it is read; {_AGAIN}")
+                raise Refused(f"{self._source.folder / file} ends at byte {offset + done} while it is read; {AGAIN}")
             done += count
         self.count += done
 
@@ -310,6 +313,18 @@ class Reader:
         handle = self._open[file] = documents.regular(self._source.path(file))
         self._same(file, handle)
         return handle
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(map(whole, value))
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def elements(shape: list[int]) -> int | None:

@@ -157,7 +157,7 @@ class Journal:
             os.close(file)  # another conversion has just finished and removed it
 
     def _load(self, identity: dict[str, Any], names: Collection[str], memory: int) -> bool:
-        raw = documents.contents(self._file, self._path, memory=memory)
+        raw = documents.contents(self._file, self._path, memory=memory, remedy=_ANEW)
         records, length = _records(self._path, raw)
         if length < len(raw):
             os.ftruncate(self._file, length)
@@ -246,7 +246,7 @@ def read_manifest(folder: Path, memory: int | None = None) -> tuple[dict[str, An
     if raw is None:
         return None
     path = folder / MANIFEST
-    found = documents.parsed(path, raw, memory)
+    found = documents.parsed(path, raw, memory, _ANEW)
     for part in ("identity", "files"):
         if not isinstance(found.get(part), dict):
             raise Refused(f"{path} is damaged: {part} is {shown(found.get(part))}, expected an object; {_ANEW}")
@@ -264,7 +264,7 @@ def _contents(folder: Path, name: str, memory: int | None) -> bytes | None:
     if not path.exists():
         return None
     with documents.opened(path) as handle:
-        return documents.contents(handle, path, memory=memory)
+        return documents.contents(handle, path, memory=memory, remedy=_ANEW)
 
 
 def foreign(folder: Path) -> list[str]:
