@@ -68,12 +68,22 @@ ROWS = {
         ("flagops/checkpoint/*.py", "tests/checkpoint_*.py", "tests/test_checkpoint_resume.py"),
         (pytest("-m", "slow", "tests/test_checkpoint_resume.py", workers=1),),
     ),
+    "vault": Row(
+        "5000 mutations of checkpoints; sources that change, full and read-only disks, conversions at once",
+        ("flagops/checkpoint/*.py", "tests/checkpoint_*.py", "tests/test_checkpoint_*.py"),
+        (
+            pytest("-m", "slow", "tests/test_checkpoint_mutations.py", workers=1),
+            pytest(*(f"tests/test_checkpoint_{name}.py" for name in ("trust", "output", "resume"))),
+        ),
+    ),
     "slow": Row(
         "all other tests marked slow: a full warmup, the demo in Triton's interpreter, long sweeps",
         EVERYTHING,
         (
             pytest(
-                "-m", "slow", *(f"--ignore=tests/{name}" for name in ("test_checkpoint_resume.py", "test_storms.py"))
+                "-m",
+                "slow",
+                *(f"--ignore=tests/test_{n}.py" for n in ("checkpoint_resume", "checkpoint_mutations", "storms")),
             ),
         ),
     ),

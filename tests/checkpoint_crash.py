@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flagops import checkpoint
 from flagops.__main__ import main
-from flagops.checkpoint.source import INDEX, JOURNAL
+from flagops.checkpoint.source import INDEX, JOURNAL, MANIFEST
 
 SIZE = "60000"
 
@@ -65,8 +65,41 @@ def child(work):
     return os.waitpid(pid, 0)[1]
 
 
+def interrupted(convert, src, dst):
+    """A conversion that has made all but its manifest and index."""
+    replace = os.replace
+
+    def fail(old, new):
+        if Path(new).name == MANIFEST:
+            raise OSError(5, "Input/output error", str(new))
+        replace(old, new)
+
+    os.replace = fail
+    try:
+        convert(src, dst)
+    except OSError:
+        return dst
+    finally:
+        os.replace = replace
+    raise AssertionError("no manifest was written")
+
+
 def convert(src, dst, **options):
-    return checkpoint.convert(src, dst, shard_size=SIZE, workers=2, **options)
+    return checkpoint.convert(src, dst, **({"shard_size": SIZE, "workers": 2} | options))
+
+
+def refused(work, *named):
+    """The message of a refusal, one line that holds all that is named."""
+    try:
+        work()
+    except checkpoint.Refused as refusal:
+        text = str(refusal)
+    else:
+        raise AssertionError("not refused")
+    assert text.isprintable()
+    for name in named:
+        assert name in text, text
+    return text
 
 
 def check(dst, reference):

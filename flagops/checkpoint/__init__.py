@@ -6,8 +6,8 @@ nothing is unpickled and no code of a checkpoint is run.
 """
 
 from .conversion import NoSpace, Summary, convert
+from .documents import Refused
 from .loading import load
-from .source import Refused
 from .verification import Difference, verify
 from .work import Progress
 

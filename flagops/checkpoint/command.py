@@ -12,6 +12,7 @@ from flagops.errors import Unsupported
 
 from .conversion import Summary
 from .conversion import convert as convert_checkpoint
+from .documents import line
 from .plan import TARGETS
 from .progress import amount, watcher
 from .verification import Difference
@@ -130,7 +131,7 @@ def _guarded(args: argparse.Namespace, run: Callable[[], Summary]) -> int:
 
 
 def _failed(args: argparse.Namespace, code: int, text: str) -> int:
-    print(f"flagops: {text}", file=sys.stderr)
+    print(f"flagops: {line(text)}", file=sys.stderr)
     if args.json:
         print(json.dumps({"error": text, "exit_code": code}, indent=2))
     return code
@@ -162,7 +163,7 @@ def report(summary: Summary) -> str:
         )
     if summary.resumed_shards:
         lines.append(f"{summary.resumed_shards} shards were finished before")
-    return "\n".join(lines + summary.notes)
+    return "\n".join(map(line, lines + summary.notes))
 
 
 def _kept(summary: Summary) -> list[str]:

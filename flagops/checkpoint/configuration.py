@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .source import CONFIG, Refused
+from .documents import Refused, shown, whole
+from .source import CONFIG
 
 SECTION = "quantization_config"
 _DTYPES = ("torch_dtype", "dtype")
@@ -28,6 +29,7 @@ _ANYWHERE = ("expert_dtype", "weight_block_size", "scale_fmt", "scale_dtype", "a
 _SPEAKS = re.compile(r"(^|_)(quant|quanti[sz](e|ed|ation))(_|$)|^compression_config$")
 _NARROW = re.compile(r"(mx|nv)?(fp|u?int|float)[48](_e\dm\d\w*)?|u?e\dm\d(fn\w*)?", re.IGNORECASE)
 _DEEPEST = 64
+_WIDEST = (1 << 31) - 1  # rows or columns of a block
 Path = tuple[str | int, ...]
 
 
@@ -50,32 +52,38 @@ class Configuration:
         key, place, inside = path[-1], _written(path), SECTION in path[:-1]
         if key == SECTION:
             if not isinstance(value, dict | None):
-                raise Refused(f"{CONFIG}: {place} is {value!r}, expected an object")
+                raise Refused(f"{CONFIG}: {place} is {shown(value)}, expected an object; correct it")
             self.sections += [place] if value is not None else []
         elif key == "weight_block_size":
-            if not isinstance(value, list) or len(value) != 2 or any(type(n) is not int or n < 1 for n in value):
-                raise Refused(f"{CONFIG}: {place} is {value!r}, expected two positive numbers such as [128, 128]")
+            if not isinstance(value, list) or len(value) != 2 or not all(whole(n, 1, _WIDEST) for n in value):
+                raise Refused(
+                    f"{CONFIG}: {place} is {shown(value)}, expected two positive numbers such as [128, 128], each at "
+                    f"most {_WIDEST}; correct it"
+                )
             self._agree(key, place, value)
         elif key in _STATED and (inside or key in _ANYWHERE):
             if value is not None and value not in _STATED[key]:
-                raise Refused(f"{CONFIG}: {place} {value!r} is not known, expected {' or '.join(_STATED[key])}")
+                expected = " or ".join(_STATED[key])
+                raise Refused(f"{CONFIG}: {place} {shown(value)} is not known, expected {expected}; correct it")
             if value is not None:
                 self._agree(key, place, value)
         elif inside:
-            return
+            if key in _SKIPPED and not _texts(value):
+                raise Refused(f"{CONFIG}: {place} is {shown(value)}, expected a list of names; correct it")
         elif key in _DTYPES:
             if not isinstance(value, str | None):
-                raise Refused(f"{CONFIG}: {place} is {value!r}, expected the name of a dtype; correct it")
+                raise Refused(f"{CONFIG}: {place} is {shown(value)}, expected the name of a dtype; correct it")
         elif (value and _SPEAKS.search(str(key))) or (isinstance(value, str) and _NARROW.fullmatch(value)):
+            said = value[:80] if isinstance(value, str) else shown(value)
             raise Refused(
-                f"{CONFIG}: {place} describes a format ({str(value)[:80]}) in a way that flagops does not know and "
+                f"{CONFIG}: {place} describes a format ({said}) in a way that flagops does not know and "
                 f"would leave as it is; say it in {SECTION}, or remove it if it does not concern the weights"
             )
 
     def _agree(self, key: str, place: str, value: Any) -> None:
         first, said = self._found.setdefault(key, (place, value))
         if said != value:
-            raise Refused(f"{CONFIG}: {place} is {value!r}, but {first} is {said!r}; keep one of the two")
+            raise Refused(f"{CONFIG}: {place} is {shown(value)}, but {first} is {shown(said)}; keep one of the two")
 
     def in_bf16(
         self, left: Sequence[str] = (), others: Sequence[str] = (), fp4: bool = False
@@ -193,6 +201,10 @@ def _name(section: dict[str, Any], place: str, others: Sequence[str]) -> list[st
     for name in names:
         section[name] = list(dict.fromkeys([*(section[name] or [] if name in section else []), *others]))
     return [f"name {len(others)} modules that are not quantised in {place}.{name}" for name in names]
+
+
+def _texts(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
 def _walk(config: Any) -> Iterator[tuple[Path, Any]]:

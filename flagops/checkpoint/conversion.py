@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from typing import Any
 from flagops.config import size as parse_size
 
 from . import store, work
+from .documents import Refused, opened
+from .memory import peak
 from .plan import Plan, Shard
-from .source import INDEX, JOURNAL, MANIFEST, Refused, Source
+from .source import INDEX, JOURNAL, MANIFEST, Source, resolved
 from .store import Entry, Journal, Writer
 from .stream import Kernels, Stream
 from .work import Progress, Silent, Team
@@ -124,14 +126,15 @@ class Conversion:
         self.clock = work.Clock()
         if workers is not None and workers < 1:
             raise Refused(f"--workers {workers}: expected at least 1")
-        self.memory, self.dst = parse_size(memory), Path(dst).resolve()
-        work.folders(Path(src).resolve(), self.dst)
-        self.plan = Plan(Source(src), to, parse_size(shard_size), keep)
+        self.memory, self.dst = parse_size(memory), resolved(dst)
+        work.folders(resolved(src), self.dst)
+        self.plan = Plan(Source(src, self.memory), to, parse_size(shard_size), keep)
         self.total = self.plan.total  # also makes the texts, before anything is compiled and memory is divided
         self.kernels = Kernels(self.plan, backend)
         self.kernels.warm()
         self.tasks: list[str | Shard] = [*self.plan.source.others, *self.plan.shards]
-        self.peak = work.peak()
+        self.made = [task if isinstance(task, str) else task.name for task in self.tasks]
+        self.peak = peak()
         self.share = work.share(self.plan, self.kernels, self.memory, workers, len(self.tasks))
         self.progress = progress
         self.team = Team(self.plan, self.kernels, self.share, progress)
@@ -179,13 +182,16 @@ class Conversion:
                 f"DST {self.dst} holds other files ({', '.join(strangers[:4])}) and no conversion to go on with; "
                 "choose an empty folder"
             )
-        identity = plan.identity | {"stamps": {name: list(s) for name, s in sorted(plan.source.stamps.items())}}
-        self._room(summary, store.unfinished(self.dst, identity))
+        stamps = {name: [stamp.size, stamp.modified] for name, stamp in sorted(plan.source.stamps.items())}
+        identity = plan.identity | {"stamps": stamps}
+        self._room(summary, store.unfinished(self.dst, identity, set(self.made), self.memory))
         if dry_run:
             return summary
         self.dst.mkdir(parents=True, exist_ok=True)
         store.sync_folder(self.dst.parent)
-        with Journal(self.dst, identity) as journal:
+        with Journal(self.dst, identity, plan.source.seen(), set(self.made), self.memory) as journal:
+            if not journal.resumed and (found := store.read_manifest(self.dst, self.memory)):
+                store.same_made(self.dst, found[0], plan.identity)  # another conversion has just finished here
             for partial in self._partials():
                 partial.unlink()
             before = set(journal.done)
@@ -200,17 +206,19 @@ class Conversion:
         return self.measured(summary, self.total)
 
     def _finished(self) -> bool:
-        found = store.read_manifest(self.dst)
-        if found is None or (self.dst / JOURNAL).exists():
+        found = store.read_manifest(self.dst, self.memory)
+        if found is None or store.place(self.dst, JOURNAL).exists():
             return False
         identity, entries = found
         store.same_made(self.dst, identity, self.plan.identity)
+        for name in sorted({*self.made, *self.plan.texts} ^ entries.keys()):
+            raise Refused(f"{self.dst / MANIFEST}: {name!r} is missing or not of SRC; empty DST and convert again")
         for name, entry in entries.items():
-            path = self.dst / name
-            if not path.is_file() or path.stat().st_size != entry.bytes:
+            path = store.place(self.dst, name)
+            if not path.exists() or path.stat().st_size != entry.bytes:
                 raise Refused(f"{path} is missing or not whole, in a finished conversion; empty DST and convert again")
         for name, text in self.plan.texts.items():
-            if entries.get(name) != entry_of(text):
+            if entries[name] != entry_of(text):
                 raise Refused(
                     f"{self.dst / name} was written by another flagops, and SRC now gives another one; "
                     "empty DST and convert again"
@@ -218,7 +226,7 @@ class Conversion:
         return True
 
     def _room(self, summary: Summary, done: dict[str, Entry]) -> None:
-        present = {name for name in done if (self.dst / name).is_file()}
+        present = {name for name in done if store.place(self.dst, name).exists()}
         summary.needed_disk = self.total - sum(done[name].bytes for name in present)
         summary.free_disk = _free(self.dst) + sum(path.stat().st_size for path in self._partials())
         if summary.needed_disk > summary.free_disk:
@@ -228,40 +236,65 @@ class Conversion:
             )
 
     def _partials(self) -> list[Path]:
-        return list(self.dst.rglob(f"*{store.PARTIAL}"))
+        """What an interrupted conversion may have left; such files of others stay."""
+        names = [*self.made, *self.plan.texts, MANIFEST]
+        places = (store.place(self.dst, name + store.PARTIAL) for name in names)
+        return [path for path in places if path.exists()]
 
     def _make(self, task: str | Shard, stream: Stream, journal: Journal) -> None:
         name = task if isinstance(task, str) else task.name
         entry = journal.done.get(name)
         if entry is not None:
-            if self.hash(name, count=True) == entry:
+            sure = name in journal.sure
+            if self.hash(name, count=sure) == entry:
+                if not sure:
+                    self._still(task, stream, entry)
+                    journal.record(name, entry)
                 return
             self.team.note(f"{name} is not what the journal says; it is made again")
         with Writer(self.dst, name) as writer:
-            if isinstance(task, str):
-                self._copy(task, stream, writer)
-            else:
-                writer.write(task.header)
-                self.team.advance(len(task.header), name)
-                for out, piece in stream.shard(task):
-                    writer.write(piece)
-                    self.team.advance(len(piece), out.name)
+            for piece in self._pieces(task, stream):
+                writer.write(piece)
+            stream.reader.check()
             made = writer.finish()
         journal.record(name, made)
         self.team.note(f"{name} written, {made.bytes:,} bytes")
 
-    def _copy(self, name: str, stream: Stream, writer: Writer) -> None:
-        size = self.plan.source.stamps[name][0]
-        for start in range(0, size, PIECE):
-            piece = bytearray(min(PIECE, size - start))
-            stream.reader.read(name, start, memoryview(piece))
-            writer.write(piece)
-            self.team.advance(len(piece), name)
+    def _still(self, task: str | Shard, stream: Stream, entry: Entry) -> None:
+        """Hold a finished file to a source that was written to since, though its sizes and times are the same."""
+        digest = hashlib.sha256()
+        for piece in self._pieces(task, stream):
+            digest.update(piece)
+        stream.reader.check()
+        if digest.hexdigest() != entry.sha256:
+            name = task if isinstance(task, str) else task.name
+            raise Refused(
+                f"{self.dst / name} was made of another SRC, or one changed since with its times kept; "
+                "empty DST and convert again"
+            )
+
+    def _pieces(self, task: str | Shard, stream: Stream) -> Iterator[Any]:
+        """The bytes of a file in order; what a piece is of is told to the progress after its use."""
+        if isinstance(task, str):
+            size = self.plan.source.stamps[task].size
+            for start in range(0, size, PIECE):
+                piece = bytearray(min(PIECE, size - start))
+                stream.reader.read(task, start, memoryview(piece))
+                yield piece
+                self.team.advance(len(piece), task)
+            return
+        yield task.header
+        self.team.advance(len(task.header), task.name)
+        for out, made in stream.shard(task):
+            yield made
+            self.team.advance(len(made), out.name)
 
     def _finish(self, journal: Journal) -> None:
         """Configuration, manifest, and the index last: without it nothing loads the folder."""
         texts = self.plan.texts
-        entries = dict(journal.done) | {name: entry_of(text) for name, text in texts.items()}
+        entries = {name: journal.done[name] for name in self.made} | {
+            name: entry_of(text) for name, text in texts.items()
+        }
         for name, text in (texts | {MANIFEST: store.manifest(self.plan.identity, entries)}).items():
             if name != INDEX:
                 self._write(name, text)
@@ -277,11 +310,11 @@ class Conversion:
 
     def hash(self, name: str, count: bool = False) -> Entry | None:
         """Size and hash of a finished file, None where there is none."""
-        path = self.dst / name
-        if not path.is_file():
+        path = store.place(self.dst, name)
+        if not path.exists():
             return None
         digest, size = hashlib.sha256(), 0
-        with open(path, "rb", buffering=0) as file:
+        with opened(path) as handle, open(handle, "rb", buffering=0, closefd=False) as file:
             while piece := file.read(PIECE):
                 digest.update(piece)
                 size += len(piece)
@@ -291,8 +324,8 @@ class Conversion:
 
     def measured(self, summary: Summary, count: int) -> Summary:
         summary.seconds = self.clock()
-        summary.rate = count / summary.seconds
-        summary.bytes_read, summary.peak_memory = self.team.read, work.peak()
+        summary.rate = count / summary.seconds if summary.seconds > 0 else 0.0
+        summary.bytes_read, summary.peak_memory = self.team.read, peak()
         odd = sorted(self.team.not_finite)
         if odd:
             summary.notes.append(f"{len(odd)} tensors were copied with infinities or NaN in them: {', '.join(odd[:8])}")

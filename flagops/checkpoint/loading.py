@@ -9,8 +9,9 @@ import numpy as np
 
 from flagops import arrays
 
+from .documents import Refused
 from .plan import Plan
-from .source import Refused, Source
+from .source import Source
 from .stream import Kernels, Stream
 
 _SLICE = 2 << 20  # elements; enough for the kernels to use all processors

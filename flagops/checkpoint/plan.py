@@ -17,8 +17,10 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
+from . import documents
 from .configuration import Configuration, modules, statements
-from .source import BITS, CONFIG, INDEX, Refused, Source, Stored
+from .documents import Refused
+from .source import BITS, CONFIG, INDEX, Source, Stored
 
 LAYOUT = 1  # raised when the same source and options are laid out otherwise
 TARGETS = ("bf16", "fp8")
@@ -166,7 +168,7 @@ class Plan:
     @cached_property
     def total(self) -> int:
         """Bytes of all files of the output, but for the manifest."""
-        copied = sum(self.source.stamps[name][0] for name in self.source.others)
+        copied = sum(self.source.stamps[name].size for name in self.source.others)
         return sum(shard.size for shard in self.shards) + copied + sum(map(len, self.texts.values()))
 
     def _places(self) -> Iterator[tuple[str, Shard]]:
@@ -238,16 +240,14 @@ def _beside(source: Source) -> list[str]:
             raise Refused(
                 f"{source.folder / name} describes a quantisation beside {CONFIG}: say it there, or remove it"
             )
-        if last == CONFIG and (found := _says(source, name)):
-            notes.append(f"{name} is copied as it is and still says {', '.join(found[:4])}")
+        if last == CONFIG:
+            try:
+                found = statements(documents.configuration(source.path(name), source.memory)[0])
+            except Refused as error:
+                notes.append(f"{name} is copied as it is, unread: {error}")
+            else:
+                notes += [f"{name} is copied as it is and still says {', '.join(found[:4])}"] if found else []
     return notes
-
-
-def _says(source: Source, name: str) -> list[str]:
-    try:
-        return statements(json.loads(source.path(name).read_bytes()))
-    except (ValueError, RecursionError):  # no JSON: nobody reads a format in it
-        return []
 
 
 def _remedy(tensor: Stored) -> str:

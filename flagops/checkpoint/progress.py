@@ -8,6 +8,7 @@ from typing import Any
 
 from flagops.backends import missing
 
+from .documents import line
 from .work import Progress, Silent
 
 _INTERVAL = 10.0  # seconds between two lines of a log
@@ -48,7 +49,7 @@ class Lines:
             self._line(now, name)
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(line(text), file=sys.stderr, flush=True)
 
     def end(self) -> None:
         return
@@ -90,7 +91,7 @@ class Bar:
         self._bar.update(self._task, advance=count, tensor=ascii(name)[1:-1])
 
     def note(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.console.print(line(text), markup=False, highlight=False)
 
     def end(self) -> None:
         self._bar.stop()

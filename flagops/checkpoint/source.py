@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import struct
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+from . import documents
+from .documents import AGAIN, MOST, Refused, Stamp, shown, stamp, whole
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -29,14 +31,13 @@ BITS = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 
-_HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 _OTHER_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".h5",
                   ".msgpack", ".onnx", ".npz", ".tar", ".partial")  # fmt: skip
-_AGAIN = "copy or download it again"
-
-
-class Refused(ValueError):
-    """A checkpoint, a folder or an option that cannot be converted; the message names it and the remedy."""
+_QUIET = "repeat the command when nothing writes there"
+_ELEMENTS = 1 << 56  # of a tensor: their bytes fit 64 bits in every dtype, also where a size of 0 leaves none
+_AXES = 32  # of a tensor, as in every NumPy
+_DEEPEST = 64  # folders in one another
+_LONGEST = 240  # bytes of a name, which is longer while its file is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +60,19 @@ class Source:
 
     folder: holds ``model.safetensors.index.json`` and its shards, or one file ``model.safetensors``.
 
+    memory: the most bytes that this process may take; documents that would need more are refused.
+    stamps: of every file that is read, now or by a `Reader`; one that changes afterwards is refused by name.
+
     Links may lead to other places inside the folder, or, in a snapshot of the Hugging Face cache, to its ``blobs``.
     Raises Refused for all that the index, the headers and the files do not agree about.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder).resolve()
+    def __init__(self, folder: str | os.PathLike[str], memory: int | None = None) -> None:
+        self.folder = resolved(folder)
         if not self.folder.is_dir():
             raise Refused(f"{folder} is no folder; give one with safetensors and their index")
-        self.stamps: dict[str, tuple[int, int]] = {}
+        self.memory = memory
+        self.stamps: dict[str, Stamp] = {}
         self.declared_size: int | None = None
         self._headers: dict[str, str] = {}
         index = self._index()
@@ -81,8 +86,9 @@ class Source:
         if index is not None:
             self._agree(index, found)
         self.tensors = found
-        self.config_bytes = self._small(CONFIG) if (self.folder / CONFIG).exists() else None
-        self.config = None if self.config_bytes is None else self._object(CONFIG, self.config_bytes)
+        self.config, self.config_bytes = None, b""
+        if os.path.lexists(self.folder / CONFIG):  # a link to nowhere is a configuration that is missing
+            self.config, self.config_bytes, self.stamps[CONFIG] = documents.configuration(self.path(CONFIG), memory)
         self.others, self.left_out = self._others()
 
     def path(self, name: str) -> Path:
@@ -99,25 +105,29 @@ class Source:
         try:
             real = (self.folder / name).resolve(strict=True)
         except FileNotFoundError:
-            raise Refused(f"{self.folder / name} is missing; {_AGAIN}") from None
+            raise Refused(f"{self.folder / name} is missing; {AGAIN}") from None
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long
             raise Refused(f"{self.folder}: {name!r} cannot be reached: {error}") from None
         hub = self.folder.parents[1] / "blobs" if self.folder.parent.name == "snapshots" else None
         if not real.is_relative_to(self.folder) and real.parent != hub:
             raise Refused(f"{self.folder / name} is a link to {real}, outside the folder; put the file itself there")
-        if not stat.S_ISREG(real.stat().st_mode):
-            raise Refused(f"{self.folder / name} is no regular file")
+        if not real.is_file():
+            raise Refused(f"{self.folder / name} is no regular file; put one there, or remove it")
         return real
 
     def fingerprint(self) -> str:
         """A digest of the names, headers and sizes of the shards and of the configuration; no times, no paths."""
         facts = {"headers": self._headers, "sizes": {name: self.stamps[name][0] for name in self.shards}}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        digest.update(self.config_bytes or b"")
+        digest.update(self.config_bytes)
         return digest.hexdigest()
 
+    def seen(self) -> str:
+        """A digest of all stamps: where it is the same, nothing of the source has been written since."""
+        return hashlib.sha256(json.dumps(self.stamps, sort_keys=True).encode()).hexdigest()
+
     def _index(self) -> dict[str, str] | None:
-        names = sorted(p.name for p in self.folder.glob("*.safetensors.index.json"))
+        names = sorted(name for name in os.listdir(self.folder) if name.endswith(".safetensors.index.json"))
         if INDEX in names:
             names = [INDEX]
         if not names:
@@ -125,10 +135,11 @@ class Source:
         if len(names) > 1:
             raise Refused(f"{self.folder} holds several indices: {', '.join(names)}; keep one, or name it {INDEX}")
         name = names[0]
-        index = self._object(name, self._small(name))
+        raw, self.stamps[name] = documents.read(self.path(name), memory=self.memory)
+        index = documents.parsed(self.folder / name, raw, self.memory)
         weights = index.get("weight_map")
         if not isinstance(weights, dict) or not weights:
-            raise Refused(f"{self.folder / name} has no weight_map; {_AGAIN}")
+            raise Refused(f"{self.folder / name} has no weight_map; {AGAIN}")
         for tensor, shard in weights.items():
             if not isinstance(shard, str) or not shard.endswith(".safetensors"):
                 raise Refused(f"{name}: tensor {tensor!r} is said to be in {shard!r}; only .safetensors are read")
@@ -136,21 +147,21 @@ class Source:
             self.path(shard)
         metadata = index.get("metadata")
         size = metadata.get("total_size") if isinstance(metadata, dict) else None
-        self.declared_size = size if isinstance(size, int) else None
+        self.declared_size = size if whole(size) else None
         return weights
 
     def _single(self) -> list[str]:
-        shards = sorted(p.name for p in self.folder.glob("*.safetensors"))
+        shards = sorted(name for name in os.listdir(self.folder) if name.endswith(".safetensors"))
         if len(shards) == 1:
             return shards
         if shards:
-            raise Refused(f"{self.folder} holds {len(shards)} safetensors and no {INDEX}; {_AGAIN}")
+            raise Refused(f"{self.folder} holds {len(shards)} safetensors and no {INDEX}; {AGAIN}")
         raise Refused(f"{self.folder} holds no safetensors, and nothing else is read: pickled weights can run code")
 
     def _agree(self, index: dict[str, str], found: dict[str, Stored]) -> None:
         for name, shard in index.items():
             if name not in found:
-                raise Refused(f"tensor {name!r} is missing from {shard}, where the index has it; {_AGAIN}")
+                raise Refused(f"tensor {name!r} is missing from {shard}, where the index has it; {AGAIN}")
             if found[name].file != shard:
                 raise Refused(f"{found[name]}, but the index has it in {shard}; correct the index")
         for name, tensor in found.items():
@@ -159,89 +170,95 @@ class Source:
 
     def _header(self, shard: str) -> list[Stored]:
         path = self.path(shard)
-        with open(path, "rb") as file:
-            self.stamps[shard] = stamp(os.fstat(file.fileno()))
-            whole = self.stamps[shard][0]
+        with documents.opened(path) as handle, open(handle, "rb", closefd=False) as file:
+            self.stamps[shard] = documents.settled(handle)
+            size = self.stamps[shard].size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(_HEADER_LIMIT, whole - 8):
-                raise Refused(f"{path} is cut short or has no safetensors header ({whole} bytes); {_AGAIN}")
+            if not 2 <= length <= min(MOST, size - 8):
+                raise Refused(f"{path} is cut short or has no safetensors header ({size} bytes); {AGAIN}")
             raw = file.read(length)
+            if stamp(os.fstat(handle)) != self.stamps[shard]:
+                raise Refused(f"{path} has changed while it was read; {_QUIET}")
         self._headers[shard] = hashlib.sha256(raw).hexdigest()
-        header = self._object(shard, raw)
-        tensors = [self._tensor(shard, 8 + length, *item) for item in header.items() if item[0] != "__metadata__"]
+        header = documents.parsed(self.folder / shard, raw, self.memory)
+        said = header.pop("__metadata__", {})
+        if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
+            raise Refused(f"{path}: __metadata__ is {shown(said)}, expected an object of texts; {AGAIN}")
+        tensors = [self._tensor(shard, 8 + length, *item) for item in header.items()]
         tensors.sort(key=lambda tensor: (tensor.offset, tensor.size))
         end = 8 + length
         for tensor in tensors:
             if tensor.offset != end:
                 what = "overlaps another" if tensor.offset < end else "follows a hole"
-                raise Refused(f"{tensor} {what}: its data starts at {tensor.offset}, expected {end}; {_AGAIN}")
+                raise Refused(f"{tensor} {what}: its data starts at {tensor.offset}, expected {end}; {AGAIN}")
             end += tensor.size
-        if end != whole:
-            what = "is cut short" if whole < end else "has bytes after its last tensor"
-            raise Refused(f"{path} {what}: {whole} bytes, its header promises {end}; {_AGAIN}")
+        if end != size:
+            what = "is cut short" if size < end else "has bytes after its last tensor"
+            raise Refused(f"{path} {what}: {size} bytes, its header promises {end}; {AGAIN}")
         return tensors
 
     def _tensor(self, shard: str, base: int, name: str, facts: Any) -> Stored:
         label = f"tensor {name!r} in {shard}: the header"
-        try:
-            name.encode()
-            dtype, shape, (start, stop) = facts["dtype"], facts["shape"], facts["data_offsets"]
-            numbers = [*shape, start, stop]
-        except (KeyError, TypeError, ValueError):
-            raise Refused(f"{label} is damaged; {_AGAIN}") from None
+        facts = facts if isinstance(facts, dict) else {}
+        dtype, shape, offsets = (facts.get(field) for field in ("dtype", "shape", "data_offsets"))
+        for field, value, right, expected in (
+            ("its name", name, name.isascii() or _encodable(name), "text in UTF-8"),
+            ("dtype", dtype, isinstance(dtype, str), "a name"),
+            ("shape", shape, _sizes(shape), "a list of sizes"),
+            ("data_offsets", offsets, _sizes(offsets) and len(offsets) == 2, "two numbers"),
+        ):
+            if not right:
+                raise Refused(f"{label} is damaged: {field} is {shown(value)}, expected {expected}; {AGAIN}")
         if dtype not in BITS:
             raise Refused(f"{label} has the unknown dtype {dtype!r}; a newer flagops may know it")
-        if any(type(n) is not int or n < 0 for n in numbers):
-            raise Refused(f"{label} is damaged: {facts}; {_AGAIN}")
-        bits = BITS[dtype]
-        for n in shape:
-            bits *= n
-        if bits % 8 or stop - start != bits // 8:
-            raise Refused(f"{label} gives {stop - start} bytes to {dtype} {shape}, expected {bits / 8:g}; {_AGAIN}")
-        return Stored(name, dtype, tuple(shape), shard, base + start, stop - start)
-
-    def _small(self, name: str) -> bytes:
-        path = self.path(name)
-        self.stamps[name] = stamp(path.stat())
-        if self.stamps[name][0] > _HEADER_LIMIT:
-            raise Refused(f"{path} is larger than {_HEADER_LIMIT} bytes, that is no {name}")
-        return path.read_bytes()
-
-    def _object(self, name: str, raw: bytes) -> dict[str, Any]:
-        try:
-            value = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
-        except Refused as error:
-            raise Refused(f"{self.folder / name}: {error}; correct it") from None
-        except (ValueError, RecursionError) as error:
-            raise Refused(f"{self.folder / name} holds no valid JSON ({error}); {_AGAIN}") from None
-        if not isinstance(value, dict):
-            raise Refused(f"{self.folder / name} holds no JSON object; {_AGAIN}")
-        return value
+        start, stop = offsets
+        count = elements(shape)
+        if count is None:
+            raise Refused(
+                f"{label} has a shape that no array can have ({len(shape)} sizes, {shown(shape)}), expected at most "
+                f"{_AXES} with a product, zeros aside, of at most {_ELEMENTS}; {AGAIN}"
+            )
+        size, rest = divmod(count * BITS[dtype], 8)
+        if rest or stop - start != size:
+            expected = f"{size}{'.5' * bool(rest)}"
+            raise Refused(f"{label} gives {stop - start} bytes to {dtype} {shape}, expected {expected}; {AGAIN}")
+        return Stored(name, dtype, tuple(shape), shard, base + start, size)
 
     def _others(self) -> tuple[list[str], list[str]]:
         copied, left = [], []
-        for name in self._names(self.folder):
+        for name in self._names():
             if name in self.shards or name in OURS:
                 continue
             if name.endswith(_OTHER_WEIGHTS):
                 left.append(name)
-            else:
-                self.stamps[name] = stamp(self.path(name).stat())
-                copied.append(name)
-        return copied, left
-
-    def _names(self, folder: Path) -> Iterator[str]:
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            name = Path(entry.path).relative_to(self.folder).as_posix()
-            if entry.name.startswith("."):
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from self._names(Path(entry.path))
-            elif entry.is_dir():
-                raise Refused(f"{self.folder / name} is a link to a folder; put the folder itself there or remove it")
-            else:
-                yield name
+            if len(os.fsencode(name.rpartition("/")[2])) > _LONGEST:
+                raise Refused(f"{self.folder / name}: the name has more than {_LONGEST} bytes; give it a shorter one")
+            self.stamps[name] = documents.settled(self.path(name))
+            copied.append(name)
+        return sorted(copied), sorted(left)
+
+    def _names(self) -> Iterator[str]:
+        """All files but hidden ones, through real folders."""
+        waiting = [PurePosixPath()]
+        while waiting:
+            folder = waiting.pop()
+            if len(folder.parts) > _DEEPEST:
+                raise Refused(f"{self.folder / folder} lies deeper than {_DEEPEST} folders; move or remove it")
+            with os.scandir(self.folder / folder) as entries:
+                for entry in entries:
+                    name = folder / entry.name
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(name)
+                    elif entry.is_dir():
+                        raise Refused(
+                            f"{self.folder / name} is a link to a folder; put the folder itself there or remove it"
+                        )
+                    else:
+                        yield name.as_posix()
 
 
 class Reader:
@@ -260,7 +277,10 @@ class Reader:
             os.close(self._open.popitem()[1])
 
     def read(self, file: str, offset: int, out: memoryview) -> None:
-        """Fill `out` from a byte offset. Raises Refused if the file has changed or ends too soon, OSError."""
+        """Fill `out` from a byte offset. Raises Refused if the file has changed or ends too soon, OSError.
+
+        What is read is right only if `check` finds nothing afterwards.
+        """
         handle = self._handle(file)
         done = 0
         while done < len(out):
@@ -269,32 +289,59 @@ class Reader:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self._source.folder / file)) from None
             if count == 0:
-                raise Refused(f"{self._source.folder / file} ends at byte {offset + done} while it is read; {_AGAIN}")
+                raise Refused(f"{self._source.folder / file} ends at byte {offset + done} while it is read; {AGAIN}")
             done += count
         self.count += done
+
+    def check(self) -> None:
+        """Refuse what has been read if its file has changed since it was planned with."""
+        for file, handle in self._open.items():
+            self._same(file, handle)
+
+    def _same(self, file: str, handle: int) -> None:
+        if stamp(os.fstat(handle)) != self._source.stamps[file]:
+            raise Refused(f"{self._source.folder / file} has changed since the conversion was planned; {_QUIET}")
 
     def _handle(self, file: str) -> int:
         if file in self._open:
             self._open.move_to_end(file)
             return self._open[file]
         if len(self._open) >= self._files:
-            os.close(self._open.popitem(last=False)[1])
-        handle = os.open(self._source.path(file), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        self._open[file] = handle
-        if stamp(os.fstat(handle)) != self._source.stamps[file]:
-            raise Refused(f"{self._source.folder / file} has changed since the conversion was planned; start anew")
+            oldest, handle = next(iter(self._open.items()))
+            self._same(oldest, handle)
+            os.close(self._open.pop(oldest))
+        handle = self._open[file] = documents.regular(self._source.path(file))
+        self._same(file, handle)
         return handle
 
 
-def stamp(facts: os.stat_result) -> tuple[int, int]:
-    """Size and time of last change: what shows that a file is no longer the one that was planned with."""
-    return facts.st_size, facts.st_mtime_ns
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(map(whole, value))
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise Refused(f"{name!r} appears twice")
-        found[name] = value
-    return found
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def elements(shape: list[int]) -> int | None:
+    """How many elements a shape of non-negative sizes has; None if no array can have it, or one of no elements."""
+    product = 1
+    if len(shape) > _AXES:
+        return None
+    for size in shape:
+        product *= size or 1
+        if product > _ELEMENTS:
+            return None
+    return 0 if 0 in shape else product
+
+
+def resolved(folder: str | os.PathLike[str]) -> Path:
+    """A folder's path without links. Raises Refused for what is no path."""
+    try:
+        return Path(folder).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null byte
+        raise Refused(f"{os.fspath(folder)!r} cannot be reached: {error}; give another folder") from None

@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import stat
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .source import JOURNAL, MANIFEST, Refused
+from . import documents
+from .documents import Refused, shown, whole
+from .source import JOURNAL, MANIFEST
 
 PARTIAL = ".partial"
 _IGNORED = frozenset({"lost+found"})
+_ANEW = "empty DST and convert again"
 
 
 @dataclass(frozen=True)
@@ -24,16 +30,43 @@ class Entry:
     sha256: str
 
 
+def place(folder: Path, name: str, make: bool = False) -> Path:
+    """Where a file of the output lies or will lie. Raises Refused if a link or no folder is on the way, or at its end.
+
+    make: also the folders on the way.
+    """
+    *parents, last = PurePosixPath(name).parts
+    path = folder
+    for part in parents:
+        path /= part
+        mode = _mode(path)
+        if mode is None and make:
+            path.mkdir(exist_ok=True)
+        elif mode is not None and not stat.S_ISDIR(mode):
+            raise Refused(f"{path} is a link or a file where DST needs a folder; remove it or choose another DST")
+    path /= last
+    mode = _mode(path)
+    if mode is not None and not stat.S_ISREG(mode):
+        raise Refused(f"{path} is a link or no regular file; remove it or choose another DST")
+    return path
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_mode
+    except FileNotFoundError:
+        return None
+
+
 class Writer:
     """A file written under a temporary name, and under its own only when it is whole and on the disk."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
-        self._final = folder / name
-        self._temporary = folder / (name + PARTIAL)
-        self._final.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-        self._file = os.open(self._temporary, flags, 0o666)
+        self._final = place(folder, name, make=True)
+        self._temporary = place(folder, name + PARTIAL)
+        self._temporary.unlink(missing_ok=True)  # it may be another name of a file that is to stay
+        self._file = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         self._digest = hashlib.sha256()
         self._size = 0
 
@@ -74,17 +107,20 @@ class Writer:
 class Journal:
     """What has been finished in a folder, appended and synced line by line; one conversion at a time holds it.
 
-    identity: what the output is made of and how. An interrupted conversion of something else is refused, as is a folder
-        that holds other files and no journal.
+    identity: what the output is made of and how; an interrupted conversion of something else is refused.
+    seen: stamps of the source in short. What was finished under others may be of other bytes: it is not in `sure`.
+    names: files that the conversion makes; what the journal has of others is passed over.
+    memory: the most bytes that this process may take.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self._path = folder / JOURNAL
+    def __init__(self, folder: Path, identity: dict[str, Any], seen: str, names: Collection[str], memory: int) -> None:
+        self._path, self._seen = place(folder, JOURNAL), seen
         self._lock = threading.Lock()
         self.done: dict[str, Entry] = {}
+        self.sure: set[str] = set()
         self._file = self._locked()
         try:
-            self.resumed = self._load(identity)
+            self.resumed = self._load(identity, names, memory)
         except BaseException:
             os.close(self._file)
             raise
@@ -98,7 +134,7 @@ class Journal:
     def record(self, name: str, entry: Entry) -> None:
         """Note a file as finished, once it has its own name."""
         with self._lock:
-            self._append({"file": name, "bytes": entry.bytes, "sha256": entry.sha256})
+            self._append({"file": name, "bytes": entry.bytes, "sha256": entry.sha256, "seen": self._seen})
             self.done[name] = entry
 
     def remove(self) -> None:
@@ -110,7 +146,7 @@ class Journal:
         import fcntl
 
         while True:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+            file = documents.regular(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -120,16 +156,17 @@ class Journal:
                 return file
             os.close(file)  # another conversion has just finished and removed it
 
-    def _load(self, identity: dict[str, Any]) -> bool:
-        raw = self._path.read_bytes()
-        records, whole = _records(raw)
-        if whole < len(raw):
-            os.ftruncate(self._file, whole)
+    def _load(self, identity: dict[str, Any], names: Collection[str], memory: int) -> bool:
+        raw = documents.contents(self._file, self._path, memory=memory, remedy=_ANEW)
+        records, length = _records(self._path, raw)
+        if length < len(raw):
+            os.ftruncate(self._file, length)
         if not records:
             self._append({"journal": "flagops convert", "identity": identity})
             sync_folder(self._path.parent)
             return False
-        self.done = _finished(self._path.parent, records, identity)
+        self.done = _finished(self._path.parent, records, identity, names)
+        self.sure = {r["file"] for r in records[1:] if r.get("seen") == self._seen}
         return True
 
     def _append(self, record: dict[str, Any]) -> None:
@@ -144,32 +181,42 @@ class Journal:
             raise
 
 
-def unfinished(folder: Path, identity: dict[str, Any]) -> dict[str, Entry]:
+def unfinished(folder: Path, identity: dict[str, Any], names: Collection[str], memory: int) -> dict[str, Entry]:
     """What the journal of an interrupted conversion has as finished; refuses that of another, and changes nothing."""
-    path = folder / JOURNAL
-    records = _records(path.read_bytes())[0] if path.exists() else []
-    return _finished(folder, records, identity) if records else {}
+    raw = _contents(folder, JOURNAL, memory)
+    records = _records(folder / JOURNAL, raw)[0] if raw else []
+    return _finished(folder, records, identity, names) if records else {}
 
 
-def _finished(folder: Path, records: list[dict[str, Any]], identity: dict[str, Any]) -> dict[str, Entry]:
+def _finished(
+    folder: Path, records: list[dict[str, Any]], identity: dict[str, Any], names: Collection[str]
+) -> dict[str, Entry]:
     same_made(folder, records[0].get("identity"), identity)
-    return {r["file"]: Entry(r["bytes"], r["sha256"]) for r in records[1:]}
+    return {r["file"]: Entry(r["bytes"], r["sha256"]) for r in records[1:] if r["file"] in names}
 
 
-def _records(raw: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a journal and their length, up to where a crash cut it."""
+def _records(path: Path, raw: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a journal and their length, up to where a crash cut it or something else stands in it."""
     records: list[dict[str, Any]] = []
-    whole = 0
+    length = 0
     for line in raw.splitlines(keepends=True):
         try:
-            record = json.loads(line)
-        except ValueError:
+            record = documents.parsed(path, line)
+        except Refused:
             break
-        if not line.endswith(b"\n") or not isinstance(record, dict):
+        if not line.endswith(b"\n") or (records and not (isinstance(record.get("file"), str) and _entry(record))):
             break
         records.append(record)
-        whole += len(line)
-    return records, whole
+        length += len(line)
+    return records, length
+
+
+def _entry(facts: Any) -> Entry | None:
+    """Size and hash as a journal or manifest has them, None for anything else."""
+    if not isinstance(facts, dict) or not whole(facts.get("bytes")):
+        return None
+    digest = facts.get("sha256")
+    return Entry(facts["bytes"], digest) if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) else None
 
 
 def same_made(folder: Path, found: Any, identity: dict[str, Any]) -> None:
@@ -180,9 +227,9 @@ def same_made(folder: Path, found: Any, identity: dict[str, Any]) -> None:
     names = [name for name in identity | found if found.get(name) != identity.get(name)]
     what = "another SRC, or one changed since" if {"source", "stamps"} & set(names) else "other options"
     options = [name for name in names if name in ("to", "keep", "shard_size")]
-    shown = ", ".join(f"{name} {found.get(name)} instead of {identity.get(name)}" for name in options)
+    said = ", ".join(f"{name} {shown(found.get(name))} instead of {shown(identity.get(name))}" for name in options)
     raise Refused(
-        f"{folder} holds a conversion of {what}{f' ({shown})' if shown else ''}; "
+        f"{folder} holds a conversion of {what}{f' ({said})' if said else ''}; "
         "repeat that very command, empty the folder or choose another"
     )
 
@@ -193,22 +240,36 @@ def manifest(identity: dict[str, Any], files: dict[str, Entry]) -> bytes:
     return (json.dumps({"identity": identity, "files": entries}, indent=1, sort_keys=True) + "\n").encode()
 
 
-def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Entry]] | None:
+def read_manifest(folder: Path, memory: int | None = None) -> tuple[dict[str, Any], dict[str, Entry]] | None:
     """Identity and files, or None where there is no manifest. Raises Refused for a damaged one."""
+    raw = _contents(folder, MANIFEST, memory)
+    if raw is None:
+        return None
     path = folder / MANIFEST
+    found = documents.parsed(path, raw, memory, _ANEW)
+    for part in ("identity", "files"):
+        if not isinstance(found.get(part), dict):
+            raise Refused(f"{path} is damaged: {part} is {shown(found.get(part))}, expected an object; {_ANEW}")
+    entries = {}
+    for name, facts in found["files"].items():
+        entry = _entry(facts)
+        if entry is None:
+            raise Refused(f"{path} is damaged: {name!r} has no bytes and sha256, but {shown(facts)}; {_ANEW}")
+        entries[name] = entry
+    return found["identity"], entries
+
+
+def _contents(folder: Path, name: str, memory: int | None) -> bytes | None:
+    path = place(folder, name)
     if not path.exists():
         return None
-    try:
-        found = json.loads(path.read_bytes())
-        files = {name: Entry(int(facts["bytes"]), str(facts["sha256"])) for name, facts in found["files"].items()}
-        return dict(found["identity"]), files
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Refused(f"{path} is damaged ({error!r}); convert again into another folder") from None
+    with documents.opened(path) as handle:
+        return documents.contents(handle, path, memory=memory, remedy=_ANEW)
 
 
 def foreign(folder: Path) -> list[str]:
     """What lies in a folder that a conversion did not put there, if it has neither journal nor manifest."""
-    if not folder.exists() or (folder / JOURNAL).exists() or (folder / MANIFEST).exists():
+    if not folder.exists() or any(place(folder, name).exists() for name in (JOURNAL, MANIFEST)):
         return []
     return sorted(p.name for p in folder.iterdir() if p.name not in _IGNORED)
 

@@ -12,8 +12,9 @@ from flagops import arrays, config, registry
 from flagops.call import of
 from flagops.errors import Unsupported
 
+from .documents import Refused
 from .plan import COPY, FP4, FP8, KEEP, KEPT_SCALE, RECODE, RECODED_SCALE, STORED, Output, Plan, Shard, slices
-from .source import Reader, Refused
+from .source import Reader
 
 BLOCK = 128  # rows and columns that share a scale in FP8 recoded from FP4
 LARGEST = 1 << 20  # elements of a slice: their bytes stay in a processor's cache from the read to the write
@@ -148,12 +149,20 @@ class Stream:
                     yield out, piece
 
     def output(self, out: Output) -> Iterator[Any]:
-        """The bytes of one output as uint8 arrays, each valid until the next is asked for."""
+        """The bytes of one output as uint8 arrays, each valid until the next is asked for.
+
+        Raises Refused for what is damaged, after the last piece also if its file was changed while it was read.
+        """
         made: dict[str, Callable[[Output], Iterator[Any]]] = {
             COPY: self._watched, STORED: self._copy, KEPT_SCALE: self._kept_scale, KEEP: self._keep,
             FP4: self._fp4, FP8: self._fp8, RECODE: self._recode, RECODED_SCALE: self._recoded_scale,
         }  # fmt: skip
-        return made[out.action](out)
+        try:
+            yield from made[out.action](out)
+        except Refused:
+            self.reader.check()  # of a file that is written to anything may be wrong
+            raise
+        self.reader.check()
 
     def _read(self, stored: Any, offset: int, size: int, buffer: Any = None) -> Any:
         found: Any = np.empty(size, np.uint8) if buffer is None else buffer[:size]
@@ -202,7 +211,7 @@ class Stream:
         height, width = out.block
         across = -(-columns // width)
         coded = out.scale.dtype != "F32"
-        for matrix in range(matrices):
+        for matrix in range(matrices if out.size else 0):
             base = matrix * -(-rows // height) * across
             for r0, r1, c0, c1 in slices(rows, columns, (height, width), self._limit):
                 shape = r1 - r0, c1 - c0

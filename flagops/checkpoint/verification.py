@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flagops.config import size as parse_size
+
 from . import store
 from .conversion import PIECE, Conversion, Summary, entry_of
-from .plan import RECODED_SCALE, Output, Plan, Shard
-from .source import BITS, JOURNAL, MANIFEST, OURS, Refused
+from .documents import Refused, line, opened, whole
+from .plan import RECODED_SCALE, TARGETS, Output, Plan, Shard
+from .source import BITS, JOURNAL, MANIFEST, OURS, resolved
 from .store import Entry
 from .stream import Stream
 from .work import Progress, Silent, Stopped
@@ -21,6 +23,9 @@ from .work import Progress, Silent, Stopped
 
 class Difference(ValueError):
     """A converted checkpoint is not what its source gives; the message names the first tensor or file that differs."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(line(text))
 
 
 def verify(
@@ -53,17 +58,18 @@ def verify(
     """
     if not 0 < sample <= 1:
         raise Refused(f"--sample {sample}: expected a share above 0 and up to 1")
-    dst = Path(dst).resolve()
-    found = store.read_manifest(dst)
+    dst = resolved(dst)
+    found, going = store.read_manifest(dst, parse_size(memory)), store.place(dst, JOURNAL).exists()
     if found is None:
-        state = "is not finished; repeat the command that began it" if (dst / JOURNAL).exists() else "has no manifest"
+        state = "is not finished; repeat the command that began it" if going else "has no manifest"
         raise Difference(f"{dst} {state}: only a finished conversion of flagops can be verified")
-    if (dst / JOURNAL).exists():
+    if going:
         raise Difference(f"{dst} is not finished: {JOURNAL} is still there; repeat the command that began it")
     identity, entries = found
-    to, shard_size, keep = str(identity.get("to")), identity.get("shard_size"), identity.get("keep", [])
-    if not (isinstance(shard_size, int) and isinstance(keep, list) and all(isinstance(name, str) for name in keep)):
-        raise Difference(f"{dst / MANIFEST} does not say with which options it was made")
+    to, shard_size, keep = identity.get("to"), identity.get("shard_size", 0), identity.get("keep", [])
+    texts = isinstance(keep, list) and all(isinstance(name, str) for name in keep)
+    if to not in TARGETS or not whole(shard_size, 1) or not texts:
+        raise Difference(f"{dst / MANIFEST} does not say with which options it was made; convert again")
     conversion = Conversion(src, dst, to, keep, shard_size, memory, workers, backend, progress or Silent())
     summary = conversion.summary()
     files = _expected(conversion, identity, entries)
@@ -79,7 +85,7 @@ def verify(
         conversion.progress.end()
     if compare.found:
         raise compare.found[min(compare.found)]
-    extra = sorted(p.name for p in dst.iterdir() if p.is_file() and p.name not in files | OURS)
+    extra = sorted(p.name for p in dst.iterdir() if p.name not in files | OURS)
     summary.notes += [f"not of this conversion: {', '.join(extra)}"] if extra else []
     summary.state, summary.compared_tensors = "verified", len(chosen)
     return conversion.measured(summary, conversion.total)
@@ -122,17 +128,19 @@ class _Compare:
                 self._copied(what, stream)
             else:
                 self._shard(number, what, stream, self._chosen)
+            stream.reader.check()
         except Difference as error:
+            stream.reader.check()  # of a source that is written to anything may differ
             with self._lock:
                 self.found[number] = error
 
     def _copied(self, name: str, stream: Stream) -> None:
         conversion = self._conversion
-        path = conversion.dst / name
-        size = conversion.plan.source.stamps[name][0]
-        if not path.is_file() or conversion.hash(name) != self._entries[name] or self._entries[name].bytes != size:
+        path = store.place(conversion.dst, name)
+        size = conversion.plan.source.stamps[name].size
+        if not path.exists() or conversion.hash(name) != self._entries[name] or self._entries[name].bytes != size:
             raise Difference(f"{path} is missing or not the file that was written")
-        with open(path, "rb", buffering=0) as file:
+        with opened(path) as handle, open(handle, "rb", buffering=0, closefd=False) as file:
             for start in range(0, size, PIECE):
                 piece = bytearray(min(PIECE, size - start))
                 stream.reader.read(name, start, memoryview(piece))
@@ -142,11 +150,11 @@ class _Compare:
 
     def _shard(self, number: int, shard: Shard, stream: Stream, chosen: set[str]) -> None:
         conversion = self._conversion
-        path = conversion.dst / shard.name
-        if not path.is_file():
+        path = store.place(conversion.dst, shard.name)
+        if not path.exists():
             raise Difference(f"{path} is missing")
         digest, buffer = hashlib.sha256(), np.empty(PIECE, np.uint8)
-        with open(path, "rb", buffering=0) as file:
+        with opened(path) as handle, open(handle, "rb", buffering=0, closefd=False) as file:
             self._same(file, digest, np.frombuffer(shard.header, np.uint8), buffer, f"the header of {path}", None, 0)
             conversion.team.advance(len(shard.header), shard.name)
             for out in shard.outputs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from ..backends import numba
+from .documents import Refused
+from .memory import resident
 from .plan import RECODE, Plan
-from .source import Refused
 from .stream import BLOCK, LARGEST, SMALLEST, Kernels, Stream
 
 _WORKER = 6 << 20  # bytes: a thread's stack, its allocator and what checks and comparisons take
@@ -76,7 +76,9 @@ def share(plan: Plan, kernels: Kernels, memory: int, workers: int | None, tasks:
     Raises Refused if it is too little, saying how much is needed.
     """
     each = 3 + kernels.temporaries  # a byte in, two out
-    smallest = max(SMALLEST, max((BLOCK * out.shape[-1] for out in plan.outputs if out.action == RECODE), default=0))
+    smallest = max(
+        SMALLEST, max((BLOCK * out.shape[-1] for out in plan.outputs if out.action == RECODE and out.size), default=0)
+    )
     base = resident() + _MARGIN
     need = _WORKER + each * smallest
     wanted = workers or max(1, min(processors(), tasks))
@@ -154,28 +156,6 @@ class Team:
 def processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def resident() -> int:
-    """Bytes of this process that are in memory now; where the system does not say, its peak so far."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except FileNotFoundError:
-        return peak()
-
-
-def peak() -> int:
-    """The most bytes of this process that have been in memory."""
-    try:
-        with open("/proc/self/status") as file:
-            (line,) = (line for line in file if line.startswith("VmHWM"))
-            return int(line.split()[1]) << 10
-    except (FileNotFoundError, ValueError):
-        import resource
-
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most << 10
 
 
 def folders(src: Path, dst: Path) -> None:
