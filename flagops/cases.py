@@ -6,6 +6,7 @@ numbers come out.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import os
 import zlib
@@ -17,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flagops import arrays, registry
+from flagops.backends import missing
+from flagops.errors import Unsupported
 from flagops.layouts import FLIPPED, LAYOUTS, Allocate, Place, heap, put
 from flagops.operator import Dims, Operator, Tensor
 
@@ -61,6 +64,8 @@ class Case:
     budget: int = 256 << 20
     inplace: bool = False
     seed: int = 0
+    redrawn: int = 0
+    """Other values in the same shapes."""
 
     def arguments(self) -> dict[str, Any]:
         """The inputs by name, as NumPy arrays in the drawn layouts (absent tensors are None)."""
@@ -89,10 +94,12 @@ class Case:
                 rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
                 tensor = op.tensors[name]
                 shape = op.shape(tensor, dims, self._batch_of(name, rng))
+                if self.redrawn:
+                    rng = np.random.default_rng([self.seed, zlib.crc32(name.encode()), self.redrawn])
                 values = self.values if self.values != "one special" else "filled" if name == odd else "normal"
                 made[name] = _draw(rng, tensor, shape, dtypes[name], dims, values)
         if op.fit:
-            op.fit(made, dims, np.random.default_rng([self.seed, 1]))
+            op.fit(made, dims, np.random.default_rng([self.seed, 1, self.redrawn]))
         return made
 
     def _odd(self, op: Operator, dtypes: dict[str, str]) -> str | None:
@@ -113,6 +120,19 @@ class Case:
         return f"Case({', '.join(f'{k}={v!r}' for k, v in fields.items() if v)})"
 
 
+def parse(text: str) -> Case:
+    """A case from what it is printed as. Raises ValueError."""
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError
+        case = Case(**{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
+    except (SyntaxError, TypeError, ValueError):
+        raise ValueError(f"{text!r} is no case; one is printed as Case(operator=..., dims=...)") from None
+    registry.operator(case.operator)
+    return case
+
+
 def scope(backend: str) -> Scope:
     """The scope for a backend here: Triton's interpreter is slow."""
     return INTERPRETED if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1" else FULL
@@ -128,13 +148,14 @@ def draw_case(
 ) -> Case:
     """A case of an operator, every decision made by ``choose(options)``; early options are the simple ones.
 
-    fixed, batch: sizes that are not chosen, of axes by name and of the batch axes.
+    fixed, batch: sizes that are not chosen, of axes by name and of the batch axes; with them no whole set of the card's.
     """
+    whole = fixed is None and batch is None
     fixed = fixed or {}
     names = {f for t in op.tensors.values() for w in t.axes.split() if w != "..." for f in w.split("*")}
     ordered = sorted(n for n in names if not n.isdecimal())
     first, room = choose(range(len(ordered))), within.volume
-    dims: Dims = {} if fixed or batch else dict(choose(({}, {}, {}, *op.cases)))
+    dims: Dims = dict(choose(({}, {}, {}, *op.cases))) if whole else {}
     for name in () if dims else [n for n in ordered if n in fixed] + ordered[first:] + ordered[:first]:
         options = op.sizes.get(name, within.sizes)
         if name not in dims:
@@ -282,3 +303,12 @@ def as_kind(x: Any, kind: str, dtype: str | None = None) -> Any:
 
         return made.view(torch.float4_e2m1fn_x2)
     return made
+
+
+def kinds_of(backend: str) -> list[str]:
+    """The kinds of array that a backend takes on the CPU."""
+    present = ("numpy",) if missing("torch") else ("torch", "numpy")
+    taken = [k for k in present if registry.backend(backend).refuses(as_kind(np.zeros(1, np.float32), k)) is None]
+    if not taken:
+        raise Unsupported(f"{backend} takes no array on the CPU")
+    return taken

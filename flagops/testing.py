@@ -12,9 +12,8 @@ from typing import TypeVar
 import numpy as np
 
 from flagops import registry
-from flagops.backends import missing
 from flagops.call import of
-from flagops.cases import INTERPRETED, Case, Scope, as_kind, draw_case, dtypes_near, scope, workload
+from flagops.cases import INTERPRETED, Case, Scope, as_kind, draw_case, dtypes_near, kinds_of, scope, workload
 from flagops.errors import Unsupported
 from flagops.judge.calls import assert_facts, assert_parity, rows
 from flagops.judge.comparison import assert_bits, assert_near, assert_of, compare
@@ -46,15 +45,6 @@ def check(op: Operator, backend: str, examples: int = 0, seed: int = 0) -> tuple
         except Unsupported as reason:
             refused[str(reason)] = refused.get(str(reason), 0) + 1
     return ran, refused
-
-
-def kinds_of(backend: str) -> list[str]:
-    """The kinds of array that a backend takes on the CPU."""
-    present = ("numpy",) if missing("torch") else ("torch", "numpy")
-    taken = [k for k in present if registry.backend(backend).refuses(as_kind(np.zeros(1, np.float32), k)) is None]
-    if not taken:
-        raise Unsupported(f"{backend} takes no array on the CPU")
-    return taken
 
 
 def touch(op: Operator, backend: str) -> Iterator[int]:

@@ -35,7 +35,10 @@ class Call:
         self.arguments = {n: x.view if isinstance(x, Place) else x for n, x in places.items()}
         self.given = {n: as_kind(x, case.kind, dict(case.dtypes).get(n)) for n, x in self.arguments.items()}
         self.protected = allocate if isinstance(allocate, Guarded) else None
-        self.outs, self.given_outs = [], []
+        self.outs: list[Place] = []
+        self.given_outs: list[Any] = []
+        self.shared: list[tuple[Place, str]] = []
+        """Results that take the place of an input."""
         leads = [lead for n, t in op.tensors.items() if t.axes.startswith("...") and (lead := _batch(t, self.arguments[n]))]
         batch, dims, dtypes = np.broadcast_shapes(*leads), dict(case.dims), dict(case.dtypes)
         around = Guarded(allocate.front) if isinstance(allocate, Guarded) else heap
@@ -47,6 +50,7 @@ class Call:
             if case.inplace and source and same:
                 place.view[...] = self.arguments[source]
                 self.given[source] = out
+                self.shared.append((place, source))
             self.outs.append(place)
             self.given_outs.append(out)
         self._outside = [bits(x.room).copy() for x in self.outs]
@@ -56,17 +60,17 @@ class Call:
     def out(self) -> Any:
         return tuple(self.given_outs) if self.op.several else self.given_outs[0]
 
-    def poison(self) -> None:
-        """Make `out` unlike any result again."""
-        for x in self.outs:
-            poison(x.room)
-
-    def refill(self, seed: int) -> None:
-        """Other values at the same addresses."""
-        for name, x in dataclasses.replace(self.case, seed=seed).values_drawn().items():
-            if name in self.inputs:
-                self.inputs[name].fill(x)
+    def renew(self, redrawn: int | None = None) -> None:
+        """Make `out` unlike any result again; give the inputs other values at the same addresses, if asked to."""
+        if redrawn is not None:
+            for name, x in dataclasses.replace(self.case, redrawn=redrawn).values_drawn().items():
+                if name in self.inputs:
+                    self.inputs[name].fill(x)
         self._before = {n: bits(x.room).copy() for n, x in self.inputs.items()}
+        for place in self.outs:
+            poison(place.room)
+        for place, source in self.shared:
+            place.view[...] = self.arguments[source]
 
     def run(self) -> list[Array]:
         """Call the kernel; returns copies of what it wrote, taken at once."""
