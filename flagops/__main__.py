@@ -204,7 +204,9 @@ def parser() -> argparse.ArgumentParser:
     group = listing.add_mutually_exclusive_group()
     group.add_argument("--json", action="store_true", help="machine-readable")
     group.add_argument("--markdown", action="store_true", help="the table of the README")
-    listing.add_argument("--report", metavar="FILE", help="with what `flagops check --report FILE` found of each kernel")
+    listing.add_argument(
+        "--report", metavar="FILE", help="with what `flagops check --report FILE` found of each kernel"
+    )
     _check_words(command(check))
     warming = command(warmup)
     warming.add_argument("operators", nargs="*", metavar="OP", help="operators (default: all)")

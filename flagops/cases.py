@@ -148,7 +148,7 @@ def draw_case(
 ) -> Case:
     """A case of an operator, every decision made by ``choose(options)``; early options are the simple ones.
 
-    fixed, batch: sizes that are not chosen, of axes by name and of the batch axes; with them no whole set of the card's.
+    fixed, batch: sizes that are not chosen, of axes by name and of the batch axes; then no whole set of the card's is.
     """
     whole = fixed is None and batch is None
     fixed = fixed or {}

@@ -86,7 +86,7 @@ def place(shape: tuple[int, ...], dtype: Any, layout: str, allocate: Allocate = 
     flip = {"reversed": rank - 1, "flipped": 0}.get(layout, -1) if rank else -1
 
     def cut(x: Array) -> Array:
-        part = x[(*picks, ...)]
+        part: Array = x[(*picks, ...)]  # type: ignore[arg-type]
         return np.flip(part, flip) if flip >= 0 else part
 
     return Place(room, cut)

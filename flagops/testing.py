@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from flagops import registry
 from flagops.call import of
 from flagops.cases import INTERPRETED, Case, Scope, as_kind, draw_case, dtypes_near, kinds_of, scope, workload
 from flagops.errors import Unsupported

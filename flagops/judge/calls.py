@@ -39,7 +39,9 @@ class Call:
         self.given_outs: list[Any] = []
         self.shared: list[tuple[Place, str]] = []
         """Results that take the place of an input."""
-        leads = [lead for n, t in op.tensors.items() if t.axes.startswith("...") and (lead := _batch(t, self.arguments[n]))]
+        leads = [
+            lead for n, t in op.tensors.items() if t.axes.startswith("...") and (lead := _batch(t, self.arguments[n]))
+        ]
         batch, dims, dtypes = np.broadcast_shapes(*leads), dict(case.dims), dict(case.dtypes)
         around = Guarded(allocate.front) if isinstance(allocate, Guarded) else heap
         for name, tensor in op.results.items():

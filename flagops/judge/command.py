@@ -61,9 +61,9 @@ def check(args: argparse.Namespace) -> int:
         usable += [] if reason else [name]
         outcome.problems += [f"{name}: {reason}"] if reason else []
     wish = {
-        "files": files, "operators": operators, "backends": usable, "seconds": duration(args.time), "examples": args.examples,
-        "seed": args.seed if args.seed is not None else int(time.time()), "strict": args.strict, "least": LEAST_SHARE if args.least is None else args.least,
-        "replay": args.replay,
+        "files": files, "operators": operators, "backends": usable, "replay": args.replay, "examples": args.examples,
+        "seconds": duration(args.time), "seed": int(time.time()) if args.seed is None else args.seed,
+        "strict": args.strict, "least": LEAST_SHARE if args.least is None else args.least,
     }  # fmt: skip
     if args.replay:
         wish["operators"] = [_replayed(args.replay)]
@@ -155,9 +155,8 @@ def _show(outcome: Outcome, wish: dict[str, Any]) -> None:
         cases = sum(r["cases"].values())
         worst = max(r["worst"].values(), default=0)
         share = f"{ran / asked:.0%}" if asked else ""
-        rows.append((
-            r["operator"], r["backend"], r["result"], cases, r["calls"] or "", share, f"{worst:.2f}", f"{r['seconds']:.1f} s",
-        ))  # fmt: skip
+        counts = (cases, r["calls"] or "", share, f"{worst:.2f}", f"{r['seconds']:.1f} s")
+        rows.append((r["operator"], r["backend"], r["result"], *counts))
     columns = ("operator", "backend", "result", "cases", "small calls", "ran", "of its bound", "time")
     tables.show(f"judged, seed {wish['seed']}", columns, rows)
     calls = min((r["calls"] for r in outcome.records if r["calls"]), default=0)

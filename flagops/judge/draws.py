@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ LONG = tuple(size for power in range(16, 7, -1) for size in (2**power + 3, 2**po
 """Sizes of one long axis, tried in this order until one is legal and small enough in all."""
 ELEMENTS, WORK = 1 << 20, 1 << 22
 """Of the tensors of one case together, and its floating-point operations; four times as much for those beyond 2^20."""
+PATIENCE = 0.3
+"""Seconds that a case of one long axis should take."""
 
 
 @dataclass
@@ -64,6 +67,8 @@ class Draws:
     within: Scope
     kinds: Sequence[str]
     coverage: Coverage = field(default_factory=Coverage)
+    longest: dict[str, int] = field(default_factory=dict)
+    """The sizes of axes that are tried in about `PATIENCE`, once that is known."""
 
     def draw(
         self, within: Scope | None = None, fixed: Mapping[str, int] | None = None, batch: tuple[int, ...] | None = None
@@ -107,6 +112,7 @@ class Draws:
         """One axis after the other at its longest, then two together for more than 2^20 elements."""
         while True:
             for axis in self.axes:
+                yield from self._sized(axis, (1031, 1024))  # which shows how long a longer one takes
                 yield from self._sized(axis, LONG)
             for one, two in itertools.combinations(self.axes, 2):
                 yield from self._sized(one, [1031, 1024], {two: 1021}, 4)
@@ -128,11 +134,16 @@ class Draws:
     ) -> Iterator[Case]:
         """A case with an axis of the first of these sizes that is not too large in all, the others small."""
         for size in sizes:
+            if size > self.longest.get(axis, size):
+                continue
             fixed = {**(others or {}), axis: size}
             batch = (fixed.pop("..."),) if "..." in fixed else None
             case = self.draw(Scope(SMALL, 1 << 10, 1), fixed, batch)
             if fits(self.op, case, room) and legal(self.op, case):
+                start = time.monotonic()
                 yield case
+                if size >= 1024:
+                    self.longest[axis] = int(size * max(PATIENCE / (time.monotonic() - start), 0.5))
                 return
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +18,8 @@ from flagops.backends.torch import backend as torch_backend
 class FileBackend:
     """Kernels that take torch tensors on the CPU, unless the file has a ``backend`` of its own that says otherwise."""
 
-    dispatch_keys = ()
+    dispatch_keys: tuple[str, ...] = ()
+    kernels: str | Callable[[Any], Callable[..., None] | None]
 
     def __init__(self, name: str, package: str, own: Any) -> None:
         self.name, self.kernels, self._own = name, package, own or torch_backend
@@ -46,18 +49,34 @@ def offer(path: str) -> str:
     Whatever the file raises is the caller's.
     """
     name = name_of(path)
-    package = f"judged_{name}"
-    spec = importlib.util.spec_from_file_location(f"{package}.file", path)
+    spec = importlib.util.spec_from_file_location(f"judged_{name}.file", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[package], sys.modules[spec.name] = ModuleType(package), module
-    sys.modules[package].__path__ = []
+    _enter(name, module)
     spec.loader.exec_module(module)
-    for family in {op.family for op in registry.operators().values()}:  # where the protocol looks for a kernel
-        sys.modules[f"{package}.{family}_{name}"] = module
-    registry.add(FileBackend(name, package, getattr(module, "backend", None)))
+    registry.add(FileBackend(name, f"judged_{name}", getattr(module, "backend", None)))
     return name
+
+
+def offer_functions(name: str, functions: dict[str, Any]) -> str:
+    """Offer functions by name, as a file of them would be."""
+    module = ModuleType(f"judged_{name}.file")
+    module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+    vars(module).update(functions)
+    _enter(name, module)
+    registry.add(FileBackend(name, f"judged_{name}", None))
+    return name
+
+
+def _enter(name: str, module: ModuleType) -> None:
+    """Put a module wherever the protocol looks for kernels of a backend."""
+    package = ModuleType(f"judged_{name}")
+    package.__path__ = []
+    sys.modules[package.__name__] = package
+    sys.modules[f"{package.__name__}.file"] = module
+    for family in {op.family for op in registry.operators().values()}:
+        sys.modules[f"{package.__name__}.{family}_{name}"] = module
 
 
 def kernels_of(backend: str) -> list[str]:

@@ -25,7 +25,7 @@ def settings() -> dict[str, Any]:
         "working folder": os.getcwd(),
         "Python threads": threading.active_count(),
         "Python's random state": random.getstate(),
-        "NumPy's random state": np.random.get_state()[1:3],  # noqa: NPY002 - of whatever draws without a generator
+        "NumPy's random state": tuple(np.random.get_state())[1:3],  # noqa: NPY002 - of whatever draws without a generator
         "NumPy's floating-point errors": np.geterr(),
         "flush-to-zero": float(np.float32(1e-45) * np.float32(1)) == 0,
         "recursion limit": sys.getrecursionlimit(),
@@ -98,10 +98,16 @@ class Watch:
             if changed or gone:
                 restore(self.before)
             return [f"{k} ({_brief(self.before[k])} before, {_brief(after[k])} after)" for k in changed]
+        changed = [k for k in changed if not _own(k[0], after[k])]
         for module, name in changed + gone:
             space = sys.modules.get(module) or getattr(sys.modules["torch"], "Tensor", None)
             setattr(space, name, self.before[module, name])
         return [f"{module}.{name}" for module, name in changed + gone]
+
+
+def _own(module: str, value: Any) -> bool:
+    """Whether a library replaced a name of its own: parts of torch do when they are imported."""
+    return (getattr(value, "__module__", None) or "").partition(".")[0] == module.partition(".")[0]
 
 
 def _same(one: Any, two: Any) -> bool:

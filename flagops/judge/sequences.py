@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -84,13 +85,25 @@ def _others(op: Operator, backend: str, case: Case) -> None:
     def choose(options: Sequence[Any]) -> Any:
         return options[int(rng.integers(0, len(options)))]
 
-    mates = [n for n in registry.operators() if registry.written(n, backend)]
-    for name in (op.name, choose(mates)):
+    for name in (op.name, choose(_mates(backend))):
         other = draw_case(registry.operator(name), choose, Scope((3, 2, 5), 1 << 8, 1), (case.kind,))
         dtypes = dict(other.dtypes)
         with contextlib.suppress(Unsupported):
             given = {n: as_kind(x, other.kind, dtypes.get(n)) for n, x in other.arguments().items()}
             run(registry.operator(name), backend, given)
+
+
+@cache
+def _mates(backend: str) -> tuple[str, ...]:
+    """The operators that a backend has kernels for."""
+
+    def there(name: str) -> bool:
+        try:
+            return bool(registry.find(name, backend))
+        except Unsupported:
+            return False
+
+    return tuple(filter(there, registry.operators()))
 
 
 class Repeated:
@@ -197,5 +210,3 @@ def _busy() -> Iterator[None]:
     finally:
         process.kill()
         process.wait()
-
-

@@ -249,7 +249,8 @@ def _gradient_cases(session: Session) -> Iterator[Case]:
     kernel = registry.find(session.op.name, session.backend)
     if not kernel.backward or "torch" not in session.draws.kinds:
         return
-    clear, unclear = gradients.VALUES, FLIPPED
+    clear: tuple[str, ...] = gradients.VALUES
+    unclear: tuple[str, ...] = FLIPPED
     if session.op.judge:  # which elements are selected is clear where no two are equal
         clear, unclear = ("normal", "positive", "large range"), (*FLIPPED, *SPREAD)
     around = session.draws.around(constants(kernel.backward)[:16])
@@ -282,7 +283,9 @@ def _workloads(session: Session) -> Iterator[Case]:
     from flagops import measure
 
     loads = [measure.case(session.op, name) for name in session.op.workloads]
-    small = [c for c in loads if elements(session.op, c) < 1 << 24 and session.op.flops(dict(c.dims), c.batch) < 1 << 31]
+    small = [
+        c for c in loads if elements(session.op, c) < 1 << 24 and session.op.flops(dict(c.dims), c.batch) < 1 << 31
+    ]
     while small and session.within is not INTERPRETED and "torch" in session.draws.kinds:
         yield small.pop(int(session.random.integers(len(small))))
 
@@ -303,7 +306,7 @@ STAGES = (
     Stage("facts", 0.05, 8, lambda s: s.draws.drawn(), _facts),
     Stage("own numbers", 0.2, 24, _around, _parity),
     Stage("gradients", 0.12, 12, _gradient_cases, _gradient),
-    Stage("long", 0.13, 8, lambda s: s.draws.long(), _parity),
+    Stage("long", 0.13, 12, lambda s: s.draws.long(), _parity),
     Stage("repeats", 0.0, 1, lambda s: s.draws.small(), _repeats),
     Stage("workloads", 0.05, 1, _workloads, _workload),
     Stage("more parity", 0.17, 20, lambda s: s.draws.drawn(), _parity, counts=True),

@@ -27,7 +27,7 @@ def main(text: str) -> None:
         def send(**message: Any) -> None:
             stream.write(json.dumps(message) + "\n")
 
-        libraries = _libraries()
+        libraries = prepare()
         try:
             backends = [files.offer(path) for path in wish["files"]] or wish["backends"]
         except (Exception, SystemExit) as error:
@@ -40,8 +40,8 @@ def main(text: str) -> None:
         send(done=True)
 
 
-def _libraries() -> Watch:
-    """What the libraries look like before a kernel is loaded."""
+def prepare() -> Watch:
+    """Import what judges, and see what the libraries look like before a kernel is loaded."""
     import ml_dtypes  # noqa: F401
     import numpy  # noqa: F401
 
@@ -67,9 +67,7 @@ def _pairs(wish: dict[str, Any], backends: list[str], send: Callable[..., None])
                 yield operator, backend
 
 
-def judged(
-    wish: dict[str, Any], operator: str, backend: str, send: Callable[..., None], libraries: Watch
-) -> Record:
+def judged(wish: dict[str, Any], operator: str, backend: str, send: Callable[..., None], libraries: Watch) -> Record:
     """One kernel, as the wish says: a case again, a number of examples, or a time."""
 
     def tell(stage: str, case: Case) -> None:
