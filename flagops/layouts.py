@@ -58,7 +58,7 @@ def heap(size: int) -> Array:
 def place(shape: tuple[int, ...], dtype: Any, layout: str, allocate: Allocate = heap) -> Place:
     """Memory for an array in a layout; a layout that the shape is too small for is a simpler one."""
     dtype, rank = np.dtype(dtype), len(shape)
-    if layout == "far" and max(shape, default=0) > 1 and 0 not in shape:
+    if layout == "far" and hasattr(mmap, "MAP_PRIVATE") and max(shape, default=0) > 1 and 0 not in shape:
         return _far(shape, dtype)
     if layout in SPREAD and max(shape, default=0) > 1 and 0 not in shape:
         return _spread(shape, dtype, layout, allocate)
@@ -127,7 +127,7 @@ def _far(shape: tuple[int, ...], dtype: Any) -> Place:
 def put(x: Array, layout: str, allocate: Allocate = heap) -> Place:
     """An array's values in a layout, poison in the gaps; what has a stride of 0 repeats its first row."""
     found = place(x.shape, x.dtype, layout, allocate)
-    if found.room.size != x.size and found.view.size:
+    if found.room.size != x.size:
         poison(found.room, x)
     found.fill(x)
     return found

@@ -33,7 +33,7 @@ class Call:
         places = case.places(allocate)
         self.inputs = {n: x for n, x in places.items() if isinstance(x, Place)}
         self.arguments = {n: x.view if isinstance(x, Place) else x for n, x in places.items()}
-        self.given = {n: as_kind(x, case.kind, dict(case.dtypes).get(n)) for n, x in self.arguments.items()}
+        self.given = given(case, places)
         self.protected = allocate if isinstance(allocate, Guarded) else None
         self.outs: list[Place] = []
         self.given_outs: list[Any] = []
@@ -47,7 +47,7 @@ class Call:
         for name, tensor in op.results.items():
             shape, dtype = op.shape(tensor, dims, batch), op.result_dtype(dtypes, dict(case.scalars), tensor)
             place = writable(shape, dtype, dict(case.layouts).get("out", "contiguous"), around)
-            out, source = as_kind(place.view, case.kind, dtype), op.inplace.get(name)
+            out, source = in_place(place, case.kind, dtype), op.inplace.get(name)
             same = source and self.arguments[source].shape == shape and self.arguments[source].dtype == place.view.dtype
             if case.inplace and source and same:
                 place.view[...] = self.arguments[source]
@@ -93,6 +93,23 @@ class Call:
             late = bits(place.view) == bits(result)
             assert late.all(), f"{name} wrote to out after it had returned\n{case}"
         return share
+
+
+def given(case: Case, places: dict[str, Any]) -> dict[str, Any]:
+    """The arguments as a kernel gets them."""
+    dtypes = dict(case.dtypes)
+    return {n: in_place(x, case.kind, dtypes.get(n)) if isinstance(x, Place) else x for n, x in places.items()}
+
+
+def in_place(place: Place, kind: str, dtype: str | None) -> Any:
+    """An array of a kind; a tensor's storage is the whole room, so that it begins anywhere in it."""
+    view, room = place.view, place.room
+    if kind == "numpy" or not view.size:
+        return as_kind(view, kind, dtype)
+    item = room.itemsize
+    flat = np.lib.stride_tricks.as_strided(room, (arrays.span(room)[1] // item,), (item,))
+    begin = (arrays.address(view) - arrays.address(room)) // item
+    return as_kind(flat, kind, dtype).as_strided(view.shape, [step // item for step in view.strides], begin)
 
 
 _NOTHING = contextlib.nullcontext()

@@ -129,7 +129,8 @@ def _worker(wish: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The messages of one process; how it ended is the last if it did so by itself."""
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "flagops.judge.worker", json.dumps(wish | {"to": writing})]
-    process = subprocess.Popen(command, pass_fds=[writing], stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno())
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    process = subprocess.Popen(command, pass_fds=[writing], stdin=subprocess.DEVNULL, stdout=2, env=environment)
     os.close(writing)
     text = b""
     try:
@@ -161,8 +162,10 @@ def _show(outcome: Outcome, wish: dict[str, Any]) -> None:
     tables.show(f"judged, seed {wish['seed']}", columns, rows)
     calls = min((r["calls"] for r in outcome.records if r["calls"]), default=0)
     if calls:
-        seldom = (1 - 1 / 1000) ** calls
-        print(f"An error of one small call in 1000 would have been missed with a probability of {seldom:.1e} at most.")
+        often, seldom = ((1 - 1 / rate) ** calls for rate in (200, 1000))
+        print(
+            f"An error of 1 small call in 200 is missed with probability {often:.0e}, of 1 in 1000 with {seldom:.0e}."
+        )
     for problem in outcome.problems:
         print(problem, file=sys.stderr)
     for r in outcome.records:

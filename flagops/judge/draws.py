@@ -21,7 +21,7 @@ LONG = tuple(size for power in range(16, 7, -1) for size in (2**power + 3, 2**po
 ELEMENTS, WORK = 1 << 20, 1 << 22
 """Of the tensors of one case together, and its floating-point operations; four times as much for those beyond 2^20."""
 PATIENCE = 0.3
-"""Seconds that a case of one long axis should take."""
+"""Seconds of this thread that a case of one long axis should take: other programs do not count."""
 
 
 @dataclass
@@ -119,8 +119,9 @@ class Draws:
 
     def around(self, numbers: Sequence[int]) -> Iterator[Case]:
         """Each axis, and the number of elements, just above the numbers, at them and below."""
+        numbers = sorted(numbers, key=lambda number: number < 8)  # which every other draw is around
         while numbers:
-            for number, shift in itertools.product(numbers, (1, 0, -1)):
+            for shift, number in itertools.product((1, 0, -1), numbers):
                 for axis in self.axes:
                     if number + shift <= ELEMENTS:
                         yield from self._sized(axis, [number + shift])
@@ -140,10 +141,10 @@ class Draws:
             batch = (fixed.pop("..."),) if "..." in fixed else None
             case = self.draw(Scope(SMALL, 1 << 10, 1), fixed, batch)
             if fits(self.op, case, room) and legal(self.op, case):
-                start = time.monotonic()
+                start = time.thread_time()
                 yield case
                 if size >= 1024:
-                    self.longest[axis] = int(size * max(PATIENCE / (time.monotonic() - start), 0.5))
+                    self.longest[axis] = int(size * max(PATIENCE / (time.thread_time() - start), 0.5))
                 return
 
 

@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 
 from flagops import arrays, registry
 from flagops.call import of
-from flagops.cases import Case, as_kind
+from flagops.cases import Case
 from flagops.errors import Unsupported
-from flagops.layouts import put
+from flagops.layouts import Place, put
 from flagops.operator import Operator
+
+from . import calls
 
 Array = NDArray[Any]
 
@@ -37,14 +39,15 @@ def hold_gradient(op: Operator, backend: str, case: Case) -> float:
     import torch
 
     rng = np.random.default_rng([case.seed, 7])
-    arguments, dtypes = case.arguments(), dict(case.dtypes)
+    places, dtypes = case.places(), dict(case.dtypes)
+    arguments = {n: x.view if isinstance(x, Place) else x for n, x in places.items()}
     able = [n for n, x in arguments.items() if isinstance(x, np.ndarray) and dtypes.get(n) in arrays.FLOATS and x.size]
     if not able:
         raise Unsupported("no tensor has a gradient")
     if any(dtype in arrays.ONE_BYTE for dtype in dtypes.values()):
         raise Unsupported("a quantiser passes gradients through, a difference sees its steps")
     needing = [n for n in able if rng.random() < 0.6] or [able[rng.integers(len(able))]]
-    given = {n: as_kind(x, "torch", dtypes.get(n)) for n, x in arguments.items()}
+    given = calls.given(case, places)
     given |= {n: given[n].detach().requires_grad_() for n in needing}
     results = op.each(of(op)(*given.values(), backend=backend))
     kept = {i: y for i, y in enumerate(results) if y.requires_grad and y.numel()}

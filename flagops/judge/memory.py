@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _NONE, _READ, _WRITE = 0, 1, 3
+_GUARD = 16  # pages
 
 
 @cache
@@ -31,21 +32,21 @@ def _protect(address: int, size: int, how: int) -> None:
 
 
 class Guarded:
-    """Allocates bytes that end, or begin where `front` says so, at a page without access; `arrays` of one call."""
+    """Allocates bytes that end, or begin where `front` says so, at pages without access."""
 
     def __init__(self, front: bool = False) -> None:
         self.front = front
         self.blocks: list[tuple[int, int]] = []
 
     def __call__(self, size: int) -> NDArray[Any]:
-        page = mmap.PAGESIZE
+        page, guard = mmap.PAGESIZE, _GUARD * mmap.PAGESIZE
         whole = -(-size // page) * page
-        block = np.frombuffer(mmap.mmap(-1, whole + 2 * page), np.uint8)
+        block = np.frombuffer(mmap.mmap(-1, whole + 2 * guard), np.uint8)
         address = block.__array_interface__["data"][0]
-        _protect(address, page, _NONE)
-        _protect(address + page + whole, page, _NONE)
-        self.blocks.append((address + page, whole))
-        start = page if self.front else page + whole - size
+        _protect(address, guard, _NONE)
+        _protect(address + guard + whole, guard, _NONE)
+        self.blocks.append((address + guard, whole))
+        start = guard if self.front else guard + whole - size
         return block[start : start + size]
 
     @contextmanager

@@ -21,7 +21,7 @@ WATCHED = (
 def settings() -> dict[str, Any]:
     """What can be read in microseconds."""
     found: dict[str, Any] = {
-        "environment": dict(os.environ),
+        "environment": _environment(),
         "working folder": os.getcwd(),
         "Python threads": threading.active_count(),
         "Python's random state": random.getstate(),
@@ -48,10 +48,16 @@ def settings() -> dict[str, Any]:
     return found
 
 
+def _environment() -> dict[str, str]:
+    """But for what torch itself sets when a part of it is first used."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR_")}
+
+
 def restore(found: dict[str, Any]) -> None:
     """Give back what the next kernel would suffer from."""
     os.chdir(found["working folder"])
-    os.environ.clear()
+    for name in _environment().keys() - found["environment"].keys():
+        del os.environ[name]
     os.environ.update(found["environment"])
     random.setstate(found["Python's random state"])
     np.seterr(**found["NumPy's floating-point errors"])

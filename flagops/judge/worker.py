@@ -73,7 +73,7 @@ def judged(wish: dict[str, Any], operator: str, backend: str, send: Callable[...
     def tell(stage: str, case: Case) -> None:
         send(stage=stage, case=str(case))
 
-    session = Session(registry.operator(operator), backend, wish["seed"], True, tell, libraries)
+    session = Session(registry.operator(operator), backend, wish["seed"], os.name == "posix", tell, libraries)
     if wish["replay"]:
         stage, _, case = wish["replay"].partition(": ")
         return session.replay(stage, parse(case))
