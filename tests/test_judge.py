@@ -30,7 +30,7 @@ _spec = importlib.util.spec_from_file_location("judge_table", Path(__file__).wit
 table = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(table)
 sys.path.insert(0, str(Path(__file__).parent))
-import wrong_kernels  # noqa: E402
+from wrong_kernels import kinds as wrong_kernels  # noqa: E402
 
 sys.path.pop(0)
 
@@ -186,7 +186,7 @@ def test_right_gradients_pass_and_wrong_ones_do_not(kernel, rng, monkeypatch):
     assert seen > 3
 
 
-@pytest.mark.parametrize("backend", wrong_kernels.making.BACKENDS)
+@pytest.mark.parametrize("backend", ("numba", "torch"))
 def test_a_right_kernel_passes(backend):
     name = random.choice(["rms_norm", "matmul", "fp8_quantize", "hc_post", "rotary_embedding", "fp4_dequantize"])
     record = Session(registry.operator(name), backend, random.randrange(1 << 20)).run(1.0)

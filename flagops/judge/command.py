@@ -163,9 +163,7 @@ def _show(outcome: Outcome, wish: dict[str, Any]) -> None:
     calls = min((r["calls"] for r in outcome.records if r["calls"]), default=0)
     if calls:
         often, seldom = ((1 - 1 / rate) ** calls for rate in (200, 1000))
-        print(
-            f"An error of 1 small call in 200 is missed with probability {often:.0e}, of 1 in 1000 with {seldom:.0e}."
-        )
+        print(f"Of errors in 1 small call of 200 a run misses {often:.0e}, in 1 of 1000 {seldom:.0e} (probabilities).")
     for problem in outcome.problems:
         print(problem, file=sys.stderr)
     for r in outcome.records:
