@@ -21,6 +21,7 @@ from flagops.layouts import bits
 from flagops.operator import Operator
 
 from .calls import Call, run
+from .comparison import compare
 
 Array = NDArray[Any]
 
@@ -43,7 +44,9 @@ def hold_sequence(op: Operator, backend: str, case: Case) -> float:
     changed = _one_element(other, case.seed)
     worst = max(worst, other.hold(other.run())) if changed else worst
     _others(op, backend, case)
-    fresh = [x for _ in range(2) for x in run(op, backend, first.given)] if not case.inplace else []
+    fresh = [x for _ in range(2) for x in run(op, backend, first.given)] if not first.shared else []
+    if fresh:  # allocated for the call
+        compare(op, first.arguments, tuple(fresh[: len(fresh) // 2]) if op.several else fresh[0], str(case))
     before = [x.copy() for x in fresh]
     other.renew()
     worst = max(worst, other.hold(other.run()))

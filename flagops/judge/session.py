@@ -17,6 +17,7 @@ import numpy as np
 
 from flagops import call, registry
 from flagops.cases import INTERPRETED, Case, Scope, kinds_of, scope
+from flagops.errors import Unsupported
 from flagops.layouts import FLIPPED, SPREAD, Allocate, heap
 from flagops.operator import Operator
 
@@ -114,7 +115,12 @@ class Session:
     def examples(self, count: int) -> Record:
         """So many drawn cases instead of all stages."""
         parity = dataclasses.replace(STAGES[0], least=count)
-        return self._judged(lambda: self._stage(parity, 0.0))
+
+        def stages() -> None:
+            self._stage(parity, 0.0)
+            self._enough(False, 0.0)
+
+        return self._judged(stages)
 
     def replay(self, stage: str, case: Case) -> Record:
         """One case in one stage again."""
@@ -156,7 +162,7 @@ class Session:
         words = {"all", *dict(case.dtypes).values(), *dict(case.layouts).values()}
         try:
             share = stage.hold(self, case)
-        except NotImplementedError as reason:
+        except Unsupported as reason:
             if stage.counts:
                 record.asked.update(words)
             record.refused[str(reason)] += 1
@@ -179,10 +185,11 @@ class Session:
         record, kernel = self.record, registry.find(self.op.name, self.backend)
         if not kernel.backward:
             record.uncovered.append("gradients: the kernel has no backward of its own")
-        every = set(registry.operator(self.op.name).tensors)
+        elif not record.cases["gradients"]:
+            record.uncovered.append("gradients: no case had one")
         seen = {(n.removeprefix("dtype of "), v) for n, v in self.draws.coverage.features if n.startswith("dtype of ")}
-        for name in sorted(every):
-            allowed = self.op.tensors[name].dtypes
+        for name, tensor in self.op.tensors.items():
+            allowed = tensor.dtypes
             missing = [d for d in allowed if (name, d) not in seen] if isinstance(allowed, tuple) else []
             record.uncovered += [f"{name} of {dtype}" for dtype in missing]
         record.uncovered += [f"all calls with: {reason}" for reason in record.refused]
@@ -242,7 +249,10 @@ def _sequence(session: Session, case: Case) -> float:
 
 
 def _gradient(session: Session, case: Case) -> float:
-    return gradients.hold_gradient(session.op, session.backend, case)
+    try:
+        return gradients.hold_gradient(session.op, session.backend, case)
+    except NotImplementedError as reason:  # a backward, unlike a kernel, is not asked before
+        raise Unsupported(str(reason)) from None
 
 
 def _gradient_cases(session: Session) -> Iterator[Case]:
