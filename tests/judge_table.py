@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "judge.json"
 SOURCES = ("flagops/judge/*.py", "flagops/cases.py", "flagops/layouts.py", "tests/wrong_kernels/*.py")
-TOGETHER = 24  # kernels judged by one process
+TOGETHER = 16  # kernels judged by one process
 
 
 def child(names: list[str], seed: int, seconds: float) -> None:
@@ -118,6 +118,7 @@ def main() -> int:
         todo = [name for name in names if name not in done]
         for at in range(0, len(todo), TOGETHER):
             done.update(judge(todo[at : at + TOGETHER], seed, args.seconds))
+            print(f"seed {seed}: {len(done)} of {len(names)}", flush=True)
             RESULTS.write_text(json.dumps(kept, indent=0) + "\n")
             write(runs, {k: g for k, (g, _, _) in wrong_kernels.KINDS.items()})
     missed = sorted({name for done in runs.values() for name, found in done.items() if found[0] == "ok"})

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flagops import arrays, registry
+from flagops import arrays
 from flagops.call import of
 from flagops.cases import Case
 from flagops.errors import Unsupported
@@ -22,11 +22,6 @@ VALUES = ("normal", "positive", "ties", "integers", "sparse", "large range")
 """Values at which a difference says what a derivative is."""
 _STEP = 2.0**-20
 _LAYOUTS = ("contiguous", "expanded all", "padded", "transposed", "cut", "expanded", "swapped")
-
-
-def has_backward(op: Operator, backend: str) -> bool:
-    """Whether a backend has a backward of its own for an operator."""
-    return registry.find(op.name, backend).backward is not None
 
 
 def hold_gradient(op: Operator, backend: str, case: Case) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import time
 import traceback
 import zlib
@@ -33,6 +34,8 @@ REPEATS = 2000
 """Small calls at least, made over and over in a default run."""
 SECONDS = 10.0
 """Of a default run."""
+ROUNDS = (0.15, 1.0)
+"""Of the time of each stage; a stage of one case has its turn in the last."""
 LEAST_SHARE = 0.5
 """Of the cases of any one dtype or layout, and of all, a kernel must run at least so many."""
 
@@ -86,6 +89,7 @@ class Session:
         self.op, self.backend, self.guarded, self.tell = op, backend, guarded, tell
         self.within: Scope = scope(backend)
         self.seconds = SECONDS
+        self.streams: dict[str, Iterator[Case]] = {}
         self.record = Record(op.name, backend, seed)
         self.random = np.random.default_rng([seed, zlib.crc32(op.name.encode())])
         self.draws = Draws(op, self.choose, self.within, kinds_of(backend))
@@ -102,10 +106,11 @@ class Session:
         def stages() -> None:
             self._begin()
             self.seconds, start = seconds, time.monotonic()
-            for stage in STAGES:
-                self._stage(stage, seconds * stage.share)
-                _nothing_changed(self.libraries, "replaced")
-                trusted.add((self.op.name, self.backend))
+            for part in ROUNDS:  # a short round finds most of what is wrong
+                for stage in STAGES:
+                    self._stage(stage, seconds * stage.share, part)
+                    _nothing_changed(self.libraries, "replaced")
+                    trusted.add((self.op.name, self.backend))
             self._enough(strict, least_share)
             self._say_what_is_not_covered()
             self.record.seconds = time.monotonic() - start
@@ -147,11 +152,18 @@ class Session:
             with contextlib.suppress(Exception, SystemExit):
                 Call(self.op, self.backend, case).run()
 
-    def _stage(self, stage: Stage, seconds: float) -> None:
-        stop = time.thread_time() + seconds  # of this thread: other programs on the machine make no run shorter
-        least = stage.least if self.within is not INTERPRETED else min(stage.least, 4)
-        for number, case in enumerate(stage.cases(self)):
+    def _stage(self, stage: Stage, seconds: float, part: float = 1.0) -> None:
+        """A part of a stage's time, going on where the last part ended."""
+        if part < 1 and stage.least == 1:
+            return
+        stop = time.thread_time() + part * seconds  # of this thread: other programs make no run shorter
+        least = math.ceil(part * (stage.least if self.within is not INTERPRETED else min(stage.least, 4)))
+        cases = self.streams.setdefault(stage.name, stage.cases(self))
+        for number in itertools.count():
             if number >= least and time.thread_time() > stop:
+                return
+            case = next(cases, None)
+            if case is None:
                 return
             self._hold(stage, case)
 
@@ -312,13 +324,12 @@ def _workload(session: Session, case: Case) -> float:
 
 
 STAGES = (
-    Stage("parity", 0.15, 40, lambda s: s.draws.drawn(), _parity, counts=True),
-    Stage("sequence", 0.08, 8, lambda s: s.draws.drawn(), _sequence),
+    Stage("parity", 0.25, 60, lambda s: s.draws.drawn(), _parity, counts=True),
+    Stage("sequence", 0.08, 12, lambda s: s.draws.drawn(), _sequence),
     Stage("facts", 0.05, 8, lambda s: s.draws.drawn(), _facts),
     Stage("own numbers", 0.2, 24, _around, _parity),
     Stage("gradients", 0.12, 12, _gradient_cases, _gradient),
     Stage("long", 0.13, 12, lambda s: s.draws.long(), _parity),
     Stage("repeats", 0.0, 1, lambda s: s.draws.small(), _repeats),
     Stage("workloads", 0.05, 1, _workloads, _workload),
-    Stage("more parity", 0.17, 20, lambda s: s.draws.drawn(), _parity, counts=True),
 )

@@ -29,8 +29,9 @@ def kind(group: str, operators: tuple[str, ...]) -> Callable[[Callable[..., Any]
 
 
 def every() -> list[tuple[str, str, str]]:
-    """All wrong kernels: kind, operator, backend."""
-    return [(k, op, b) for k, (_, ops, _) in KINDS.items() for op in ops for b in BACKENDS]
+    """All wrong kernels: kind, operator, backend; one of each kind comes before another of any."""
+    found = [(rank, k, op, b) for k, (_, ops, _) in KINDS.items() for rank, op in enumerate(ops) for b in BACKENDS]
+    return [key for _, *key in sorted(found, key=lambda key: key[0])]
 
 
 def make(name: str, operator: str, backend: str) -> dict[str, Any]:
