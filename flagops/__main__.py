@@ -225,7 +225,12 @@ def _check_words(parser: argparse.ArgumentParser) -> None:
     add("--time", default="10s", metavar="T", help="for each kernel, such as 60s (default: 10s)")
     add("--examples", type=int, default=0, metavar="N", help="so many drawn cases alone, in place of a time")
     add("--seed", type=int, metavar="S", help="repeat a run (default: the time)")
-    add("--least", type=float, metavar="X", help="share of cases of each dtype and layout that must run (default: 0.5)")
+    add(
+        "--least",
+        type=float,
+        metavar="X",
+        help="share of cases that must run, of each dtype and layout a fifth (default: 0.5)",
+    )
     add("--strict", action="store_true", help="every case that the card allows must run")
     add("--replay", default="", metavar="'STAGE: Case(...)'", help="one case again, as a failure prints it")
     add("--report", metavar="FILE", help="write what was found, and what was not tried, as JSON")
