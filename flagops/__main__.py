@@ -229,7 +229,7 @@ def _check_words(parser: argparse.ArgumentParser) -> None:
         "--least",
         type=float,
         metavar="X",
-        help="share of cases that must run, of each dtype and layout a fifth (default: 0.5)",
+        help="share of cases that must run, a fifth of it in each dtype (default: 0.5)",
     )
     add("--strict", action="store_true", help="every case that the card allows must run")
     add("--replay", default="", metavar="'STAGE: Case(...)'", help="one case again, as a failure prints it")
