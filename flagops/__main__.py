@@ -85,6 +85,12 @@ def ops(args: argparse.Namespace) -> int:
     """The coverage table: operator x backend, what its kernel declares and what is tested."""
     names = registry.backend_names()
     table = {op: {name: _coverage(op, name) for name in names} for op in registry.operators()}
+    if args.report:
+        from flagops.judge.command import certificates
+
+        for (op, name), judged in certificates(args.report).items():
+            if name in table.get(op, {}):
+                table[op][name]["judged"] = judged
     if args.json:
         print(json.dumps(table, indent=2))
         return 0
@@ -137,44 +143,16 @@ def _cell(cell: dict[str, Any]) -> str:
         "grad": cell["backward"] == "own",
         "grad=torch": cell["backward"] == "torch",
         f"calls {cell['forwards_to']}": cell["forwards_to"],
+        f"judged {cell.get('judged')}": cell.get("judged"),
     }
     return ", ".join(["yes", *(word for word, holds in facts.items() if holds)])
 
 
 def check(args: argparse.Namespace) -> int:
-    """The parity suite: every kernel against its reference on freshly drawn cases."""
-    from flagops import testing
+    """Judge kernels against their references: results, layouts, sizes, state, gradients, seldom errors."""
+    from flagops.judge import command
 
-    chosen = [registry.operator(name) for name in args.operators] or list(registry.operators().values())
-    names = args.backend or [n for n in registry.backend_names() if registry.backend(n).unavailable() is None]
-    seed = args.seed if args.seed is not None else int(time.time())
-    rows, failures = [], []
-    for name in names:
-        reason = registry.backend(name).unavailable()
-        if reason:
-            failures.append(f"{name}: {reason}")
-            continue
-        for op in chosen:
-            if not _coverage(op.name, name)["kernel"]:
-                if args.backend and args.operators:
-                    failures.append(f"{op.name} on {name}: {_coverage(op.name, name)['reason']}")
-                continue
-            start = time.perf_counter()
-            print(f"checking {op.name} on {name} ...", file=sys.stderr, flush=True)
-            try:
-                ran, refused = testing.check(op, name, args.examples or 0, seed)
-                result = "ok" if ran else "NO CASE RAN"
-                if not ran:
-                    failures.append(f"{op.name} on {name}: no case ran: {refused}")
-            except AssertionError as error:
-                ran, refused, result = 0, {}, "WRONG"
-                failures.append(f"{op.name} on {name}:\n{error}")
-            seconds = f"{time.perf_counter() - start:.1f} s"
-            rows.append((op.name, name, result, ran, sum(refused.values()) or "", seconds))
-    tables.show(f"parity, seed {seed}", ("operator", "backend", "result", "cases", "refused", "time"), rows)
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    return 1 if failures or not rows else 0
+    return command.check(args)
 
 
 def warmup(args: argparse.Namespace) -> int:
@@ -232,14 +210,14 @@ def parser() -> argparse.ArgumentParser:
         return added
 
     command(doctor).add_argument("--json", action="store_true", help="machine-readable")
-    group = command(ops).add_mutually_exclusive_group()
+    listing = command(ops)
+    group = listing.add_mutually_exclusive_group()
     group.add_argument("--json", action="store_true", help="machine-readable")
     group.add_argument("--markdown", action="store_true", help="the table of the README")
-    checking = command(check)
-    checking.add_argument("operators", nargs="*", metavar="OP", help="operators (default: all)")
-    checking.add_argument("--backend", action="append", metavar="B", help="backend, repeatable (default: all usable)")
-    checking.add_argument("--examples", type=int, metavar="N", help="cases each (default 100; Triton's interpreter 20)")
-    checking.add_argument("--seed", type=int, metavar="S", help="repeat a run (default: the time)")
+    listing.add_argument(
+        "--report", metavar="FILE", help="with what `flagops check --report FILE` found of each kernel"
+    )
+    _check_words(command(check))
     warming = command(warmup)
     warming.add_argument("operators", nargs="*", metavar="OP", help="operators (default: all)")
     warming.add_argument("--backend", action="append", metavar="B", help="backend, repeatable")
@@ -248,6 +226,24 @@ def parser() -> argparse.ArgumentParser:
         forwarded.add_argument("rest", nargs=argparse.REMAINDER)
         forwarded.set_defaults(run=_forward(module, function))
     return top
+
+
+def _check_words(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("operators", nargs="*", metavar="OP|FILE.py", help="operators (default: all), or a file of functions so named")
+    add("--backend", action="append", metavar="B", help="backend, repeatable (default: all usable)")
+    add("--time", default="10s", metavar="T", help="for each kernel, such as 60s (default: 10s)")
+    add("--examples", type=int, default=0, metavar="N", help="so many drawn cases alone, in place of a time")
+    add("--seed", type=int, metavar="S", help="repeat a run (default: the time)")
+    add(
+        "--least",
+        type=float,
+        metavar="X",
+        help="share of cases that must run, a fifth of it in each dtype (default: 0.5)",
+    )
+    add("--strict", action="store_true", help="every case that the card allows must run")
+    add("--replay", default="", metavar="'STAGE: Case(...)'", help="one case again, as a failure prints it")
+    add("--report", metavar="FILE", help="write what was found, and what was not tried, as JSON")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,10 +6,11 @@ numbers come out.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,6 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flagops import arrays, registry
+from flagops.backends import missing
+from flagops.errors import Unsupported
+from flagops.layouts import FLIPPED, LAYOUTS, Allocate, Place, heap, put
 from flagops.operator import Dims, Operator, Tensor
 
 Array = NDArray[Any]
@@ -35,9 +39,12 @@ class Scope:
 
 FULL = Scope((1, 2, 3, 0, 7, 16, 17, 33, 64, 65, 130, 520, 1030), 1 << 20, 100)
 INTERPRETED = Scope((1, 2, 3, 0, 16, 17, 33, 130), 1 << 13, 20)
-BATCHES = ((), (1,), (3,), (2, 3), (0,), (2, 1, 2))
-LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded", "reversed")
-VALUES = ("normal", "large range", "special", "integers")
+BATCHES = ((), (1,), (3,), (2, 3), (0,), (2, 1, 2), (1, 2, 1, 1, 2), (2, 1, 1, 1, 1, 1))
+VALUES = (
+    "normal", "large range", "special", "integers", "positive", "cancelling", "extreme", "ties", "sparse", "subnormal",
+    "one special",
+)  # fmt: skip
+"""Of all float tensors alike, but for the last: one tensor full or half full of one special value."""
 SPECIAL = (0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, "max", "-max", "subnormal", "-subnormal", "tiny")
 
 
@@ -57,11 +64,26 @@ class Case:
     budget: int = 256 << 20
     inplace: bool = False
     seed: int = 0
+    redrawn: int = 0
+    """Other values in the same shapes."""
 
     def arguments(self) -> dict[str, Any]:
         """The inputs by name, as NumPy arrays in the drawn layouts (absent tensors are None)."""
+        return {n: x.view if isinstance(x, Place) else x for n, x in self.places().items()}
+
+    def places(self, allocate: Allocate = heap) -> dict[str, Any]:
+        """The inputs by name, each array as the place where it lies."""
+        layouts = dict(self.layouts)
+        return {
+            name: put(x, layouts.get(name, "contiguous"), allocate) if isinstance(x, np.ndarray) else x
+            for name, x in self.values_drawn().items()
+        }
+
+    def values_drawn(self) -> dict[str, Any]:
+        """The inputs by name, before they are laid out."""
         op, dims = registry.operator(self.operator), dict(self.dims)
-        dtypes, layouts, scalars = dict(self.dtypes), dict(self.layouts), dict(self.scalars)
+        dtypes, scalars = dict(self.dtypes), dict(self.scalars)
+        odd = self._odd(op, dtypes)
         made: dict[str, Any] = {}
         for name in op.inputs:
             if name in op.scalars:
@@ -72,13 +94,18 @@ class Case:
                 rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
                 tensor = op.tensors[name]
                 shape = op.shape(tensor, dims, self._batch_of(name, rng))
-                made[name] = _draw(rng, tensor, shape, dtypes[name], dims, self.values)
+                if self.redrawn:
+                    rng = np.random.default_rng([self.seed, zlib.crc32(name.encode()), self.redrawn])
+                values = self.values if self.values != "one special" else "filled" if name == odd else "normal"
+                made[name] = _draw(rng, tensor, shape, dtypes[name], dims, values)
         if op.fit:
-            op.fit(made, dims, np.random.default_rng([self.seed, 1]))
-        return {
-            name: lay_out(x, layouts.get(name, "contiguous")) if isinstance(x, np.ndarray) else x
-            for name, x in made.items()
-        }
+            op.fit(made, dims, np.random.default_rng([self.seed, 1, self.redrawn]))
+        return made
+
+    def _odd(self, op: Operator, dtypes: dict[str, str]) -> str | None:
+        """The tensor that has the special value, where one has."""
+        names = [n for n, dtype in dtypes.items() if dtype in arrays.FLOATS and op.tensors[n].draw is None]
+        return names[self.seed % len(names)] if names else None
 
     def _batch_of(self, name: str, rng: np.random.Generator) -> tuple[int, ...]:
         """The batch axes of one argument; where several have them, some are 1 or left out, to broadcast."""
@@ -93,23 +120,51 @@ class Case:
         return f"Case({', '.join(f'{k}={v!r}' for k, v in fields.items() if v)})"
 
 
+def parse(text: str) -> Case:
+    """A case from what it is printed as. Raises ValueError."""
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError
+        case = Case(**{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
+    except (SyntaxError, TypeError, ValueError):
+        raise ValueError(f"{text!r} is no case; one is printed as Case(operator=..., dims=...)") from None
+    registry.operator(case.operator)
+    return case
+
+
 def scope(backend: str) -> Scope:
     """The scope for a backend here: Triton's interpreter is slow."""
     return INTERPRETED if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1" else FULL
 
 
-def draw_case(op: Operator, choose: Choose[Any], within: Scope = FULL, kinds: Sequence[str] = ("torch",)) -> Case:
-    """A case of an operator, every decision made by ``choose(options)``; early options are the simple ones."""
+def draw_case(
+    op: Operator,
+    choose: Choose[Any],
+    within: Scope = FULL,
+    kinds: Sequence[str] = ("torch",),
+    fixed: Mapping[str, int] | None = None,
+    batch: tuple[int, ...] | None = None,
+) -> Case:
+    """A case of an operator, every decision made by ``choose(options)``; early options are the simple ones.
+
+    fixed, batch: sizes that are not chosen, of axes by name and of the batch axes; then no whole set of the card's is.
+    """
+    whole = fixed is None and batch is None
+    fixed = fixed or {}
     names = {f for t in op.tensors.values() for w in t.axes.split() if w != "..." for f in w.split("*")}
     ordered = sorted(n for n in names if not n.isdecimal())
     first, room = choose(range(len(ordered))), within.volume
-    dims: Dims = dict(choose(({}, {}, {}, *op.cases)))
-    for name in () if dims else ordered[first:] + ordered[:first]:
+    dims: Dims = dict(choose(({}, {}, {}, *op.cases))) if whole else {}
+    for name in () if dims else [n for n in ordered if n in fixed] + ordered[first:] + ordered[:first]:
         options = op.sizes.get(name, within.sizes)
-        dims[name] = choose(tuple(size for size in options if size <= room) or (options[0],))
-        room //= max(dims[name], 1)
+        if name not in dims:
+            least = (min(options, key=lambda size: size or 1 << 60),)
+            dims[name] = fixed[name] if name in fixed else choose(tuple(s for s in options if s <= room) or least)
+            room //= max(dims[name], 1)
     batched = any(t.axes.startswith("...") for t in op.tensors.values())
-    batch = choose(BATCHES) if batched else ()
+    if batch is None:
+        batch = choose(BATCHES) if batched else ()
     scalars: dict[str, Any] = {}
     for name, scalar in op.scalars.items():
         options = scalar.choices({**dims, **scalars}) if callable(scalar.choices) else scalar.choices
@@ -124,7 +179,7 @@ def draw_case(op: Operator, choose: Choose[Any], within: Scope = FULL, kinds: Se
     kind = choose(tuple(kinds))
     drawable = {n: d for n, d in dtypes.items() if kind == "torch" or d != "float4_e2m1fn_x2"}
     dtypes |= {n: "uint8" for n in dtypes if n not in drawable}
-    layouts = [layout for layout in LAYOUTS if kind == "numpy" or layout != "reversed"]
+    layouts = [layout for layout in LAYOUTS if kind == "numpy" or layout not in FLIPPED]
     return Case(
         operator=op.name,
         dims=tuple(dims.items()),
@@ -190,15 +245,29 @@ def _draw(
     if dtype not in arrays.FLOATS:
         raise TypeError(f"the card must say how to draw {dtype}")
     to = arrays.numpy_dtype(dtype)
-    x = rng.standard_normal(shape)
     if values == "integers":
         return rng.integers(-8, 9, shape).astype(to)
+    if values == "ties":
+        return (rng.integers(-1, 3, shape) / 2).astype(to)
+    if values == "positive":
+        return rng.uniform(0.5, 1, shape).astype(to)
+    x = rng.standard_normal(shape)
     if values == "large range":
-        return (x * np.exp2(rng.integers(-12, 6, shape))).astype(to)
-    made = x.astype(to)
+        x *= np.exp2(rng.integers(-12, 6, shape))
+    elif values == "extreme":
+        x *= rng.choice([30, 300])
+    elif values == "subnormal":
+        x *= float(_info(dtype).tiny) / 4
+    elif values == "sparse":
+        x[rng.random(shape) < 0.9] = -0.0
+    elif values == "cancelling" and shape:
+        x[..., 1::2] = np.exp2(-10) * x[..., 1::2] - x[..., : 2 * (shape[-1] // 2) : 2]
+    made: Array = np.asarray(x).astype(to)
     if values == "special":
         where = rng.random(shape) < 0.05
         made[where] = _special(dtype)[rng.integers(0, len(SPECIAL), int(where.sum()))]
+    elif values == "filled":
+        made[rng.random(shape) < rng.choice([0.05, 0.5, 1])] = rng.choice(_special(dtype))
     return made
 
 
@@ -206,10 +275,14 @@ def _numpy_dtype(dtype: str) -> Any:
     return np.dtype(np.uint8) if dtype == "float4_e2m1fn_x2" else arrays.numpy_dtype(dtype)
 
 
-def _special(dtype: str) -> Array:
+def _info(dtype: str) -> Any:
     import ml_dtypes
 
-    info = ml_dtypes.finfo(arrays.numpy_dtype(dtype))
+    return ml_dtypes.finfo(arrays.numpy_dtype(dtype))
+
+
+def _special(dtype: str) -> Array:
+    info = _info(dtype)
     named = {
         "max": info.max,
         "-max": -info.max,
@@ -218,52 +291,6 @@ def _special(dtype: str) -> Array:
         "tiny": info.tiny,
     }
     return np.array([named.get(str(v), v) for v in SPECIAL], dtype=arrays.numpy_dtype(dtype))
-
-
-def lay_out(x: Array, layout: str) -> Array:
-    """The same values in another memory layout. ``expanded`` repeats the first row with a stride of 0."""
-    if layout == "contiguous" or x.ndim == 0:
-        return x
-    if layout == "transposed":
-        return np.ascontiguousarray(x.T).T
-    if layout == "reversed":
-        return np.ascontiguousarray(x[..., ::-1])[..., ::-1]
-    if layout == "expanded":
-        axis = next((i for i, size in enumerate(x.shape) if size > 1), 0)
-        row = np.ascontiguousarray(x.take([0], axis) if x.shape[axis] else x)
-        strides = tuple(0 if i == axis else s for i, s in enumerate(row.strides))
-        return np.lib.stride_tricks.as_strided(row, x.shape, strides)
-    if layout == "offset":
-        room = np.zeros(x.size + 3, x.dtype)
-        room[3:] = x.reshape(-1)
-        return room[3:].reshape(x.shape)
-    room = np.zeros(tuple(2 * size + 1 for size in x.shape), x.dtype)
-    view = room[tuple(slice(1, None, 2) for _ in x.shape)]
-    view[...] = x
-    return view
-
-
-def bits(x: Array) -> Array:
-    """The bits of an array as unsigned integers."""
-    return x.view(f"u{x.dtype.itemsize}")
-
-
-def writable(shape: tuple[int, ...], dtype: str, layout: str) -> tuple[Array, Array]:
-    """A poisoned array to write into, and all the memory around it: a kernel must fill the one and not the rest."""
-    to, layout = arrays.numpy_dtype(dtype), "offset" if layout in ("expanded", "contiguous") else layout
-    if layout == "offset":
-        room = np.empty(int(np.prod(shape)) + 6, to)
-        view = room[3:-3].reshape(shape)
-    elif layout == "strided":
-        room = np.empty(tuple(2 * size + 1 for size in shape), to)
-        view = room[tuple(slice(1, None, 2) for _ in shape)]
-    else:
-        room = np.empty(shape[::-1] if layout == "transposed" else shape, to)
-        view = room.T if layout == "transposed" else room[..., ::-1] if shape else room
-    bits(room)[...] = 0x5A5A5A5A5A5A5A5A & (2 ** (8 * to.itemsize) - 1)
-    if dtype in arrays.FLOATS:
-        room[...] = np.nan
-    return view, room
 
 
 def as_kind(x: Any, kind: str, dtype: str | None = None) -> Any:
@@ -276,3 +303,12 @@ def as_kind(x: Any, kind: str, dtype: str | None = None) -> Any:
 
         return made.view(torch.float4_e2m1fn_x2)
     return made
+
+
+def kinds_of(backend: str) -> list[str]:
+    """The kinds of array that a backend takes on the CPU."""
+    present = ("numpy",) if missing("torch") else ("torch", "numpy")
+    taken = [k for k in present if registry.backend(backend).refuses(as_kind(np.zeros(1, np.float32), k)) is None]
+    if not taken:
+        raise Unsupported(f"{backend} takes no array on the CPU")
+    return taken

@@ -100,6 +100,7 @@ class Operator:
     integral: bool = False
     sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     cases: Sequence[Dims] = ()
+    most: Mapping[str, int] = field(default_factory=dict)
     derived: Callable[[Dims, Mapping[str, Any]], Dims] | None = None
     check: Callable[[Dims, Mapping[str, Any]], str | None] | None = None
     fit: Callable[[dict[str, Any], Dims, Any], None] | None = None
@@ -334,6 +335,7 @@ def operator(
     integral: bool = False,
     sizes: Mapping[str, Sequence[int]] | None = None,
     cases: Sequence[Dims] = (),
+    most: Mapping[str, int] | None = None,
     derived: Callable[[Dims, Mapping[str, Any]], Dims] | None = None,
     check: Callable[[Dims, Mapping[str, Any]], str | None] | None = None,
     fit: Callable[[dict[str, Any], Dims, Any], None] | None = None,
@@ -352,6 +354,7 @@ def operator(
     integral: on small integers, whose sums are exact in any order, kernels must give the rounded reference itself.
     sizes: what tests draw for a dimension, where the general choice would not do.
     cases: whole sets of dimensions that tests draw besides, for what small ones do not reach.
+    most: the largest size of a dimension that the reference or its bound can serve.
     derived: dimensions that follow from others and the scalars, ``derived(dims, scalars)``.
     check: what the axes cannot say, ``check(dims, arguments) -> problem | None``; metadata only.
     fit: makes drawn arguments fit each other where the axes cannot say how, ``fit(arguments, dims, rng)``, in place.
@@ -378,6 +381,7 @@ def operator(
             integral=integral,
             sizes=sizes or {},
             cases=cases,
+            most=most or {},
             derived=derived,
             check=check,
             fit=fit,

@@ -91,11 +91,21 @@ def operator(name: str) -> Operator:
     return operators()[name]
 
 
+_added: dict[str, Backend] = {}
+
+
+def add(descriptor: Backend) -> None:
+    """Offer a backend in this process alone, without an installed package."""
+    _added[descriptor.name] = descriptor
+    for known in (backend_names, backend, find, _module):
+        known.cache_clear()
+
+
 @cache
 def backend_names() -> tuple[str, ...]:
-    """The built-in backends, then those that installed packages offer."""
+    """The built-in backends, then those that installed packages offer, then those of this process."""
     others = {entry.name for entry in entry_points(group="flagops.backends")} - set(BUILT_IN)
-    return (*BUILT_IN, *sorted(others))
+    return (*BUILT_IN, *sorted(others), *_added)
 
 
 class _Broken:
@@ -126,7 +136,9 @@ def backend(name: str) -> Backend:
     if name not in backend_names():
         raise ValueError(f"flagops has no backend {name!r}{suggestion(name, backend_names())}")
     try:
-        if name in BUILT_IN:
+        if name in _added:
+            found = _added[name]
+        elif name in BUILT_IN:
             found = importlib.import_module(f"flagops.backends.{name}").backend
         else:
             (entry,) = entry_points(group="flagops.backends", name=name)

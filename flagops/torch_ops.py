@@ -133,6 +133,9 @@ def _define(operator: Operator) -> None:
                 memory.refuse_without_memory(operator, argument, x)
         backward = dispatch.backward(operator, chosen.kernel)
         found = backward(_results(operator, grads), *chosen.clean((*inputs, None))[:-1], tuple(needs))
+        for position, gradient, need in zip(inputs_of, found, needs, strict=True):
+            if need and gradient is None:
+                raise NotImplementedError(f"{name}: {operator.inputs[position]} has no gradient here; detach it")
         return _listed([_fresh(g, x, grads) for g, x in zip(found, (inputs[p] for p in inputs_of), strict=True)])
 
     def run_jvp(*arguments: Any) -> Any:

@@ -17,6 +17,7 @@ from ._rounding import Array, accumulator, contraction_bound, magnitude, unit, w
 V4_FLASH = {"n": 4, "d": 4096, "dtype": "bfloat16"}
 V4_PRO = {"n": 4, "d": 7168, "dtype": "bfloat16"}
 SIZES = {"n": (4, 1, 2, 3, 5), "m": (1,)}
+MOST = {"n": 24}  # the bound of comb takes n^4 numbers
 
 
 ITERS = whole((20, 1, 2, 3))
@@ -52,6 +53,7 @@ def _check(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
     workloads={f"v4.{rows}": {"batch": (rows,), "n": 4, "dtype": "float32"} for rows in (1, 4096)},
     flops=lambda dims, batch: math.prod(batch) * dims["n"] * (160.0 * dims["n"] + 8),
     sizes=SIZES,
+    most=MOST,
     derived=_columns,
     check=_check,
 )
@@ -110,6 +112,7 @@ def hc_split_sinkhorn_bound(
     | {f"v4-pro.{rows}": {"batch": (rows,), **V4_PRO} for rows in (1, 1024)},
     flops=lambda dims, batch: 2.0 * math.prod(batch) * dims["n"] * dims["d"] * (dims["n"] * dims["m"] + 2),
     sizes=SIZES,
+    most=MOST,
     derived=_columns,
     check=_check,
 )

@@ -58,6 +58,11 @@ ROWS = {
         (*KERNELS, "tests/mutants.py", "tests/families/*.py"),
         (pytest("tests/test_mutants.py", "--mutants", "all"),),
     ),
+    "judge": Row(
+        "every wrong kernel must be caught in each of ten default runs of flagops check",
+        ("flagops/judge/*.py", "flagops/cases.py", "flagops/layouts.py", "tests/wrong_kernels/*.py"),
+        ((sys.executable, "tests/judge_table.py", "--again"),),
+    ),
     "examples": Row(
         "1000 drawn examples where make test draws 50",
         (*KERNELS, "tests/test_parity.py"),

@@ -61,21 +61,6 @@ def test_check_passes_and_can_be_repeated(capsys):
     assert "seed 7" in capsys.readouterr().out
 
 
-def test_check_fails_on_a_wrong_kernel(monkeypatch, capsys):
-    def matmul(a, b, out):
-        out.copy_(a.double() @ b.double())
-        out += 1
-
-    find = registry.find
-    wrong = registry.Kernel(matmul)
-    monkeypatch.setattr(registry, "find", lambda op, name: wrong if name == "torch" else find(op, name))
-    monkeypatch.setattr("flagops.dispatch._plans", {})
-    assert main(["check", "matmul", "--backend", "torch"]) == 1
-    shown = capsys.readouterr()
-    assert "WRONG" in shown.out
-    assert "Case(operator='matmul'" in shown.err
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -53,6 +53,16 @@ def test_weights_sum_to_the_scale_and_the_bias_moves_only_the_selection(seed):
 
 
 @pytest.mark.operators("moe_gate")
+def test_equal_logits_come_in_the_order_of_the_experts(kernel, rng):
+    """Whatever their number: loops over vectors and over what is left of them must give them one score."""
+    for experts in rng.permutation(np.arange(7, 140))[: 10 if kernel[1] in ("numpy", "triton") else 60]:
+        for dtype in (np.float32, np.float64):
+            x, w = np.full((3, 1), rng.standard_normal(), dtype), np.ones((experts, 1), dtype)
+            _, indices = run("moe_gate", kernel[1], x, w)
+            assert indices.tolist() == [[0, 1, 2, 3, 4, 5]] * 3, (experts, x[0, 0])
+
+
+@pytest.mark.operators("moe_gate")
 def test_a_table_selects_by_token_in_its_own_order(kernel, rng):
     x, w = normal(rng, 4, 5), normal(rng, 8, 5)
     table = np.array([[7, 0, 3], [1, 2, 4]], np.int64)

@@ -54,6 +54,8 @@ def _inner(o: Any, wo_a: Any, groups: int, scale: Any, padding: int = 0) -> Any:
         contract(dtype_name(o), left, weight.T, _by_group(z[..., :rank], left.shape[2:-1], groups))
         return z
     (*steps, by_head, by_channel), heads = view(o).strides, o.shape[-2] // groups
+    if o.shape[-1] == 1:  # whose stride says nothing
+        by_channel = by_head
     if heads > 1 and by_head != o.shape[-1] * by_channel:
         o = o.contiguous() if hasattr(o, "contiguous") else np.ascontiguousarray(o)
         *steps, by_head, by_channel = view(o).strides

@@ -108,14 +108,14 @@ def compress_kv_backward(
     for part, of_state in ((slope, grad[1]), (slope * (values - pooled), grad[2])):
         line, state = _line_gradient(part, of_state, kv.shape[1], m, before, windows)
         state[:, :held] += line[:, :held]
-        lines.append(line[:, held:].reshape(batch * length, -1))
+        lines.append(line[:, held:].reshape(batch * length, line.shape[2]))
         states.append(state)
     flat = x.reshape(batch * length, depth).to(real)
     grad_x = torch.matmul(lines[0], wkv.to(real)) + torch.matmul(lines[1], wgate.to(real)) if needs[0] else None
     grad_bias = None
     if needs[3]:
         place = (filled + torch.arange(length, device=x.device)) % m
-        grad_bias = torch.zeros_like(bias).index_add_(0, place, lines[1].view(batch, length, -1).sum(0))
+        grad_bias = torch.zeros_like(bias).index_add_(0, place, lines[1].view(batch, length, bias.shape[1]).sum(0))
     return (
         grad_x.view(x.shape).to(x.dtype) if grad_x is not None else None,
         torch.matmul(lines[0].mT, flat).to(wkv.dtype) if needs[1] else None,

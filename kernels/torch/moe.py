@@ -27,7 +27,7 @@ def moe_gate(
 ) -> None:
     """A stable sort selects: the lower expert comes first among equals."""
     for rows in _blocks(x.shape[0], 20 * weight.shape[0] + 4 * x.shape[1]):
-        scores = functional.softplus(_logits(x[rows], weight)).sqrt_()
+        scores = _scores(_logits(x[rows], weight))
         indices = _select(scores, bias, table, tokens if tokens is None else tokens[rows], top_k)
         out[0][rows] = _normalised(scores.gather(1, indices), scale)
         out[1][rows] = indices.int()
@@ -46,6 +46,14 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
         product(x, weight.mT, z)
         return z
     return torch.matmul(x.to(real), weight.to(real).mT)
+
+
+def _scores(z: Tensor) -> Tensor:
+    """Equal logits have equal scores, wherever they stand.
+
+    Read with a gap after each: torch's loop over dense memory ends in another loop, which rounds differently.
+    """
+    return functional.softplus(torch.stack((z, z), -1)[..., 0]).sqrt()
 
 
 def _select(scores: Tensor, bias: Tensor | None, table: Tensor | None, tokens: Tensor | None, top_k: int) -> Tensor:
@@ -75,7 +83,7 @@ def moe_gate_backward(
 ) -> tuple[Tensor | None, ...]:
     """Through the scores of those selected; the bias decides only who that is."""
     z = _logits(x, weight)
-    scores = functional.softplus(z).sqrt()
+    scores = _scores(z)
     indices = _select(scores, bias, table, tokens, top_k)
     chosen = scores.gather(1, indices)
     total = chosen.sum(1, keepdim=True)

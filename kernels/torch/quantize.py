@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from functools import cache
@@ -148,8 +149,8 @@ def _chunks(x: Tensor, *outs: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
 
 def _flat(x: Tensor) -> bool:
     """Whether all leading axes are one."""
-    steps = x.stride()[:-1]
-    return all(steps[i] == steps[i + 1] * x.shape[i + 1] or x.shape[i] == 1 for i in range(len(steps) - 1))
+    axes = [(size, step) for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
+    return all(step == size * inner for (_, step), (size, inner) in itertools.pairwise(axes))
 
 
 @cache

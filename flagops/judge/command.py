@@ -1,0 +1,212 @@
+"""``flagops check``: kernels judged in a process of their own, a table of what was found, and a report to keep."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from flagops import __version__, registry, tables
+
+from .session import LEAST_SHARE, Record
+
+PATIENCE = 600
+"""Seconds without a word after which a kernel hangs; the first calls of a kernel may compile."""
+
+
+def duration(text: str) -> float:
+    """Seconds: ``60s``, ``2m``, ``1.5h``, or a number of seconds. Raises ValueError."""
+    factor = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
+    seconds = float(text[:-1]) * factor if factor else float(text)
+    if not 0 < seconds < 1e7:
+        raise ValueError(f"expected a time such as 60s, got {text!r}")
+    return seconds
+
+
+@dataclass
+class Outcome:
+    """What the workers said."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Every kernel against its reference, in all the ways in which kernels go wrong."""
+    files = [word for word in args.operators if word.endswith(".py")]
+    operators = [registry.operator(word).name for word in args.operators if word not in files]
+    for path in files:
+        if not Path(path).is_file():
+            raise ValueError(f"there is no file {path}")
+    if files and args.backend:
+        raise ValueError("a file of kernels is a backend of its own; leave out --backend")
+    outcome = Outcome()
+    backends = args.backend or [n for n in registry.backend_names() if registry.backend(n).unavailable() is None]
+    usable = []
+    for name in backends:
+        reason = registry.backend(name).unavailable()
+        usable += [] if reason else [name]
+        outcome.problems += [f"{name}: {reason}"] if reason else []
+    wish = {
+        "files": files, "operators": operators, "backends": usable, "replay": args.replay, "examples": args.examples,
+        "seconds": duration(args.time), "seed": int(time.time()) if args.seed is None else args.seed,
+        "strict": args.strict, "least": LEAST_SHARE if args.least is None else args.least,
+    }  # fmt: skip
+    if args.replay:
+        wish["operators"] = [_replayed(args.replay)]
+    if usable or files:
+        _judge(wish, outcome, bool(operators and (args.backend or files)) or bool(args.replay))
+    _show(outcome, wish)
+    if args.report:
+        Path(args.report).write_text(json.dumps(report(outcome, wish), indent=1) + "\n")
+    wrong = [r for r in outcome.records if r["result"] != "ok"]
+    return 1 if wrong or outcome.problems or not outcome.records else 0
+
+
+def _replayed(text: str) -> str:
+    from flagops.cases import parse
+
+    from .session import STAGES
+
+    stage, colon, case = text.partition(": ")
+    if not colon or stage not in {s.name for s in STAGES}:
+        raise ValueError(f"--replay takes 'STAGE: Case(...)', with a stage of {', '.join(s.name for s in STAGES)}")
+    return parse(case).operator
+
+
+def _judge(wish: dict[str, Any], outcome: Outcome, all_wanted: bool) -> None:
+    """Run workers, one after the other where a kernel ends one, until every kernel is judged."""
+    absent: dict[str, None] = {}
+    while True:
+        last: dict[str, Any] = {}
+        started = time.monotonic()
+        ended = "says nothing any more"
+        for message in _worker(wish | {"skip": len(outcome.records)}):
+            if "begin" in message:
+                last, started = {"operator": message["begin"][0], "backend": message["begin"][1]}, time.monotonic()
+                print("checking {operator} on {backend} ...".format(**last), file=sys.stderr, flush=True)
+            elif "record" in message:
+                outcome.records.append(message["record"])
+                last = {}
+            elif "absent" in message:
+                absent[f"{message['absent'][0]} on {message['absent'][1]}: {message['absent'][2]}"] = None
+            elif "failed" in message:
+                outcome.problems.append(message["failed"])
+                return
+            elif "ended" in message:
+                ended = message["ended"]
+            elif "done" in message:
+                outcome.problems += absent if all_wanted else []
+                return
+            else:
+                last |= message
+        if not last:
+            outcome.problems.append(f"the process that judges ended between kernels: it {ended}")
+            return
+        record = Record(last["operator"], last["backend"], wish["seed"], "ENDED", seconds=time.monotonic() - started)
+        record.finding = (
+            f"the kernel ended its process: it {ended}. Inputs are read-only, and all memory ends at pages that "
+            "nobody may touch"
+        )
+        record.stage, record.case = last.get("stage", ""), last.get("case", "")
+        outcome.records.append(vars(record))
+
+
+def _worker(wish: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The messages of one process; how it ended is the last if it did so by itself."""
+    reading, writing = os.pipe()
+    command = [sys.executable, "-m", "flagops.judge.worker", json.dumps(wish | {"to": writing})]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    process = subprocess.Popen(command, pass_fds=[writing], stdin=subprocess.DEVNULL, stdout=2, env=environment)
+    os.close(writing)
+    text = b""
+    try:
+        while select.select([reading], [], [], PATIENCE)[0]:
+            part = os.read(reading, 1 << 16)
+            *lines, text = (text + part).split(b"\n")
+            yield from map(json.loads, lines)
+            if not part:
+                code = process.wait(PATIENCE)
+                with contextlib.suppress(ValueError):
+                    yield {"ended": f"ended with {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"}
+                return
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reading)
+
+
+def _show(outcome: Outcome, wish: dict[str, Any]) -> None:
+    rows = []
+    for r in outcome.records:
+        ran, asked = r["ran"].get("all", 0), r["asked"].get("all", 0)
+        cases = sum(r["cases"].values())
+        worst = max(r["worst"].values(), default=0)
+        share = f"{ran / asked:.0%}" if asked else ""
+        counts = (cases, r["calls"] or "", share, f"{worst:.2f}", f"{r['seconds']:.1f} s")
+        rows.append((r["operator"], r["backend"], r["result"], *counts))
+    columns = ("operator", "backend", "result", "cases", "small calls", "ran", "of its bound", "time")
+    tables.show(f"judged, seed {wish['seed']}", columns, rows)
+    calls = min((r["calls"] for r in outcome.records if r["calls"]), default=0)
+    if calls:
+        often, seldom = ((1 - 1 / rate) ** calls for rate in (200, 1000))
+        print(f"Of errors in 1 small call of 200 a run misses {often:.0e}, in 1 of 1000 {seldom:.0e} (probabilities).")
+    for problem in outcome.problems:
+        print(problem, file=sys.stderr)
+    for r in outcome.records:
+        if r["result"] != "ok":
+            where = f", {r['stage']}" if r["stage"] else ""
+            print(f"{r['result']}: {r['operator']} on {r['backend']}{where}\n{r['finding']}", file=sys.stderr)
+            print(f"again: {again(r, wish)}", file=sys.stderr)
+
+
+def again(record: dict[str, Any], wish: dict[str, Any]) -> str:
+    """The command that repeats a finding: of one case where there is one, else of the whole run."""
+    where = wish["files"] or ["--backend", record["backend"]]
+    if record["case"]:
+        one = f"{record['stage']}: {record['case']}".replace("'", '"')  # which a shell leaves alone between quotes
+        return shlex.join(["flagops", "check", *where, "--replay", one])
+    more = ["--strict"] if wish["strict"] else []
+    return shlex.join(["flagops", "check", record["operator"], *where, "--seed", str(wish["seed"]), *more])
+
+
+def report(outcome: Outcome, wish: dict[str, Any]) -> dict[str, Any]:
+    """What a run found, as plain data: the certificate of each kernel."""
+    libraries = {}
+    for name in ("numpy", "ml_dtypes", "torch", "numba", "triton"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            libraries[name] = metadata.version(name)
+    for record in outcome.records:
+        shares = {w: round(record["ran"].get(w, 0) / n, 4) for w, n in sorted(record["asked"].items())}
+        missed = {f"1 in {n}": (1 - 1 / n) ** record["calls"] for n in (20, 200, 1000, 10000)}
+        record |= {"share that ran": shares, "probability of missing an error of": missed}
+    return {
+        "flagops": __version__, "python": platform.python_version(), "platform": platform.platform(),
+        "libraries": libraries, "date": time.strftime("%Y-%m-%d"), "seed": wish["seed"], "seconds": wish["seconds"],
+        "kernels": outcome.records, "problems": outcome.problems,
+    }  # fmt: skip
+
+
+def certificates(path: str) -> dict[tuple[str, str], str]:
+    """What a report says of each kernel, for a table."""
+    kernels: Sequence[dict[str, Any]] = json.loads(Path(path).read_text())["kernels"]
+    found = {}
+    for r in kernels:
+        worst = max(r["worst"].values(), default=0)
+        found[r["operator"], r["backend"]] = (
+            f"{r['result']}: {sum(r['cases'].values())} cases, {r['calls']} calls, {worst:.2f} of its bound"
+        )
+    return found
