@@ -303,7 +303,7 @@ def _repeats(session: Session, case: Case) -> float:
 
 def _workloads(session: Session) -> Iterator[Case]:
     """The named workloads that take about a second at most, in any order."""
-    from flagops import measure
+    from flagops.tools import measure
 
     loads = [measure.case(session.op, name) for name in session.op.workloads]
     small = [
@@ -315,7 +315,7 @@ def _workloads(session: Session) -> Iterator[Case]:
 
 def _workload(session: Session, case: Case) -> float:
     """Rows of a workload spread over all of it."""
-    from flagops import measure
+    from flagops.tools import measure
 
     given = measure.inputs(session.op, case, session.record.seed)
     out = call.of(session.op)(*given, backend=session.backend)

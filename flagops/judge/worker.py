@@ -50,7 +50,8 @@ def prepare() -> Watch:
     if not missing("torch"):
         import torch.testing  # noqa: F401
 
-        from flagops import measure, torch_ops  # noqa: F401
+        from flagops import torch_ops  # noqa: F401
+        from flagops.tools import measure  # noqa: F401
     registry.operators()
     return Watch(names)
 
