@@ -31,16 +31,34 @@ class Block(NamedTuple):
     row: Any
 
 
-@jit
-def at(block, i, j):
+def _index(builder, block, i, j):
+    """Of an element, counted from a block's beginning."""
+    return builder.add(builder.mul(i, builder.extract_value(block, 2)), j)
+
+
+def _address(builder, tag, arguments):
+    offset = builder.mul(_index(builder, *arguments), i64(storage(tag).size))
+    return builder.add(builder.extract_value(arguments[0], 1), offset)
+
+
+@intrinsic
+def at(typingctx, block, i, j):
     """The address of an element."""
-    return block.base + (i * block.row + j) * size(block.tag)
+
+    def generate(context, builder, signature, arguments):
+        return _address(builder, block[0], arguments)
+
+    return types.int64(block, types.int64, types.int64), generate
 
 
-@jit
-def shifted(block, i, j):
+@intrinsic
+def shifted(typingctx, block, i, j):
     """The block whose first element is element [i, j] of this one."""
-    return Block(block.tag, block.base + (i * block.row + j) * size(block.tag), block.row)
+
+    def generate(context, builder, signature, arguments):
+        return builder.insert_value(arguments[0], _address(builder, block[0], arguments), 1)
+
+    return block(block, types.int64, types.int64), generate
 
 
 def _accessor(lanes: bool, name: str, about: str, put: bool) -> Any:
@@ -50,8 +68,7 @@ def _accessor(lanes: bool, name: str, about: str, put: bool) -> Any:
         tag, element = block[0], storage(block[0]).arithmetic
 
         def generate(context, builder, signature, arguments):
-            base, row = (builder.extract_value(arguments[0], i) for i in (1, 2))
-            index = builder.add(builder.mul(arguments[1], row), arguments[2])
+            base, index = builder.extract_value(arguments[0], 1), _index(builder, *arguments[:3])
             if put:
                 _ir.store(builder, tag, arguments[3], base, index)
                 return context.get_dummy_value()

@@ -15,7 +15,7 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
-from ._blocks import Block, alive, get, of_task, pack, put, scratch, unpack, vget, vput, walk
+from ._blocks import Block, alive, get, of_task, put, scratch, vget, vput, walk
 from ._vectors import TAGS, cast, fma, lanes, rounded, vsplat, vsum, wide
 
 _GRAIN = 1 << 15  # elements worth a thread
@@ -37,7 +37,7 @@ def rms_norm(x: Any, weight: Any, eps: float, stepwise: bool, out: Any) -> None:
 
 @jit
 def _normalise(start, stop, tag, n, sizes, x, out, weight, eps, stepwise):
-    real, shape = wide(tag), (1, n)
+    real = wide(tag)
     memory, (factors, row) = scratch(real, ((n, 1), (n, 1)))
     weights = Block(*weight)
     if weights.base != 0:
@@ -53,12 +53,14 @@ def _normalise(start, stop, tag, n, sizes, x, out, weight, eps, stepwise):
             else:
                 _row(source, target, n, factors, eps)
         else:
-            pack(tag, source.base, (0, source.row), shape, row, shape)
+            for i in range(n):
+                put(row, i, 0, get(source, i, 0))
             if stepwise:
                 _steps(tag, row, row, n, factors, eps)
             else:
                 _row(row, row, n, factors, eps)
-            unpack(tag, row, shape, target.base, (0, target.row))
+            for i in range(n):
+                put(target, i, 0, get(row, i, 0))
     return alive(memory)
 
 

@@ -2,7 +2,7 @@
 
 MUTANTS = {
     "numba/norm.py": [
-        ("rms_norm", "(0, source.row)", "(0, target.row)", 0),
+        ("rms_norm", "put(row, i, 0, get(source, i, 0))", "put(row, i, 0, get(source, 0, i))", 0),
         ("rms_norm", "get(weights, i, 0)", "get(weights, 0, i)", 0),
         ("rms_norm", "c, d = fma(p, p, c), fma(q, q, d)", "c, d = fma(p, p, c), fma(p, q, d)", 0),
         ("rms_norm", "for i in range(four, whole, step):", "for i in range(four + step, whole, step):", 0),
