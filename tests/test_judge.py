@@ -131,6 +131,14 @@ def test_every_axis_gets_long(rng):
         assert short <= set(op.most) | {"o", "r", "k", "m", "n", "s"}, (name, short)
 
 
+def test_streams_of_cases_end_where_nothing_fits(monkeypatch, rng):
+    monkeypatch.setattr("flagops.judge.draws.ELEMENTS", 1)
+    op = registry.operator("fp4_to_fp8")
+    draws = Draws(op, lambda o: o[int(rng.integers(0, len(o)))], testing.scope("torch"), ("torch",))
+    assert list(draws.long()) == []
+    assert list(draws.around([5, 1000])) == []
+
+
 @pytest.mark.parametrize(
     "act",
     [
