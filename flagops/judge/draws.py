@@ -138,7 +138,7 @@ class Draws:
         self, axis: str, sizes: Sequence[int], others: Mapping[str, int] | None = None, room: int = 1
     ) -> Iterator[Case]:
         """A case with an axis of the first of these sizes that is not too large in all, the others small."""
-        for size in sizes:
+        for size, _ in itertools.product(sizes, range(3)):  # the others may be drawn too large
             if size > self.longest.get(axis, size):
                 continue
             fixed = {**(others or {}), axis: size}
