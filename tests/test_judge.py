@@ -120,15 +120,23 @@ def test_pairs_are_covered_sooner_than_by_chance(rng):
 
 
 def test_every_axis_gets_long(rng):
-    for name in registry.operators():
+    for name in registry.operators().keys() - {"fp4_to_fp8"}:  # whose axes count blocks of 128 x 128
         op = registry.operator(name)
         draws = Draws(op, lambda o: o[int(rng.integers(0, len(o)))], testing.scope("torch"), ("torch",))
         longest = dict.fromkeys(draws.axes, 0)
-        for case, _ in zip(draws.long(), range(2 * len(draws.axes)), strict=False):
+        for case, _ in zip(draws.long(), range(6 * len(draws.axes)), strict=False):
             for axis, size in (*case.dims, ("...", int(np.prod(case.batch)))):
                 longest[axis] = max(longest.get(axis, 0), size)
         short = {axis for axis, size in longest.items() if axis in draws.axes and size < 1000}
         assert short <= set(op.most) | {"o", "r", "k", "m", "n", "s"}, (name, short)
+
+
+def test_streams_of_cases_end_where_nothing_fits(monkeypatch, rng):
+    monkeypatch.setattr("flagops.judge.draws.ELEMENTS", 1)
+    op = registry.operator("fp4_to_fp8")
+    draws = Draws(op, lambda o: o[int(rng.integers(0, len(o)))], testing.scope("torch"), ("torch",))
+    assert list(draws.long()) == []
+    assert list(draws.around([5, 1000])) == []
 
 
 @pytest.mark.parametrize(

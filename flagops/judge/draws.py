@@ -16,7 +16,7 @@ from flagops.operator import Operator
 Feature = tuple[str, Any]
 
 SMALL = (1, 2, 3, 7)
-LONG = tuple(size for power in range(16, 7, -1) for size in (2**power + 3, 2**power))
+LONG = tuple(size for power in range(16, 3, -1) for size in (2**power + 3, 2**power))
 """Sizes of one long axis, tried in this order until one is legal and small enough in all."""
 ELEMENTS, WORK = 1 << 20, 1 << 22
 """Of the tensors of one case together, and its floating-point operations; four times as much for those beyond 2^20."""
@@ -109,32 +109,36 @@ class Draws:
         return set(self.op.derived(dict(case.dims), dict(case.scalars)))
 
     def long(self) -> Iterator[Case]:
-        """One axis after the other at its longest, then two together for more than 2^20 elements."""
-        while True:
-            for axis in self.axes:
-                yield from self._sized(axis, (1031, 1024))  # which shows how long a longer one takes
-                yield from self._sized(axis, LONG)
-            for one, two in itertools.combinations(self.axes, 2):
-                yield from self._sized(one, [1031, 1024], {two: 1021}, 4)
+        """One axis after the other at its longest, then two together for more than 2^20 elements; over again."""
+        return _again(self._long)
+
+    def _long(self) -> Iterator[Case]:
+        for axis in self.axes:
+            yield from self._sized(axis, (1031, 1024))  # which shows how long a longer one takes
+            yield from self._sized(axis, LONG)
+        for one, two in itertools.combinations(self.axes, 2):
+            yield from self._sized(one, [1031, 1024], {two: 1021}, 4)
 
     def around(self, numbers: Sequence[int]) -> Iterator[Case]:
-        """Each axis, and the number of elements, just above the numbers, at them and below."""
-        numbers = sorted(numbers, key=lambda number: number < 8)  # which every other draw is around
-        while numbers:
-            for shift, number in itertools.product((1, 0, -1), numbers):
-                for axis in self.axes:
-                    if number + shift <= ELEMENTS:
-                        yield from self._sized(axis, [number + shift])
-                if shift > 0 and 1 << 10 <= number <= ELEMENTS and len(self.axes) > 1:
-                    one, two = self.choose(list(itertools.permutations(self.axes, 2)))
-                    part = self.choose([size for size in (16, 64, 130, 520) if size < number])
-                    yield from self._sized(one, [number // part + 1], {two: part})
+        """Each axis, and the number of elements, just above the numbers, at them and below; over again."""
+        ordered = sorted(numbers, key=lambda number: number < 8)  # which every other draw is around
+        return _again(lambda: self._around(ordered))
+
+    def _around(self, numbers: Sequence[int]) -> Iterator[Case]:
+        for shift, number in itertools.product((1, 0, -1), numbers):
+            for axis in self.axes:
+                if number + shift <= ELEMENTS:
+                    yield from self._sized(axis, [number + shift])
+            if shift > 0 and 1 << 10 <= number <= ELEMENTS and len(self.axes) > 1:
+                one, two = self.choose(list(itertools.permutations(self.axes, 2)))
+                part = self.choose([size for size in (16, 64, 130, 520) if size < number])
+                yield from self._sized(one, [number // part + 1], {two: part})
 
     def _sized(
         self, axis: str, sizes: Sequence[int], others: Mapping[str, int] | None = None, room: int = 1
     ) -> Iterator[Case]:
         """A case with an axis of the first of these sizes that is not too large in all, the others small."""
-        for size in sizes:
+        for size, _ in itertools.product(sizes, range(3)):  # the others may be drawn too large
             if size > self.longest.get(axis, size):
                 continue
             fixed = {**(others or {}), axis: size}
@@ -146,6 +150,16 @@ class Draws:
                 if size >= 1024:
                     self.longest[axis] = int(size * max(PATIENCE / (time.thread_time() - start), 0.5))
                 return
+
+
+def _again(cases: Callable[[], Iterator[Case]]) -> Iterator[Case]:
+    """The cases over and over, until there are none."""
+    while True:
+        case = None
+        for case in cases():
+            yield case
+        if case is None:
+            return
 
 
 def fits(op: Operator, case: Case, room: int = 1) -> bool:
