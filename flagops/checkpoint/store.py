@@ -166,7 +166,8 @@ class Journal:
             sync_folder(self._path.parent)
             return False
         self.done = _finished(self._path.parent, records, identity, names)
-        self.sure = {r["file"] for r in records[1:] if r.get("seen") == self._seen}
+        last = {r["file"]: r.get("seen") for r in records[1:]}
+        self.sure = {name for name in self.done if last[name] == self._seen}
         return True
 
     def _append(self, record: dict[str, Any]) -> None:

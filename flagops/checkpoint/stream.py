@@ -211,7 +211,7 @@ class Stream:
         height, width = out.block
         across = -(-columns // width)
         coded = out.scale.dtype != "F32"
-        for matrix in range(matrices if out.size else 0):
+        for matrix in range(matrices if out.size else 0):  # a shape may have 2^55 of no rows
             base = matrix * -(-rows // height) * across
             for r0, r1, c0, c1 in slices(rows, columns, (height, width), self._limit):
                 shape = r1 - r0, c1 - c0
