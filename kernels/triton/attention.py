@@ -129,7 +129,7 @@ def attention_kernel(
     else:
         if SINK:
             origin = tl.where(top == float("-inf"), 0.0, top)
-            total += tl.exp2((tl.load(sink + head * sink_h, here, other=0.0) - origin) * LOG2E)
+            total += tl.exp2((tl.load(sink + head.to(tl.int64) * sink_h, here, other=0.0) - origin) * LOG2E)
         acc = tl.where(tl.max(seen.to(tl.int32), 0) > 0, acc / total[:, None], 0.0)
     tl.store(to, narrow(acc, out.dtype.element_ty), here[:, None] & wide[None, :])
 
@@ -155,7 +155,7 @@ def combine_kernel(
     empty = (highest == float("-inf")) & (total == 0.0)
     head, token = line % H, line // H
     if SINK:
-        total += tl.exp2((tl.load(sink + head * sink_h) - origin) * LOG2E)
+        total += tl.exp2((tl.load(sink + head.to(tl.int64) * sink_h) - origin) * LOG2E)
     result = tl.where(empty, 0.0, tl.sum(value * weight[:, None], 0) / total)
     to = out + token // S * out_b + token % S * out_s + head * out_h + channel.to(tl.int64) * out_d
     tl.store(to, narrow(result, out.dtype.element_ty), channel < W)

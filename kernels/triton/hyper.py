@@ -35,7 +35,7 @@ def _sigmoid(x):
 @triton.jit
 def _logits(mix, mix_p, mix_t, mix_c, parts, factor, token, there, column, inside, scale, base):
     """Sums over the parts of a projection, normalised, scaled and shifted."""
-    place = mix + token.to(tl.int64) * mix_t + column * mix_c
+    place = mix + token.to(tl.int64) * mix_t + column.to(tl.int64) * mix_c
     total = tl.load(place, there & inside, other=0.0)
     for _ in range(1, parts):
         place += mix_p
@@ -80,13 +80,14 @@ def _sinkhorn(
 
 @triton.jit
 def _keep(x, to, to_t, to_i, token, there, N: tl.constexpr, P: tl.constexpr):
-    i = tl.arange(0, P)[None, :]
+    i = tl.arange(0, P).to(tl.int64)[None, :]
     tl.store(to + token.to(tl.int64)[:, None] * to_t + i * to_i, x, there[:, None] & (i < N))
 
 
 @triton.jit
 def _keep_matrix(x, to, to_t, to_j, to_k, token, there, N: tl.constexpr, P: tl.constexpr):
-    j, k = tl.arange(0, P)[None, :, None], tl.arange(0, P)[None, None, :]
+    stream = tl.arange(0, P).to(tl.int64)
+    j, k = stream[None, :, None], stream[None, None, :]
     place = to + token.to(tl.int64)[:, None, None] * to_t + j * to_j + k * to_k
     tl.store(place, x, there[:, None, None] & (j < N) & (k < N))
 
@@ -164,7 +165,7 @@ def collapse_kernel(
         total = tl.zeros((BT, BD), real)
         for j in tl.static_range(N):
             weight = tl.sum(tl.where(stream == j, pre, 0.0), 1)
-            at = token.to(tl.int64)[:, None] * x_t + j * x_n + d.to(tl.int64)[None, :] * x_d
+            at = token.to(tl.int64)[:, None] * x_t + tl.cast(j, tl.int64) * x_n + d.to(tl.int64)[None, :] * x_d
             total += weight[:, None] * widen(tl.load(x + at, inside, other=0.0))
         to = y + token.to(tl.int64)[:, None] * D + d[None, :]
         tl.store(to, narrow(total, y.dtype.element_ty), inside)
@@ -180,15 +181,16 @@ def mix_kernel(
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     inside = d < D
     at = d.to(tl.int64)
-    k = tl.arange(0, P)
+    k = tl.arange(0, P).to(tl.int64)
     weight = tl.load(post + token * post_t + k * post_n, k < N, other=0.0)
     new = widen(tl.load(y + token * y_t + at * y_d, inside, other=0.0))
     total = weight[:, None] * new[None, :]
     for j in tl.static_range(N):
-        weight = tl.load(comb + token * comb_t + j * comb_j + k * comb_k, k < N, other=0.0)
-        stream = widen(tl.load(x + token * x_t + j * x_n + at * x_d, inside, other=0.0))
+        row = tl.cast(j, tl.int64)  # times a stride of 32 bits it may take more
+        weight = tl.load(comb + token * comb_t + row * comb_j + k * comb_k, k < N, other=0.0)
+        stream = widen(tl.load(x + token * x_t + row * x_n + at * x_d, inside, other=0.0))
         total += weight[:, None] * stream[None, :]
-    to = out + token * out_t + k.to(tl.int64)[:, None] * out_n + at[None, :] * out_d
+    to = out + token * out_t + k[:, None] * out_n + at[None, :] * out_d
     tl.store(to, narrow(total, out.dtype.element_ty), (k < N)[:, None] & inside[None, :])
 
 

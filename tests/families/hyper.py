@@ -32,6 +32,6 @@ MUTANTS = {
         ("hc_split_sinkhorn", "column * tl.sum(x * row[:, :, None], 1) + eps", "column * tl.sum(x * row[:, :, None], 1)", 0),
         ("hc_split_sinkhorn", "for _ in range(1, iters):", "for _ in range(0, iters):", 0),
         ("hc_head", "(k // D).to(tl.int64) * x_n", "(k % D).to(tl.int64) * x_n", 0),
-        ("hc_post", "j * comb_j + k * comb_k", "j * comb_k + k * comb_j", 0),
+        ("hc_post", "row * comb_j + k * comb_k", "row * comb_k + k * comb_j", 0),
     ],
 }  # fmt: skip
