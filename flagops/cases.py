@@ -39,7 +39,7 @@ class Scope:
 
 FULL = Scope((1, 2, 3, 0, 7, 16, 17, 33, 64, 65, 130, 520, 1030), 1 << 20, 100)
 INTERPRETED = Scope((1, 2, 3, 0, 16, 17, 33, 130), 1 << 13, 20)
-BATCHES = ((), (1,), (3,), (2, 3), (0,), (2, 1, 2), (1, 2, 1, 1, 2), (2, 1, 1, 1, 1, 1))
+BATCHES = ((), (1,), (3,), (2, 3), (0,), (2, 3, 2), (2, 2, 2, 2), (1, 2, 1, 1, 2), (2, 1, 1, 1, 1, 1))
 VALUES = (
     "normal", "large range", "special", "integers", "positive", "cancelling", "extreme", "ties", "sparse", "subnormal",
     "one special",

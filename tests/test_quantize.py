@@ -319,8 +319,12 @@ X = torch.zeros(3, 64)
 BAD = {
     "e8m0 holds powers of two": (lambda: flagops.fp8_quantize(X, 32, False), ValueError, "powers of two only"),
     "a block that does not divide": (lambda: flagops.fp8_quantize(X, 48), ValueError, "a multiple of 48"),
-    "no channels to share a scale": (lambda: flagops.fp8_fake_quantize(X, 0), ValueError, "positive number, got 0"),
-    "half a byte": (lambda: flagops.fp4_quantize(X, 1), ValueError, "positive even number, got 1"),
+    "no channels to share a scale": (
+        lambda: flagops.fp8_fake_quantize(X, 0),
+        ValueError,
+        "whole number of at least 1, got 0",
+    ),
+    "half a byte": (lambda: flagops.fp4_quantize(X, 1), ValueError, "even whole number of at least 2, got 1"),
     "block of another kind": (lambda: flagops.fp4_fake_quantize(X, 1.5), TypeError, "whole number"),
     "float64": (lambda: flagops.fp8_quantize(X.double(), 32), TypeError, "x is float64, expected bfloat16"),
     "scale dtype": (lambda: flagops.fp8_quantize(X, 32, True, torch.float16), ValueError, "float8_e8m0fnu or float32"),

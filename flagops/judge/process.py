@@ -65,7 +65,7 @@ def restore(found: dict[str, Any]) -> None:
     if torch is not None and "torch's threads" in found:
         torch.set_num_threads(found["torch's threads"])
         torch.set_default_dtype(found["torch's default dtype"])
-        torch.set_flush_denormal(False)
+        torch.set_flush_denormal(found["torch's flush-to-zero"])
         torch.set_grad_enabled(found["torch's gradient mode"][0])
         torch.use_deterministic_algorithms(found["torch's deterministic algorithms"])
         torch.set_float32_matmul_precision(found["torch's float32 precision"])

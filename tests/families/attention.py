@@ -34,7 +34,7 @@ MUTANTS = {
     "triton/attention.py": [
         ("sparse_attention", "(index >= 0) & (index < N)", "(index > 0) & (index < N)", 0),
         ("sparse_attention", "score * scale", "score", 0),
-        ("sparse_attention", "total += tl.exp2((tl.load(sink + head * sink_h, here", "total -= tl.exp2((tl.load(sink + head * sink_h, here", 0),
+        ("sparse_attention", "total += tl.exp2((tl.load(sink + head.to(tl.int64) * sink_h, here", "total -= tl.exp2((tl.load(sink + head.to(tl.int64) * sink_h, here", 0),
         ("sparse_attention", "head.to(tl.int64)[:, None] * q_h", "head.to(tl.int64)[:, None] * q_d", 0),
         ("sparse_attention", "tl.max(seen.to(tl.int32), 0) > 0, acc / total[:, None], 0.0", "True, acc / total[:, None], 0.0", 0),
     ],
