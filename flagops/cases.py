@@ -196,12 +196,13 @@ def draw_case(
     )
 
 
-def dtypes_near(op: Operator, dtype: str | None, absent: Sequence[str] = ()) -> dict[str, str]:
-    """The dtype of each tensor: the one asked for where the card allows it, else its first."""
+def dtypes_near(op: Operator, dtype: str | tuple[str, ...] | None, absent: Sequence[str] = ()) -> dict[str, str]:
+    """The dtype of each tensor: the first of those asked for that the card allows there, else the card's own first."""
+    wanted = dtype if isinstance(dtype, tuple) else (dtype,)
     dtypes: dict[str, str] = {}
     for tensor in (name for name in op.tensors if name not in absent):
         allowed = op.dtype_choices(tensor, dtypes)
-        dtypes[tensor] = dtype if dtype in allowed else allowed[0]
+        dtypes[tensor] = next((choice for choice in wanted if choice in allowed), allowed[0])
     return dtypes
 
 

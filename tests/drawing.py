@@ -1,6 +1,7 @@
 """One small call of an operator drawn from its card, the same each time."""
 
 import dataclasses
+import functools
 import itertools
 import random
 
@@ -49,12 +50,9 @@ def small_call(name, grad=True, dtype=torch.float64):
     Optional tensors are there as far as the card draws them together; floats ask for gradients if `grad`.
     """
     op = registry.operator(name)
-    some = itertools.islice((case for case in cases(op) if _whole(given(case))), 20)
-    case = min(some, key=lambda case: (_coded(case), len(case.absent), not case.batch))
-    dtypes, wanted = {}, (str(dtype).removeprefix("torch."), "uint8")  # bytes, since opcheck cannot multiply float8
-    for tensor in (tensor for tensor in op.tensors if tensor not in case.absent):
-        allowed = op.dtype_choices(tensor, dtypes)
-        dtypes[tensor] = next((choice for choice in wanted if choice in allowed), allowed[0])
+    case = _small_case(op)
+    wanted = str(dtype).removeprefix("torch."), "uint8"  # bytes, since opcheck cannot multiply float8
+    dtypes = testing.dtypes_near(op, wanted, case.absent)
     case = dataclasses.replace(case, dtypes=tuple(dtypes.items()), layouts=(), values="normal")
     for _ in range(1000):
         made = given(dataclasses.replace(case, seed=int(torch.randint(2**16, ()))))
@@ -67,13 +65,23 @@ def small_call(name, grad=True, dtype=torch.float64):
     raise AssertionError(f"nothing of {name} is a number in 1000 calls")
 
 
-def _coded(case):
-    """How many tensors are of codes."""
-    return sum(dtype in arrays.ONE_BYTE for _, dtype in case.dtypes)
+@functools.cache
+def _small_case(op):
+    """Of the first cases with elements that of the fewest tensors of codes, and so on; of equals the smallest."""
+
+    def key(case):
+        coded = sum(dtype in arrays.ONE_BYTE for _, dtype in case.dtypes)
+        return coded, len(case.absent), not case.batch, sum(_sizes(given(case)))
+
+    return min(itertools.islice((case for case in cases(op) if _whole(given(case))), 20), key=key)
+
+
+def _sizes(made):
+    return [x.numel() for x in made if isinstance(x, torch.Tensor)]
 
 
 def _whole(made):
-    return all(x.numel() for x in made if isinstance(x, torch.Tensor))
+    return all(_sizes(made))
 
 
 def _taken(op, backend, given):
