@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def calls(name: str) -> Iterator[tuple[str, list[Any]]]:
                 case = measure.case(op, workload, dtype)
                 cases[case] = " ".join(filter(None, (name, workload, dtype)))
         for case, label in cases.items():
-            yield label, zeros(op, case)
+            yield label, measure.made(op, case, zeros)
     for seed in range(DRAWS):
         rng = random.Random(f"{name} {seed}")
         case = testing.draw_case(op, lambda options, rng=rng: options[rng.randrange(len(options))], testing.INTERPRETED)
@@ -153,20 +153,9 @@ def calls(name: str) -> Iterator[tuple[str, list[Any]]]:
             yield f"{name} drawn", [testing.as_kind(x, "torch", dtypes.get(n)) for n, x in case.arguments().items()]
 
 
-def zeros(op: Any, case: testing.Case) -> list[Any]:
-    """The inputs of a case with nothing in them: memory that is never touched is none."""
-    dims, dtypes, layouts, scalars = (dict(x) for x in (case.dims, case.dtypes, case.layouts, case.scalars))
-    batched = next((name for name, tensor in op.tensors.items() if tensor.axes.startswith("...")), None)
-    made: list[Any] = []
-    for name in op.inputs:
-        if name in scalars or name in case.absent:
-            made.append(scalars.get(name))
-            continue
-        shape = op.shape(op.tensors[name], dims, case.batch if name == batched else ())
-        transposed = layouts.get(name) == "transposed"
-        x = torch.zeros(shape[::-1] if transposed else shape, dtype=getattr(torch, dtypes[name]))
-        made.append(x.permute(*reversed(range(len(shape)))) if transposed else x)
-    return measure.fitted(op, made, dims, seed=0) if op.fit else made
+def zeros(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor with nothing in it: memory that is never touched is none."""
+    return torch.zeros(shape, dtype=dtype)
 
 
 def launches(target: str, operators: Iterable[str]) -> dict[Launch, str]:

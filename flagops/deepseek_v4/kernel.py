@@ -17,16 +17,6 @@ from torch import Tensor
 
 import flagops
 
-__all__ = [
-    "act_quant",
-    "fp4_act_quant",
-    "fp4_gemm",
-    "fp8_gemm",
-    "hadamard_transform",
-    "hc_split_sinkhorn",
-    "sparse_attn",
-]
-
 
 @torch.no_grad()
 def act_quant(

@@ -123,33 +123,42 @@ def case(op: Operator, workload: str, dtype: str | None = None) -> testing.Case:
 
 def inputs(op: Operator, of: testing.Case, seed: int = 0, device: str = "cpu") -> list[Any]:
     """The inputs of a case by position, drawn fast: a large tensor repeats one random block of odd length."""
-    dims, dtypes, layouts, scalars = dict(of.dims), dict(of.dtypes), dict(of.layouts), dict(of.scalars)
     import torch
 
+    dims, dtypes = dict(of.dims), dict(of.dtypes)
+
+    def make(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
+        if name == "indices" and "n" in dims:
+            return _listed(shape, dims["n"], generator).to(dtype)
+        if op.tensors[name].draw and dtypes[name] not in arrays.ONE_BYTE:
+            return arrays.as_torch(_drawn(op.tensors[name], tuple(shape), dtypes[name], dims, seed))
+        return _random(shape, dtype, generator)
+
+    return [x.to(device) if arrays.is_torch(x) else x for x in made(op, of, make, seed)]
+
+
+def made(op: Operator, of: testing.Case, make: Callable[..., torch.Tensor], seed: int = 0) -> list[Any]:
+    """The inputs of a case by position, each tensor by ``make(name, shape, dtype)`` and laid out as the case says."""
+    import torch
+
+    dims, dtypes, layouts, scalars = dict(of.dims), dict(of.dtypes), dict(of.layouts), dict(of.scalars)
     batched = next((n for n, t in op.tensors.items() if t.axes.startswith("...")), None)
-    made: list[Any] = []
+    found: list[Any] = []
     for name in op.inputs:
         if name in scalars or name in of.absent:
-            made.append(scalars.get(name))
+            found.append(scalars.get(name))
             continue
         shape = op.shape(op.tensors[name], dims, of.batch if name == batched else ())
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
         dtype = getattr(torch, dtypes[name])
-        if name == "indices" and "n" in dims:
-            x = _listed(shape, dims["n"], generator).to(dtype)
-        elif op.tensors[name].draw and dtypes[name] not in arrays.ONE_BYTE:
-            x = arrays.as_torch(_drawn(op.tensors[name], shape, dtypes[name], dims, seed))
-        elif layouts.get(name) == "transposed":
-            x = _random(shape[::-1], dtype, generator).permute(*reversed(range(len(shape))))
+        if layouts.get(name) == "transposed":
+            found.append(make(name, shape[::-1], dtype).permute(*reversed(range(len(shape)))))
         else:
-            x = _random(shape, dtype, generator)
-        made.append(x)
-    if op.fit:
-        made = fitted(op, made, dims, seed)
-    return [x.to(device) if arrays.is_torch(x) else x for x in made]
+            found.append(make(name, shape, dtype))
+    return _fitted(op, found, dims, seed) if op.fit else found
 
 
-def fitted(op: Operator, made: Sequence[Any], dims: dict[str, int], seed: int) -> list[Any]:
+def _fitted(op: Operator, made: Sequence[Any], dims: dict[str, int], seed: int) -> list[Any]:
     import numpy
 
     assert op.fit
