@@ -148,11 +148,6 @@ def bits(x: Array) -> Array:
     return x.view(f"u{x.dtype.itemsize}")
 
 
-def lay_out(x: Array, layout: str) -> Array:
-    """The same values in another memory layout."""
-    return x if layout == "contiguous" or x.ndim == 0 else put(x, layout).view
-
-
 def writable(shape: tuple[int, ...], dtype: str, layout: str, allocate: Allocate = heap) -> Place:
     """A poisoned array to write into, and all the memory around it: a kernel must fill the one and not the rest."""
     layout = "cut" if layout in SPREAD else "offset" if layout == "contiguous" and allocate is heap else layout

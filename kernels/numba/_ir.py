@@ -158,11 +158,7 @@ def write(builder: Builder, value: Value, base: Value, offset: int = 0, streamin
     target = builder.add(base, i64(offset)) if offset else base
     instruction = builder.store(value, builder.inttoptr(target, ir.PointerType()), align=streaming or 1)
     if streaming:
-        stream(builder, instruction)
-
-
-def stream(builder: Builder, instruction: Value) -> None:
-    instruction.set_metadata("nontemporal", builder.module.add_metadata([i32(1)]))
+        instruction.set_metadata("nontemporal", builder.module.add_metadata([i32(1)]))
 
 
 def load(builder: Builder, tag: Kind, base: Value, index: Value | int = 0, lanes: int = 0) -> Value:

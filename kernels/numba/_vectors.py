@@ -1,7 +1,7 @@
 """The words of numba kernels: loads and stores by dtype, and arithmetic on whole vectors.
 
 `load(tag, address)` gives a scalar and `vload(tag, address)` a vector of `lanes(tag)` elements; halves are computed
-with as float32, everything else as itself, and `store`, `vstore`, `vstream` round to nearest even. A comparison of
+with as float32, everything else as itself, and `store` and `vstore` round to nearest even. A comparison of
 vectors is a mask, one of bool; a number beside a vector is repeated in every lane, in the vector's dtype. Nothing is
 contracted: `a * b + c` is rounded twice, `fma(a, b, c)` once, so that a kernel's text decides its bits.
 """
@@ -126,19 +126,6 @@ def vstore(typingctx, tag, address, value):
         return context.get_dummy_value()
 
     return types.none(tag, types.int64, Vector(_arithmetic(tag), value.lanes)), generate
-
-
-@intrinsic
-def vstream(typingctx, tag, address, value):
-    """`vstore` past the caches; the address is a multiple of the vector's bytes in memory."""
-
-    def generate(context, builder, signature, arguments):
-        instruction = _ir.store(builder, tag, arguments[2], arguments[1])
-        instruction.align = value.lanes * storage(tag).size
-        _ir.stream(builder, instruction)
-        return context.get_dummy_value()
-
-    return types.none(tag, types.int64, value), generate
 
 
 @intrinsic
