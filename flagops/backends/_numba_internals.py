@@ -5,6 +5,7 @@ Beside each use stands where numba keeps it, the same in all releases from OLDES
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -139,6 +140,13 @@ def call(context: Any, builder: Any, function: Any, values: Sequence[Any]) -> An
     return status.is_error
 
 
+def entry(dispatcher: Any, arguments: Sequence[Any]) -> int:
+    """The address at which C calls a compiled function; it stays as long as the dispatcher.
+    numba.core.compiler: CompileResult.library, numba.core.funcdesc: FunctionDescriptor.llvm_cfunc_wrapper_name"""
+    function = compiled(dispatcher, arguments)
+    return int(function.library.get_pointer_to_function(function.fndesc.llvm_cfunc_wrapper_name))
+
+
 def _locks() -> tuple[Any, Any]:
     """Of numba's compiler and of LLVM. numba.core.compiler_lock, llvmlite.binding.ffi: _lib_wrapper._lock"""
     return global_compiler_lock, llvm.ffi.lib._lock
@@ -208,6 +216,13 @@ def _linked() -> str | None:
     return None if got == [False, True] else f"a call between compiled functions gave {got}"
 
 
+def _entered() -> str | None:
+    """A compiled function as C calls it."""
+    place = entry(numba.njit(**OPTIONS)(_twice), [types.int64])
+    got = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(place)(21)
+    return None if got == 42 else f"a function called by its address gave {got}"
+
+
 class _Memory(dict[str, bytes]):
     folder, read, write = "", dict.get, dict.__setitem__
 
@@ -261,6 +276,7 @@ _CHECKS: dict[str, Callable[[], str | None]] = {
     "release": _release_tried,
     "target": _target_known,
     "code library": _linked,
+    "address": _entered,
     "cache": _kept,
     "types": _declared,
     "locks": _locked,

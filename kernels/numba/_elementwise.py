@@ -1,0 +1,237 @@
+"""One element of a result from one element of each operand: the loop over memory, whatever strides and dtypes.
+
+Bound by memory: each operand is read once. `_drive` walks pieces of rows that stay in the first cache, brings operands
+to the dtype of the computation there where they are not, and calls the routine that computes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
+
+from flagops.arrays import dtype_name
+from flagops.backends.numba import jit, parallel, pointer, strides
+
+from . import _ir
+from ._blocks import alive, at, scratch
+from ._ir import STORAGE, TAGS, storage
+from ._routines import WIDTH, call, mover, routine, vread, vwrite
+from ._vectors import BYTE, load
+
+SPAN = 2048  # elements of a piece
+SHORT = 128  # elements of a row below which a piece has several rows
+_GRAIN = 1 << 15  # elements worth a thread
+_LONG = np.int64(0)
+_OUTER = 5  # where the number of a plan's outer axes stands, and their sizes behind it
+_SIZE, _HOW, _STEP = 1, 2, 3  # of an operand, behind the routine that moves it
+IN_PLACE, REPEATED, APART = 0, 1, 2
+"""How a routine gets an operand: where it is; one element, brought once; or each piece brought."""
+
+
+class Operand(NamedTuple):
+    """An array, and the dtype in which the routine has it."""
+
+    array: Any
+    tag: str
+
+
+def elementwise(body: int, out: Operand, operands: Sequence[Operand], more: Any, work: float = 1.0) -> None:
+    """Compute `out` from up to three operands that broadcast to it.
+
+    more: an array of what else the routine reads. work: how much an element costs, of an addition.
+    """
+    slots = (out, *operands)
+    layouts = [(tuple(x.array.shape), strides(x.array), dtype_name(x.array), x.tag) for x in slots]
+    plan, tasks, elements = _planned(tuple(out.array.shape), *layouts)
+    places = [pointer(x.array) for x in slots] + [0] * (4 - len(slots))
+    least = max(1, int(_GRAIN / work) // elements) if tasks else 1
+    parallel(_drive, tasks, pointer(plan), body, pointer(more), *places, minimum=least)
+
+
+@lru_cache(maxsize=4096)
+def _planned(shape: tuple[int, ...], *layouts: Any) -> tuple[Any, int, int]:
+    """What `_drive` reads, how many tasks it has, and the elements of one."""
+    if 0 in shape:
+        return np.zeros(1, np.int64), 0, 1
+    sizes, steps = _merged(shape, [_bytes(len(shape), *layout[:3]) for layout in layouts])
+    *outer, n = sizes
+    rows = math.prod(outer)
+    group = 1 if n >= SHORT or rows == 1 else SPAN // n
+    plan = [rows, n, min(n, SPAN), group, len(layouts), len(outer), *reversed(outer)]
+    for k, ((_, _, dtype, tag), own) in enumerate(zip(layouts, steps, strict=True)):
+        size = STORAGE[tag].size
+        whole = all(step == size * math.prod(sizes[i + 1 :]) for i, step in enumerate(own))
+        lies = dtype == tag and own[-1] == size and (group == 1 or whole)
+        how = IN_PLACE if lies else REPEATED if k and not any(own) else APART
+        pair = (tag, dtype) if k == 0 else (dtype, tag)
+        plan += [mover(*pair), size, how, own[-1], *reversed(own[:-1])]
+    each = min(n, SPAN) if group == 1 else group * n
+    tasks = rows * -(-n // SPAN) if group == 1 else -(-rows // group)
+    return np.array(plan, np.int64), tasks, each
+
+
+def _bytes(axes: int, shape: tuple[int, ...], steps: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+    """Bytes from one element to the next along each axis of the result, 0 where the operand is repeated."""
+    size = STORAGE[dtype].size
+    own = (0 if n == 1 else step * size for n, step in zip(shape, steps, strict=True))
+    return (*(0,) * (axes - len(shape)), *own)
+
+
+def _merged(shape: tuple[int, ...], steps: Sequence[tuple[int, ...]]) -> tuple[list[int], list[list[int]]]:
+    """Sizes and steps of as few axes as there can be, the last the one along which the result lies closest."""
+    axes = [axis for axis in zip(shape, *steps, strict=True) if axis[0] != 1]
+    axes.sort(key=lambda axis: [abs(step) for step in axis[1:]], reverse=True)
+    merged: list[tuple[int, ...]] = []
+    for n, *own in axes:
+        if merged and all(outer == n * inner for outer, inner in zip(merged[-1][1:], own, strict=True)):
+            n *= merged.pop()[0]
+        merged.append((n, *own))
+    merged = merged or [(1, *[0] * len(steps))]
+    return [axis[0] for axis in merged], [[axis[k + 1] for axis in merged] for k in range(len(steps))]
+
+
+@jit
+def _field(plan, i):
+    return load(_LONG, plan + 8 * i)
+
+
+@jit
+def _origin(plan, own, base, row, first):
+    """The address of an operand's element: its row's number, and the one in the row."""
+    place = base + first * _field(plan, own + _STEP)
+    for axis in range(_field(plan, _OUTER)):
+        size = _field(plan, _OUTER + 1 + axis)
+        place += row % size * _field(plan, own + _STEP + 1 + axis)
+        row //= size
+    return place
+
+
+@jit
+def _brought(plan, own, base, row, count, first, width, room):
+    """Where a piece's elements of an operand lie side by side: there, or in the room they are moved to."""
+    how = _field(plan, own + _HOW)
+    if how == IN_PLACE:
+        return _origin(plan, own, base, row, first)
+    if how == APART:
+        size = _field(plan, own + _SIZE)
+        for r in range(count):
+            place = _origin(plan, own, base, row + r, first)
+            call(_field(plan, own), width, room + r * width * size, place, size, _field(plan, own + _STEP), 0)
+    return room
+
+
+@jit
+def _rest(plan, own, piece, done, left, spare):
+    """The last few elements of a piece with as many behind them as the routine reads."""
+    size = _field(plan, own + _SIZE)
+    if _field(plan, own + _HOW) != IN_PLACE:
+        return piece + done * size
+    call(_field(plan, own), left, spare, piece + done * size, size, size, 0)
+    return spare
+
+
+@jit
+def _drive(start, stop, plan, body, more, out, a, b, c):
+    rows, n, span, group, slots = (
+        _field(plan, 0), _field(plan, 1), _field(plan, 2), _field(plan, 3), _field(plan, 4),
+    )  # fmt: skip
+    fields = _STEP + 1 + _field(plan, _OUTER)
+    own_out = _OUTER + 1 + _field(plan, _OUTER)
+    own_a, own_b, own_c = own_out + fields, own_out + 2 * fields, own_out + 3 * fields
+    memory, (room, spare) = scratch(BYTE, ((4, 8 * (SPAN + WIDTH)), (4, 8 * WIDTH)))
+    room_out, room_a, room_b, room_c = at(room, 0, 0), at(room, 1, 0), at(room, 2, 0), at(room, 3, 0)
+    if slots > 1 and _field(plan, own_a + _HOW) == REPEATED:
+        call(_field(plan, own_a), SPAN + WIDTH, room_a, a, _field(plan, own_a + _SIZE), 0, 0)
+    if slots > 2 and _field(plan, own_b + _HOW) == REPEATED:
+        call(_field(plan, own_b), SPAN + WIDTH, room_b, b, _field(plan, own_b + _SIZE), 0, 0)
+    if slots > 3 and _field(plan, own_c + _HOW) == REPEATED:
+        call(_field(plan, own_c), SPAN + WIDTH, room_c, c, _field(plan, own_c + _SIZE), 0, 0)
+    pieces = -(-n // span)
+    pa = pb = pc = np.int64(0)
+    for task in range(start, stop):
+        if group == 1:
+            row, first, count = task // pieces, task % pieces * span, 1
+            width = min(span, n - first)
+        else:
+            row, first, width = task * group, 0, n
+            count = min(group, rows - row)
+        if slots > 1:
+            pa = _brought(plan, own_a, a, row, count, first, width, room_a)
+        if slots > 2:
+            pb = _brought(plan, own_b, b, row, count, first, width, room_b)
+        if slots > 3:
+            pc = _brought(plan, own_c, c, row, count, first, width, room_c)
+        in_place = _field(plan, own_out + _HOW) == IN_PLACE
+        goal = _origin(plan, own_out, out, row, first) if in_place else room_out
+        total = count * width
+        whole = total - total % WIDTH
+        if whole:
+            call(body, whole, goal, pa, pb, pc, more)
+        if whole < total:
+            left, size = total - whole, _field(plan, own_out + _SIZE)
+            if slots > 1:
+                pa = _rest(plan, own_a, pa, whole, left, at(spare, 1, 0))
+            if slots > 2:
+                pb = _rest(plan, own_b, pb, whole, left, at(spare, 2, 0))
+            if slots > 3:
+                pc = _rest(plan, own_c, pc, whole, left, at(spare, 3, 0))
+            end = at(spare, 0, 0) if in_place else goal + whole * size
+            call(body, left, end, pa, pb, pc, more)
+            if in_place:
+                call(_field(plan, own_out), left, goal + whole * size, end, size, size, 0)
+        if not in_place:
+            size, step = _field(plan, own_out + _SIZE), _field(plan, own_out + _STEP)
+            for r in range(count):
+                place = _origin(plan, own_out, out, row + r, first)
+                call(_field(plan, own_out), width, place, goal + r * width * size, step, size, 0)
+    return alive(memory)
+
+
+@intrinsic
+def parameters(typingctx, tag, address, count):
+    """As many scalars of a tag, side by side, as the tuple `count` is long."""
+    element = storage(tag).arithmetic
+
+    def generate(context, builder, signature, arguments):
+        values = [_ir.load(builder, tag, arguments[1], _ir.i64(i)) for i in range(len(count))]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return types.UniTuple(element, len(count))(tag, types.int64, count), generate
+
+
+def _unary(n, out, a, b, c, more):
+    for i in range(0, n, WIDTH):
+        vwrite(OUT, out + i * OUT_SIZE, lane(vread(A, a + i * A_SIZE), *parameters(MORE, more, COUNT)))
+    return 0
+
+
+def _binary(n, out, a, b, c, more):
+    for i in range(0, n, WIDTH):
+        x, y = vread(A, a + i * A_SIZE), vread(B, b + i * B_SIZE)
+        vwrite(OUT, out + i * OUT_SIZE, lane(x, y, *parameters(MORE, more, COUNT)))
+    return 0
+
+
+def _ternary(n, out, a, b, c, more):
+    for i in range(0, n, WIDTH):
+        x, y, z = vread(A, a + i * A_SIZE), vread(B, b + i * B_SIZE), vread(C, c + i * C_SIZE)
+        vwrite(OUT, out + i * OUT_SIZE, lane(x, y, z, *parameters(MORE, more, COUNT)))
+    return 0
+
+
+_BODIES = _unary, _binary, _ternary
+
+
+@lru_cache(maxsize=None)
+def lane_routine(lane: Any, out: str, tags: tuple[str, ...], more: str, count: int) -> int:
+    """The routine of a lane for dtypes of its result, its operands and its `count` scalars."""
+    words: dict[str, Any] = {"lane": lane, "MORE": TAGS[more], "COUNT": (0,) * count}
+    for name, tag in zip(("OUT", "A", "B", "C"), (out, *tags), strict=False):
+        words |= {name: TAGS[tag], f"{name}_SIZE": STORAGE[tag].size}
+    return routine(_BODIES[len(tags) - 1], "_".join((lane.__name__, out, *tags, more)), **words)

@@ -1,0 +1,174 @@
+"""Small compiled loops that drivers call by address: a driver is compiled once, whatever it is given.
+
+Every routine is ``f(n, out, a, b, c, more) -> 0`` of six int64, most of them addresses. A loop over dtypes would else be
+compiled for each operator and each combination of dtypes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from flagops.backends._numba_internals import entry
+from flagops.backends.numba import jit
+
+from . import _ir
+from ._ir import LANES, TAGS, Kind, i64, like, storage
+from ._vectors import Vector
+
+WIDTH = LANES
+"""Elements that a routine computes at once, whatever their dtype: LLVM splits what is longer than a register."""
+
+_INTEGERS = [types.int64] * 6
+
+
+_alive: list[Any] = []
+
+
+def routine(body: Any, name: str, **words: Any) -> int:
+    """The address of a body compiled with these words for its names; `name` is unique to them."""
+    made = FunctionType(body.__code__, body.__globals__ | words, f"{body.__name__}_{name}")
+    made.__module__ = body.__module__
+    dispatcher = jit(made, body)
+    _alive.append(dispatcher)
+    return entry(dispatcher, _INTEGERS)
+
+
+@intrinsic
+def call(typingctx, place, n, out, a, b, c, more):
+    """Call a routine by its address."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(i64, [i64] * 6).as_pointer()
+        return builder.call(builder.inttoptr(arguments[0], kind), arguments[1:])
+
+    return types.int64(*[types.int64] * 7), generate
+
+
+@intrinsic
+def vread(typingctx, tag, address):
+    """`WIDTH` elements from an address of any alignment, widened."""
+
+    def generate(context, builder, signature, arguments):
+        return _ir.load(builder, tag, arguments[1], lanes=WIDTH)
+
+    return Vector(storage(tag).arithmetic, WIDTH)(tag, types.int64), generate
+
+
+@intrinsic
+def vwrite(typingctx, tag, address, value):
+    """`WIDTH` elements, each rounded to the tag's dtype, to an address."""
+
+    def generate(context, builder, signature, arguments):
+        _ir.store(builder, tag, arguments[2], arguments[1])
+        return context.get_dummy_value()
+
+    return types.none(tag, types.int64, Vector(storage(tag).arithmetic, WIDTH)), generate
+
+
+def converted(builder: Any, value: Any, source: Kind, target: Kind) -> Any:
+    """A value, or a vector's lanes, of one arithmetic type in another.
+
+    Floats lose their fractions towards zero; beyond int64 they become the nearest there is, and NaN becomes 0. Integers
+    keep their low bits. What is not zero is True.
+    """
+    if source == target:
+        return value
+    goal = like(value.type, _ir.register(target))
+    floats = isinstance(source, types.Float), isinstance(target, types.Float)
+    if target is types.boolean:
+        zero = _ir.constant(value.type, 0)
+        return builder.fcmp_unordered("!=", value, zero) if floats[0] else builder.icmp_unsigned("!=", value, zero)
+    signed = getattr(source, "signed", False)
+    if floats == (True, True):
+        return (builder.fpext if target.bitwidth > source.bitwidth else builder.fptrunc)(value, goal)
+    if floats == (False, True):
+        return (builder.sitofp if signed else builder.uitofp)(value, goal)
+    if floats == (True, False):
+        long = like(value.type, i64)
+        whole = _ir.call(
+            builder, f"fptosi.sat.{_ir.name_of(long)}.{_ir.name_of(value.type)}", value, result=long
+        )
+        return whole if goal == long else builder.trunc(whole, goal)
+    wide, narrow = _ir.element_of(goal).width, _ir.element_of(value.type).width
+    if wide == narrow:
+        return value
+    if wide < narrow:
+        return builder.trunc(value, goal)
+    return (builder.sext if signed else builder.zext)(value, goal)
+
+
+@intrinsic
+def convert(typingctx, tag, value):
+    """A number, or a vector's lanes, in the arithmetic dtype of a tag, as `converted` says."""
+    target = storage(tag).arithmetic
+    many = isinstance(value, Vector)
+    source = value.element if many else value
+
+    def generate(context, builder, signature, arguments):
+        return converted(builder, arguments[1], source, target)
+
+    return (Vector(target, value.lanes) if many else target)(tag, value), generate
+
+
+@intrinsic
+def _scalar(typingctx, tag, address):
+    def generate(context, builder, signature, arguments):
+        return _ir.load(builder, tag, arguments[1])
+
+    return storage(tag).arithmetic(tag, types.int64), generate
+
+
+@intrinsic
+def _put(typingctx, tag, address, value):
+    def generate(context, builder, signature, arguments):
+        _ir.store(builder, tag, arguments[2], arguments[1])
+        return context.get_dummy_value()
+
+    return types.none(tag, types.int64, storage(tag).arithmetic), generate
+
+
+@intrinsic
+def _repeated(typingctx, value):
+    def generate(context, builder, signature, arguments):
+        return _ir.splat(builder, arguments[0], WIDTH)
+
+    return Vector(value, WIDTH)(value), generate
+
+
+def _move(n, out, a, out_step, a_step, more):
+    """n elements from `a` to `out`, so many bytes from one to the next."""
+    i = 0
+    if out_step == TO_SIZE and a_step == FROM_SIZE:
+        whole = n - n % WIDTH
+        for i in range(0, whole, WIDTH):
+            vwrite(TO, out + i * TO_SIZE, convert(TO, vread(FROM, a + i * FROM_SIZE)))
+        for i in range(whole, n):
+            _put(TO, out + i * TO_SIZE, convert(TO, _scalar(FROM, a + i * FROM_SIZE)))
+    elif out_step == TO_SIZE and a_step == 0:
+        value = convert(TO, _scalar(FROM, a))
+        whole = n - n % WIDTH
+        many = _repeated(value)
+        for i in range(0, whole, WIDTH):
+            vwrite(TO, out + i * TO_SIZE, many)
+        for i in range(whole, n):
+            _put(TO, out + i * TO_SIZE, value)
+    else:
+        for i in range(n):
+            _put(TO, out + i * out_step, convert(TO, _scalar(FROM, a + i * a_step)))
+    return 0
+
+
+@cache
+def mover(source: str, target: str) -> int:
+    """The routine that brings elements of a dtype to another: ``f(n, out, a, out_step, a_step, 0)``, steps in bytes."""
+    if source == target:  # as bits, so that no NaN changes
+        source = target = f"uint{8 * _ir.STORAGE[source].size}"
+    words = {"FROM": TAGS[source], "TO": TAGS[target]}
+    sizes = {"FROM_SIZE": _ir.STORAGE[source].size, "TO_SIZE": _ir.STORAGE[target].size}
+    return routine(_move, f"{source}_{target}", **words, **sizes)
