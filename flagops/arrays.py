@@ -10,6 +10,9 @@ from typing import Any
 
 HALF = ("float16", "bfloat16")
 FLOATS = (*HALF, "float32", "float64")
+INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
+NUMBERS = (*FLOATS, *INTEGERS)
+DTYPES = (*NUMBERS, "bool")
 ONE_BYTE = ("uint8", "int8", "float8_e4m3fn", "float8_e8m0fnu", "float4_e2m1fn_x2")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,11 @@ class Scope:
 FULL = Scope((1, 2, 3, 0, 7, 16, 17, 33, 64, 65, 130, 520, 1030), 1 << 20, 100)
 INTERPRETED = Scope((1, 2, 3, 0, 16, 17, 33, 130), 1 << 13, 20)
 BATCHES = ((), (1,), (3,), (2, 3), (0,), (2, 3, 2), (2, 2, 2, 2), (1, 2, 1, 1, 2), (2, 1, 1, 1, 1, 1))
+SHAPES = (
+    (), (3,), (2, 3), (0,), (17,), (33,), (5, 33), (2, 3, 2), (130,), (3, 1, 65), (4, 17, 3), (2, 130), (1030,), (7, 520),
+    (2, 2, 2, 2), (2, 3, 0), (1, 2, 1, 1, 2), (3, 2050), (2, 1, 1, 1, 1, 33),
+)  # fmt: skip
+"""Batch axes where a card has no others."""
 VALUES = (
     "normal", "large range", "special", "integers", "positive", "cancelling", "extreme", "ties", "sparse", "subnormal",
     "one special",
@@ -97,7 +103,7 @@ class Case:
                 if self.redrawn:
                     rng = np.random.default_rng([self.seed, zlib.crc32(name.encode()), self.redrawn])
                 values = self.values if self.values != "one special" else "filled" if name == odd else "normal"
-                made[name] = _draw(rng, tensor, shape, dtypes[name], dims, values)
+                made[name] = np.asarray(_draw(rng, tensor, shape, dtypes[name], dims, values))
         if op.fit:
             op.fit(made, dims, np.random.default_rng([self.seed, 1, self.redrawn]))
         return made
@@ -154,7 +160,7 @@ def draw_case(
     fixed = fixed or {}
     names = {f for t in op.tensors.values() for w in t.axes.split() if w != "..." for f in w.split("*")}
     ordered = sorted(n for n in names if not n.isdecimal())
-    first, room = choose(range(len(ordered))), within.volume
+    first, room = choose(range(max(1, len(ordered)))), within.volume
     dims: Dims = dict(choose(({}, {}, {}, *op.cases))) if whole else {}
     for name in () if dims else [n for n in ordered if n in fixed] + ordered[first:] + ordered[:first]:
         options = op.sizes.get(name, within.sizes)
@@ -164,7 +170,8 @@ def draw_case(
             room //= max(dims[name], 1)
     batched = any(t.axes.startswith("...") for t in op.tensors.values())
     if batch is None:
-        batch = choose(BATCHES) if batched else ()
+        shapes = BATCHES if ordered else tuple(s for s in SHAPES if math.prod(s) <= within.volume)
+        batch = choose(shapes) if batched else ()
     scalars: dict[str, Any] = {}
     for name, scalar in op.scalars.items():
         options = scalar.choices({**dims, **scalars}) if callable(scalar.choices) else scalar.choices
@@ -221,6 +228,8 @@ def workload(op: Operator, name: str, seed: int = 0) -> Case:
     if op.derived:
         dims |= op.derived(dims, scalars)
     dtypes = dtypes_near(op, dtype, absent)
+    if op.aten and "dtype" in scalars and dtype:
+        scalars["dtype"] = dtype
     return Case(
         operator=op.name,
         dims=tuple(dims.items()),
@@ -238,11 +247,15 @@ def _draw(
 ) -> Array:
     if tensor.draw is not None:
         return np.asarray(tensor.draw(rng, shape, dtype, dims))
-    if dtype in arrays.ONE_BYTE:
+    if dtype in arrays.ONE_BYTE and "int64" not in tensor.dtypes:
         code = rng.integers(0, 256, shape, dtype=np.uint8)
         if dtype == "float8_e4m3fn" and values != "special":  # else most sums would be NaN
             code[code & 0x7F == 0x7F] = 0x7E
         return code.view(_numpy_dtype(dtype))
+    if dtype == "bool":
+        return rng.random(shape) < 0.5
+    if dtype in arrays.INTEGERS:
+        return _draw_integers(rng, shape, arrays.numpy_dtype(dtype), values)
     if dtype not in arrays.FLOATS:
         raise TypeError(f"the card must say how to draw {dtype}")
     to = arrays.numpy_dtype(dtype)
@@ -269,6 +282,18 @@ def _draw(
         made[where] = _special(dtype)[rng.integers(0, len(SPECIAL), int(where.sum()))]
     elif values == "filled":
         made[rng.random(shape) < rng.choice([0.05, 0.5, 1])] = rng.choice(_special(dtype))
+    return made
+
+
+def _draw_integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, values: str) -> Array:
+    """Small numbers, some of them the largest there are; what is computed with them may wrap around."""
+    info = np.iinfo(dtype)
+    made = rng.integers(0 if values == "positive" else max(-8, info.min), 9, shape).astype(dtype)
+    if values in ("special", "extreme", "large range"):
+        where = rng.random(shape) < 0.2
+        made[where] = rng.integers(info.min, info.max, int(where.sum()), dtype, endpoint=True)
+    if values in ("special", "filled"):
+        made[rng.random(shape) < 0.05] = rng.choice([info.min, info.max])
     return made
 
 

@@ -83,7 +83,10 @@ class Bound:
 
 @dataclass(eq=False)
 class Operator:
-    """See `operator`; `flagops.call.of` gives the function that users call."""
+    """See `operator`; `flagops.call.of` gives the function that users call.
+
+    function: the name of its reference and its kernels, of which `name` is what the world calls it.
+    """
 
     name: str
     family: str
@@ -104,6 +107,7 @@ class Operator:
     derived: Callable[[Dims, Mapping[str, Any]], Dims] | None = None
     check: Callable[[Dims, Mapping[str, Any]], str | None] | None = None
     fit: Callable[[dict[str, Any], Dims, Any], None] | None = None
+    within: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         inputs = list(inspect.signature(self.reference).parameters.values())
@@ -127,9 +131,18 @@ class Operator:
         return next(iter(self.results.values()))
 
     @property
+    def function(self) -> str:
+        return self.reference.__name__
+
+    @property
+    def aten(self) -> bool:
+        """Whether it stands under torch's own operators, below autograd."""
+        return self.name.startswith("aten.")
+
+    @functools.cached_property
     def bound(self) -> Callable[..., Any]:
         """``f_bound(exact, arguments, dtype)``: how far a kernel's result may lie from the exact one."""
-        return self._beside("bound")  # type: ignore[return-value]
+        return self.within or self._beside("bound")  # type: ignore[return-value]
 
     @functools.cached_property
     def judge(self) -> Callable[..., None] | None:
@@ -147,7 +160,7 @@ class Operator:
         return self._beside("rounded") or self.reference
 
     def _beside(self, suffix: str) -> Callable[..., Any] | None:
-        return getattr(sys.modules[self.reference.__module__], f"{self.name}_{suffix}", None)
+        return getattr(sys.modules[self.reference.__module__], f"{self.function}_{suffix}", None)
 
     def fill(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments by position, defaults filled in; Python's own TypeError for a call that does not fit."""
@@ -339,6 +352,8 @@ def operator(
     derived: Callable[[Dims, Mapping[str, Any]], Dims] | None = None,
     check: Callable[[Dims, Mapping[str, Any]], str | None] | None = None,
     fit: Callable[[dict[str, Any], Dims, Any], None] | None = None,
+    within: Callable[..., Any] | None = None,
+    name: str = "",
 ) -> Callable[[Callable[..., Any]], Operator]:
     """Make a NumPy function the reference of an operator of its own name, which then also takes ``out=None``.
 
@@ -357,6 +372,8 @@ def operator(
     most: the largest size of a dimension that the reference or its bound can serve.
     derived: dimensions that follow from others and the scalars, ``derived(dims, scalars)``.
     check: what the axes cannot say, ``check(dims, arguments) -> problem | None``; metadata only.
+    name: what the operator is called where its function cannot be, as ``"aten.add"``.
+    within: the bound, where it follows from the operator's family and no ``f_bound`` stands beside it.
     fit: makes drawn arguments fit each other where the axes cannot say how, ``fit(arguments, dims, rng)``, in place.
 
     Beside ``f`` its module may hold ``f_rounded`` (the reference with the roundings of intermediates that the
@@ -366,7 +383,7 @@ def operator(
 
     def declare(reference: Callable[..., Any]) -> Operator:
         return Operator(
-            name=reference.__name__,
+            name=name or reference.__name__,
             family=reference.__module__.rpartition(".")[2],
             reference=reference,
             tensors=tensors,
@@ -385,6 +402,7 @@ def operator(
             derived=derived,
             check=check,
             fit=fit,
+            within=within,
         )
 
     return declare

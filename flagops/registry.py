@@ -72,23 +72,32 @@ def kernel(
 
 
 @cache
-def operators() -> Mapping[str, Operator]:
-    """Every operator by name."""
+def cards() -> Mapping[str, Operator]:
+    """Every operator by name, those of `operators` and those under torch's own, ``"aten.add"``."""
     from flagops.operator import Operator
 
     package = importlib.import_module("flagops.reference")
     found: dict[str, Operator] = {}
     for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")):
-        members = vars(importlib.import_module(f"flagops.reference.{module}"))
-        found.update({name: value for name, value in members.items() if isinstance(value, Operator)})
+        for value in vars(importlib.import_module(f"flagops.reference.{module}")).values():
+            if isinstance(value, Operator):
+                if found.setdefault(value.name, value) is not value:
+                    raise TypeError(f"two cards are called {value.name}")
     return found
+
+
+@cache
+def operators() -> Mapping[str, Operator]:
+    """The operators of transformer models by name: what ``flagops.<name>`` is. Torch's own are in ``flagops.aten``."""
+    return {name: card for name, card in cards().items() if not card.aten}
 
 
 def operator(name: str) -> Operator:
     """One operator; a ValueError that suggests the right name if there is none."""
-    if name not in operators():
-        raise ValueError(f"flagops has no operator {name!r}{suggestion(name, operators())}")
-    return operators()[name]
+    found = cards().get(name)
+    if found is None:
+        raise ValueError(f"flagops has no operator {name!r}{suggestion(name, cards())}")
+    return found
 
 
 _added: dict[str, Backend] = {}
@@ -173,7 +182,7 @@ def find(operator_name: str, backend_name: str) -> Kernel:
         module, function = None, owner.kernels(op)
     else:
         module = _module(home(operator_name, backend_name))
-        function = getattr(module, op.name, None)
+        function = getattr(module, op.function, None)
     if function is None:
         raise Unsupported(f"{backend_name} has no kernel for {op.name}")
     return describe(op, function, module)
@@ -188,14 +197,16 @@ def written(operator_name: str, backend_name: str) -> bool:
         spec = find_spec(module) if module else None
     except ModuleNotFoundError:
         return False
-    return bool(spec and spec.origin and f"\ndef {operator_name}(" in Path(spec.origin).read_text(encoding="utf-8"))
+    if not spec or not spec.origin:
+        return False
+    return f"\ndef {operator(operator_name).function}(" in Path(spec.origin).read_text(encoding="utf-8")
 
 
 def describe(op: Operator, function: Callable[..., None], module: ModuleType | None) -> Kernel:
     """A kernel from its function and the module around it; a TypeError if its parameters are not the operator's."""
     _same_parameters(function, op.parameters)
-    unsupported = getattr(module, f"{op.name}_unsupported", None)
-    backward = getattr(module, f"{op.name}_backward", None)
+    unsupported = getattr(module, f"{op.function}_unsupported", None)
+    backward = None if op.aten else getattr(module, f"{op.function}_backward", None)
     if unsupported:
         _same_parameters(unsupported, op.inputs)
     if backward:

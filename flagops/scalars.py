@@ -78,6 +78,19 @@ def real(
     return Scalar(parse, choices, torch="float?" if optional else "float")
 
 
+def number(choices: Choices, optional: bool = False) -> Scalar:
+    """A number that stays an integer if it is one; NaN and infinities too, or None if `optional`."""
+
+    def parse(value: Any) -> Any:
+        if value is None and optional:
+            return None
+        if isinstance(value, int):
+            return value
+        return _number(value, float, "a number or None" if optional else "a number")
+
+    return Scalar(parse, choices, torch="Scalar?" if optional else "Scalar")
+
+
 def dtype(names: Sequence[str], choices: Choices | None = None) -> Scalar:
     """One of some dtypes, as a name or as torch's or NumPy's own object."""
 

@@ -21,8 +21,8 @@ from flagops.backends.numba import jit, parallel, pointer, strides
 from . import _ir
 from ._blocks import alive, at, scratch
 from ._ir import STORAGE, TAGS, storage
-from ._routines import WIDTH, call, mover, routine, vread, vwrite
-from ._vectors import BYTE, load
+from ._routines import WIDTH, call, mover, routine, vread
+from ._vectors import BYTE, load, vstore
 
 SPAN = 2048  # elements of a piece
 SHORT = 128  # elements of a row below which a piece has several rows
@@ -52,6 +52,14 @@ def elementwise(body: int, out: Operand, operands: Sequence[Operand], more: Any,
     places = [pointer(x.array) for x in slots] + [0] * (4 - len(slots))
     least = max(1, int(_GRAIN / work) // elements) if tasks else 1
     parallel(_drive, tasks, pointer(plan), body, pointer(more), *places, minimum=least)
+
+
+def transfer(out: Any, x: Any) -> None:
+    """The elements of an array that broadcasts to `out`, brought to its dtype."""
+    slots = [(tuple(a.shape), strides(a), dtype_name(a), dtype_name(out)) for a in (out, x)]
+    plan, tasks, elements = _planned(tuple(out.shape), *slots)
+    least = max(1, _GRAIN // elements)
+    parallel(_carry, tasks, pointer(plan), mover(dtype_name(x), dtype_name(out)), pointer(out), pointer(x), minimum=least)
 
 
 @lru_cache(maxsize=4096)
@@ -102,6 +110,17 @@ def _field(plan, i):
 
 
 @jit
+def _piece(plan, task):
+    """The first row of a task, how many it has, and which elements of each."""
+    rows, n, span, group = _field(plan, 0), _field(plan, 1), _field(plan, 2), _field(plan, 3)
+    if group > 1:
+        return task * group, min(group, rows - task * group), 0, n
+    pieces = -(-n // span)
+    first = task % pieces * span
+    return task // pieces, 1, first, min(span, n - first)
+
+
+@jit
 def _origin(plan, own, base, row, first):
     """The address of an operand's element: its row's number, and the one in the row."""
     place = base + first * _field(plan, own + _STEP)
@@ -137,10 +156,21 @@ def _rest(plan, own, piece, done, left, spare):
 
 
 @jit
+def _carry(start, stop, plan, move, out, a):
+    fields = _STEP + 1 + _field(plan, _OUTER)
+    own_out = _OUTER + 1 + _field(plan, _OUTER)
+    own_a = own_out + fields
+    steps = _field(plan, own_out + _STEP), _field(plan, own_a + _STEP)
+    for task in range(start, stop):
+        row, count, first, width = _piece(plan, task)
+        for r in range(row, row + count):
+            goal, place = _origin(plan, own_out, out, r, first), _origin(plan, own_a, a, r, first)
+            call(move, width, goal, place, steps[0], steps[1], 0)
+
+
+@jit
 def _drive(start, stop, plan, body, more, out, a, b, c):
-    rows, n, span, group, slots = (
-        _field(plan, 0), _field(plan, 1), _field(plan, 2), _field(plan, 3), _field(plan, 4),
-    )  # fmt: skip
+    slots = _field(plan, 4)
     fields = _STEP + 1 + _field(plan, _OUTER)
     own_out = _OUTER + 1 + _field(plan, _OUTER)
     own_a, own_b, own_c = own_out + fields, own_out + 2 * fields, own_out + 3 * fields
@@ -152,15 +182,9 @@ def _drive(start, stop, plan, body, more, out, a, b, c):
         call(_field(plan, own_b), SPAN + WIDTH, room_b, b, _field(plan, own_b + _SIZE), 0, 0)
     if slots > 3 and _field(plan, own_c + _HOW) == REPEATED:
         call(_field(plan, own_c), SPAN + WIDTH, room_c, c, _field(plan, own_c + _SIZE), 0, 0)
-    pieces = -(-n // span)
     pa = pb = pc = np.int64(0)
     for task in range(start, stop):
-        if group == 1:
-            row, first, count = task // pieces, task % pieces * span, 1
-            width = min(span, n - first)
-        else:
-            row, first, width = task * group, 0, n
-            count = min(group, rows - row)
+        row, count, first, width = _piece(plan, task)
         if slots > 1:
             pa = _brought(plan, own_a, a, row, count, first, width, room_a)
         if slots > 2:
@@ -207,21 +231,21 @@ def parameters(typingctx, tag, address, count):
 
 def _unary(n, out, a, b, c, more):
     for i in range(0, n, WIDTH):
-        vwrite(OUT, out + i * OUT_SIZE, lane(vread(A, a + i * A_SIZE), *parameters(MORE, more, COUNT)))
+        vstore(OUT, out + i * OUT_SIZE, lane(vread(A, a + i * A_SIZE), *parameters(MORE, more, COUNT)))
     return 0
 
 
 def _binary(n, out, a, b, c, more):
     for i in range(0, n, WIDTH):
         x, y = vread(A, a + i * A_SIZE), vread(B, b + i * B_SIZE)
-        vwrite(OUT, out + i * OUT_SIZE, lane(x, y, *parameters(MORE, more, COUNT)))
+        vstore(OUT, out + i * OUT_SIZE, lane(x, y, *parameters(MORE, more, COUNT)))
     return 0
 
 
 def _ternary(n, out, a, b, c, more):
     for i in range(0, n, WIDTH):
         x, y, z = vread(A, a + i * A_SIZE), vread(B, b + i * B_SIZE), vread(C, c + i * C_SIZE)
-        vwrite(OUT, out + i * OUT_SIZE, lane(x, y, z, *parameters(MORE, more, COUNT)))
+        vstore(OUT, out + i * OUT_SIZE, lane(x, y, z, *parameters(MORE, more, COUNT)))
     return 0
 
 

@@ -18,8 +18,9 @@ from flagops.backends._numba_internals import entry
 from flagops.backends.numba import jit
 
 from . import _ir
-from ._ir import LANES, TAGS, Kind, i64, like, storage
-from ._vectors import Vector
+from ._ir import LANES, TAGS, i64, storage
+from ._numbers import convert
+from ._vectors import Vector, load, store, vstore
 
 WIDTH = LANES
 """Elements that a routine computes at once, whatever their dtype: LLVM splits what is longer than a register."""
@@ -61,79 +62,6 @@ def vread(typingctx, tag, address):
 
 
 @intrinsic
-def vwrite(typingctx, tag, address, value):
-    """`WIDTH` elements, each rounded to the tag's dtype, to an address."""
-
-    def generate(context, builder, signature, arguments):
-        _ir.store(builder, tag, arguments[2], arguments[1])
-        return context.get_dummy_value()
-
-    return types.none(tag, types.int64, Vector(storage(tag).arithmetic, WIDTH)), generate
-
-
-def converted(builder: Any, value: Any, source: Kind, target: Kind) -> Any:
-    """A value, or a vector's lanes, of one arithmetic type in another.
-
-    Floats lose their fractions towards zero; beyond int64 they become the nearest there is, and NaN becomes 0. Integers
-    keep their low bits. What is not zero is True.
-    """
-    if source == target:
-        return value
-    goal = like(value.type, _ir.register(target))
-    floats = isinstance(source, types.Float), isinstance(target, types.Float)
-    if target is types.boolean:
-        zero = _ir.constant(value.type, 0)
-        return builder.fcmp_unordered("!=", value, zero) if floats[0] else builder.icmp_unsigned("!=", value, zero)
-    signed = getattr(source, "signed", False)
-    if floats == (True, True):
-        return (builder.fpext if target.bitwidth > source.bitwidth else builder.fptrunc)(value, goal)
-    if floats == (False, True):
-        return (builder.sitofp if signed else builder.uitofp)(value, goal)
-    if floats == (True, False):
-        long = like(value.type, i64)
-        whole = _ir.call(
-            builder, f"fptosi.sat.{_ir.name_of(long)}.{_ir.name_of(value.type)}", value, result=long
-        )
-        return whole if goal == long else builder.trunc(whole, goal)
-    wide, narrow = _ir.element_of(goal).width, _ir.element_of(value.type).width
-    if wide == narrow:
-        return value
-    if wide < narrow:
-        return builder.trunc(value, goal)
-    return (builder.sext if signed else builder.zext)(value, goal)
-
-
-@intrinsic
-def convert(typingctx, tag, value):
-    """A number, or a vector's lanes, in the arithmetic dtype of a tag, as `converted` says."""
-    target = storage(tag).arithmetic
-    many = isinstance(value, Vector)
-    source = value.element if many else value
-
-    def generate(context, builder, signature, arguments):
-        return converted(builder, arguments[1], source, target)
-
-    return (Vector(target, value.lanes) if many else target)(tag, value), generate
-
-
-@intrinsic
-def _scalar(typingctx, tag, address):
-    def generate(context, builder, signature, arguments):
-        return _ir.load(builder, tag, arguments[1])
-
-    return storage(tag).arithmetic(tag, types.int64), generate
-
-
-@intrinsic
-def _put(typingctx, tag, address, value):
-    def generate(context, builder, signature, arguments):
-        _ir.store(builder, tag, arguments[2], arguments[1])
-        return context.get_dummy_value()
-
-    return types.none(tag, types.int64, storage(tag).arithmetic), generate
-
-
-@intrinsic
 def _repeated(typingctx, value):
     def generate(context, builder, signature, arguments):
         return _ir.splat(builder, arguments[0], WIDTH)
@@ -147,20 +75,20 @@ def _move(n, out, a, out_step, a_step, more):
     if out_step == TO_SIZE and a_step == FROM_SIZE:
         whole = n - n % WIDTH
         for i in range(0, whole, WIDTH):
-            vwrite(TO, out + i * TO_SIZE, convert(TO, vread(FROM, a + i * FROM_SIZE)))
+            vstore(TO, out + i * TO_SIZE, convert(TO, vread(FROM, a + i * FROM_SIZE)))
         for i in range(whole, n):
-            _put(TO, out + i * TO_SIZE, convert(TO, _scalar(FROM, a + i * FROM_SIZE)))
+            store(TO, out + i * TO_SIZE, convert(TO, load(FROM, a + i * FROM_SIZE)))
     elif out_step == TO_SIZE and a_step == 0:
-        value = convert(TO, _scalar(FROM, a))
+        value = convert(TO, load(FROM, a))
         whole = n - n % WIDTH
         many = _repeated(value)
         for i in range(0, whole, WIDTH):
-            vwrite(TO, out + i * TO_SIZE, many)
+            vstore(TO, out + i * TO_SIZE, many)
         for i in range(whole, n):
-            _put(TO, out + i * TO_SIZE, value)
+            store(TO, out + i * TO_SIZE, value)
     else:
         for i in range(n):
-            _put(TO, out + i * out_step, convert(TO, _scalar(FROM, a + i * a_step)))
+            store(TO, out + i * out_step, convert(TO, load(FROM, a + i * a_step)))
     return 0
 
 
