@@ -45,6 +45,24 @@ def is_torch(x: Any) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def private_in_host_memory() -> bool:
+    """Whether the memory of torch's custom device (PrivateUse1) is the host's: its module, ``torch.<name>``, says so by
+    ``host_memory = True``."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    return bool(getattr(getattr(torch, torch._C._get_privateuse1_backend_name(), None), "host_memory", False))
+
+
+def in_host_memory(x: Any) -> bool:
+    """Whether a torch tensor's elements lie where the CPU reads them."""
+    return x.device.type == "cpu" or (x.device.type == _private() and private_in_host_memory())
+
+
+def _private() -> str:
+    return str(sys.modules["torch"]._C._get_privateuse1_backend_name())
+
+
 def is_numpy(x: Any) -> bool:
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(x, numpy.ndarray)
@@ -131,7 +149,7 @@ def span(x: Any) -> tuple[int, int]:
 
 def device_class(x: Any) -> str:
     """The row of the default order that fits where an array lies: ``cpu``, ``cpu-bf16``, ``cuda``, ..."""
-    if is_torch(x) and x.device.type != "cpu":
+    if is_torch(x) and not in_host_memory(x):
         return str(x.device.type)
     return "cpu-bf16" if torch_has_native_bf16() else "cpu"
 

@@ -19,6 +19,9 @@ from typing import Any
 from flagops.errors import suggestion
 
 
+DEFAULT_OPS = ("default",)
+
+
 def names(value: str | Sequence[str]) -> tuple[str, ...]:
     """``"triton, torch"`` or a sequence of names as a tuple of names."""
     parts = value.split(",") if isinstance(value, str) else value
@@ -70,7 +73,7 @@ class Config:
     """One field a setting; the variable is FLAGOPS_ and the field's name in capitals."""
 
     backend: tuple[str, ...] = _setting(names, (), "one backend (that or an error) or several (the first that works)")
-    ops: tuple[str, ...] = _setting(names, ("all",), "what flagops.enable() replaces: 'all,-matmul'")
+    ops: tuple[str, ...] = _setting(names, DEFAULT_OPS, "what flagops.enable() replaces: 'default,-matmul', 'all'")
     check: bool = _setting(flag, False, "1: also check index values on a GPU, which waits for it")
     budget: int = _setting(size, 256 << 20, "bytes that an operator's temporaries may take")
     cache: str = _setting(folder, "", "folder of compiled kernels (default: flagops in the user's cache folder)")

@@ -251,6 +251,8 @@ class Operator:
                     f"{self.name}: {name} is a {_kind(present[name])} but {first} is a {_kind(present[first])}; "
                     "the arguments of one call are all torch tensors or all NumPy arrays"
                 )
+            if self.aten and is_torch(present[name]) and _number(present[name]) | _number(present[first]):
+                continue  # as torch has it
             if is_torch(present[name]) and present[name].device != present[first].device:
                 raise ValueError(
                     f"{self.name}: {name} is on {present[name].device} but {first} is on {present[first].device}; "
@@ -319,10 +321,10 @@ class Operator:
             self._check_out(one, present, shape, dtype)
 
     def _check_out(self, out: Any, present: Mapping[str, Any], shape: tuple[int, ...], dtype: str) -> None:
-        like = next(iter(present.values()))
+        like = next((x for x in present.values() if is_torch(x) and not _number(x)), next(iter(present.values())))
         if is_torch(out) != is_torch(like) or not (is_torch(out) or is_numpy(out)):
             raise TypeError(f"{self.name}: out must be a {_kind(like)} like the inputs, got {_kind(out)}")
-        if is_torch(out) and out.device != like.device:
+        if is_torch(out) and out.device != like.device and not (self.aten and _number(like)):
             raise ValueError(f"{self.name}: out is on {out.device}, expected {like.device}")
         if dtype_name(out) != dtype:
             raise TypeError(f"{self.name}: out is {dtype_name(out)}, expected {dtype}")
@@ -406,6 +408,11 @@ def operator(
         )
 
     return declare
+
+
+def _number(x: Any) -> bool:
+    """Whether a torch tensor is one number of the host's."""
+    return bool(x.dim() == 0 and x.device.type == "cpu")
 
 
 def _product(word: str, dims: Dims) -> int:

@@ -18,7 +18,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from .. import config
+from .. import arrays, config
 from ..arrays import is_numpy, is_torch
 from ..replay import Place
 from . import _launches, _pool, _team, missing
@@ -34,7 +34,10 @@ class _Numba:
 
     name = "numba"
     kernels = "flagops.kernels.numba"
-    dispatch_keys = ("CPU",)
+
+    @property
+    def dispatch_keys(self) -> tuple[str, ...]:
+        return ("CPU", "PrivateUse1") if arrays.private_in_host_memory() else ("CPU",)
 
     @cache  # noqa: B019  (one instance per process)
     def unavailable(self) -> str | None:
@@ -57,7 +60,7 @@ class _Numba:
         if is_torch(array):
             import torch
 
-            if array.device.type != "cpu":
+            if array.device.type != "cpu" and not arrays.in_host_memory(array):
                 return f"the tensor is on {array.device}, numba kernels run on the CPU"
             if array.layout is not torch.strided:
                 return f"the tensor's layout is {array.layout}, not torch.strided"

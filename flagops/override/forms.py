@@ -29,26 +29,49 @@ class Part(NamedTuple):
 class Form:
     """One overload of an aten name, such as ``"mm.out"``.
 
-    given: the position of the argument that the result is written to, if there is one.
-    tensors: the positions of tensors.
+    base: the name of its lowering, and of its calls in reports.
+    outs, given: the positions of the arguments that results are written to, and the first.
+    tensors: the positions of tensors; lists of them are not among these.
     keywords: the names of the arguments behind the `positional` ones.
     """
 
-    def __init__(self, overload: str) -> None:
+    def __init__(self, overload: str, base: str = "") -> None:
         self.name, self.schema = overload, schema_of(overload)
         arguments = self.schema.arguments
         self.positional = sum(not argument.kwarg_only for argument in arguments)
         self.keywords = [argument.name for argument in arguments[self.positional :]]
-        written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
-        self.given = written[0] if written else None
-        self.tensors = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
-        base = self.schema.name[6:]
-        self.base = base if base in LOWERINGS else base.removesuffix("_")
+        self.outs = _written(self.schema)
+        self.given = self.outs[0] if self.outs else None
+        self.tensors = [i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
+        self.base = base or self.schema.name[6:].removesuffix("_")
 
     def named(self, args: Sequence[Any]) -> dict[str, Any]:
         """The arguments by name, but for those that are nothing but a destination."""
         pairs = zip(self.schema.arguments, args, strict=True)
         return {argument.name: x for argument, x in pairs if not argument.is_out}
+
+    def present(self, args: Sequence[Any]) -> list[int]:
+        """The positions of the tensors of a call. Torch hands on a number of Python's as that, not as the tensor that
+        the schema says."""
+        import torch
+
+        return [i for i in self.tensors if isinstance(args[i], torch.Tensor)]
+
+    def with_tensors(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The arguments with tensors for numbers, where torch's own kernels ask for them, such that types are promoted
+        alike: beside tensors with axes one without any counts as little as a number does."""
+        import torch
+
+        numbers = [i for i in self.tensors if isinstance(args[i], (int, float, complex))]
+        if not numbers:
+            return args
+        made, others = list(args), [args[i] for i in self.present(args)]
+        for i in numbers:
+            value = torch.tensor(args[i], dtype=torch.float64) if isinstance(args[i], float) else torch.tensor(args[i])
+            dtype = torch.result_type(others[0], args[i])
+            exact = value.dtype.is_floating_point == others[0].dtype.is_floating_point
+            made[i] = value if exact and any(x.dim() for x in others) else value.to(dtype)
+        return made
 
     def inputs(self, args: Sequence[Any]) -> list[Any]:
         """The tensors of a call that it reads, None for those that it has not."""
@@ -56,7 +79,7 @@ class Form:
 
     def without_memory(self, args: Sequence[Any]) -> str | None:
         """Why a tensor of a call has no elements, or None."""
-        reasons = (surroundings.without_memory(args[i]) for i in self.tensors if args[i] is not None)
+        reasons = (surroundings.without_memory(args[i]) for i in self.present(args))
         return next(filter(None, reasons), None)
 
     def split(self, args: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -67,8 +90,19 @@ class Form:
         """Torch's overload that makes its result: ``mm.default`` for ``mm.out``, ``add.Tensor`` for ``add_.Tensor``."""
         import torch
 
-        overload = self.schema.overload_name.removesuffix("out").removesuffix("_")
-        return getattr(getattr(torch.ops.aten, self.base), overload or "default")
+        name, takes = self.schema.name[6:].removesuffix("_"), _taken(self.schema)
+        alike = (s for s in _schemas()[name] if not _written(s) and _taken(s) == takes)
+        return getattr(getattr(torch.ops.aten, name), next(alike).overload_name or "default")
+
+
+def _written(schema: torch.FunctionSchema) -> tuple[int, ...]:
+    """The positions of the arguments that an overload writes to."""
+    return tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
+
+
+def _taken(schema: torch.FunctionSchema) -> list[tuple[str, str]]:
+    """Names and types of the arguments that are no mere destination."""
+    return [(a.name, str(a.type)) for a in schema.arguments if not a.is_out]
 
 
 @functools.cache
@@ -76,25 +110,38 @@ def _schemas() -> dict[str, list[torch.FunctionSchema]]:
     import torch
 
     found: dict[str, list[torch.FunctionSchema]] = {}
+    dispatched = set(torch._C._dispatch_get_all_op_names())  # the others are TorchScript's own
     for schema in torch._C._jit_get_all_schemas():
-        if schema.name.startswith("aten::"):
+        overload = f".{schema.overload_name}" if schema.overload_name else ""
+        if schema.name.startswith("aten::") and schema.name + overload in dispatched:
             found.setdefault(schema.name[6:], []).append(schema)
     return found
 
 
 @functools.cache
 def forms(name: str) -> dict[str, torch.FunctionSchema]:
-    """The overloads of an aten name that its lowering knows: functional, ``.out`` and in place."""
+    """The overloads that the lowering of a name serves: functional, ``.out`` and in place."""
+    base, _, overload = name.partition(".")
     known = set(LOWERINGS[name].parameters)
+    takes = _taken(schema_of(name)) if overload else None
     found = {}
-    for schema in (*_schemas()[name], *_schemas().get(f"{name}_", ())):
-        if {argument.name for argument in schema.arguments if not argument.is_out} <= known:
-            overload = f".{schema.overload_name}" if schema.overload_name else ""
-            found[schema.name[6:] + overload] = schema
+    for schema in (*_schemas()[base], *_schemas().get(f"{base}_", ())):
+        given = _taken(schema)
+        if "names" in schema.overload_name or "Dimname" in schema.overload_name:
+            continue
+        if given == takes if takes is not None else {argument for argument, _ in given} <= known:
+            found[schema.name[6:] + (f".{schema.overload_name}" if schema.overload_name else "")] = schema
     return found
 
 
+@functools.cache
 def schema_of(overload: str) -> torch.FunctionSchema:
     """The schema of ``"mm.out"``."""
     name, _, overload_name = overload.partition(".")
     return next(schema for schema in _schemas()[name] if schema.overload_name == overload_name)
+
+
+@functools.cache
+def form_of(overload: Any, base: str) -> Form:
+    """The form of one of torch's overloads, such as ``torch.ops.aten.add.Tensor``."""
+    return Form(str(overload).removeprefix("aten.").removesuffix(".default"), base)

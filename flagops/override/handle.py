@@ -50,8 +50,12 @@ UNSEEN = (
 class Handle:
     """Replacements in force until `disable`; of several handles that want an operator the newest has it."""
 
-    def __init__(self, ops: tuple[str, ...], backend: str | tuple[str, ...] | None, keys: tuple[str, ...]) -> None:
-        self.ops, self.backend, self.keys = ops, backend, keys
+    def __init__(
+        self, ops: dict[str, bool], backend: str | tuple[str, ...] | None, keys: tuple[str, ...]
+    ) -> None:
+        self.backend, self.keys = backend, keys
+        self._places = {name: _wanted_at(name, keys, backend, named) for name, named in ops.items()}
+        self.ops = tuple(name for name, places in self._places.items() if places)
         self._sites: list[Site] = []
         self._counters: dict[tuple[str, str, str, str], Counter] = {}
         self._before: dict[Site, int] = {}
@@ -62,10 +66,17 @@ class Handle:
         for name in dict.fromkeys((*self.ops, *WATCHED)):
             lowering = LOWERINGS.get(name)
             wanted = lowering is not None and name in self.ops
-            keys = _places(name, self.keys) if lowering and lowering.composite else self.keys
+            own = self._places.get(name) or self.keys
+            keys = _places(name, own) if lowering and lowering.composite else own
             for overload in forms(name) if wanted else (name,):
                 for key in keys:
+                    if lowering and not lowering.composite and interpose.composed(overload, key):
+                        continue  # its parts are replaced
                     self._acquire(overload, key, functools.partial(Site, overload, key, lowering), wanted)
+
+    def wants(self, name: str, key: str) -> bool:
+        """Whether calls of a lowering at a dispatch key are ours to compute."""
+        return key in self._places.get(name, ())
 
     def _acquire(self, overload: str, key: str, make: Callable[[], Site], wanted: bool) -> None:
         site = interpose.acquire(overload, key, make, bare=wanted)
@@ -165,23 +176,54 @@ def enable(ops: str | Sequence[str] | None = None, backend: str | Sequence[str] 
     return handle
 
 
-def _selected(ops: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of aten, without suffix, for what `enable` was asked to replace."""
+def _selected(ops: str | Sequence[str]) -> dict[str, bool]:
+    """The lowerings that `enable` was asked for, and whether by name."""
     wanted, known = config.names(ops), {name: lowering.operator for name, lowering in LOWERINGS.items()}
-    chosen: dict[str, None] = {}
+    chosen: dict[str, bool] = {}
     if wanted and wanted[0].startswith("-"):
-        chosen.update(dict.fromkeys(known))
+        wanted = (*config.DEFAULT_OPS, *wanted)
     for word in wanted:
         name = word.removeprefix("-")
-        group = [op for op, operator in known.items() if name in ("all", op, operator)]
-        if not group and name not in registry.operators():
-            names = ["all", *known, *registry.operators()]
+        everything = ("all", *config.DEFAULT_OPS)
+        group = [op for op, operator in known.items() if name in (*everything, op, op.partition(".")[0], *_called(operator))]
+        if not group and name not in registry.cards():
+            families = {card.family for card in registry.cards().values() if card.aten}
+            names = [*everything, *known, *registry.cards(), *families]
             raise ValueError(f"enable: no operator is called {name!r}{suggestion(name, names)}")
         if not group and name == word:
             raise ValueError(f"enable: {name} replaces no operator of torch; call flagops.{name}, or see flagops.patch")
         for op in group:
-            chosen.pop(op, None) if name != word else chosen.setdefault(op)
-    return tuple(chosen)
+            if name != word:
+                chosen.pop(op, None)
+            else:
+                chosen[op] = chosen.get(op, False) or name not in config.DEFAULT_OPS
+    return chosen
+
+
+def _called(operator: str) -> tuple[str, str]:
+    """What a lowering is known by besides its own name: its card, and of aten's the family."""
+    return operator, registry.operator(operator).family if operator.startswith("aten.") else operator
+
+
+def _wanted_at(name: str, keys: tuple[str, ...], backend: Any, named: bool) -> tuple[str, ...]:
+    """The dispatch keys at which a name is replaced. Where torch has kernels of its own, ours of `flagops.aten` stand
+    before them only for who names them: a call costs more there than they gain."""
+    lowering = LOWERINGS[name]
+    if not lowering.aten:
+        return keys
+    wish = (backend,) if isinstance(backend, str) else backend or config.current().backend or registry.backend_names()
+    able = [b for b in wish if _has(lowering.operator, b)]
+    places = {key for b in able for key in registry.backend(b).dispatch_keys}
+    return tuple(key for key in keys if key in places and (named or key == "PrivateUse1"))
+
+
+@functools.cache
+def _has(operator: str, backend: str) -> bool:
+    try:
+        registry.find(operator, backend)
+    except Unsupported:
+        return False
+    return True
 
 
 def _keys(backend: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -32,6 +32,14 @@ if hasattr(os, "register_at_fork"):  # a child must not inherit the lock from a 
     os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
 
+def composed(name: str, key: str) -> bool:
+    """Whether torch composes an overload of others at a key, which have the gradients."""
+    import torch
+
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has(f"aten::{name}", _COMPOSITE) and not has(f"aten::{name}", key)
+
+
 class Counter:
     """Counts without a lock, from any number of threads."""
 
@@ -58,8 +66,7 @@ class Registration:
     def __init__(self, name: str, key: str) -> None:
         import torch
 
-        has = torch._C._dispatch_has_kernel_for_dispatch_key
-        if not self.composite and has(f"aten::{name}", _COMPOSITE):
+        if not self.composite and composed(name, key):
             raise TypeError(f"aten::{name} is composite: a kernel at {key} would lose its gradients")
         self.name, self.key = name, key
         self.runtime = "CPU" if torch._C._dispatch_is_alias_key(getattr(torch._C.DispatchKey, key)) else key

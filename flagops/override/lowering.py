@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from flagops import arrays
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +32,8 @@ class Call(NamedTuple):
 
 Lowered = Call | Callable[[], None]
 
-Result = tuple[tuple[int, ...], "tuple[int, ...] | None"] | None
+Result = tuple[tuple[int, ...], "tuple[int, ...] | None", Any] | None
+"""Shape, strides (None: row by row) and dtype (None: that of the first tensor)."""
 
 REFUSED = "arguments that torch refuses"
 
@@ -47,9 +50,26 @@ class To:
     out: Tensor
     given: bool
     run: Callable[..., None]
+    numbers: list[Tensor] = field(default_factory=list)
 
     def __call__(self, operator: str, *inputs: Any, out: Tensor | None = None) -> Call:
         return Call(operator, inputs, self.out if out is None else out)
+
+    def number(self, value: Any) -> Tensor:
+        """A number of the call as a tensor, where a card has an operand."""
+        self.numbers.append(number(value, self.out))
+        return self.numbers[-1]
+
+
+def number(value: Any, like: Tensor) -> Tensor:
+    """A number as a tensor of no axes where kernels for `like` read it; Python's floats stay as exact as they are."""
+    import torch
+
+    dtype = torch.float64 if isinstance(value, float) else torch.bool if isinstance(value, bool) else torch.int64
+    if isinstance(value, complex):
+        raise Pass("a complex number")
+    made = torch.tensor(value, dtype=dtype, device="cpu")
+    return made if arrays.in_host_memory(like) else made.to(like.device)
 
 
 @dataclass(frozen=True)
@@ -59,9 +79,10 @@ class Lowering:
     composite: torch composes the name of other operators, which have the gradients.
     state: gives what asks for whatever else the lowering looks at, such as a switch of torch; calls are remembered
         apart by the answers.
-    result: shape and strides of torch's result (None: row by row), where that is cheaper to say than to ask torch's
-        shape function, or where a kernel lays it out in another way; None where torch is to be asked. Raises Pass for
-        what torch refuses.
+    result: what torch's result is like, where that is cheaper to say than to ask torch's shape function, or where a
+        kernel lays it out in another way; None where torch is to be asked. Raises Pass for what torch refuses.
+    elementwise: an element of the result depends on those at its place alone, so that it may be written over them.
+    whole: the function computes each call itself, and gives torch's results; it is not recorded.
     """
 
     name: str
@@ -70,6 +91,13 @@ class Lowering:
     composite: bool = False
     state: Callable[[], Sequence[Callable[[], Hashable]]] | None = None
     result: Callable[..., Result] | None = None
+    elementwise: bool = False
+    whole: bool = False
+
+    @property
+    def aten(self) -> bool:
+        """Whether its cards are those under torch's own operators, which take whatever torch takes."""
+        return self.operator.startswith("aten.")
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -86,14 +114,20 @@ def lowers(
     composite: bool = False,
     state: Callable[[], Sequence[Callable[[], Hashable]]] | None = None,
     result: Callable[..., Result] | None = None,
+    elementwise: bool = False,
+    whole: bool = False,
 ) -> Callable[[Callable[..., Lowered]], Callable[..., Lowered]]:
-    """Declare a function as the lowering of these names to a flagops operator."""
+    """Declare a function as the lowering of these names to a flagops operator.
+
+    A name is aten's, for all overloads whose arguments the function knows, or that of one overload, ``"max.dim"``, for
+    all that differ from it in where they write alone.
+    """
 
     def declare(function: Callable[..., Lowered]) -> Callable[..., Lowered]:
         for name in names:
             if name in LOWERINGS:
                 raise TypeError(f"aten::{name} has a lowering already")
-            LOWERINGS[name] = Lowering(name, to, function, composite, state, result)
+            LOWERINGS[name] = Lowering(name, to, function, composite, state, result, elementwise, whole)
         return function
 
     return declare

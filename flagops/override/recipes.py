@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from flagops import arrays, config, dispatch, memory, registry, surroundings
 from flagops.replay import Replay
 
 from . import fuel
-from .forms import Form, Part, View
+from .forms import Form, Part, View, form_of
+from .interpose import thread
 from .lowering import REFUSED, Call, Lowering, Pass, To
 
 if TYPE_CHECKING:
@@ -33,50 +34,121 @@ class Recipe:
     by: str
 
 
-def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...]) -> Recipe:
-    """The recipe for calls like this one. Raises Pass or Unsupported with the reason why torch should take them."""
+def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], alone: bool = False) -> Recipe:
+    """The recipe for calls like this one. Raises Pass or Unsupported with the reason why torch should take them.
+
+    alone: torch has no kernel for them.
+    """
     import torch
 
-    tensors = [args[i] for i in form.tensors if args[i] is not None]
+    tensors = [args[i] for i in form.present(args)]
+    here = device_of(tensors)
     needs_grad = lowering.composite and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if lowering.composite and surroundings.forward_level():
         raise Pass("a level of forward-mode differentiation is open")
-    if any(x.device != tensors[0].device or x.layout != torch.strided for x in tensors):
-        raise Pass("devices or layouts differ")
+    for x in tensors:
+        if x.layout != torch.strided or (x.device != here and not (lowering.aten and is_number(x))):
+            raise Pass("devices or layouts differ")
     if not (backend or config.current().backend) and dispatch.left_to_torch(lowering.operator, tensors[0], needs_grad):
         raise Pass(f"torch's own kernel{' and its backward are' if needs_grad else ' is'} faster on this device")
     with torch.no_grad():
-        make = _maker(form, lowering, args)
+        make = _maker(form, lowering, args, here, alone)
         roles = _apart(args, form)
         destination = make() if form.given is None else roles[form.given]
         if form.given is not None:
-            _refuse_out(args[form.given], make())
+            other = _unlike(args[form.given], make())
+            if other and (alone or lowering.aten):
+                return _delivered(form, backend, lowering, args, alone)
+            if other:
+                raise Pass(other)
         chosen: list[dispatch.Plan] = []
 
         def step(operator: str, *values: Any, out: Tensor) -> None:
             chosen.append(_choose(operator, (*values, out), backend))
 
-        call = lowering.function(To(destination, form.given is not None, step), **form.named(roles))
+        to = To(destination, form.given is not None, step)
+        call = lowering.function(to, **form.named(roles))
         if isinstance(call, Call):
             step(call.operator, *call.inputs, out=call.out)
-            parts = _parts(chosen[-1], call, (*roles, destination), form.given)
+            parts = _parts(chosen[-1], call, (*roles, destination, *to.numbers), form.given)
         else:
             call()
             parts = None
         plan = chosen[-1]
     by = f"{plan.operator.name}/{plan.backend}"
-    goal = _Destination(form, by, make, _ready(form, args))
-    guard = _guard(tensors[0])
+    goal = _Destination(form, by, make, _ready(form, lowering, args))
+    guard = _guard(destination)
     if parts is None:
         if needs_grad:
             raise Pass("a layout that would be copied, where a gradient is recorded")
         return Recipe(functools.partial(_lowered_again, form, lowering, backend, goal, guard), by)
-    compute = _replayed(plan, *parts, goal, guard)
+    compute = _replayed(plan, *parts, tuple(to.numbers), goal, guard)
     if needs_grad:
         from .gradients import differentiable
 
         compute = differentiable(form, plan, *parts, compute)
     return Recipe(compute, by)
+
+
+def device_of(tensors: Sequence[Tensor]) -> Any:
+    """Where a call computes; numbers of the host go wherever the others are."""
+    return next((x for x in tensors if not is_number(x)), tensors[0]).device
+
+
+def is_number(x: Tensor) -> bool:
+    return x.dim() == 0 and x.device.type == "cpu"
+
+
+def _delivered(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], alone: bool) -> Recipe:
+    """A result that is made apart, and brought to a destination of another dtype, shape or one that overlaps itself."""
+    made = form_of(form.functional(), form.base)
+    wants = [a.name for a in made.schema.arguments]
+
+    def of(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        named = form.named(args)
+        return tuple(named[name] for name in wants)
+
+    recipe = record(made, backend, lowering, of(args), alone)
+    given = form.given
+
+    def compute(args: tuple[Any, ...]) -> Any:
+        deliver(form, [args[given]], [recipe.compute(of(args))])  # type: ignore[index]
+        return args[given]  # type: ignore[index]
+
+    return Recipe(compute, recipe.by)
+
+
+def deliver(form: Form, outs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """Results into the tensors that a call gives for them, resized as torch does."""
+    import torch
+
+    for position, out, result in zip(form.outs, outs, results, strict=True):
+        if out is result or out is None:
+            continue
+        argument = form.schema.arguments[position]
+        if not torch.can_cast(result.dtype, out.dtype):
+            kinds = (str(x.dtype).removeprefix("torch.").capitalize() for x in (result, out))
+            raise RuntimeError("result type {} can't be cast to the desired output type {}".format(*kinds))
+        if out.shape != result.shape:
+            if not argument.is_out:
+                raise RuntimeError(
+                    f"output with shape {list(out.shape)} doesn't match the broadcast shape {list(result.shape)}"
+                )
+            from torch._prims_common.wrappers import _maybe_resize_out
+
+            _maybe_resize_out(out, result.shape)  # type: ignore[no-untyped-call]
+        with unbusy():
+            out.copy_(result)
+
+
+@contextlib.contextmanager
+def unbusy() -> Iterator[None]:
+    """What torch calls within a call that is ours is ours too."""
+    busy, thread.busy = thread.busy, False
+    try:
+        yield
+    finally:
+        thread.busy = busy
 
 
 def _apart(args: tuple[Any, ...], form: Form) -> list[Any]:
@@ -90,16 +162,14 @@ def _apart(args: tuple[Any, ...], form: Form) -> list[Any]:
     out = None if form.given is None else args[form.given]
     seen: set[int] = set()
     roles = list(args)
-    for i in form.tensors:
+    for i in form.present(args):
         x = args[i]
-        if x is None:
-            continue
         memory = x.untyped_storage()._cdata
         if memory in seen or x is out:
             roles[i] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         seen.add(memory)
     if form.given is not None:
-        for i in form.tensors:
+        for i in form.present(args):
             roles[i] = roles[form.given] if args[i] is out else roles[i]
     return roles
 
@@ -128,6 +198,7 @@ def _replayed(
     plan: dispatch.Plan,
     parts: Sequence[Part],
     constants: Sequence[Any],
+    numbers: tuple[Tensor, ...],
     destination: _Destination,
     guard: Callable[[], Any] | None,
 ) -> Callable[[tuple[Any, ...]], Any]:
@@ -150,7 +221,7 @@ def _replayed(
         if fuel.tank is not None or not ready(args):
             destination.look_closer(args)
         out = make() if given is None else args[given]
-        held = (*args, out)
+        held = (*args, out, *numbers) if numbers else (*args, out)
         if values is not None:
             _refuse(values(*clean(held)[:-1]))
         (known.get(environment()) or first)(held)
@@ -171,27 +242,28 @@ def _refuse(problem: str | None) -> None:
         raise Pass(problem)
 
 
-def _maker(form: Form, lowering: Lowering, args: tuple[Any, ...]) -> Callable[[], Tensor]:
+def _maker(
+    form: Form, lowering: Lowering, args: tuple[Any, ...], here: Any, alone: bool
+) -> Callable[[], Tensor]:
     """What makes a tensor as torch's result is, by what the lowering says or torch's own shape function."""
     import torch
 
-    named, first = form.named(args), args[form.tensors[0]]
-    shape, strides = (lowering.result and lowering.result(**named)) or (None, None)
-    dtype = first.dtype
-    if shape is None or 0 in shape:  # where there is nothing, kernels lay it out as they like
-        like = _torchs_result(form, named, "meta" if shape is None else first.device)
+    named, first = form.named(args), args[form.present(args)[0]]
+    shape, strides, dtype = (lowering.result and lowering.result(**named)) or (None, None, None)
+    if shape is None or (0 in shape and not lowering.aten):  # where there is nothing, kernels lay it out as they like
+        like = _torchs_result(form, named, "meta" if shape is None else here, alone)
         shape, strides, dtype = tuple(like.shape), like.stride(), like.dtype
     if strides is None:
         strides = torch.empty(shape, device="meta").stride()
-    return functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=first.device)
+    return functools.partial(torch.empty_strided, shape, strides, dtype=dtype or first.dtype, device=here)
 
 
-def _torchs_result(form: Form, named: dict[str, Any], device: Any) -> Tensor:
+def _torchs_result(form: Form, named: dict[str, Any], device: Any, alone: bool) -> Tensor:
     """The result of torch's own functional form on tensors laid out alike."""
     import torch
 
     def alike(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor):
+        if not isinstance(x, torch.Tensor) or is_number(x):
             return x
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
@@ -199,17 +271,19 @@ def _torchs_result(form: Form, named: dict[str, Any], device: Any) -> Tensor:
         result: Tensor = form.functional()(**{name: alike(x) for name, x in named.items()})
     except Exception as error:  # whatever it raises, torch's kernel raises it better
         log.debug("aten::%s is refused by torch's shape function: %s", form.name, error)
+        if alone:
+            raise
         raise Pass(REFUSED) from None
     return result
 
 
-def _refuse_out(out: Tensor, like: Tensor) -> None:
+def _unlike(out: Tensor, like: Tensor) -> str | None:
+    """Why a result cannot be written to a destination as it is, or None."""
     if out.dtype != like.dtype or out.device != like.device or out.layout != like.layout:
-        raise Pass("dtypes, devices or layouts differ")
+        return "dtypes, devices or layouts differ"
     if out.shape != like.shape:
-        raise Pass("out has another shape than the result")
-    if out.numel() and _overlaps_itself(out):
-        raise Pass("out may overlap itself")
+        return "out has another shape than the result"
+    return "out may overlap itself" if out.numel() and _overlaps_itself(out) else None
 
 
 def _overlaps_itself(x: Tensor) -> bool:
@@ -232,19 +306,27 @@ def _choose(operator: str, values: Sequence[Any], backend: Any) -> dispatch.Plan
     return plan
 
 
-def _ready(form: Form, args: tuple[Any, ...]) -> Callable[[Sequence[Any]], bool]:
+def _ready(form: Form, lowering: Lowering, args: tuple[Any, ...]) -> Callable[[Sequence[Any]], bool]:
     """Whether the tensors of a call have memory, and its destination shares none with an input, but for one that it
     *is*: that the lowering has seen."""
-    spans = {i: ((i,), *arrays.span(args[i])) for i in form.tensors if args[i] is not None}
+    spans = {i: ((i,), *arrays.span(args[i])) for i in form.present(args)}
     own = None if form.given is None else args[form.given]
     needs = [
         (path, args[i].element_size(), high)
         for i, (path, _, high) in spans.items()
         if high and surroundings.allocated(args[i])
     ]
-    others = [spans[i] for i in spans if own is not None and args[i] is not own]
-    apart = [(spans[form.given], other, False) for other in others if form.given is not None and other[2]]
+    others = [i for i in spans if own is not None and args[i] is not own]
+    apart = [
+        (spans[form.given], spans[i], lowering.elementwise and _laid_alike(own, args[i]))
+        for i in others
+        if form.given is not None and spans[i][2]
+    ]
     return memory.ready(needs, [pair for pair in apart if pair[0][2]], zeros=False)
+
+
+def _laid_alike(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.stride() == y.stride() and x.element_size() == y.element_size()
 
 
 def _parts(

@@ -18,7 +18,8 @@ from flagops.errors import Unsupported
 from .forms import Form
 from .interpose import Counter, Registration, thread
 from .lowering import Lowering, Pass
-from .recipes import record
+from .recipes import deliver, device_of, record
+from .steps import Steps
 
 COMPOSITE = "CompositeImplicitAutograd"
 DEVICES = ("CPU", "CUDA", "PrivateUse1")
@@ -29,9 +30,9 @@ _PLANS_KEPT = 4096
 class Wish(Protocol):
     """What a site asks of a handle."""
 
-    ops: tuple[str, ...]
-    keys: tuple[str, ...]
     backend: str | tuple[str, ...] | None
+
+    def wants(self, name: str, key: str) -> bool: ...
 
     def counter(self, name: str, key: str, by: str, reason: str) -> Callable[[], int]: ...
 
@@ -59,7 +60,7 @@ def _plain() -> dict[int, tuple[str, bool]]:
 _CALL = """
 def call(_keyset, {parameters}):
     _args = ({names},)
-    if _thread.busy:
+    if _thread.busy and _site.below is not None:
         return _site.below_with(_keyset, _args)
 {aside}
     _plans, _signature = _site.plans, ({signature})
@@ -80,11 +81,24 @@ def call(_keyset, {parameters}):
     return _left(_keyset, _args, _reason)
 """
 
+_WHOLE = """
+def call(_keyset, {parameters}):
+    _args = ({names},)
+    if _thread.busy and _site.below is not None:
+        return _site.below_with(_keyset, _args)
+    return _site.whole(_keyset, _args)
+"""
+
 _ASIDE = """
     _keys = _keyset.raw_repr()
     if _keys not in _plain:
         return _aside(_keyset, _args)
 """
+
+
+def _exactly(x: Any) -> Any:
+    """A number apart from those that equal it: 1 from 1.0, 0.0 from -0.0, and NaN as itself."""
+    return (x.__class__, x) if x and x == x else (x.__class__, repr(x))
 
 
 class Site(Registration):
@@ -94,7 +108,7 @@ class Site(Registration):
     """
 
     def __init__(self, overload: str, key: str, lowering: Lowering | None) -> None:
-        self.lowering, self.form = lowering, Form(overload)
+        self.lowering, self.form = lowering, Form(overload, lowering.name if lowering else "")
         self.composite = lowering is not None and lowering.composite
         self.untaken = Counter()  # calls that no handle wanted to compute
         super().__init__(overload, key)
@@ -107,15 +121,18 @@ class Site(Registration):
         out = form.schema.arguments[form.given].name if form.given is not None else None
         names, parameters, signature = [], [], ["_current()"]
         space: dict[str, Any] = {"_site": self, "_thread": thread, "_current": config.current}
-        space |= {"_plan": self._plan, "_left": self._left, "_refused": (Pass, Unsupported)}
+        space |= {"_plan": self._plan, "_left": self._left, "_refused": (Pass, Unsupported), "_exactly": _exactly}
+        space["_plain_types"] = frozenset((int, float, bool, complex, type(None)))
         if self.composite:
             space |= {"_aside": self._aside, "_plain": _plain(), "_grad": surroundings.probes()[1]}
             space["_forward"] = sys.modules["torch.autograd.forward_ad"]
             signature += ["_keys", "_grad()", "_forward._current_level"]
-        if self.lowering.state:
-            for i, probe in enumerate(self.lowering.state()):
-                space[f"_state{i}"] = probe
-                signature.append(f"_state{i}()")
+        probes = self.lowering.state() if self.lowering.state else ()
+        names_of = {argument.name for argument in form.schema.arguments}
+        for i, probe in enumerate(probes):
+            space[f"_state{i}"] = probe
+            takes = [name for name in getattr(probe, "takes", ()) if name in names_of]
+            signature.append(f"_state{i}({', '.join(takes)})")
         for i, argument in enumerate(form.schema.arguments):
             name = argument.name + "_" * keyword.iskeyword(argument.name)
             names.append(name)
@@ -127,6 +144,8 @@ class Site(Registration):
                 parameters.append(name)
             signature.append(self._facts(name, str(argument.type), out))
         words = {"parameters": ", ".join(parameters), "names": ", ".join(names), "signature": ", ".join(signature)}
+        if self.lowering.whole:
+            return generated.function(_WHOLE.format(**words), f"aten::{self.name}", space)
         source = _CALL.format(aside=_ASIDE if self.composite else "", **words)
         return generated.function(source, f"aten::{self.name}", space)
 
@@ -137,13 +156,17 @@ class Site(Registration):
             facts += "" if self.key == "CPU" else f", {name}.get_device()"  # a device costs more to hash
             facts += f", {name}.requires_grad" if self.composite else ""
             facts += f", {name} is {out}" if out not in (None, name) else ""
+            if self.lowering and self.lowering.aten and name != out:
+                return f"_exactly({name}) if {name}.__class__ in _plain_types else ({facts})"
             return facts if kind == "Tensor" else f"None if {name} is None else ({facts})"
-        if kind.startswith("List"):
-            return f"tuple({name})"
-        return f"{name}, {name}.__class__" if kind == "number" else name
+        if "List[" in kind:
+            return f"tuple({name})" if kind.startswith("List") else f"None if {name} is None else tuple({name})"
+        return f"_exactly({name})" if kind in ("number", "Optional[number]", "float", "Optional[float]") else name
 
     def below_with(self, keyset: Any, args: Sequence[Any]) -> Any:
         """Torch's kernel. What a composite consists of is for the sites of its parts; other kernels are a whole."""
+        if self.lowering is not None and self.lowering.aten:
+            args = self.form.with_tensors(args)
         args, named = self.form.split(args)
         if self.composite:
             return self.torch(keyset, *args, **named)
@@ -186,7 +209,34 @@ class Site(Registration):
     def _left(self, keyset: Any, args: tuple[Any, ...], reason: str) -> Any:
         """A call that turned out not to be ours: counted, and torch's."""
         self._leave(args, reason)
+        if self.below is None:
+            raise NotImplementedError(
+                f"aten::{self.name} has no kernel at {self.key} but flagops', which does not take this call: {reason}"
+            )
         return self.below_with(keyset, args)
+
+    def whole(self, keyset: Any, args: tuple[Any, ...]) -> Any:
+        """A call that its lowering computes itself, of which nothing is remembered."""
+        handle, key = self._decide(args)
+        if handle is None or self.lowering is None:
+            self.untaken.add()
+            return self.below_with(keyset, args)
+        steps = Steps(self.form, handle.backend, args)
+        try:
+            missing = self.form.without_memory(args)
+            if missing:
+                raise Pass(missing)
+            with steps.device():
+                results = self.lowering.function(steps, **self.form.named(args))
+        except (Pass, Unsupported) as reason:
+            return self._left(keyset, args, str(reason))
+        handle.counter(self.name, key, steps.by(self.lowering.operator), "")()
+        if not self.form.outs:
+            return results
+        outs = [args[i] for i in self.form.outs]
+        several = isinstance(results, (tuple, list))
+        deliver(self.form, outs, results if several else (results,))
+        return tuple(outs) if several else outs[0]
 
     def _leave(self, args: tuple[Any, ...], reason: str) -> None:
         handle, key = self._decide(args)
@@ -197,9 +247,9 @@ class Site(Registration):
         """The newest handle that wants the call, and the dispatch key of the device."""
         name, key = self.form.base, self.key
         if self.composite:
-            kind = args[self.form.tensors[0]].device.type
+            kind = device_of([args[i] for i in self.form.present(args)]).type
             key = {"cpu": "CPU", "cuda": "CUDA"}.get(kind, "PrivateUse1")
-        wanted = (h for h in reversed(self.handles.copy()) if name in h.ops and key in h.keys)
+        wanted = (h for h in reversed(self.handles.copy()) if h.wants(name, key))
         return next(wanted, None), key
 
     def _plan(self, plans: dict[Any, Plan], signature: Any, args: tuple[Any, ...]) -> Plan:
@@ -213,7 +263,7 @@ class Site(Registration):
         else:
             thread.busy = True
             try:
-                recipe = record(self.form, handle.backend, self.lowering, args)
+                recipe = record(self.form, handle.backend, self.lowering, args, self.below is None)
                 plan = recipe.compute, handle.counter(self.name, key, recipe.by, "")
             except (Pass, Unsupported) as reason:
                 plan = None, handle.counter(self.name, key, "", str(reason))

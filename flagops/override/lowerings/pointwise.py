@@ -1,0 +1,320 @@
+"""Torch's pointwise operators by their cards: type promotion, numbers as operands, and what torch refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..lowering import REFUSED, Call, Lowered, Pass, Result, To, lowers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def name_of(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _promotion() -> Sequence[Callable[..., Any]]:
+    """Plans hang on what torch promotes operands to: a number of Python's, which is a tensor here, counts less."""
+    import torch
+
+    def promoted(self: Any, other: Any) -> Any:
+        return torch.result_type(self, other)
+
+    vars(promoted)["takes"] = ("self", "other")
+    return (promoted,)
+
+
+def real(dtype: Any) -> str:
+    """The dtype of a computation. Raises Pass for complex numbers and formats of one byte."""
+    if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize == 1) or name_of(dtype) in UNSIGNED:
+        raise Pass(f"dtype {name_of(dtype)}")
+    return name_of(dtype)
+
+
+UNSIGNED = ("uint16", "uint32", "uint64")
+
+
+def floats(dtype: Any) -> str:
+    """The float dtype in which torch computes a function of numbers: the default one, of integers."""
+    import torch
+
+    return real(dtype if dtype.is_floating_point or dtype.is_complex else torch.get_default_dtype())
+
+
+def _operand(to: To, x: Any) -> Tensor:
+    return x if hasattr(x, "dtype") else to.number(x)
+
+
+def _default_dtype() -> Sequence[Callable[[], Any]]:
+    import torch
+
+    return (torch.get_default_dtype,)
+
+
+@lowers("add", to="aten.add", state=_promotion, elementwise=True)
+def add(to: To, self: Tensor, other: Any, *, alpha: Any = 1) -> Call:
+    return _sum(to, self, other, alpha)
+
+
+@lowers("sub", to="aten.add", state=_promotion, elementwise=True)
+def sub(to: To, self: Tensor, other: Any, *, alpha: Any = 1) -> Call:
+    return _sum(to, self, other, -alpha)
+
+
+def _sum(to: To, self: Tensor, other: Any, alpha: Any) -> Call:
+    import torch
+
+    dtype = torch.result_type(self, other)
+    if dtype == torch.bool:
+        if alpha not in (1, True):
+            raise Pass("a multiple of a bool")
+        return to("aten.bitwise_or", _operand(to, self), _operand(to, other), "bool")
+    return to("aten.add", _operand(to, self), _operand(to, other), real(dtype), alpha)
+
+
+@lowers("mul", to="aten.mul", state=_promotion, elementwise=True)
+def mul(to: To, self: Tensor, other: Any) -> Call:
+    import torch
+
+    dtype = torch.result_type(self, other)
+    if dtype == torch.bool:
+        return to("aten.bitwise_and", _operand(to, self), _operand(to, other), "bool")
+    return to("aten.mul", _operand(to, self), _operand(to, other), real(dtype))
+
+
+@lowers("div", to="aten.div", state=_promotion, elementwise=True)
+def div(to: To, self: Tensor, other: Any, *, rounding_mode: str | None = None) -> Call:
+    import torch
+
+    dtype = torch.result_type(self, other)
+    if rounding_mode is None:
+        return to("aten.div", _operand(to, self), _operand(to, other), floats(dtype))
+    if not dtype.is_floating_point:
+        raise Pass("integers, of which a divisor may be 0")
+    return to(f"aten.{rounding_mode}_divide", _operand(to, self), _operand(to, other), real(dtype))
+
+
+def _comparison(name: str) -> None:
+    @lowers(name, to=f"aten.{name}", state=_promotion, elementwise=True)
+    def compare(to: To, self: Tensor, other: Any) -> Call:
+        import torch
+
+        return to(f"aten.{name}", _operand(to, self), _operand(to, other), real(torch.result_type(self, other)))
+
+
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    _comparison(_name)
+
+
+def _of_two(name: str, *names: str, computed: Callable[[Any], str] = real) -> None:
+    @lowers(*(names or (name,)), to=f"aten.{name}", state=_promotion, elementwise=True)
+    def binary(to: To, self: Tensor, other: Any) -> Call:
+        import torch
+
+        return to(f"aten.{name}", _operand(to, self), _operand(to, other), computed(torch.result_type(self, other)))
+
+
+def _as_bool(dtype: Any) -> str:
+    real(dtype)
+    return "bool"
+
+
+for _name in ("maximum", "minimum", "bitwise_and", "bitwise_or", "bitwise_xor"):
+    _of_two(_name)
+
+
+def _logical(name: str, card: str) -> None:
+    @lowers(name, to=f"aten.{card}", elementwise=True)
+    def logical(to: To, self: Tensor, other: Tensor) -> Call:
+        return to(f"aten.{card}", self, other, _as_bool(self.dtype))
+
+
+for _name in ("and", "or", "xor"):
+    _logical(f"logical_{_name}", f"bitwise_{_name}")
+
+
+@lowers("logical_not", to="aten.eq", elementwise=True)
+def logical_not(to: To, self: Tensor) -> Call:
+    return to("aten.eq", self, to.number(False), _as_bool(self.dtype))
+
+
+@lowers("pow", to="aten.pow", elementwise=True)
+def pow(to: To, self: Any, exponent: Any) -> Call:
+    import torch
+
+    dtype = torch.result_type(self, exponent)
+    if not dtype.is_floating_point:
+        if isinstance(exponent, torch.Tensor) or exponent < 0:
+            raise Pass("integers to a power that may be negative")
+        return to("aten.pow", self, to.number(exponent), real(dtype))
+    if exponent in (2, 2.0) and not isinstance(exponent, torch.Tensor):
+        return to("aten.mul", self, self, real(dtype))
+    return to("aten.pow", _operand(to, self), _operand(to, exponent), real(dtype))
+
+
+def _of_one(name: str, computed: Callable[[Any], str], card: str = "") -> None:
+    card = f"aten.{card or name}"
+
+    @lowers(name, to=card, elementwise=True, state=_default_dtype)
+    def unary(to: To, self: Tensor) -> Call:
+        return to(card, self, computed(self.dtype))
+
+
+for _name in (
+    "sqrt", "rsqrt", "reciprocal", "exp", "expm1", "log", "log1p", "log2", "sin", "cos", "tanh", "erf", "sigmoid",
+):  # fmt: skip
+    _of_one(_name, floats)
+for _name in ("neg", "abs", "sign", "relu"):
+    _of_one(_name, real)
+_of_one("bitwise_not", real)
+
+
+def _own_floats(dtype: Any) -> str:
+    if not dtype.is_floating_point:
+        raise Pass(f"dtype {name_of(dtype)}")
+    return real(dtype)
+
+
+for _name in ("floor", "ceil", "trunc", "round", "silu"):
+    _of_one(_name, _own_floats)
+for _name in ("isnan", "isinf", "isneginf", "isposinf"):
+    _of_one(_name, floats)
+
+
+@lowers("gelu", to="aten.gelu", elementwise=True)
+def gelu(to: To, self: Tensor, *, approximate: str = "none") -> Call:
+    return to("aten.gelu", self, _own_floats(self.dtype), approximate == "tanh")
+
+
+@lowers("gelu_backward", to="aten.gelu_backward", elementwise=True)
+def gelu_backward(to: To, grad_output: Tensor, self: Tensor, *, approximate: str = "none") -> Call:
+    return to("aten.gelu_backward", grad_output, self, _own_floats(self.dtype), approximate == "tanh")
+
+
+@lowers("silu_backward", to="aten.silu_backward", elementwise=True)
+def silu_backward(to: To, grad_output: Tensor, self: Tensor) -> Call:
+    return to("aten.silu_backward", grad_output, self, _own_floats(self.dtype))
+
+
+@lowers("sigmoid_backward", to="aten.sigmoid_backward", elementwise=True)
+def sigmoid_backward(to: To, grad_output: Tensor, output: Tensor) -> Call:
+    return to("aten.sigmoid_backward", grad_output, output, _own_floats(output.dtype))
+
+
+@lowers("tanh_backward", to="aten.tanh_backward", elementwise=True)
+def tanh_backward(to: To, grad_output: Tensor, output: Tensor) -> Call:
+    return to("aten.tanh_backward", grad_output, output, _own_floats(output.dtype))
+
+
+@lowers("threshold_backward", to="aten.threshold_backward", elementwise=True)
+def threshold_backward(to: To, grad_output: Tensor, self: Tensor, threshold: Any) -> Call:
+    return to("aten.threshold_backward", grad_output, self, real(self.dtype), threshold)
+
+
+@lowers("softplus", to="aten.softplus", elementwise=True)
+def softplus(to: To, self: Tensor, beta: Any = 1, threshold: Any = 20) -> Call:
+    return to("aten.softplus", self, _own_floats(self.dtype), beta, threshold)
+
+
+@lowers("softplus_backward", to="aten.softplus_backward", elementwise=True)
+def softplus_backward(to: To, grad_output: Tensor, self: Tensor, beta: Any, threshold: Any) -> Call:
+    return to("aten.softplus_backward", grad_output, self, _own_floats(self.dtype), beta, threshold)
+
+
+@lowers("native_dropout_backward", to="aten.native_dropout_backward", elementwise=True)
+def native_dropout_backward(to: To, grad_output: Tensor, mask: Tensor, scale: float) -> Call:
+    return to("aten.native_dropout_backward", grad_output, mask, _own_floats(grad_output.dtype), scale)
+
+
+def _promote(*operands: Any) -> Any:
+    """What torch computes in for several tensors."""
+    import torch
+
+    dtype = torch.result_type(operands[0], operands[1])
+    for x in operands[2:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+@lowers("addcmul", to="aten.addcmul", elementwise=True)
+def addcmul(to: To, self: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: Any = 1) -> Call:
+    return to("aten.addcmul", self, tensor1, tensor2, real(_promote(self, tensor1, tensor2)), value)
+
+
+@lowers("addcdiv", to="aten.addcdiv", elementwise=True)
+def addcdiv(to: To, self: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: Any = 1) -> Call:
+    return to("aten.addcdiv", self, tensor1, tensor2, _own_floats(_promote(self, tensor1, tensor2)), value)
+
+
+@lowers("lerp", to="aten.lerp", elementwise=True)
+def lerp(to: To, self: Tensor, end: Tensor, weight: Any) -> Call:
+    dtype = _own_floats(self.dtype)
+    if end.dtype != self.dtype:
+        raise Pass(REFUSED)
+    if hasattr(weight, "dtype"):
+        return to("aten.lerp", self, end, weight, dtype)
+    return to("aten.lerp_scalar", self, end, dtype, weight)
+
+
+@lowers("where", to="aten.where")
+def where(to: To, condition: Tensor, self: Any, other: Any) -> Call:
+    import torch
+
+    if condition.dtype not in (torch.bool, torch.uint8):
+        raise Pass(REFUSED)
+    dtype = real(torch.result_type(self, other))
+    return to("aten.where", condition, _operand(to, self), _operand(to, other), dtype)
+
+
+def _as_self(self: Tensor, *_: Any, **__: Any) -> Result:
+    return tuple(self.shape), self.stride(), self.dtype
+
+
+@lowers("masked_fill", to="aten.where", elementwise=True)
+def masked_fill(to: To, self: Tensor, mask: Tensor, value: Any) -> Call:
+    import torch
+
+    if mask.dtype != torch.bool:
+        raise Pass("a mask of another dtype than bool")
+    filler = _operand(to, value)
+    if filler.dim() or not torch.can_cast(filler.dtype, self.dtype) or filler.dtype.is_complex:
+        raise Pass(REFUSED)
+    return to("aten.where", mask, filler, self, real(self.dtype))
+
+
+@lowers("fill", to="aten.copy", result=_as_self)
+def fill(to: To, self: Tensor, value: Any) -> Call:
+    filler = _operand(to, value)
+    if filler.dim():
+        raise Pass("a value that is no single number")
+    return to("aten.copy", filler.expand(to.out.shape), real(to.out.dtype))
+
+
+@lowers("zero", to="aten.copy", result=_as_self)
+def zero(to: To, self: Tensor) -> Call:
+    return to("aten.copy", to.number(0).expand(to.out.shape), real(to.out.dtype))
+
+
+@lowers("copy", to="aten.copy", result=_as_self)
+def copy(to: To, self: Tensor, src: Tensor, non_blocking: bool = False) -> Call:
+    return to("aten.copy", src.expand(to.out.shape), real(to.out.dtype))
+
+
+@lowers("clamp", to="aten.clamp", elementwise=True)
+def clamp(to: To, self: Tensor, min: Any = None, max: Any = None) -> Lowered:
+    dtype = self.dtype
+    import torch
+
+    for limit in (min, max):
+        if limit is not None:
+            dtype = torch.promote_types(dtype, torch.result_type(self, limit))
+    computed = real(dtype)
+    if max is None and min is None:
+        raise Pass(REFUSED)
+    if max is None:
+        return to("aten.maximum", _operand(to, self), _operand(to, min), computed)
+    if min is None:
+        return to("aten.minimum", _operand(to, self), _operand(to, max), computed)
+    return to("aten.clamp", _operand(to, self), _operand(to, min), _operand(to, max), computed)

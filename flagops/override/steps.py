@@ -1,0 +1,78 @@
+"""What a lowering that computes a whole call itself works with: cards run one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from flagops import dispatch, registry
+from flagops.errors import Unsupported
+
+from . import fuel
+from .forms import Form
+from .lowering import Pass, number
+from .recipes import device_of, is_number
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Steps:
+    """One call of torch's, in steps. Torch's operators that the lowering calls are calls like any other: ours, where
+    they are replaced."""
+
+    def __init__(self, form: Form, backend: Any, args: tuple[Any, ...]) -> None:
+        self.form, self.backend, self._args = form, backend, args
+        self._ran: dict[str, None] = {}
+
+    @property
+    def given(self) -> list[Tensor | None]:
+        """The tensors that the call gives for results."""
+        return [self._args[i] for i in self.form.outs]
+
+    def run(self, operator: str, *inputs: Any, out: Any) -> Any:
+        """Compute a card into `out`; returns it."""
+        try:
+            plan = dispatch.plan(registry.operator(operator), (*inputs, out), self.backend)
+        except (TypeError, ValueError) as error:
+            raise Pass(str(error)) from None
+        if plan.forwards_to == "aten":
+            raise Pass("torch's own kernel is the choice")
+        if fuel.tank is not None and not fuel.tank.take(self.form.name, plan.backend, self.form.inputs(self._args)):
+            raise Pass("out of fuel")
+        dispatch.execute(plan, (*inputs, out))
+        self._ran[plan.backend] = None
+        return out
+
+    def number(self, value: Any) -> Tensor:
+        """A number as a tensor, where a card has an operand."""
+        return number(value, next(x for x in self._tensors() if not is_number(x)))
+
+    def by(self, operator: str) -> str:
+        """Who computed the call, as reports name it."""
+        return "/".join((operator, *self._ran)) if self._ran else operator
+
+    def _tensors(self) -> list[Tensor]:
+        import torch
+
+        found: list[Tensor] = []
+        for x in self._args:
+            found += [y for y in (x if isinstance(x, (list, tuple)) else (x,)) if isinstance(y, torch.Tensor)]
+        return found
+
+    @contextlib.contextmanager
+    def device(self) -> Iterator[None]:
+        """Kernels start on the current device; make it that of the call's tensors."""
+        import torch
+
+        here: torch.device = device_of(self._tensors())
+        if here.type != "cuda" or torch.cuda.device_count() < 2:
+            yield
+        else:
+            with torch.cuda.device(here):
+                yield
+
+
+__all__ = ["Steps", "Unsupported"]
