@@ -11,7 +11,6 @@ from flagops import arrays, testing
 
 numba = pytest.importorskip("numba")
 blocks = pytest.importorskip("flagops.kernels.numba._blocks")
-functions = pytest.importorskip("flagops.kernels.numba._functions")
 vectors = pytest.importorskip("flagops.kernels.numba._vectors")
 
 FLOATS = ("float32", "float64", "bfloat16", "float16")
@@ -140,19 +139,6 @@ def test_halves_come_back_and_are_rounded_to_even(dtype, rng):
     for x in (wide, middle):
         with np.errstate(all="ignore"):
             testing.assert_bits(each(lambda a: a, "float32", dtype, x), x.astype(to))
-
-
-@pytest.mark.parametrize("dtype", ("float32", "float64"))
-def test_exp_and_log1p(dtype, rng):
-    exp, log1p = functions.exp, functions.log1p
-    last = 110 if dtype == "float32" else 760
-    x = np.concatenate([rng.uniform(-last, last, 4088), [0, -0.0, np.inf, -np.inf, np.nan, 88.7, 709.7, -1e9]])
-    x = x.astype(dtype)
-    with np.errstate(all="ignore"):
-        testing.assert_near(each(lambda a: exp(a), dtype, dtype, x), np.exp(x.astype(np.longdouble)).astype(dtype), 4)
-    x = rng.uniform(0, 1, 1024).astype(dtype)
-    exact = np.log1p(x.astype(np.longdouble)).astype(dtype)
-    testing.assert_near(each(lambda a: log1p(a), dtype, dtype, x), exact, 6)
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float64", "int8"))

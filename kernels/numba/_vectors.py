@@ -118,6 +118,18 @@ def vload(typingctx, tag, address):
 
 
 @intrinsic
+def vload_one(typingctx, tag, address):
+    """The element at an address as a vector of one lane: a formula of it has the bits that it has in whole vectors,
+    where numba would compute a scalar float32 times 0.5 in float64, and an int8 in int64."""
+    vector = Vector(_arithmetic(tag), 1)
+
+    def generate(context, builder, signature, arguments):
+        return _ir.load(builder, tag, arguments[1], lanes=1)
+
+    return vector(tag, types.int64), generate
+
+
+@intrinsic
 def vstore(typingctx, tag, address, value):
     """Round a vector to the tag's dtype and write it."""
 
@@ -300,10 +312,9 @@ def sqrt(builder, kind, a):
 
 @intrinsic
 def where(typingctx, mask, yes, no):
-    """Lanes of `yes` where the mask is true, else of `no`."""
-    kind = _common(yes, no) if isinstance(yes, Vector) or isinstance(no, Vector) else None
-    if kind is None and isinstance(mask, Vector):
-        kind = Vector(unliteral(yes), mask.lanes)
+    """Lanes of `yes` where the mask is true, else of `no`; of scalars of one type, one of the two."""
+    numbers = not isinstance(yes, Vector) and not isinstance(no, Vector)
+    kind = Vector(unliteral(yes), mask.lanes) if numbers and isinstance(mask, Vector) else _common(yes, no)
 
     def generate(context, builder, signature, arguments):
         return builder.select(*arguments)
