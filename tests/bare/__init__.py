@@ -4,11 +4,13 @@
 load it in a process of their own.
 """
 
+import atexit
 import hashlib
 import os
 import shutil
 import sysconfig
 import tempfile
+import time
 from functools import cache
 from importlib import machinery, util
 from pathlib import Path
@@ -35,6 +37,10 @@ def load() -> Any:
     from . import surface
 
     compiled = _import(_built())
+    # The thread in which torch runs a device's backwards takes the GIL to drop the last one and to end itself; on
+    # Python 3.11 it aborts the process if Python has ended before.
+    os.environ.setdefault("TORCH_AUTOGRAD_SHUTDOWN_WAIT_LIMIT", "0")
+    atexit.register(time.sleep, 0.1)
     torch.utils.rename_privateuse1_backend("bare")
     torch._register_device_module("bare", surface.module(compiled.default_generator()))
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
