@@ -42,6 +42,8 @@ def load() -> Any:
     os.environ.setdefault("TORCH_AUTOGRAD_SHUTDOWN_WAIT_LIMIT", "0")
     atexit.register(time.sleep, 0.1)
     torch.utils.rename_privateuse1_backend("bare")
+    # Module.to makes new parameters on a PrivateUse1 device, one for each of those that were tied, unless it swaps.
+    torch.__future__.set_swap_module_params_on_conversion(True)
     torch._register_device_module("bare", surface.module(compiled.default_generator()))
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
     return compiled
