@@ -32,8 +32,8 @@ class Call(NamedTuple):
 
 Lowered = Call | Callable[[], None]
 
-Result = tuple[tuple[int, ...], "tuple[int, ...] | None", Any] | None
-"""Shape, strides (None: row by row) and dtype (None: that of the first tensor)."""
+Result = tuple[tuple[int, ...], "tuple[int, ...] | None"] | tuple[tuple[int, ...], "tuple[int, ...] | None", Any] | None
+"""Shape, strides (None: row by row) and dtype (left out: that of the first tensor)."""
 
 REFUSED = "arguments that torch refuses"
 

@@ -249,7 +249,7 @@ def _maker(
     import torch
 
     named, first = form.named(args), args[form.present(args)[0]]
-    shape, strides, dtype = (lowering.result and lowering.result(**named)) or (None, None, None)
+    shape, strides, dtype = (*((lowering.result and lowering.result(**named)) or (None, None)), None)[:3]
     if shape is None or (0 in shape and not lowering.aten):  # where there is nothing, kernels lay it out as they like
         like = _torchs_result(form, named, "meta" if shape is None else here, alone)
         shape, strides, dtype = tuple(like.shape), like.stride(), like.dtype

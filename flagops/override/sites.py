@@ -210,10 +210,13 @@ class Site(Registration):
         """A call that turned out not to be ours: counted, and torch's."""
         self._leave(args, reason)
         if self.below is None:
-            raise NotImplementedError(
-                f"aten::{self.name} has no kernel at {self.key} but flagops', which does not take this call: {reason}"
-            )
+            self._nobody(reason)
         return self.below_with(keyset, args)
+
+    def _nobody(self, reason: str, *_: Any) -> None:
+        raise NotImplementedError(
+            f"aten::{self.name} has no kernel at {self.key} but flagops', which does not take this call: {reason}"
+        )
 
     def whole(self, keyset: Any, args: tuple[Any, ...]) -> Any:
         """A call that its lowering computes itself, of which nothing is remembered."""
@@ -266,7 +269,8 @@ class Site(Registration):
                 recipe = record(self.form, handle.backend, self.lowering, args, self.below is None)
                 plan = recipe.compute, handle.counter(self.name, key, recipe.by, "")
             except (Pass, Unsupported) as reason:
-                plan = None, handle.counter(self.name, key, "", str(reason))
+                count = handle.counter(self.name, key, "", str(reason))
+                plan = None if self.below else functools.partial(self._nobody, str(reason)), count
             finally:
                 thread.busy = False
         if len(plans) >= _PLANS_KEPT:
