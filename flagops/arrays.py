@@ -16,6 +16,11 @@ DTYPES = (*NUMBERS, "bool")
 ONE_BYTE = ("uint8", "int8", "float8_e4m3fn", "float8_e8m0fnu", "float4_e2m1fn_x2")
 
 
+def arithmetic(dtype: str) -> str:
+    """What operands are brought to before anything is computed in a dtype: halves are float32, integers int64."""
+    return "float32" if dtype in HALF else "int64" if dtype in INTEGERS else dtype
+
+
 @functools.cache
 def _name(dtype: Any) -> str:
     if type(dtype).__module__ == "torch":

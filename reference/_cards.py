@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from flagops.arrays import DTYPES, FLOATS, HALF, INTEGERS, NUMBERS, numpy_dtype
+from flagops.arrays import DTYPES, FLOATS, INTEGERS, NUMBERS, arithmetic, numpy_dtype
 from flagops.operator import Operator, Scalar, Tensor, operator
 from flagops.scalars import dtype as dtype_scalar
-from flagops.scalars import number
 
 from ._rounding import Array, accumulator, magnitude, round_to, unit
 
@@ -35,19 +34,14 @@ LOADS = {
 Scale = Callable[..., Any]
 
 
-def arithmetic(dtype: str) -> str:
-    """What operands are brought to before anything is computed in a dtype: halves are float32, integers int64."""
-    return "float32" if dtype in HALF else "int64" if dtype in INTEGERS else dtype
-
-
 def brought(x: Array, dtype: str) -> Array:
     """An operand in the arithmetic of a dtype, as `cast` brings it there."""
     return cast(x, arithmetic(dtype))
 
 
 def cast(x: Array, dtype: str) -> Array:
-    """An array in another dtype, as x86 has it: fractions are cut off, in 32 bits (64 for int64) whose low ones narrower
-    integers take; what does not fit there, and NaN, becomes the least."""
+    """An array in another dtype, as x86 has it: fractions are cut off, in 32 bits (64 for int64) whose low ones
+    narrower integers take; what does not fit there, and NaN, becomes the least."""
     if dtype == "bool":
         return x != 0
     if dtype in FLOATS or not _float(x):
@@ -105,7 +99,7 @@ def pointwise(
             tensors={n: Tensor("...", ("bool",) if n == condition else DTYPES) for n in operands},
             scalars={"dtype": dtype_scalar(KINDS[computed]), **(scalars or {})},
             result=Tensor("...", ("bool",) if result == "bool" else "dtype"),
-            workloads=LOADS if set(("float32", "bfloat16")) <= set(KINDS[computed]) else _INTEGER_LOADS,
+            workloads=LOADS if "float32" in KINDS[computed] else _INTEGER_LOADS,
             flops=lambda dims, batch: float(math.prod(batch)),
             inplace={"out": operands[-1 if condition else 0]},
             exact=exact,
@@ -145,7 +139,9 @@ def _as(x: Any, dtype: str) -> Any:
     """A scalar in the arithmetic of a dtype; None and words as they are."""
     if not isinstance(x, (int, float)):
         return x
-    return int(x) if dtype in INTEGERS else bool(x) if dtype == "bool" else float(numpy_dtype(arithmetic(dtype)).type(x))
+    return (
+        int(x) if dtype in INTEGERS else bool(x) if dtype == "bool" else float(numpy_dtype(arithmetic(dtype)).type(x))
+    )
 
 
 def _bound(
@@ -172,7 +168,11 @@ def _documented(
     """What the documentation of all pointwise cards says alike, around what the function's own says."""
     words = inspect.cleandoc(function.__doc__ or "").split("\n\n")
     args = [f"    {n}: of any shape, {'bool' if n == condition else 'any real dtype, any strides'}." for n in operands]
-    args += ["    dtype: what operands are brought to and the result is" if result == "dtype" else "    dtype: what operands are brought to"]
+    args += [
+        "    dtype: what operands are brought to and the result is"
+        if result == "dtype"
+        else "    dtype: what operands are brought to"
+    ]
     args[-1] += f": {', '.join(computed)}."
     made = "of `dtype`, rounded once" if result == "dtype" else "bool"
     return "\n".join(
@@ -184,8 +184,8 @@ def _documented(
             "    out: to write into; may be the first operand itself; allocated if None.",
             "",
             "Returns:",
-            f"    An array of the shape that the operands broadcast to, {made}. Computed in float32 for halves, in int64 for",
-            "    integers.",
+            f"    An array of the shape that the operands broadcast to, {made}. Computed in float32 for halves, in int64",
+            "    for integers.",
             "",
             "Raises:",
             "    TypeError: an argument is no array, or a dtype does not fit.",

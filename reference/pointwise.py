@@ -59,7 +59,7 @@ def floor_divide(x: Array, y: Array, dtype: str) -> Array:
 def _divided(x: Array, y: Array, dtype: str) -> Array:
     if not _is_float(x):
         return np.where(y == 0, 0, x // np.where(y == 0, 1, y))
-    x, y = (v.astype(np.float64 if dtype == "float64" else np.float32) for v in (x, y))
+    x, y = _narrow(x, dtype), _narrow(y, dtype)
     rest = np.fmod(x, y)
     quotient = (x - rest) / y
     quotient = np.where((rest != 0) & ((y < 0) != (rest < 0)), quotient - 1, quotient)

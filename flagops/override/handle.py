@@ -10,6 +10,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from flagops import config, registry
 from flagops.errors import Unsupported, suggestion
@@ -50,9 +51,7 @@ UNSEEN = (
 class Handle:
     """Replacements in force until `disable`; of several handles that want an operator the newest has it."""
 
-    def __init__(
-        self, ops: dict[str, bool], backend: str | tuple[str, ...] | None, keys: tuple[str, ...]
-    ) -> None:
+    def __init__(self, ops: dict[str, bool], backend: str | tuple[str, ...] | None, keys: tuple[str, ...]) -> None:
         self.backend, self.keys = backend, keys
         self._places = {name: _wanted_at(name, keys, backend, named) for name, named in ops.items()}
         self.ops = tuple(name for name, places in self._places.items() if places)
@@ -70,7 +69,7 @@ class Handle:
             keys = _places(name, own) if lowering and lowering.composite else own
             for overload in forms(name) if wanted else (name,):
                 for key in keys:
-                    if lowering and not lowering.composite and interpose.composed(overload, key):
+                    if lowering and lowering.aten and interpose.composed(overload, key):
                         continue  # its parts are replaced
                     self._acquire(overload, key, functools.partial(Site, overload, key, lowering), wanted)
 
@@ -185,7 +184,9 @@ def _selected(ops: str | Sequence[str]) -> dict[str, bool]:
     for word in wanted:
         name = word.removeprefix("-")
         everything = ("all", *config.DEFAULT_OPS)
-        group = [op for op, operator in known.items() if name in (*everything, op, op.partition(".")[0], *_called(operator))]
+        group = [
+            op for op, operator in known.items() if name in (*everything, op, op.partition(".")[0], *_called(operator))
+        ]
         if not group and name not in registry.cards():
             families = {card.family for card in registry.cards().values() if card.aten}
             names = [*everything, *known, *registry.cards(), *families]

@@ -136,7 +136,7 @@ def deliver(form: Form, outs: Sequence[Tensor], results: Sequence[Tensor]) -> No
                 )
             from torch._prims_common.wrappers import _maybe_resize_out
 
-            _maybe_resize_out(out, result.shape)  # type: ignore[no-untyped-call]
+            _maybe_resize_out(out, result.shape)
         with unbusy():
             out.copy_(result)
 
@@ -242,9 +242,7 @@ def _refuse(problem: str | None) -> None:
         raise Pass(problem)
 
 
-def _maker(
-    form: Form, lowering: Lowering, args: tuple[Any, ...], here: Any, alone: bool
-) -> Callable[[], Tensor]:
+def _maker(form: Form, lowering: Lowering, args: tuple[Any, ...], here: Any, alone: bool) -> Callable[[], Tensor]:
     """What makes a tensor as torch's result is, by what the lowering says or torch's own shape function."""
     import torch
 
@@ -325,7 +323,7 @@ def _ready(form: Form, lowering: Lowering, args: tuple[Any, ...]) -> Callable[[S
     return memory.ready(needs, [pair for pair in apart if pair[0][2]], zeros=False)
 
 
-def _laid_alike(x: Tensor, y: Tensor) -> bool:
+def _laid_alike(x: Any, y: Any) -> bool:
     return x.shape == y.shape and x.stride() == y.stride() and x.element_size() == y.element_size()
 
 

@@ -210,10 +210,12 @@ class Site(Registration):
         """A call that turned out not to be ours: counted, and torch's."""
         self._leave(args, reason)
         if self.below is None:
-            self._nobody(reason)
+            self._nobody(reason, lambda: 0)
         return self.below_with(keyset, args)
 
-    def _nobody(self, reason: str, *_: Any) -> None:
+    def _nobody(self, reason: str, count: Callable[[], int], *_: Any) -> None:
+        """Raises NotImplementedError: what we do not take has nowhere to go."""
+        count()
         raise NotImplementedError(
             f"aten::{self.name} has no kernel at {self.key} but flagops', which does not take this call: {reason}"
         )
@@ -230,7 +232,7 @@ class Site(Registration):
             if missing:
                 raise Pass(missing)
             with steps.device():
-                results = self.lowering.function(steps, **self.form.named(args))
+                results: Any = self.lowering.function(steps, **self.form.named(args))
         except (Pass, Unsupported) as reason:
             return self._left(keyset, args, str(reason))
         handle.counter(self.name, key, steps.by(self.lowering.operator), "")()
@@ -270,7 +272,7 @@ class Site(Registration):
                 plan = recipe.compute, handle.counter(self.name, key, recipe.by, "")
             except (Pass, Unsupported) as reason:
                 count = handle.counter(self.name, key, "", str(reason))
-                plan = None if self.below else functools.partial(self._nobody, str(reason)), count
+                plan = None if self.below else functools.partial(self._nobody, str(reason), count), count
             finally:
                 thread.busy = False
         if len(plans) >= _PLANS_KEPT:

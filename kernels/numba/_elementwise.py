@@ -4,11 +4,13 @@ Bound by memory: each operand is read once. `_drive` walks pieces of rows that s
 to the dtype of the computation there where they are not, and calls the routine that computes them.
 """
 
+# ruff: noqa: F821
+# mypy: disable-error-code="name-defined"
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +61,9 @@ def transfer(out: Any, x: Any) -> None:
     slots = [(tuple(a.shape), strides(a), dtype_name(a), dtype_name(out)) for a in (out, x)]
     plan, tasks, elements = _planned(tuple(out.shape), *slots)
     least = max(1, _GRAIN // elements)
-    parallel(_carry, tasks, pointer(plan), mover(dtype_name(x), dtype_name(out)), pointer(out), pointer(x), minimum=least)
+    parallel(
+        _carry, tasks, pointer(plan), mover(dtype_name(x), dtype_name(out)), pointer(out), pointer(x), minimum=least
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -226,7 +230,8 @@ def parameters(typingctx, tag, address, count):
         values = [_ir.load(builder, tag, arguments[1], _ir.i64(i)) for i in range(len(count))]
         return context.make_tuple(builder, signature.return_type, values)
 
-    return types.UniTuple(element, len(count))(tag, types.int64, count), generate
+    result = types.UniTuple(element, len(count))  # type: ignore[attr-defined]
+    return result(tag, types.int64, count), generate
 
 
 def _unary(n, out, a, b, c, more):
@@ -252,7 +257,7 @@ def _ternary(n, out, a, b, c, more):
 _BODIES = _unary, _binary, _ternary
 
 
-@lru_cache(maxsize=None)
+@cache
 def lane_routine(lane: Any, out: str, tags: tuple[str, ...], more: str, count: int) -> int:
     """The routine of a lane for dtypes of its result, its operands and its `count` scalars."""
     words: dict[str, Any] = {"lane": lane, "MORE": TAGS[more], "COUNT": (0,) * count}
