@@ -31,6 +31,7 @@ from torch import Tensor
 import bare
 import flagops
 from bare import models
+from flagops.tools import demo
 
 LOGITS, LOSSES = 1e-3, 1e-3
 EXACT, AUTOCAST = 10, 4  # times what torch's own float32, and its own autocast, are off
@@ -111,7 +112,12 @@ def table(names: list[str], phases: list[str], options: argparse.Namespace) -> b
     well = True
     for name in names:
         verdicts = []
-        subject = Subject(*models.FAMILIES[name]())
+        try:
+            subject = Subject(*models.FAMILIES[name]())
+        except demo.Missing as missing:
+            well = False
+            shown.add_row(name, f"[red]{escape(str(missing))}[/red]")
+            continue
         for phase in phases:
             print(f"{name}, {phase} ...", file=sys.stderr, flush=True)
             verdicts.append(attempted(phase, subject, options))
