@@ -137,12 +137,18 @@ def test_a_handle_that_the_program_makes_is_seen():
 @pytest.mark.parametrize(
     ("overload", "expected"),
     [
-        *((name, "view") for name in ("view", "t", "slice.Tensor", "_unsafe_view", "expand", "detach", "split.Tensor")),
+        *(
+            (name, "view")
+            for name in ("view", "t", "slice.Tensor", "_unsafe_view", "expand", "detach", "split.Tensor", "detach_")
+        ),
         *((name, "allocation") for name in ("empty.memory_format", "new_empty", "empty_like", "resize_")),
         *((name, "read") for name in ("_local_scalar_dense", "is_set_to")),
         *((name, "CompositeImplicitAutograd") for name in ("linear", "matmul", "reshape", "rms_norm")),
         *((name, "computing") for name in ("copy_", "_to_copy", "fill_.Scalar", "add_.Tensor", "equal", "mm.out")),
-        *((name, "computing") for name in ("_foreach_add_.Scalar", "topk", "index_put_", "zeros_like", "arange")),
+        *(
+            (name, "computing")
+            for name in ("_foreach_add_.Scalar", "topk", "silu_backward", "index_put_", "zeros_like", "arange")
+        ),
         *((name, "") for name in ("no_such_operator", "add.NoSuch")),
     ],
 )

@@ -28,7 +28,7 @@ from . import interpose
 from .forms import Form, forms, schema_of
 from .handle import Handle, enable
 from .lowering import LOWERINGS
-from .sites import COMPOSITE, Plan
+from .sites import COMPOSITE, DEVICES, Plan
 
 NATIVE = "native"
 _COLUMNS = ("operator", "calls", "ms", "device ms", "served by")
@@ -286,11 +286,14 @@ def kind(overload: str) -> str:
         schema = schema_of(overload)
     except (KeyError, StopIteration):
         return ""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{overload}", COMPOSITE):
+    has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, f"aten::{overload}")
+    if has(COMPOSITE) and not any(map(has, DEVICES)):
         return COMPOSITE
     name = schema.name[6:]
     if name.removeprefix("new_").startswith(("empty", "_empty")) or name in ("resize_", "resize_as_", "set_"):
         return "allocation"
+    if torch.Tag.inplace_view in getattr(getattr(torch.ops.aten, name), schema.overload_name or "default").tags:
+        return "view"
     if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
         return "computing"
     aliases = any(r.alias_info is not None for r in schema.returns)
@@ -321,7 +324,9 @@ _SMALL = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "encoder_attention_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size", "n_inner"), 64),
-    **{"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256, "pad_token_id": 0},
+    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "image_size"), 32),
+    **{"num_key_value_heads": 4, "vocab_size": 256, "pad_token_id": 0},
 }
 
 
@@ -371,17 +376,20 @@ def _steps(name: str) -> Callable[[], None]:
     whole = found.config_class()
     torch.manual_seed(0)
     model = found(found.config_class(**{key: value for key, value in _SMALL.items() if hasattr(whole, key)}))
-    ids = torch.randint(1, 256, (2, 24))
+    inputs = {"input_ids": torch.randint(1, 256, (2, 24)), "pixel_values": torch.randn(2, 3, 32, 32)}
+    if model.main_input_name not in inputs:
+        raise ValueError(f"coverage: {name} reads {model.main_input_name}; write a script that calls it")
+    given = {model.main_input_name: inputs[model.main_input_name]}
     optimizer = torch.optim.AdamW(model.parameters())
 
     def run() -> None:
         with torch.no_grad():
-            model.eval()(input_ids=ids)
-        first = next(iter(model.train()(input_ids=ids).values()))
+            model.eval()(**given)
+        first = next(iter(model.train()(**given).values()))
         first.float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         if found.can_generate():
-            model.eval().generate(ids, max_new_tokens=8, do_sample=False)
+            model.eval().generate(**given, max_new_tokens=8, do_sample=False)
 
     return run
