@@ -1,0 +1,232 @@
+"""`flagops.coverage`: the computing calls of a program below autograd, each with who served it or why torch did."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import profile
+
+import flagops
+from flagops.__main__ import main
+from flagops.override import interpose
+from flagops.override.coverage import Coverage, annotated, kind, watching
+
+sys.path.insert(0, str(Path(__file__).parent))
+from overriding import untouched  # noqa: F401
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet():
+    """Kineto's first profile of a process takes a second; no test shall time it."""
+    with profile():
+        pass
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = torch.nn.RMSNorm(24), torch.nn.Linear(24, 24)
+
+    def forward(self, x):
+        heads = self.linear(self.norm(x)).view(2, 3, 5, 24)
+        return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+
+
+def by_overload(found):
+    return {(row.overload, row.by): row.calls for row in found.rows}
+
+
+def test_each_call_has_who_served_it_or_the_reason():
+    ints, floats = torch.ones(3, 3, dtype=torch.int64), torch.randn(3, 3)
+
+    def work():
+        floats.mm(floats.t()).logcumsumexp(0)
+        torch.mm(ints, ints)
+        torch.mm(floats, floats, out=torch.empty(3, 3))
+        floats.cumprod(0)
+
+    with flagops.enable("mm", backend="numba"):
+        found = flagops.coverage(work)
+    assert by_overload(found) == {
+        ("mm", "matmul/numba"): 1,
+        ("mm", ""): 1,
+        ("mm.out", "matmul/numba"): 1,
+        ("logcumsumexp", ""): 1,
+        ("cumprod", ""): 1,
+    }
+    (left,) = (row for row in found.rows if row.overload == "mm" and not row.by)
+    assert left.reason == "dtype int64"
+    assert found.calls == 5
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_replaced_compositions_count_as_one_call_and_others_as_their_parts(grad):
+    block, x = Block(), torch.randn(2, 15, 24, requires_grad=grad)
+
+    def step():
+        y = block(x)
+        if grad:
+            y.sum().backward()
+
+    with flagops.enable(backend="numba"):
+        step()
+        found = by_overload(flagops.coverage(step))
+    assert found["rms_norm", "rms_norm/numba"] == 1
+    assert found["scaled_dot_product_attention", "scaled_dot_product_attention/numba"] == 1
+    assert found["addmm", "linear/numba"] == 1
+    assert ("_OwnBackward", "gradient of a composite") in found if grad else len(found) == 3
+    plain = flagops.coverage(step)
+    with flagops.enable("mm"):
+        (row,) = (r for r in flagops.coverage(block, x.detach()).rows if r.overload.startswith("_scaled_dot_product"))
+    assert row.by == ""
+    assert plain.calls >= 3
+
+
+def test_the_parts_of_a_composition_that_was_left_say_why_it_was():
+    query = torch.randn(1, 2, 5, 8)
+    with flagops.enable("scaled_dot_product_attention", backend="numba"):
+        found = flagops.coverage(torch.nn.functional.scaled_dot_product_attention, query, query, query, dropout_p=0.5)
+    assert found.calls > 2
+    assert {row.reason for row in found.rows} == {"scaled_dot_product_attention: dropout"}
+
+
+def test_what_the_handle_counted_is_what_coverage_shows():
+    """Plans known before, made meanwhile and made after: each call is counted once, by the handle and here."""
+    a, b = torch.randn(4, 4), torch.randn(5, 5)
+    with flagops.enable(backend="numba") as handle:
+        a.mm(a)
+        found = flagops.coverage(lambda: (a.mm(a), b.mm(b), b.mm(b)))
+        plans = [count for _, count in interpose.live["mm", "CPU"].plans.values()]
+        a.mm(a)
+        b.mm(b)
+        (row,) = handle.report().rows
+        assert plans == [handle._counters["mm", "CPU", "matmul/numba", ""].add] * 2
+    assert row.replaced == {"matmul/numba": 6}
+    assert by_overload(found) == {("mm", "matmul/numba"): 3}
+
+
+def test_without_enable_the_default_is_watched_and_undone():
+    found = flagops.coverage(torch.nn.functional.rms_norm, torch.randn(3, 24), (24,))
+    assert by_overload(found) == {("rms_norm", "rms_norm/numba"): 1}
+    assert not interpose.live
+
+
+def test_an_error_of_the_program_comes_through_and_leaves_nothing():
+    counter = flagops.override.Handle.counter
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        flagops.coverage(torch.mm, torch.ones(2, 3), torch.ones(2, 3))
+    assert flagops.override.Handle.counter is counter
+    assert not interpose.live
+
+
+def test_a_handle_that_the_program_makes_is_seen():
+    a = torch.randn(4, 4)
+
+    def work():
+        with flagops.enable(backend="numba"):
+            a.mm(a)
+
+    with flagops.enable("bmm", backend="numba"):
+        assert by_overload(flagops.coverage(work)) == {("mm", "matmul/numba"): 1}
+        (row,) = flagops.coverage(a.mm, a).rows
+    assert row.reason == "enable was not asked for it"
+
+
+@pytest.mark.parametrize(
+    ("overload", "expected"),
+    [
+        *(
+            (name, "view")
+            for name in ("view", "t", "slice.Tensor", "_unsafe_view", "expand", "detach", "split.Tensor", "detach_")
+        ),
+        *((name, "allocation") for name in ("empty.memory_format", "new_empty", "empty_like", "resize_")),
+        *((name, "read") for name in ("_local_scalar_dense", "is_set_to")),
+        *((name, "CompositeImplicitAutograd") for name in ("linear", "matmul", "reshape", "rms_norm")),
+        *((name, "computing") for name in ("copy_", "_to_copy", "fill_.Scalar", "add_.Tensor", "equal", "mm.out")),
+        *((name, "computing") for name in ("_foreach_add_.Scalar", "topk", "silu_backward", "zeros_like")),
+        *((name, "") for name in ("no_such_operator", "add.NoSuch")),
+    ],
+)
+def test_kinds_follow_from_schemas(overload, expected):
+    assert kind(overload) == expected
+
+
+def test_every_overload_that_is_replaced_is_a_computing_call():
+    from flagops.override.forms import forms
+    from flagops.override.lowering import LOWERINGS
+
+    kinds = {overload: kind(overload) for name in LOWERINGS for overload in forms(name)}
+    assert set(kinds.values()) <= {"computing", "CompositeImplicitAutograd"}, kinds
+
+
+def test_times_are_those_of_the_calls():
+    big, small = torch.randn(512, 512), torch.randn(4, 4)
+    found = flagops.coverage(lambda: [big @ big for _ in range(20)] + [small + small])
+    assert isinstance(found, Coverage)
+    assert found.rows[0].overload == "mm"
+    assert found.seconds == sum(row.seconds for row in found.rows)
+    assert found.rows[0].seconds > 10 * found.rows[-1].seconds
+
+
+def test_totals_texts_and_json_agree():
+    a = torch.randn(4, 4)
+    with flagops.enable("mm", backend="numba"), watching() as watched:
+        a.mm(a)
+        a.mm(a)
+        a.exp2()
+    found = watched()
+    assert found.calls == 3
+    assert found.share_of_calls == 2 / 3
+    assert 0 < found.share_of_time < 1
+    assert "2 of 3 computing calls by flagops (67%)" in str(found)
+    plain = json.loads(json.dumps(found.to_json()))
+    assert plain["calls"] == 3
+    assert {row["overload"] for row in plain["rows"]} == {"mm", "exp2"}
+
+
+def test_names_of_operators_still_ask_what_ran():
+    assert set(flagops.coverage("matmul")) == {"calls", "refused"}
+    with pytest.raises(TypeError, match="no further arguments"):
+        flagops.coverage("matmul", torch.ones(2))
+    with pytest.raises(TypeError, match="expected a function"):
+        flagops.coverage(3)
+
+
+def test_a_call_stands_in_the_trace_with_operator_backend_and_shapes():
+    a, ints = torch.randn(2, 3), torch.ones(3, 2, dtype=torch.int64)
+    with flagops.enable(backend="numba"):
+        a.mm(a.t())
+        torch.mm(ints, ints.t())
+        site = interpose.live["mm", "CPU"]
+        ours, left = site.plans.values()
+        with profile() as profiled:
+            compute, count = annotated(site, ours, (a, a.t()))
+            got = compute((a, a.t()))
+            assert annotated(site, left, (ints, ints.t())) == left
+        assert torch.equal(got, a.mm(a.t()))
+    assert count is ours[1]
+    names = [event.name for event in profiled.events()]
+    assert "flagops::matmul/numba [2, 3] [3, 2]" in names
+    assert "flagops leaves mm [3, 2] [2, 3] to torch: dtype int64" in names
+
+
+def test_the_command_watches_a_script(tmp_path, capsys, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text("import sys, torch\na = torch.randn(4, 4)\nprint('said', sys.argv[1:], (a @ a).shape)\n")
+    monkeypatch.setattr(sys, "argv", sys.argv.copy())
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    assert main(["coverage", str(script), "--json", "--backend", "numba", "--", "-x"]) == 0
+    said = capsys.readouterr()
+    assert "said ['-x']" in said.err
+    rows = json.loads(said.out)["rows"]
+    assert [row["by"] for row in rows if row["overload"] == "mm"] == ["matmul/numba"]
+    assert main(["coverage", "NoSuchModel"]) == 2
+
+
+def test_the_command_watches_a_model(capsys):
+    assert main(["coverage", "GPT2LMHeadModel", "--json", "--backend", "numba"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"addmm", "mm", "argmax", "native_layer_norm"} <= {row["overload"] for row in found["rows"]}
+    assert 0 < found["share_of_calls"] < 1
