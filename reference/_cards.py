@@ -184,7 +184,7 @@ def _documented(
             "    out: to write into; may be the first operand itself; allocated if None.",
             "",
             "Returns:",
-            f"    An array of the shape that the operands broadcast to, {made}. Computed in float32 for halves, in int64",
+            f"    An array of the shape that operands broadcast to, {made}. Computed in float32 for halves, in int64",
             "    for integers.",
             "",
             "Raises:",

@@ -96,8 +96,8 @@ class Lowering:
 
     @property
     def aten(self) -> bool:
-        """Whether its cards are those under torch's own operators, which take whatever torch takes."""
-        return self.operator.startswith("aten.")
+        """Whether it takes whatever torch takes: those whose cards stand under torch's own operators, and whole ones."""
+        return self.whole or self.operator.startswith("aten.")
 
     @property
     def parameters(self) -> tuple[str, ...]:
