@@ -52,7 +52,7 @@ def signbit(builder, kind, a):
     return (x < 0 if choose(kind, True, True, False) else x.differs(x)).value
 
 
-@formula(2)
+@formula(2, lambda kind: choose(kind, kind, None, None))
 def copysign(x, y):
     """The magnitude of x with the sign of y."""
     return x.call("copysign", y)
