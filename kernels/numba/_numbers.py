@@ -80,7 +80,7 @@ def round_even(x):
 
 
 def _float_rest(a: Term, b: Term) -> Term:
-    """C's fmod. A quotient of less bits than a mantissa is at most 1 too large, and the rest that it leaves exact."""
+    """C's fmod. A quotient of fewer bits than a mantissa is at most 1 too large, and the rest that it leaves exact."""
     size, step = abs(a), abs(b)
     quotient = size / step
     rest = (-quotient.call("trunc")).exact_fma(step, size)
