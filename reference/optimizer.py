@@ -85,7 +85,7 @@ def adamw(
     grad = -grad if maximize else grad
     if decoupled:
         param = param * (1 - lr * weight_decay)
-    else:
+    elif weight_decay:
         grad = grad + weight_decay * param
     exp_avg = beta1 * exp_avg + (1 - beta1) * grad
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
@@ -99,21 +99,24 @@ def adamw_bound(
 ) -> tuple[Array, Array, Array]:
     """The roundings of each line, carried through the quotient."""
     acc, out = unit(accumulator(dtypes[0])), unit(dtypes[0])
-    param, grad, exp_avg, exp_avg_sq = (magnitude(wide(arguments[n])) for n in ("param", "grad", "exp_avg", "exp_avg_sq"))
+    names = ("param", "grad", "exp_avg", "exp_avg_sq")
+    param, grad, exp_avg, exp_avg_sq = (magnitude(wide(arguments[name])) for name in names)
     grad = grad if arguments["decoupled"] else grad + abs(arguments["weight_decay"]) * param
     first, second = (1 - np.power(float(arguments[b]), float(arguments["step"])) for b in ("beta1", "beta2"))
-    average = 5 * acc.u * (exp_avg + grad) + 4 * acc.tiny
-    square = 7 * acc.u * (exp_avg_sq + grad * grad) + 4 * acc.tiny
+    average = 5 * acc.u * (exp_avg + grad) + 8 * acc.tiny
+    square = 7 * acc.u * (exp_avg_sq + grad * grad) + 8 * acc.tiny
     root = np.sqrt(magnitude(exact[2]))
     low = np.sqrt(np.maximum(magnitude(exact[2]) - square, 0))
     with np.errstate(divide="ignore", invalid="ignore"):
         least = low / math.sqrt(second) + arguments["eps"]
         rate = abs(arguments["lr"]) / first
         moved = rate * (magnitude(exact[1]) + average) / least
-        lost = rate * average / least + moved * ((root - low + 4 * acc.u * root) / math.sqrt(second) / least + 10 * acc.u)
+        divisor = (root - low + 4 * acc.u * root) / math.sqrt(second) / least
+        lost = (rate * average + acc.tiny) / least + moved * (divisor + 10 * acc.u)
         lost = np.where(np.isfinite(lost), lost, np.inf) + 6 * acc.u * param + 4 * acc.tiny
+    fits = (grad * grad < acc.largest / 4) & (rate * magnitude(exact[1]) < acc.largest / 4)
     errors = lost, average, square
     return tuple(  # type: ignore[return-value]
-        np.where(np.isfinite(grad * grad), error + (0 if out == acc else out.u * (magnitude(x) + error) + out.tiny), np.inf)
+        np.where(fits, error + (0 if out == acc else out.u * (magnitude(x) + error) + out.tiny), np.inf)
         for x, error in zip(exact, errors, strict=True)
     )

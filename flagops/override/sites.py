@@ -236,7 +236,7 @@ class Site(Registration):
         except (Pass, Unsupported) as reason:
             return self._left(keyset, args, str(reason))
         handle.counter(self.name, key, steps.by(self.lowering.operator), "")()
-        if not self.form.outs:
+        if not self.form.outs or results is None:
             return results
         outs = [args[i] for i in self.form.outs]
         several = isinstance(results, (tuple, list))
