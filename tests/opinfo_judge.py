@@ -43,6 +43,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ DTYPES = {
     str(x)[6:]: x for x in (*(torch.float32, torch.float64, torch.bfloat16, torch.float16), torch.int64, torch.bool)
 }
 ROUNDINGS, DRAWS = 8, 4
-REACH = 4  # samples by which an OpInfo shows which names it reaches
+REACH = 5  # samples by which an OpInfo shows which names it reaches
 SHOWN = 3  # failures of an overload in the table
 PATIENCE = 900  # seconds for one OpInfo in one dtype
 
@@ -79,7 +80,8 @@ def differences(check: Check, ours: Outcome, theirs: Outcome, exact: bool, names
         named = text == (theirs.error or " ")[1] or any(name in text for name in names)
         return "" if named else f"an error that does not name the operator: {text}"
     if ours.facts != theirs.facts:
-        return next(f"{a} where torch has {b}" for a, b in zip(ours.facts, theirs.facts, strict=False) if a != b)
+        pairs = zip(ours.facts, theirs.facts, strict=False)
+        return next((f"{a} where torch has {b}" for a, b in pairs if a != b), "another number of results")
     if ours.warned != theirs.warned:
         return f"warnings {ours.warned} where torch has {theirs.warned}"
     if ours.changed and not check.writes:
@@ -192,11 +194,15 @@ class Bench:
             rows = handle.report().rows
         return sorted({base(row.op[6:]) for row in rows})
 
-    def judge(self, name: str, dtype: str, ops: list[str]) -> dict[str, Any]:
-        op = infos()[name]
-        every = (
-            list(checks(op, DTYPES[dtype], self.options.most)) if DTYPES[dtype] in op.supported_dtypes("cpu") else []
-        )
+    def alone(self, name: str, dtype: str, written: bool) -> dict[str, Any]:
+        """Whether torch alone survives the checks."""
+        for check in checks(infos()[name], DTYPES[dtype], self.options.most, written):
+            self.note(check.label)
+            observe(check, Room())
+        return {}
+
+    def judge(self, name: str, dtype: str, ops: list[str], written: bool) -> dict[str, Any]:
+        every = list(checks(infos()[name], DTYPES[dtype], self.options.most, written))
         theirs = [observe(check, Room()) for check in every]
         ours: list[tuple[Outcome, Outcome, Served]] = []
         with self.enabled(ops) as handle:
@@ -304,6 +310,8 @@ class Worker:
             return json.loads(answer)
         self.process = None
         code = process.wait()
+        if code > 0:
+            raise RuntimeError("\n".join((f"the judge itself fails at {task}", *self.said)))
         how = f"ended with {code}" if timely else f"took more than {PATIENCE} s"
         return {
             "crash": f"{how} at {self.place.read_text().strip()}",
@@ -349,11 +357,9 @@ def answered(tasks: list[list[Any]], words: list[str], workers: int, note: Calla
                 note(task, judged(worker, task))
         worker.close()
 
-    threads = [threading.Thread(target=run) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(workers) as pool:
+        for each in [pool.submit(run) for _ in range(workers)]:
+            each.result()
 
 
 def reach(words: list[str], workers: int) -> dict[str, list[str]]:
@@ -425,7 +431,7 @@ def written(options: argparse.Namespace, tallies: dict[str, Tally], units: dict[
         f"OpInfo's samples on {options.device} under `enable(backend={options.backend!r})`: {totals}.",
         f"{report['checks']} checks of {len(units)} OpInfos and dtypes, {report['date']}, torch {torch.__version__}, "
         f"{report['cpu']}. Again: `{rerun}`, whose text says what is checked and what the verdicts mean.",
-        f"In {report['unstable']} checks torch gave two answers, {len(report['stray'])} differed where nothing was ours. "
+        f"In {report['unstable']} checks torch gave two answers, {len(report['stray'])} differed where none was ours. "
         f"Torch alone dies of what {', '.join(report['torch dies']) or 'none'} write; left out there.",
         "",
         tables.markdown(("overload", "verdict", "ours", "left to torch", "wrong", "reasons"), rows),
