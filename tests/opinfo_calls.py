@@ -43,7 +43,7 @@ LAYOUTS = {"not contiguous": strided, "transposed": transposed, "offset": offset
 
 @dataclass(frozen=True)
 class Room:
-    """Where a call runs: on which device, in float64 instead of its floats, with inputs moved by a rounding."""
+    """Where a call runs: on which device, in float64 instead of its floats, with floats moved by their last place."""
 
     device: str = "cpu"
     wide: bool = False
@@ -54,9 +54,9 @@ class Room:
         storage = x.untyped_storage()
         memory = torch.empty(0, dtype=x.dtype).set_(storage, 0, (storage.nbytes() // x.element_size(),)).clone()
         if x.is_floating_point() and self.moved:
-            unit = torch.finfo(x.dtype if x.dtype.itemsize > 2 else torch.float32).eps / 2
+            unit = torch.finfo(x.dtype if x.dtype.itemsize > 2 else torch.float32).eps
             signs = torch.randint(0, 2, memory.shape, generator=torch.Generator().manual_seed(self.moved))
-            memory = memory.double() * (1 + unit * (2 * signs - 1))
+            memory = memory.double() * (1 + unit * (2 * signs.double() - 1))
             memory = memory if self.wide else memory.to(x.dtype)
         if x.is_floating_point() and self.wide:
             memory = memory.double()

@@ -12,8 +12,8 @@ torch's result in float64, and o ours. Where o is not torch's,
     |o - e| <= max(2 T, ROUNDINGS (u |e| + s))
 
 T is how far torch's own result is from e at most, u half a unit in the last place of the result's dtype, and s how far
-e moves at most, when every float of the input is moved by one rounding up or down, by chance, DRAWS times (of float32
-for half types, which kernels widen). So o is as good as torch's, or the rounded result of inputs a few roundings away.
+e moves at most, when every float of the input is moved by its last place up or down, by chance, DRAWS times (of float32
+for half types, which kernels widen). So o is as good as torch's, or the rounded result of inputs a few places away.
 Where the overload is but a step (in gradients, and in OpInfos of other names), |e|, T and s are the largest of all
 results of the call: what cancels on the way was as large. What is not finite must be what torch's is.
 

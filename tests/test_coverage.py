@@ -318,3 +318,16 @@ def test_a_wrong_kernel_fails_and_what_torch_computed_is_untested():
     found = bench.judge("mm", "float32", ["mm"], True)["overloads"]
     assert found["mm"]["failures"]
     assert "a wrong kernel" in found["mm"]["failed"][0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_floats_are_moved_by_their_last_place_and_nothing_else_is(dtype, rng):
+    x = torch.from_numpy(rng.uniform(1, 2, 64)).to(dtype)
+    unit = 2.0**-52 if dtype == torch.float64 else 2.0**-23
+    moved = Room(wide=True, moved=1).values(x)
+    assert moved.dtype == torch.float64
+    assert ((moved / x.double() - 1).abs() <= 1.5 * unit).all()
+    assert len(set((moved > x.double()).tolist())) == 2
+    assert (moved != x.double()).all()
+    assert torch.equal(Room(moved=1).values(torch.arange(3)), torch.arange(3))
+    assert torch.equal(Room(wide=True).values(x), x.double())
