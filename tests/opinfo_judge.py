@@ -37,6 +37,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -162,6 +163,11 @@ class Bench:
         stray, unstable = [], 0
         for check, their, (first, again, found) in zip(every, theirs, ours, strict=True):
             self.note(f"{check.label}, compared")
+            if self.options.device != "cpu" and not their.error and (first.error or " ")[0] == "NotImplementedError":
+                missing = re.search(r"aten::([\w.]+)", first.error[1])
+                if missing and base(missing[1]) in LOWERINGS:
+                    tallies.setdefault(missing[1], Tally()).left["no kernel on the device"] += 1
+                continue
             names = {base(overload) for overload in found}
             step = check.label.startswith("gradient") or infos()[name].aten_name not in names
             texts = [differences(check, x, their, self.exact(found), names, step) for x in (first, again)]
