@@ -19,7 +19,7 @@ from .forms import COMPOSITE as COMPOSITE
 from .forms import DEVICES, Form
 from .interpose import Counter, Registration, thread
 from .lowering import Lowering, Pass
-from .recipes import deliver, device_of, record
+from .recipes import deliver, device_of, record, refuse_as_torch
 from .steps import Steps
 
 _PLANS_KEPT = 4096
@@ -66,6 +66,8 @@ def call(_keyset, {parameters}):
 {aside}
     _plans, _signature = _site.plans, ({signature})
     _compute, _count = _plans.get(_signature) or _plan(_plans, _signature, _args)
+    if _profiler._is_profiler_enabled:
+        _compute, _count = _annotated(_site, (_compute, _count), _args)
     if _compute is None:
         _count()
         return _site.below_with(_keyset, _args)
@@ -121,7 +123,10 @@ class Site(Registration):
         form = self.form
         out = form.schema.arguments[form.given].name if form.given is not None else None
         names, parameters, signature = [], [], ["_current()"]
+        from .coverage import annotated  # which knows the sites
+
         space: dict[str, Any] = {"_site": self, "_thread": thread, "_current": config.current}
+        space |= {"_profiler": sys.modules["torch.autograd.profiler"], "_annotated": annotated}
         space |= {"_plan": self._plan, "_left": self._left, "_refused": (Pass, Unsupported), "_exactly": _exactly}
         space["_plain_types"] = frozenset((int, float, bool, complex, type(None)))
         if self.composite:
@@ -215,12 +220,14 @@ class Site(Registration):
         if handle:
             handle.counter(self.name, key, "", reason)()
         if self.below is None or (handle and handle.strict):
-            self._nobody(reason, lambda: 0)
+            self._nobody(reason, lambda: 0, args)
         return self.below_with(keyset, args)
 
-    def _nobody(self, reason: str, count: Callable[[], int], *_: Any) -> None:
+    def _nobody(self, reason: str, count: Callable[[], int], args: tuple[Any, ...]) -> None:
         """Raises: what we do not take has nowhere to go, or may not go there."""
         count()
+        if self.below is None:
+            refuse_as_torch(self.form, args)
         if self.below is not None:
             raise Unsupported(f"strict: no flagops kernel takes this call of aten::{self.name}: {reason}")
         raise NotImplementedError(
