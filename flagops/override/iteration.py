@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 Steps = tuple[int, ...]
 
 
-def laid_out(operands: Sequence[Tensor]) -> tuple[Steps, Steps | None]:
-    """Shape and strides (None: row by row) of the result. Raises RuntimeError where operands do not broadcast."""
+def laid_out(operands: Sequence[Tensor], computed: str) -> tuple[Steps, Steps | None]:
+    """Shape and strides (None: row by row) of the result. Raises RuntimeError where operands do not broadcast.
+
+    computed: the dtype to which operands are brought; on the CPU torch copies those of another one first.
+    """
     import torch
 
+    operands = [_converted(x, computed) for x in operands]
     shape = tuple(torch.broadcast_shapes(*(x.shape for x in operands)))
     if all(tuple(x.shape) == shape for x in operands):
         if all(x.is_contiguous() for x in operands):
@@ -48,6 +52,19 @@ def laid_out(operands: Sequence[Tensor]) -> tuple[Steps, Steps | None]:
     for axis, step in zip(axes, accumulate((shape[axis] for axis in axes[:-1]), mul, initial=1), strict=True):
         strides[axis] = step
     return shape, tuple(strides)
+
+
+def _converted(x: Tensor, computed: str) -> Tensor:
+    """Without memory, as what torch goes over."""
+    import torch
+
+    dtype = getattr(torch, computed)
+    if x.device.type != "cpu" or x.dtype == dtype:
+        return x
+    if _dense(x):
+        return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device="meta")
+    like = torch.channels_last if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else None
+    return torch.empty(x.shape, dtype=dtype, device="meta", memory_format=like)
 
 
 def _bytes(x: Tensor, shape: Steps) -> Steps:

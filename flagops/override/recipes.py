@@ -263,13 +263,15 @@ def _elementwise(lowering: Lowering, named: dict[str, Any], first: Tensor) -> tu
     """Shape, strides and dtype of an elementwise result; what it is computed in says the lowering."""
     import torch
 
+    call = lowering.function(To(first, False, _not_yet), **named)
+    assert isinstance(call, Call)
+    card = registry.operator(call.operator)
+    computed = call.inputs[card.positions["dtype"]]
     try:
-        shape, strides = laid_out([x for x in named.values() if isinstance(x, torch.Tensor)])
+        shape, strides = laid_out([x for x in named.values() if isinstance(x, torch.Tensor)], computed)
     except RuntimeError:
         raise Pass(REFUSED) from None
-    call = lowering.function(To(first, False, _not_yet), **named)
-    card, (scalar, *_) = registry.operator(call.operator), call.inputs[-len(registry.operator(call.operator).scalars) :]
-    return shape, strides, getattr(torch, card.result_dtype({}, {"dtype": scalar}))
+    return shape, strides, getattr(torch, card.result_dtype({}, {"dtype": computed}))
 
 
 def _not_yet(operator: str, *inputs: Any, out: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..iteration import laid_out
 from ..lowering import REFUSED, Call, Lowered, Pass, Result, To, lowers
 
 if TYPE_CHECKING:
@@ -129,8 +130,17 @@ for _name in ("maximum", "minimum", "bitwise_and", "bitwise_or", "bitwise_xor"):
     _of_two(_name)
 
 
+def _true_of_both(self: Tensor, other: Tensor) -> Result:
+    import torch
+
+    try:
+        return *laid_out((self, other), name_of(torch.result_type(self, other))), torch.bool
+    except RuntimeError:
+        raise Pass(REFUSED) from None
+
+
 def _logical(name: str, card: str) -> None:
-    @lowers(name, to=f"aten.{card}", elementwise=True)
+    @lowers(name, to=f"aten.{card}", elementwise=True, result=_true_of_both)
     def logical(to: To, self: Tensor, other: Tensor) -> Call:
         return to(f"aten.{card}", self, other, _as_bool(self.dtype))
 
@@ -189,6 +199,8 @@ def _whole(name: str) -> None:
     @lowers(name, to=f"aten.{name}", elementwise=True)
     def rounded(to: To, self: Tensor) -> Call:
         dtype = real(self.dtype)
+        if dtype == "bool" and name != "sign":
+            raise Pass(REFUSED)
         as_it_is = dtype == "bool" or (name != "sign" and not self.dtype.is_floating_point)
         return to("aten.copy" if as_it_is else f"aten.{name}", self, dtype)
 
@@ -206,9 +218,8 @@ def _like_itself(self: Tensor) -> Result:
     return tuple(self.shape), torch.empty_like(self, device="meta").stride(), torch.bool
 
 
-for _name in ("isnan", "isinf"):
-    _of_one(_name, floats, result=_like_itself)
-for _name in ("isneginf", "isposinf"):
+_of_one("isinf", floats, result=_like_itself)
+for _name in ("isnan", "isneginf", "isposinf"):
     _of_one(_name, floats)
 
 
@@ -302,11 +313,10 @@ def _as_self(self: Tensor, *_: Any, **__: Any) -> Result:
 
 
 def _masked(self: Tensor, mask: Tensor, value: Any) -> Result:
-    """A clone, expanded if the mask is larger, is filled."""
+    """Torch fills a clone, row by row."""
     import torch
 
-    shape = torch.broadcast_shapes(self.shape, mask.shape)
-    return shape, torch.empty_like(self.expand(shape), device="meta").stride(), self.dtype
+    return torch.broadcast_shapes(self.shape, mask.shape), None, self.dtype
 
 
 @lowers("masked_fill", to="aten.where", elementwise=True, result=_masked)
