@@ -47,7 +47,7 @@ def _operand(to: To, x: Any) -> Tensor:
     return x if hasattr(x, "dtype") else to.number(x)
 
 
-def _default_dtype() -> Sequence[Callable[[], Any]]:
+def default_dtype() -> Sequence[Callable[[], Any]]:
     import torch
 
     return (torch.get_default_dtype,)
@@ -157,7 +157,7 @@ def pow(to: To, self: Any, exponent: Any) -> Call:
 def _of_one(name: str, computed: Callable[[Any], str], card: str = "") -> None:
     card = f"aten.{card or name}"
 
-    @lowers(name, to=card, elementwise=True, state=_default_dtype)
+    @lowers(name, to=card, elementwise=True, state=default_dtype)
     def unary(to: To, self: Tensor) -> Call:
         return to(card, self, computed(self.dtype))
 
