@@ -132,7 +132,7 @@ def forms(name: str) -> dict[str, torch.FunctionSchema]:
     found = {}
     for schema in (*_schemas()[base], *_schemas().get(f"{base}_", ())):
         given = _taken(schema)
-        if "names" in schema.overload_name or "Dimname" in schema.overload_name:
+        if "name" in schema.overload_name.lower():
             continue
         if given == takes if takes is not None else {argument for argument, _ in given} <= known:
             found[schema.name[6:] + (f".{schema.overload_name}" if schema.overload_name else "")] = schema

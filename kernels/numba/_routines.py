@@ -64,7 +64,7 @@ def vread(typingctx, tag, address):
 
 
 @intrinsic
-def _repeated(typingctx, value):
+def repeated(typingctx, value):
     def generate(context, builder, signature, arguments):
         return _ir.splat(builder, arguments[0], WIDTH)
 
@@ -83,7 +83,7 @@ def _move(n, out, a, out_step, a_step, more):
     elif out_step == TO_SIZE and a_step == 0:
         value = convert(TO, load(FROM, a))
         whole = n - n % WIDTH
-        many = _repeated(value)
+        many = repeated(value)
         for i in range(0, whole, WIDTH):
             vstore(TO, out + i * TO_SIZE, many)
         for i in range(whole, n):

@@ -41,17 +41,17 @@ def floats(dtype: Any) -> str:
     """The float dtype in which torch computes a function of numbers: the default one, of integers."""
     import torch
 
-    return real(dtype if dtype.is_floating_point or dtype.is_complex else torch.get_default_dtype())
+    return real(dtype if dtype.is_floating_point or dtype.is_complex else torch.getdefault_dtype())
 
 
 def _operand(to: To, x: Any) -> Tensor:
     return x if hasattr(x, "dtype") else to.number(x)
 
 
-def _default_dtype() -> Sequence[Callable[[], Any]]:
+def default_dtype() -> Sequence[Callable[[], Any]]:
     import torch
 
-    return (torch.get_default_dtype,)
+    return (torch.getdefault_dtype,)
 
 
 @lowers("add", to="aten.add", state=_promotion, elementwise=True)
@@ -171,7 +171,7 @@ def pow(to: To, self: Any, exponent: Any) -> Call:
 def _of_one(name: str, computed: Callable[[Any], str], result: Callable[..., Result] | None = None) -> None:
     card = f"aten.{name}"
 
-    @lowers(name, to=card, elementwise=True, state=_default_dtype, result=result)
+    @lowers(name, to=card, elementwise=True, state=default_dtype, result=result)
     def unary(to: To, self: Tensor) -> Call:
         return to(card, self, computed(self.dtype))
 
