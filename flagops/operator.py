@@ -411,8 +411,8 @@ def operator(
 
 
 def _number(x: Any) -> bool:
-    """Whether a torch tensor is one number of the host's."""
-    return bool(x.dim() == 0 and x.device.type == "cpu")
+    """Whether a torch tensor is one number of the host's, expanded or not."""
+    return x.device.type == "cpu" and not any(x.stride())
 
 
 def _product(word: str, dims: Dims) -> int:
