@@ -30,7 +30,7 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.dim() else x.unsqueeze(0)
 
 
-def _last(x: Tensor, dim: int) -> Tensor:
+def last(x: Tensor, dim: int) -> Tensor:
     return as_rows(x).movedim(dim, -1)
 
 
@@ -49,7 +49,7 @@ def index_select(to: To, self: Tensor, dim: int, index: Tensor) -> Call:
         raise Pass(REFUSED)
     real(self.dtype)
     dim = axis_of(dim, self.dim())
-    return to("aten.gather", _last(self, dim), as_rows(indices(index)), out=_last(to.out, dim))
+    return to("aten.gather", last(self, dim), as_rows(indices(index)), out=last(to.out, dim))
 
 
 def _cut(x: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -69,7 +69,7 @@ def gather(to: To, self: Tensor, dim: int, index: Tensor, *, sparse_grad: bool =
     dim = axis_of(dim, self.dim())
     real(self.dtype)
     x, where = as_rows(self), as_rows(indices(index))
-    return to("aten.gather", _cut(x, where, dim), where.movedim(dim, -1), out=_last(to.out, dim))
+    return to("aten.gather", _cut(x, where, dim), where.movedim(dim, -1), out=last(to.out, dim))
 
 
 def _scattered(
@@ -159,11 +159,11 @@ def _by_row(to: To, self: Tensor, dim: int, index: Tensor, source: Tensor, reduc
     dim = axis_of(dim, self.dim())
     if index.dim() > 1 or source.dtype != self.dtype:
         raise Pass(REFUSED)
-    x, values, where = _last(self, dim), _last(source, dim), as_rows(indices(index))
+    x, values, where = last(self, dim), last(source, dim), as_rows(indices(index))
     if values.shape != (*x.shape[:-1], where.shape[0]):
         raise Pass(REFUSED)
     real(self.dtype)
-    return to("aten.scatter", x, where, values, reduce, True, out=_last(to.out, dim))
+    return to("aten.scatter", x, where, values, reduce, True, out=last(to.out, dim))
 
 
 @lowers("index_add", to="aten.scatter")
@@ -221,7 +221,7 @@ def embedding_dense_backward(
 # whole calls: their shapes hang on values, or their arguments are lists
 
 
-def _places(steps: Steps, mask: Tensor) -> tuple[Tensor, int]:
+def places_of(steps: Steps, mask: Tensor) -> tuple[Tensor, int]:
     """Where a mask holds, row by row, and how often; behind that many places there are others."""
     import torch
 
@@ -237,7 +237,7 @@ def _coordinates(steps: Steps, x: Tensor) -> Tensor:
     """``[count, axes]``: where elements differ from 0, an axis after the other as torch lays them out."""
     import torch
 
-    places, count = _places(steps, x)
+    places, count = places_of(steps, x)
     out = torch.empty((x.dim(), count), dtype=torch.int64, device=x.device)
     rest = places[:count]
     for axis in reversed(range(x.dim())):
@@ -264,7 +264,7 @@ def masked_select(steps: Steps, self: Tensor, mask: Tensor) -> Tensor:
         raise Pass(REFUSED)
     real(self.dtype)
     x, mask = torch.broadcast_tensors(self, mask)  # type: ignore[no-untyped-call]
-    places, count = _places(steps, mask)
+    places, count = places_of(steps, mask)
     out = goal(steps, (count,), self.dtype, self, mask)
     return steps.run("aten.gather", x.reshape(-1), places[:count], out=out)
 
@@ -277,7 +277,7 @@ def masked_scatter(steps: Steps, self: Tensor, mask: Tensor, source: Tensor) -> 
         raise Pass(REFUSED)
     mask = mask.expand(self.shape) if steps.given else mask
     x, mask = torch.broadcast_tensors(self, mask)  # type: ignore[no-untyped-call]
-    places, count = _places(steps, mask)
+    places, count = places_of(steps, mask)
     if source.numel() < count:
         raise RuntimeError(f"masked_scatter: expected at least {count} elements in source, got {source.numel()}")
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
