@@ -44,6 +44,8 @@ def cast(x: Array, dtype: str) -> Array:
     narrower integers take; what does not fit there, and NaN, becomes the least."""
     if dtype == "bool":
         return x != 0
+    if dtype in HALF and x.dtype.itemsize > 2:  # which torch brings to float32 first
+        x = round_to(x, "float32")
     if dtype in FLOATS or not _float(x):
         return round_to(x, dtype) if dtype in FLOATS else x.astype(numpy_dtype(dtype))
     bits = 64 if dtype == "int64" else 32

@@ -87,7 +87,7 @@ class Lowering:
 
     name: str
     operator: str
-    function: Callable[..., Lowered]
+    function: Callable[..., Any]
     composite: bool = False
     state: Callable[[], Sequence[Callable[[], Hashable]]] | None = None
     result: Callable[..., Result] | None = None
@@ -116,14 +116,14 @@ def lowers(
     result: Callable[..., Result] | None = None,
     elementwise: bool = False,
     whole: bool = False,
-) -> Callable[[Callable[..., Lowered]], Callable[..., Lowered]]:
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a function as the lowering of these names to a flagops operator.
 
     A name is aten's, for all overloads whose arguments the function knows, or that of one overload, ``"max.dim"``, for
     all that differ from it in where they write alone.
     """
 
-    def declare(function: Callable[..., Lowered]) -> Callable[..., Lowered]:
+    def declare(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in names:
             if name in LOWERINGS:
                 raise TypeError(f"aten::{name} has a lowering already")

@@ -47,8 +47,10 @@ def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], 
     needs_grad = lowering.composite and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if lowering.composite and surroundings.forward_level():
         raise Pass("a level of forward-mode differentiation is open")
+    written = None if form.given is None else args[form.given]
     for x in tensors:
-        if x.layout != torch.strided or (x.device != here and not (lowering.aten and is_number(x))):
+        a_number = lowering.aten and is_number(x) and x is not written
+        if x.layout != torch.strided or (x.device != here and not a_number):
             raise Pass("devices or layouts differ")
     if not (backend or config.current().backend) and dispatch.left_to_torch(lowering.operator, tensors[0], needs_grad):
         raise Pass(f"torch's own kernel{' and its backward are' if needs_grad else ' is'} faster on this device")
@@ -309,10 +311,11 @@ def _unlike(out: Tensor, like: Tensor) -> str | None:
         return "dtypes, devices or layouts differ"
     if out.shape != like.shape:
         return "out has another shape than the result"
-    return "out may overlap itself" if out.numel() and _overlaps_itself(out) else None
+    return "out may overlap itself" if out.numel() and overlaps_itself(out) else None
 
 
-def _overlaps_itself(x: Tensor) -> bool:
+def overlaps_itself(x: Tensor) -> bool:
+    """Whether two elements of a tensor may be one in memory."""
     reach = 0
     for step, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1:

@@ -48,7 +48,8 @@ class Steps:
 
     def number(self, value: Any) -> Tensor:
         """A number as a tensor, where a card has an operand."""
-        return number(value, next(x for x in self._tensors() if not is_number(x)))
+        tensors = self._tensors()
+        return number(value, next((x for x in tensors if not is_number(x)), tensors[0]))
 
     def by(self, operator: str) -> str:
         """Who computed the call, as reports name it."""

@@ -56,14 +56,19 @@ def elementwise(body: int, out: Operand, operands: Sequence[Operand], more: Any,
     parallel(_drive, tasks, pointer(plan), body, pointer(more), *places, minimum=least)
 
 
-def transfer(out: Any, x: Any) -> None:
-    """The elements of an array that broadcasts to `out`, brought to its dtype."""
-    slots = [(tuple(a.shape), strides(a), dtype_name(a), dtype_name(out)) for a in (out, x)]
+def transfer(out: Any, x: Any, steps: tuple[int, ...] | None = None, first: int = 0) -> None:
+    """The elements of an array that broadcasts to `out`, brought to its dtype.
+
+    steps, first: another way through it, in elements, from one that lies so many behind its first.
+    """
+    slots = [
+        (tuple(a.shape), own, dtype_name(a), dtype_name(out))
+        for a, own in ((out, strides(out)), (x, strides(x) if steps is None else steps))
+    ]
     plan, tasks, elements = _planned(tuple(out.shape), *slots)
     least = max(1, _GRAIN // elements)
-    parallel(
-        _carry, tasks, pointer(plan), mover(dtype_name(x), dtype_name(out)), pointer(out), pointer(x), minimum=least
-    )
+    move, begin = mover(dtype_name(x), dtype_name(out)), pointer(x) + first * x.itemsize
+    parallel(_carry, tasks, pointer(plan), move, pointer(out), begin, minimum=least)
 
 
 @lru_cache(maxsize=4096)

@@ -398,7 +398,11 @@ def vbutterflies(builder, kind, a):
 
 @intrinsic
 def ordered(typingctx, a):
-    """A float as an integer of the same order: -0 equals 0, and NaN comes before every number."""
+    """A number as an integer of the same order: -0 equals 0, and NaN comes before every number."""
+    if not isinstance(a, types.Float):
+        return types.int64(a), lambda context, builder, signature, arguments: context.cast(
+            builder, arguments[0], a, types.int64
+        )
 
     def generate(context, builder, signature, arguments):
         value = builder.fadd(arguments[0], constant(arguments[0].type, 0.0))  # -0 becomes 0

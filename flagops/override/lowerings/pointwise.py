@@ -347,7 +347,7 @@ def zero(to: To, self: Tensor) -> Call:
 
 @lowers("copy", to="aten.copy", result=_as_self)
 def copy(to: To, self: Tensor, src: Tensor, non_blocking: bool = False) -> Call:
-    return to("aten.copy", src.expand(to.out.shape), real(to.out.dtype))
+    return to("aten.copy", _operand(to, src).expand(to.out.shape), real(to.out.dtype))
 
 
 @lowers("clamp", to="aten.clamp", elementwise=True)
