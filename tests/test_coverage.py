@@ -1,7 +1,10 @@
 """`flagops.coverage`: the computing calls of a program below autograd, each with who served it or why torch did."""
 
+import copy
 import json
 import sys
+import warnings
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,9 @@ from flagops.override import interpose
 from flagops.override.coverage import Coverage, annotated, kind, watching
 
 sys.path.insert(0, str(Path(__file__).parent))
+from opinfo_calls import Check, Room, observe
+from opinfo_differences import differences
+from opinfo_judge import Bench
 from overriding import untouched  # noqa: F401
 
 
@@ -230,3 +236,98 @@ def test_the_command_watches_a_model(capsys):
     found = json.loads(capsys.readouterr().out)
     assert {"addmm", "mm", "argmax", "native_layer_norm"} <= {row["overload"] for row in found["rows"]}
     assert 0 < found["share_of_calls"] < 1
+
+
+def poisoned(outcome, change):
+    got = copy.deepcopy(outcome)
+    change(got)
+    return got
+
+
+@pytest.mark.parametrize(
+    ("said", "change"),
+    [
+        ("times what is allowed", lambda o: o.leaves[0].mul_(1 + 2**-18)),
+        ("where torch has", lambda o: o.leaves[0][0].fill_(float("inf"))),
+        ("where torch has", lambda o: o.facts.__setitem__(0, (torch.float64, *o.facts[0][1:]))),
+        ("where torch has", lambda o: o.facts.__setitem__(0, (*o.facts[0][:2], (1, 3), *o.facts[0][3:]))),
+        ("where torch has", lambda o: o.facts.__setitem__(0, (*o.facts[0][:4], 0))),
+        ("number of results", lambda o: o.facts.append(int)),
+        ("an input was changed", lambda o: setattr(o, "changed", True)),
+        ("warnings", lambda o: o.warned.append("resized")),
+        ("where torch has a result", lambda o: setattr(o, "error", ("RuntimeError", "mm: no"))),
+        ("", lambda o: o.leaves[0].copy_(torch.nextafter(o.leaves[0], torch.tensor(torch.inf)))),
+    ],
+)
+def test_the_judge_by_samples_sees_each_kind_of_difference(said, change, rng):
+    args = tuple(torch.from_numpy(rng.standard_normal((3, 3), dtype="float32")) for _ in range(2))
+    check = Check("sample", torch.mm, args)
+    theirs = observe(check, Room())
+    assert differences(check, observe(check, Room()), theirs, True, {"mm"}, False) == ""
+    found = differences(check, poisoned(theirs, change), theirs, False, {"mm"}, False)
+    assert said in found if said else found == ""
+    exact = differences(check, poisoned(theirs, change), theirs, True, {"mm"}, False)
+    assert exact, "what is held bit by bit may not be a rounding away"
+
+
+def test_errors_must_be_torchs_or_name_the_operator():
+    check = Check("wrong", torch.mm, (torch.ones(2, 3), torch.ones(2, 3)), wrong=True)
+    theirs = observe(check, Room())
+    assert theirs.error[0] == "RuntimeError"
+    for error, right in (
+        (("RuntimeError", "mm: shapes"), True),
+        (("RuntimeError", "no"), False),
+        (("TypeError", "mm"), False),
+    ):
+        ours = poisoned(theirs, lambda o: setattr(o, "error", error))  # noqa: B023
+        assert (differences(check, ours, theirs, False, {"mm"}, False) == "") == right
+
+
+def test_copies_for_a_call_share_memory_as_the_sample_does():
+    memory = torch.arange(13.0)
+    first, over, rows = memory[:-1].view(3, 4), memory[1:].view(3, 4), memory[:1].expand(4)
+    copies = Room().values((first, [over, rows], first))
+    assert copies[0] is copies[2]
+    assert copies[1][0].stride() == (4, 1)
+    assert copies[1][1].stride() == (0,)
+    copies[0][0, 1] = 99
+    assert copies[1][0][0, 0] == 99
+    assert memory[1] == 1
+
+
+def test_a_wrong_kernel_fails_and_what_torch_computed_is_untested():
+    bench = Bench(Namespace(backend="numba", device="cpu", most=3), lambda _: None)
+    right = bench.judge("mm", "float32", ["mm"], True)
+    assert right["overloads"]["mm"]["ours"] > 5
+    assert not any(found["failures"] for found in right["overloads"].values())
+    left = bench.judge("mm", "int64", ["mm"], True)["overloads"]["mm"]
+    assert (left["ours"], set(left["left"])) == (0, {"dtype int64"})
+
+    def wrong(ops):
+        handle = flagops.enable(ops, backend="numba")
+        counter = handle.counter
+
+        def spoiling(name, at, by, reason):
+            count = counter(name, at, by, reason)
+            return (lambda: (warnings.warn("a wrong kernel", stacklevel=1), count())) if by else count
+
+        handle.counter = spoiling
+        return handle
+
+    bench.enabled = wrong
+    found = bench.judge("mm", "float32", ["mm"], True)["overloads"]
+    assert found["mm"]["failures"]
+    assert "a wrong kernel" in found["mm"]["failed"][0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_floats_are_moved_by_their_last_place_and_nothing_else_is(dtype, rng):
+    x = torch.from_numpy(rng.uniform(1, 2, 64)).to(dtype)
+    unit = 2.0**-52 if dtype == torch.float64 else 2.0**-23
+    moved = Room(wide=True, moved=1).values(x)
+    assert moved.dtype == torch.float64
+    assert ((moved / x.double() - 1).abs() <= 1.5 * unit).all()
+    assert len(set((moved > x.double()).tolist())) == 2
+    assert (moved != x.double()).all()
+    assert torch.equal(Room(moved=1).values(torch.arange(3)), torch.arange(3))
+    assert torch.equal(Room(wide=True).values(x), x.double())

@@ -25,15 +25,13 @@ from typing import Any
 from flagops import dispatch, tables
 
 from . import interpose
-from .forms import Form, forms, schema_of
+from .forms import OWN, Form, forms, kind
 from .handle import Handle, enable
 from .lowering import LOWERINGS
-from .sites import COMPOSITE, DEVICES, Plan
+from .sites import COMPOSITE, Plan
 
 NATIVE = "native"
 _COLUMNS = ("operator", "calls", "ms", "device ms", "served by")
-_OWN = "_OwnBackward"
-"""The gradient of a composite that a kernel of ours computed: autograd calls it, the dispatcher does not."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +264,7 @@ def _counted(events: Sequence[Any], noted: dict[str, Fate], handles: Sequence[Ha
 def _overload(event: Any) -> str | None:
     """What an event is a call of: ``"mm.out"`` for aten's, ``"flagops::matmul"`` for ours, None for other events."""
     namespace, _, name = event.name.partition("::")
-    if event.name == _OWN or (namespace == "flagops" and name.isidentifier()):
+    if event.name == OWN or (namespace == "flagops" and name.isidentifier()):
         return str(event.name)
     if namespace != "aten":
         return None
@@ -274,38 +272,9 @@ def _overload(event: Any) -> str | None:
     return overload if kind(overload) else None
 
 
-@functools.cache
-def kind(overload: str) -> str:
-    """What calls of an overload are, by its schema: ``"computing"``, ``"view"``, ``"allocation"``, ``"read"`` of a
-    number or a property, or the dispatch key of compositions. Empty for what is no overload of aten."""
-    import torch
-
-    if overload == _OWN or overload.startswith("flagops::"):
-        return "computing"
-    try:
-        schema = schema_of(overload)
-    except (KeyError, StopIteration):
-        return ""
-    has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, f"aten::{overload}")
-    if has(COMPOSITE) and not any(map(has, DEVICES)):
-        return COMPOSITE
-    name = schema.name[6:]
-    if name.removeprefix("new_").startswith(("empty", "_empty")) or name in ("resize_", "resize_as_", "set_"):
-        return "allocation"
-    if torch.Tag.inplace_view in getattr(getattr(torch.ops.aten, name), schema.overload_name or "default").tags:
-        return "view"
-    if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
-        return "computing"
-    aliases = any(r.alias_info is not None for r in schema.returns)
-    if aliases or name in ("_unsafe_view", "_reshape_alias", "lift"):
-        return "view"
-    computes = any("Tensor" in str(r.type) for r in schema.returns) or name == "equal"
-    return "computing" if computes else "read"
-
-
 def _unnoted(overload: str, handles: Sequence[Handle]) -> tuple[str, str]:
     """Who served a call that no handle counted."""
-    if overload == _OWN:
+    if overload == OWN:
         return "gradient of a composite", ""
     if overload.startswith("flagops::"):
         return overload, ""

@@ -18,6 +18,7 @@ from flagops.replay import Replay
 from . import fuel
 from .forms import Form, Part, View, form_of
 from .interpose import thread
+from .iteration import laid_out
 from .lowering import REFUSED, Call, Lowering, Pass, To
 
 if TYPE_CHECKING:
@@ -248,12 +249,31 @@ def _maker(form: Form, lowering: Lowering, args: tuple[Any, ...], here: Any, alo
 
     named, first = form.named(args), args[form.present(args)[0]]
     shape, strides, dtype = (*((lowering.result and lowering.result(**named)) or (None, None)), None)[:3]
+    if shape is None and lowering.elementwise:
+        shape, strides, dtype = _elementwise(lowering, named, first)
     if shape is None or (0 in shape and not lowering.aten):  # where there is nothing, kernels lay it out as they like
         like = _torchs_result(form, named, "meta" if shape is None else here, alone)
         shape, strides, dtype = tuple(like.shape), like.stride(), like.dtype
     if strides is None:
         strides = torch.empty(shape, device="meta").stride()
     return functools.partial(torch.empty_strided, shape, strides, dtype=dtype or first.dtype, device=here)
+
+
+def _elementwise(lowering: Lowering, named: dict[str, Any], first: Tensor) -> tuple[Any, Any, Any]:
+    """Shape, strides and dtype of an elementwise result; what it is computed in says the lowering."""
+    import torch
+
+    try:
+        shape, strides = laid_out([x for x in named.values() if isinstance(x, torch.Tensor)])
+    except RuntimeError:
+        raise Pass(REFUSED) from None
+    call = lowering.function(To(first, False, _not_yet), **named)
+    card, (scalar, *_) = registry.operator(call.operator), call.inputs[-len(registry.operator(call.operator).scalars) :]
+    return shape, strides, getattr(torch, card.result_dtype({}, {"dtype": scalar}))
+
+
+def _not_yet(operator: str, *inputs: Any, out: Tensor) -> None:
+    raise TypeError(f"{operator} is called while torch's result is asked for")
 
 
 def _torchs_result(form: Form, named: dict[str, Any], device: Any, alone: bool) -> Tensor:
@@ -273,6 +293,12 @@ def _torchs_result(form: Form, named: dict[str, Any], device: Any, alone: bool) 
             raise
         raise Pass(REFUSED) from None
     return result
+
+
+def refuse_as_torch(form: Form, args: tuple[Any, ...]) -> None:
+    """Raise what torch raises for a call that it refuses; nothing is raised for others."""
+    if form.tensors:
+        _torchs_result(form, form.named(args), "meta", alone=True)
 
 
 def _unlike(out: Tensor, like: Tensor) -> str | None:

@@ -60,6 +60,10 @@ def add(to: To, self: Tensor, other: Any, *, alpha: Any = 1) -> Call:
 
 @lowers("sub", to="aten.add", state=_promotion, elementwise=True)
 def sub(to: To, self: Tensor, other: Any, *, alpha: Any = 1) -> Call:
+    import torch
+
+    if torch.bool in (getattr(self, "dtype", None), getattr(other, "dtype", None)) or isinstance(other, bool):
+        raise Pass(REFUSED)
     return _sum(to, self, other, -alpha)
 
 
@@ -154,10 +158,10 @@ def pow(to: To, self: Any, exponent: Any) -> Call:
     return to("aten.pow", _operand(to, self), _operand(to, exponent), real(dtype))
 
 
-def _of_one(name: str, computed: Callable[[Any], str], card: str = "") -> None:
-    card = f"aten.{card or name}"
+def _of_one(name: str, computed: Callable[[Any], str], result: Callable[..., Result] | None = None) -> None:
+    card = f"aten.{name}"
 
-    @lowers(name, to=card, elementwise=True, state=_default_dtype)
+    @lowers(name, to=card, elementwise=True, state=_default_dtype, result=result)
     def unary(to: To, self: Tensor) -> Call:
         return to(card, self, computed(self.dtype))
 
@@ -166,9 +170,8 @@ for _name in (
     "sqrt", "rsqrt", "reciprocal", "exp", "expm1", "log", "log1p", "log2", "sin", "cos", "tanh", "erf", "sigmoid",
 ):  # fmt: skip
     _of_one(_name, floats)
-for _name in ("neg", "abs", "sign", "relu"):
+for _name in ("neg", "abs", "relu", "bitwise_not"):
     _of_one(_name, real)
-_of_one("bitwise_not", real)
 
 
 def _own_floats(dtype: Any) -> str:
@@ -177,9 +180,35 @@ def _own_floats(dtype: Any) -> str:
     return real(dtype)
 
 
-for _name in ("floor", "ceil", "trunc", "round", "silu"):
-    _of_one(_name, _own_floats)
-for _name in ("isnan", "isinf", "isneginf", "isposinf"):
+_of_one("silu", _own_floats)
+
+
+def _whole(name: str) -> None:
+    """A function that leaves some dtypes as they are."""
+
+    @lowers(name, to=f"aten.{name}", elementwise=True)
+    def rounded(to: To, self: Tensor) -> Call:
+        dtype = real(self.dtype)
+        as_it_is = dtype == "bool" or (name != "sign" and not self.dtype.is_floating_point)
+        return to("aten.copy" if as_it_is else f"aten.{name}", self, dtype)
+
+
+for _name in ("floor", "ceil", "trunc", "round", "sign"):
+    _whole(_name)
+
+
+def _like_itself(self: Tensor) -> Result:
+    """Torch gives zeros like integers, of which none is special; of floats it compares."""
+    import torch
+
+    if self.dtype.is_floating_point:
+        return None
+    return tuple(self.shape), torch.empty_like(self, device="meta").stride(), torch.bool
+
+
+for _name in ("isnan", "isinf"):
+    _of_one(_name, floats, result=_like_itself)
+for _name in ("isneginf", "isposinf"):
     _of_one(_name, floats)
 
 
@@ -258,7 +287,7 @@ def lerp(to: To, self: Tensor, end: Tensor, weight: Any) -> Call:
     return to("aten.lerp_scalar", self, end, dtype, weight)
 
 
-@lowers("where", to="aten.where")
+@lowers("where", to="aten.where", elementwise=True)
 def where(to: To, condition: Tensor, self: Any, other: Any) -> Call:
     import torch
 
@@ -272,14 +301,23 @@ def _as_self(self: Tensor, *_: Any, **__: Any) -> Result:
     return tuple(self.shape), self.stride(), self.dtype
 
 
-@lowers("masked_fill", to="aten.where", elementwise=True)
+def _masked(self: Tensor, mask: Tensor, value: Any) -> Result:
+    """A clone, expanded if the mask is larger, is filled."""
+    import torch
+
+    shape = torch.broadcast_shapes(self.shape, mask.shape)
+    return shape, torch.empty_like(self.expand(shape), device="meta").stride(), self.dtype
+
+
+@lowers("masked_fill", to="aten.where", elementwise=True, result=_masked)
 def masked_fill(to: To, self: Tensor, mask: Tensor, value: Any) -> Call:
     import torch
 
     if mask.dtype != torch.bool:
         raise Pass("a mask of another dtype than bool")
     filler = _operand(to, value)
-    if filler.dim() or not torch.can_cast(filler.dtype, self.dtype) or filler.dtype.is_complex:
+    number = filler is not value
+    if filler.dim() or not (number or torch.can_cast(filler.dtype, self.dtype)) or filler.dtype.is_complex:
         raise Pass(REFUSED)
     return to("aten.where", mask, filler, self, real(self.dtype))
 
