@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
 
+from .._rows import merged
 from . import _ir
 from ._blocks import alive, at, scratch
 from ._ir import STORAGE, TAGS, storage
@@ -76,7 +77,7 @@ def _planned(shape: tuple[int, ...], *layouts: Any) -> tuple[Any, int, int]:
     """What `_drive` reads, how many tasks it has, and the elements of one."""
     if 0 in shape:
         return np.zeros(1, np.int64), 0, 1
-    sizes, steps = _merged(shape, [_bytes(len(shape), *layout[:3]) for layout in layouts])
+    sizes, steps = merged(shape, [_bytes(len(shape), *layout[:3]) for layout in layouts])
     *outer, n = sizes
     rows = math.prod(outer)
     group = 1 if n >= SHORT or rows == 1 else SPAN // n
@@ -98,19 +99,6 @@ def _bytes(axes: int, shape: tuple[int, ...], steps: tuple[int, ...], dtype: str
     size = STORAGE[dtype].size
     own = (0 if n == 1 else step * size for n, step in zip(shape, steps, strict=True))
     return (*(0,) * (axes - len(shape)), *own)
-
-
-def _merged(shape: tuple[int, ...], steps: Sequence[tuple[int, ...]]) -> tuple[list[int], list[list[int]]]:
-    """Sizes and steps of as few axes as there can be, the last the one along which the result lies closest."""
-    axes = [axis for axis in zip(shape, *steps, strict=True) if axis[0] != 1]
-    axes.sort(key=lambda axis: [abs(step) for step in axis[1:]], reverse=True)
-    merged: list[tuple[int, ...]] = []
-    for n, *own in axes:
-        if merged and all(outer == n * inner for outer, inner in zip(merged[-1][1:], own, strict=True)):
-            n *= merged.pop()[0]
-        merged.append((n, *own))
-    merged = merged or [(1, *[0] * len(steps))]
-    return [axis[0] for axis in merged], [[axis[k + 1] for axis in merged] for k in range(len(steps))]
 
 
 @jit
