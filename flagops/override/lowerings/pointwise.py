@@ -41,7 +41,7 @@ def floats(dtype: Any) -> str:
     """The float dtype in which torch computes a function of numbers: the default one, of integers."""
     import torch
 
-    return real(dtype if dtype.is_floating_point or dtype.is_complex else torch.getdefault_dtype())
+    return real(dtype if dtype.is_floating_point or dtype.is_complex else torch.get_default_dtype())
 
 
 def _operand(to: To, x: Any) -> Tensor:
@@ -51,7 +51,7 @@ def _operand(to: To, x: Any) -> Tensor:
 def default_dtype() -> Sequence[Callable[[], Any]]:
     import torch
 
-    return (torch.getdefault_dtype,)
+    return (torch.get_default_dtype,)
 
 
 @lowers("add", to="aten.add", state=_promotion, elementwise=True)
