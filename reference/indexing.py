@@ -32,6 +32,11 @@ def _drawn(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, dims: d
 INDEX = Tensor("... m", INDICES, draw=_drawn)
 
 
+def _some_from_end(arguments: dict[str, Any], dims: dict[str, int], rng: np.random.Generator) -> None:
+    if arguments["from_end"]:
+        arguments["index"] -= dims["n"] * rng.integers(0, 2, arguments["index"].shape, arguments["index"].dtype)
+
+
 def _along(x: Array, lead: tuple[int, ...]) -> Array:
     return np.broadcast_to(x, (*lead, x.shape[-1]))
 
@@ -39,7 +44,9 @@ def _along(x: Array, lead: tuple[int, ...]) -> Array:
 @operator(
     name="aten.gather",
     tensors={"x": Tensor("... n", DTYPES), "index": INDEX},
+    scalars={"from_end": flag()},
     result=Tensor("... m", "x"),
+    fit=_some_from_end,
     sizes={"n": SIZES},
     workloads={
         "rows-4M.float32": {"batch": (576,), "n": 49152, "m": 8192, "dtype": ("float32", "int64")},
@@ -48,12 +55,13 @@ def _along(x: Array, lead: tuple[int, ...]) -> Array:
     flops=lambda dims, batch: float(math.prod(batch) * dims["m"]),
     exact=True,
 )
-def gather(x: Array, index: Array) -> Array:
+def gather(x: Array, index: Array, from_end: bool = False) -> Array:
     """``x[..., index]``: of each row the elements that its indices name.
 
     Args:
         x: ``[..., n]``, any real dtype, any strides.
         index: ``[..., m]``, int64 or int32, below n.
+        from_end: whether negative indices count from the end.
         out: ``[..., m]`` to write into, dtype of ``x``; allocated if None.
 
     Returns:
@@ -85,7 +93,9 @@ def _reduction(value: Any) -> str:
     scalars={
         "reduce": Scalar(_reduction, REDUCTIONS, torch="str"),
         "include_self": flag((True, False)),
+        "from_end": flag(),
     },
+    fit=_some_from_end,
     result=Tensor("... n", "x"),
     sizes={"n": SIZES},
     workloads={
@@ -95,7 +105,9 @@ def _reduction(value: Any) -> str:
     flops=lambda dims, batch: float(math.prod(batch) * dims["m"]),
     inplace={"out": "x"},
 )
-def scatter(x: Array, index: Array, src: Array, reduce: str = "assign", include_self: bool = True) -> Array:
+def scatter(
+    x: Array, index: Array, src: Array, reduce: str = "assign", include_self: bool = True, from_end: bool = False
+) -> Array:
     """``x`` with ``src`` brought to the places that ``index`` names in each row, in the order of the indices.
 
     Args:
@@ -104,6 +116,7 @@ def scatter(x: Array, index: Array, src: Array, reduce: str = "assign", include_
         src: ``[..., m]``, dtype of ``x``.
         reduce: ``assign`` (the last one stays), ``sum``, ``prod``, ``amax`` or ``amin``; of bools sums are "or".
         include_self: whether what is there counts; else a place that an index names starts anew.
+        from_end: whether negative indices count from the end.
         out: ``[..., n]`` to write into, may be ``x``; allocated if None.
 
     Returns:

@@ -30,6 +30,7 @@ from ._vectors import BYTE, load, vstore
 SPAN = 2048  # elements of a piece
 SHORT = 128  # elements of a row below which a piece has several rows
 _GRAIN = 1 << 15  # elements worth a thread
+_TILE = 32  # rows of a source that are moved together
 _LONG = np.int64(0)
 _OUTER = 5  # where the number of a plan's outer axes stands, and their sizes behind it
 _SIZE, _HOW, _STEP = 1, 2, 3  # of an operand, behind the routine that moves it
@@ -66,10 +67,60 @@ def transfer(out: Any, x: Any, steps: tuple[int, ...] | None = None, first: int 
         (tuple(a.shape), own, dtype_name(a), dtype_name(out))
         for a, own in ((out, strides(out)), (x, strides(x) if steps is None else steps))
     ]
+    move, begin = mover(dtype_name(x), dtype_name(out)), pointer(x) + first * x.itemsize
+    turned = _turned(tuple(out.shape), *slots)
+    if turned is not None:
+        gather = mover(dtype_name(x), dtype_name(x))
+        least = max(1, _GRAIN // (int(turned[2]) * _TILE))
+        parallel(_turn, turned[0] * turned[1], turned, x.itemsize, gather, move, pointer(out), begin, minimum=least)
+        return
     plan, tasks, elements = _planned(tuple(out.shape), *slots)
     least = max(1, _GRAIN // elements)
-    move, begin = mover(dtype_name(x), dtype_name(out)), pointer(x) + first * x.itemsize
     parallel(_carry, tasks, pointer(plan), move, pointer(out), begin, minimum=least)
+
+
+@lru_cache(maxsize=4096)
+def _turned(shape: tuple[int, ...], *layouts: Any) -> Any:
+    """What `_turn` reads, where source and result lie closest along two different axes; else None."""
+    if 0 in shape:
+        return None
+    sizes, (goal, origin) = _merged(shape, [_bytes(len(shape), *layout[:3]) for layout in layouts])
+    size = STORAGE[layouts[1][2]].size
+    close = [i for i, step in enumerate(origin[:-1]) if abs(step) == size]
+    if not close or abs(origin[-1]) <= size or min(sizes[-1], sizes[close[0]]) < _TILE:
+        return None
+    across = close[0]
+    outer = [i for i in range(len(sizes) - 1) if i != across]
+    plan = [math.prod(sizes[i] for i in outer), -(-sizes[across] // _TILE), sizes[-1], sizes[across], len(outer)]
+    plan += [goal[-1], origin[-1], goal[across], origin[across]]
+    for i in outer:
+        plan += [sizes[i], goal[i], origin[i]]
+    return np.array(plan, np.int64)
+
+
+@jit
+def _turn(start, stop, plan, size, gather, move, out, a):
+    """Squares of a few rows and columns, by way of the first cache, so that lines are read and written whole."""
+    n, height = plan[2], plan[3]
+    memory, (square,) = scratch(BYTE, ((1, 8 * _TILE * _TILE),))
+    room = at(square, 0, 0)
+    for task in range(start, stop):
+        row, tile = divmod(task, plan[1])
+        first = tile * _TILE
+        goal, place = out + first * plan[7], a + first * plan[8]
+        for axis in range(plan[4]):
+            i = row % plan[9 + 3 * axis]
+            row //= plan[9 + 3 * axis]
+            goal += i * plan[10 + 3 * axis]
+            place += i * plan[11 + 3 * axis]
+        rows = min(_TILE, height - first)
+        for j in range(0, n, _TILE):
+            columns = min(_TILE, n - j)
+            for c in range(columns):
+                call(gather, rows, room + c * size * _TILE, place + (j + c) * plan[6], size, plan[8], 0)
+            for r in range(rows):
+                call(move, columns, goal + r * plan[7] + j * plan[5], room + r * size, plan[5], size * _TILE, 0)
+    return alive(memory)
 
 
 @lru_cache(maxsize=4096)

@@ -17,7 +17,7 @@ from flagops.backends.numba import jit, strides
 
 from .._rows import merged
 from ._elementwise import _bytes
-from ._vectors import load_index, maximum, minimum
+from ._vectors import load, maximum, minimum
 
 ROWS, COUNT, ACROSS, LIMIT, AXES = 0, 1, 2, 3, 4
 """Of a plan: rows of other axes, indices, elements moved by one index, how far an index goes, axes of the rows."""
@@ -57,7 +57,7 @@ def planned(limit: int, count: int, lead: tuple[int, ...], *operands: Any) -> An
     sizes, steps = merged(lead, [_bytes(len(lead), *own) for own in layouts])
     along = [_bytes(1, shape[-1:], steps[-1:], dtype)[0] for shape, steps, dtype in operands]
     across, moved = 1, [0] * len(operands)
-    if along[0] == 0 or abs(steps[0][-1]) < abs(along[0]):
+    if along[0] == 0 or abs(steps[0][-1]) <= abs(along[0]):
         across, moved = sizes.pop(), [own.pop() for own in steps]
     plan = [math.prod(sizes), count, across, limit, len(sizes), *reversed(sizes)]
     for walked, step, own in zip(along, moved, steps, strict=True):
@@ -78,11 +78,12 @@ def place(plan, operand, base, row):
 
 
 @jit
-def index_at(address, item, limit, alarm):
-    """The index at an address, -1 if it is out of range."""
-    i = load_index(address, item)
+def index_at(kind, address, limit, from_end, alarm):
+    """The index of a dtype at an address, -1 if it is out of range."""
+    given = np.int64(load(kind, address))
+    i = given + limit if given < 0 and from_end else given
     if i < 0 or i >= limit:
-        alarm[0], alarm[1] = 1, i
+        alarm[0], alarm[1] = 1, given
         return -1
     return i
 

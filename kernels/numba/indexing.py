@@ -36,7 +36,7 @@ from ._indexed import (
 )
 from ._numbers import convert
 from ._routines import call, mover
-from ._vectors import TAGS, lanes, load, load_index, size, store, vload, vstore, wide
+from ._vectors import TAGS, lanes, load, size, store, vload, vstore, wide
 
 _GRAIN = 1 << 14  # elements worth a thread
 _SPAN = 1 << 12  # elements of a task
@@ -45,7 +45,7 @@ _REDUCTIONS = {"assign": ASSIGN, "sum": SUM, "prod": PROD, "amax": AMAX, "amin":
 
 
 @kernel(deterministic=True, batch_invariant=True)
-def gather(x: Any, index: Any, out: Any) -> None:
+def gather(x: Any, index: Any, from_end: bool, out: Any) -> None:
     """Rows that lie close are moved whole."""
     count, lead = out.shape[-1], tuple(out.shape[:-1])
     if not count or 0 in lead:
@@ -55,14 +55,14 @@ def gather(x: Any, index: Any, out: Any) -> None:
     tasks = int(plan[ROWS]) * -(-count // span)
     bits = bits_of(x)
     parallel(
-        _pick, tasks, TAGS[bits], index.itemsize, mover(bits, bits), span, plan, alarm.room, pointer(out),
-        pointer(index), pointer(x), minimum=max(1, _GRAIN // (span * int(plan[ACROSS]))),
+        _pick, tasks, TAGS[bits], TAGS[dtype_name(index)], mover(bits, bits), from_end, span, plan, alarm.room,
+        pointer(out), pointer(index), pointer(x), minimum=max(1, _GRAIN // (span * int(plan[ACROSS]))),
     )  # fmt: skip
     alarm.check()
 
 
 @jit
-def _pick(start, stop, tag, item, move, span, plan, alarm, out, index, x):
+def _pick(start, stop, tag, kind, move, from_end, span, plan, alarm, out, index, x):
     count, across, limit = plan[COUNT], plan[ACROSS], plan[LIMIT]
     pieces = -(-count // span)
     for task in range(start, stop):
@@ -72,37 +72,76 @@ def _pick(start, stop, tag, item, move, span, plan, alarm, out, index, x):
         source, source_step, source_across = place(plan, 2, x, row)
         for j in range(piece * span, min(count, (piece + 1) * span)):
             target, mark = goal + j * goal_step, where + j * where_step
-            if where_across == 0:
-                i = index_at(mark, item, limit, alarm)
-                if i < 0:
-                    continue
-                origin = source + i * source_step
-                if across == 1:
-                    store(tag, target, load(tag, origin))
-                else:
-                    call(move, across, target, origin, goal_across, source_across, 0)
+            if across == 1 or where_across == 0:
+                i = index_at(kind, mark, limit, from_end, alarm)
+                if i >= 0 and across == 1:
+                    store(tag, target, load(tag, source + i * source_step))
+                elif i >= 0:
+                    call(move, across, target, source + i * source_step, goal_across, source_across, 0)
                 continue
             for k in range(across):
-                i = index_at(mark + k * where_across, item, limit, alarm)
+                i = index_at(kind, mark + k * where_across, limit, from_end, alarm)
                 if i >= 0:
                     store(tag, target + k * goal_across, load(tag, source + i * source_step + k * source_across))
 
 
 @kernel(deterministic=True, batch_invariant=True)
-def scatter(x: Any, index: Any, src: Any, reduce: str, include_self: bool, out: Any) -> None:
-    """Halves that are summed or multiplied are so in a float32 copy."""
+def scatter(
+    x: Any, index: Any, src: Any, reduce: str, include_self: bool, from_end: bool, out: Any
+) -> None:
+    """Halves that are summed or multiplied are so in a float32 copy, of few places of those alone."""
     if not (pointer(x) == pointer(out) and strides(x) == strides(out) and x.shape == out.shape):
         transfer(out, x)
-    if reduce in ("sum", "prod") and dtype_name(out) in HALF:
+    if reduce in ("sum", "prod") and dtype_name(out) in HALF and 2 * index.shape[-1] < out.shape[-1] and _same(index):
+        _compact(out, index, src, reduce, include_self, from_end)
+    elif reduce in ("sum", "prod") and dtype_name(out) in HALF:
         work = np.empty(tuple(out.shape), np.float32)
         transfer(work, out)
-        _write(work, index, src, reduce, include_self)
+        _write(work, index, src, reduce, include_self, from_end)
         transfer(out, work)
     else:
-        _write(out, index, src, reduce, include_self)
+        _write(out, index, src, reduce, include_self, from_end)
 
 
-def _write(out: Any, index: Any, src: Any, reduce: str, include_self: bool) -> None:
+def _same(index: Any) -> bool:
+    """Whether the indices are those of all rows."""
+    return not any(step and n > 1 for step, n in zip(strides(index)[:-1], index.shape[:-1], strict=True))
+
+
+def _compact(out: Any, index: Any, src: Any, reduce: str, include_self: bool, from_end: bool) -> None:
+    (count, n), alarm = (index.shape[-1], out.shape[-1]), Alarm(out.shape[-1])
+    lead = tuple(out.shape[:-1])
+    if not count or 0 in index.shape:
+        return
+    places, own = np.empty(count, np.int64), np.empty(count, np.int64)
+    kind = TAGS[dtype_name(index)]
+    found = _numbered(kind, pointer(index), strides(index)[-1], n, from_end, places, own, alarm.room)
+    alarm.check()
+    halves = np.moveaxis(np.empty((found, *lead), numpy_dtype(dtype_name(out))), 0, -1)
+    work = np.moveaxis(np.empty((found, *lead), np.float32), 0, -1)
+    gather(out, places[:found], False, halves)
+    transfer(work, halves)
+    _write(work, own, src, reduce, include_self, False)
+    transfer(halves, work)
+    _write(out, places[:found], halves, "assign", True, False)
+
+
+@jit
+def _numbered(kind, index, step, n, from_end, places, own, alarm):
+    """The places that indices name, each once, and which of them each index does; returns how many there are."""
+    numbers, found = np.full(n, -1), 0
+    for j in range(own.size):
+        i = index_at(kind, index + j * step * size(kind), n, from_end, alarm)
+        if i < 0:
+            return 0
+        if numbers[i] < 0:
+            numbers[i], places[found] = found, i
+            found += 1
+        own[j] = numbers[i]
+    return found
+
+
+def _write(out: Any, index: Any, src: Any, reduce: str, include_self: bool, from_end: bool) -> None:
     count, lead = index.shape[-1], tuple(out.shape[:-1])
     if not count or 0 in lead:
         return
@@ -118,8 +157,8 @@ def _write(out: Any, index: Any, src: Any, reduce: str, include_self: bool) -> N
 
     def run(how: int, source: str, values: Any, plan: Any) -> None:
         parallel(
-            _place, int(plan[ROWS]) * parts, TAGS[kind], TAGS[source], how, index.itemsize, parts, plan, alarm.room,
-            pointer(out), pointer(index), pointer(values), minimum=max(1, _GRAIN // each),
+            _place, int(plan[ROWS]) * parts, TAGS[kind], TAGS[source], TAGS[dtype_name(index)], how, from_end, parts, plan,
+            alarm.room, pointer(out), pointer(index), pointer(values), minimum=max(1, _GRAIN // each),
         )  # fmt: skip
 
     if not include_self and reduce != "assign":
@@ -142,7 +181,7 @@ def _start(how: int, dtype: str) -> Any:
 
 
 @jit
-def _place(start, stop, tag, source_tag, how, item, parts, plan, alarm, out, index, src):
+def _place(start, stop, tag, source_tag, kind, how, from_end, parts, plan, alarm, out, index, src):
     count, across, limit = plan[COUNT], plan[ACROSS], plan[LIMIT]
     step, own, other = lanes(tag), size(tag), size(source_tag)
     for task in range(start, stop):
@@ -156,9 +195,18 @@ def _place(start, stop, tag, source_tag, how, item, parts, plan, alarm, out, ind
         where, where_step, where_across = place(plan, 1, index, row)
         source, source_step, source_across = place(plan, 2, src, row)
         close = goal_across == own and source_across == other
+        if across == 1 and how <= SUM:
+            for j in range(count):
+                i = index_at(kind, where + j * where_step, limit, from_end, alarm)
+                if low <= i and i < high:
+                    value, target = convert(tag, load(source_tag, source + j * source_step)), goal + i * goal_step
+                    if how == SUM:
+                        value = convert(tag, load(tag, target) + value)
+                    store(tag, target, value)
+            continue
         for j in range(count):
             mark, origin = where + j * where_step, source + j * source_step
-            i = index_at(mark, item, limit, alarm)
+            i = index_at(kind, mark, limit, from_end, alarm)
             if where_across == 0:
                 if i < low or i >= high:
                     continue
@@ -174,7 +222,7 @@ def _place(start, stop, tag, source_tag, how, item, parts, plan, alarm, out, ind
                     _meet(tag, source_tag, how, target + k * goal_across, origin + k * source_across)
                 continue
             for k in range(first, last):
-                i = index_at(mark + k * where_across, item, limit, alarm)
+                i = index_at(kind, mark + k * where_across, limit, from_end, alarm)
                 if low <= i and i < high:
                     target = goal + i * goal_step + k * goal_across
                     _meet(tag, source_tag, how, target, origin + k * source_across)
@@ -199,7 +247,7 @@ def offset(x: Any, index: Any, size: int, step: int, out: Any) -> None:
     across = int(plan[ACROSS])
     span = min(across, _SPAN)
     parallel(
-        _offset, int(plan[ROWS]) * -(-across // span), index.itemsize, span, step, plan, alarm.room, pointer(out),
+        _offset, int(plan[ROWS]) * -(-across // span), TAGS[dtype_name(index)], span, step, plan, alarm.room, pointer(out),
         pointer(x), pointer(index), minimum=max(1, _GRAIN // span),
     )  # fmt: skip
     alarm.check()
@@ -211,7 +259,7 @@ def _column(x: Any) -> tuple[tuple[int, ...], tuple[int, ...], str]:
 
 
 @jit
-def _offset(start, stop, item, span, step, plan, alarm, out, x, index):
+def _offset(start, stop, kind, span, step, plan, alarm, out, x, index):
     across, limit = plan[ACROSS], plan[LIMIT]
     pieces = -(-across // span)
     for task in range(start, stop):
@@ -220,12 +268,9 @@ def _offset(start, stop, item, span, step, plan, alarm, out, x, index):
         source, _, source_step = place(plan, 1, x, row)
         where, _, where_step = place(plan, 2, index, row)
         for k in range(piece * span, min(across, (piece + 1) * span)):
-            i = load_index(where + k * where_step, item)
-            i = i + limit if i < 0 else i
-            if i < 0 or i >= limit:
-                alarm[0], alarm[1] = 1, load_index(where + k * where_step, item)
-                continue
-            store(_PLACE, goal + k * goal_step, load(_PLACE, source + k * source_step) + step * i)
+            i = index_at(kind, where + k * where_step, limit, True, alarm)
+            if i >= 0:
+                store(_PLACE, goal + k * goal_step, load(_PLACE, source + k * source_step) + step * i)
 
 
 _PLACE = np.int64(0)
@@ -237,7 +282,7 @@ def embedding_dense_backward(grad: Any, index: Any, n: int, padding: int, by_fre
     once."""
     (count, width), alarm = grad.shape, Alarm(n)
     order, bounds = np.empty(count, np.int64), np.empty(n + 1, np.int64)
-    _sorted(pointer(index), *strides(index), index.itemsize, n, order, bounds, alarm.room)
+    _sorted(TAGS[dtype_name(index)], pointer(index), *strides(index), n, order, bounds, alarm.room)
     alarm.check()
     parallel(
         _rows, n, TAGS[dtype_name(grad)], width, padding, by_frequency, order, bounds, pointer(grad), strides(grad),
@@ -246,18 +291,18 @@ def embedding_dense_backward(grad: Any, index: Any, n: int, padding: int, by_fre
 
 
 @jit
-def _sorted(index, step, item, n, order, bounds, alarm):
+def _sorted(kind, index, step, n, order, bounds, alarm):
     """The numbers of the indices by what they are, in their order where that is the same, and where each begins."""
     bounds[:] = 0
     for j in range(order.size):
-        i = index_at(index + j * step * item, item, n, alarm)
+        i = index_at(kind, index + j * step * size(kind), n, False, alarm)
         if i < 0:
             return
         bounds[i + 1] += 1
     for i in range(n):
         bounds[i + 1] += bounds[i]
     for j in range(order.size):
-        i = load_index(index + j * step * item, item)
+        i = load(kind, index + j * step * size(kind))
         order[bounds[i]] = j
         bounds[i] += 1
     for i in range(n, 0, -1):

@@ -49,7 +49,7 @@ def index_select(to: To, self: Tensor, dim: int, index: Tensor) -> Call:
         raise Pass(REFUSED)
     real(self.dtype)
     dim = axis_of(dim, self.dim())
-    return to("aten.gather", last(self, dim), as_rows(indices(index)), out=last(to.out, dim))
+    return to("aten.gather", last(self, dim), as_rows(indices(index)), False, out=last(to.out, dim))
 
 
 def _cut(x: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -69,7 +69,7 @@ def gather(to: To, self: Tensor, dim: int, index: Tensor, *, sparse_grad: bool =
     dim = axis_of(dim, self.dim())
     real(self.dtype)
     x, where = as_rows(self), as_rows(indices(index))
-    return to("aten.gather", _cut(x, where, dim), where.movedim(dim, -1), out=last(to.out, dim))
+    return to("aten.gather", _cut(x, where, dim), where.movedim(dim, -1), False, out=last(to.out, dim))
 
 
 def _scattered(
@@ -89,11 +89,11 @@ def _scattered(
     there, part = as_rows(to.out), _cut(x, where, dim)
     where, target = where.movedim(dim, -1), _cut(there, where, dim)
     if self is to.out or part.shape == x.movedim(dim, -1).shape:
-        return to("aten.scatter", part, where, values, reduce, include_self, out=target)
+        return to("aten.scatter", part, where, values, reduce, include_self, False, out=target)
 
     def in_steps() -> None:
         to.run("aten.copy", self, dtype, out=to.out)
-        to.run("aten.scatter", target, where, values, reduce, include_self, out=target)
+        to.run("aten.scatter", target, where, values, reduce, include_self, False, out=target)
 
     return in_steps
 
@@ -163,7 +163,7 @@ def _by_row(to: To, self: Tensor, dim: int, index: Tensor, source: Tensor, reduc
     if values.shape != (*x.shape[:-1], where.shape[0]):
         raise Pass(REFUSED)
     real(self.dtype)
-    return to("aten.scatter", x, where, values, reduce, True, out=last(to.out, dim))
+    return to("aten.scatter", x, where, values, reduce, True, False, out=last(to.out, dim))
 
 
 @lowers("index_add", to="aten.scatter")
@@ -266,7 +266,7 @@ def masked_select(steps: Steps, self: Tensor, mask: Tensor) -> Tensor:
     x, mask = torch.broadcast_tensors(self, mask)  # type: ignore[no-untyped-call]
     places, count = places_of(steps, mask)
     out = goal(steps, (count,), self.dtype, self, mask)
-    return steps.run("aten.gather", x.reshape(-1), places[:count], out=out)
+    return steps.run("aten.gather", x.reshape(-1), places[:count], False, out=out)
 
 
 @lowers("masked_scatter", to="aten.scatter", whole=True)
@@ -282,7 +282,7 @@ def masked_scatter(steps: Steps, self: Tensor, mask: Tensor, source: Tensor) -> 
         raise RuntimeError(f"masked_scatter: expected at least {count} elements in source, got {source.numel()}")
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     flat = copied(steps, x, out).view(-1)
-    steps.run("aten.scatter", flat, places[:count], source.reshape(-1)[:count], "assign", True, out=flat)
+    steps.run("aten.scatter", flat, places[:count], source.reshape(-1)[:count], "assign", True, False, out=flat)
     return out
 
 
@@ -322,7 +322,8 @@ def _whole(index: Tensor) -> Tensor:
 
 
 class _Picked:
-    """What ``x[...]`` names: places on the axis that memory is, from the first element of `x` on.
+    """What ``x[...]`` names: places on its axis that is indexed, or of several on the axis that memory is, from the
+    first element of `x` on.
 
     shape: of what is picked, `inner` axes of it by index, behind `before` others.
     """
@@ -341,12 +342,15 @@ class _Picked:
                 f"shape mismatch: indexing tensors could not be broadcast together with shapes {shapes}"
             ) from None
         own, self.inner = where[0].shape, where[0].dim()
-        self.places = torch.empty(own, dtype=torch.int64, device=x.device)
-        so_far = steps.number(0)
-        for axis, index in zip(found, where, strict=True):
-            given = (so_far, index, x.shape[axis], x.stride(axis))
-            so_far = steps.run("aten.offset", *given, out=torch.empty_like(self.places))
-        self.places = so_far.view(-1)
+        self.axes = list(found)
+        if len(where) == 1:
+            self.places = where[0].reshape(-1)
+        else:
+            so_far = steps.number(0)
+            for axis, index in zip(found, where, strict=True):
+                goal = torch.empty(own, dtype=torch.int64, device=x.device)
+                so_far = steps.run("aten.offset", so_far, index, x.shape[axis], x.stride(axis), out=goal)
+            self.places = so_far.view(-1)
         first, last = min(found), max(found)
         self.others = [axis for axis in range(x.dim()) if axis not in found]
         self.before = first if last - first + 1 == len(found) else 0
@@ -354,8 +358,10 @@ class _Picked:
         self.shape = (*rest[: self.before], *own, *rest[self.before :])
         self._length = 1 + sum((x.shape[axis] - 1) * x.stride(axis) for axis in found)
 
-    def memory(self, x: Tensor) -> Tensor:
-        """Other axes, and memory."""
+    def seen(self, x: Tensor) -> Tensor:
+        """Other axes, and the one that is indexed: memory, where several are."""
+        if len(self.axes) == 1:
+            return x.movedim(self.axes[0], -1)
         if not all(x.shape):
             return x.new_empty((*(x.shape[axis] for axis in self.others), max(self._length, 0)))
         shape = [x.shape[axis] for axis in self.others] + [self._length]
@@ -374,7 +380,7 @@ def index(steps: Steps, self: Tensor, indices: Sequence[Tensor | None]) -> Tenso
     out = goal(steps, picked.shape, self.dtype, self)
     if not out.is_contiguous():
         out = out.new_empty(picked.shape)
-    steps.run("aten.gather", picked.memory(self), picked.places, out=picked.rows(out))
+    steps.run("aten.gather", picked.seen(self), picked.places, True, out=picked.rows(out))
     return out
 
 
@@ -409,8 +415,8 @@ def index_put(
         return out
     if values.untyped_storage()._cdata == out.untyped_storage()._cdata:
         values = values.clone()
-    memory, reduce = picked.memory(target), "sum" if accumulate else "assign"
-    steps.run("aten.scatter", memory, picked.places, picked.rows(values), reduce, True, out=memory)
+    seen, reduce = picked.seen(target), "sum" if accumulate else "assign"
+    steps.run("aten.scatter", seen, picked.places, picked.rows(values), reduce, True, True, out=seen)
     return out if target is out else copied(steps, target, out)
 
 
@@ -422,18 +428,9 @@ def take(steps: Steps, self: Tensor, index: Tensor) -> Tensor:
         raise Pass(REFUSED)
     real(self.dtype)
     out = goal(steps, index.shape, self.dtype, self, index)
-    places = _wrapped(steps, index, self.numel())
     made = out if out.is_contiguous() else out.new_empty(out.shape)
-    steps.run("aten.gather", self.reshape(-1), places, out=made.view(-1))
+    steps.run("aten.gather", self.reshape(-1), index.reshape(-1), True, out=made.view(-1))
     return made
-
-
-def _wrapped(steps: Steps, index: Tensor, size: int) -> Tensor:
-    """Indices that may count from the end, as one axis from 0 on."""
-    import torch
-
-    places = torch.empty(index.shape, dtype=torch.int64, device=index.device)
-    return steps.run("aten.offset", steps.number(0), index, size, 1, out=places).view(-1)
 
 
 @lowers("put", to="aten.scatter", whole=True)
@@ -445,7 +442,6 @@ def put(steps: Steps, self: Tensor, index: Tensor, source: Tensor, accumulate: b
     real(self.dtype)
     flat = torch.empty(self.shape, dtype=self.dtype, device=self.device)
     made = copied(steps, self, flat).view(-1)
-    places = _wrapped(steps, index, self.numel())
     reduce = "sum" if accumulate else "assign"
-    steps.run("aten.scatter", made, places, source.reshape(-1), reduce, True, out=made)
+    steps.run("aten.scatter", made, index.reshape(-1), source.reshape(-1), reduce, True, True, out=made)
     return flat

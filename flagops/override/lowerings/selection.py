@@ -129,7 +129,7 @@ def _isin(steps: Steps, elements: Any, values: Any, invert: bool) -> Tensor:
     places = torch.empty(x.numel(), dtype=torch.int64, device=like.device)
     steps.run("aten.searchsorted", ordered, x.reshape(-1), False, out=places)
     steps.run("aten.minimum", places, steps.number(values.numel() - 1), "int64", out=places)
-    nearest = steps.run("aten.gather", ordered, places, out=x.new_empty(x.numel())).view(x.shape)
+    nearest = steps.run("aten.gather", ordered, places, False, out=x.new_empty(x.numel())).view(x.shape)
     return steps.run("aten.ne" if invert else "aten.eq", x, nearest, real(dtype), out=out)
 
 
@@ -200,7 +200,7 @@ def bincount(steps: Steps, self: Tensor, weights: Tensor | None = None, minlengt
     given = steps.number(1) if weights is None else weights
     source = _brought(steps, given, dtype, self).expand(self.shape)
     where = _brought(steps, self, torch.int64, self)
-    return steps.run("aten.scatter", total, where, source, "sum", True, out=total) if count else total
+    return steps.run("aten.scatter", total, where, source, "sum", True, False, out=total) if count else total
 
 
 @lowers("equal", to="aten.ne", whole=True)
