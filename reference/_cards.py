@@ -64,6 +64,7 @@ def pointwise(
     result: str = "dtype",
     roundings: float = 1,
     scale: Scale | None = None,
+    reaches: Scale | None = None,
     scalars: dict[str, Scalar] | None = None,
     condition: str = "",
     name: str = "",
@@ -76,6 +77,7 @@ def pointwise(
 
     computed: the dtypes that `dtype` may be, a key of `KINDS`. result: ``"dtype"`` or ``"bool"``.
     roundings: units of the arithmetic that a kernel may be off, of ``scale(*arguments)``, of the result if not given.
+    reaches: an intermediate, ``reaches(*arguments)``, that may overflow where the scale does not.
     condition: the operand that is bool whatever `dtype` is.
         0: one of the operands, of zeros either.
     exact: whether floats agree bit for bit.
@@ -91,7 +93,7 @@ def pointwise(
             return round_to(made, args[words.index("dtype")]) if exact and made.dtype != bool else made
 
         def within(exactly: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
-            return _bound(exactly, arguments, operands, condition, roundings, scale)
+            return _bound(exactly, arguments, operands, condition, roundings, scale, reaches)
 
         reference.__name__, reference.__module__ = function.__name__, function.__module__
         reference.__doc__ = _documented(function, called, operands, condition, KINDS[computed], result)
@@ -147,21 +149,31 @@ def _as(x: Any, dtype: str) -> Any:
 
 
 def _bound(
-    exactly: Array, arguments: Mapping[str, Any], operands: list[str], condition: str, roundings: float, scale: Any
+    exactly: Array,
+    arguments: Mapping[str, Any],
+    operands: list[str],
+    condition: str,
+    roundings: float,
+    scale: Scale | None,
+    reaches: Scale | None,
 ) -> Array:
     """Roundings of the arithmetic relative to the scale, and one of the result."""
     dtype = arguments["dtype"]
     acc, out = unit(accumulator(dtype)), unit(dtype)
-    size = magnitude(exactly)
-    if scale is not None:
-        others = [_as(x, dtype) for n, x in arguments.items() if n not in operands and n != "dtype"]
+    others = [_as(x, dtype) for n, x in arguments.items() if n not in operands and n != "dtype"]
+
+    def at_least(size: Array, given: Scale | None) -> Array:
+        if given is None:
+            return size
         with np.errstate(all="ignore"):
-            size = np.maximum(size, np.abs(scale(*_operands(operands, condition, arguments), *others)))
-        size = np.broadcast_to(size, exactly.shape)
+            larger = np.maximum(size, np.abs(given(*_operands(operands, condition, arguments), *others)))
+        return np.broadcast_to(larger, exactly.shape)
+
+    size = at_least(magnitude(exactly), scale)
     error = roundings * (acc.u * size + acc.tiny)
     rounding = 0.0 if out == acc else out.u * (magnitude(exactly) + error) + out.tiny
     # an intermediate may overflow where the result does not
-    return np.where(np.isfinite(size) & (size < acc.largest / 4), error + rounding, np.inf)
+    return np.where(at_least(size, reaches) < acc.largest / 4, error + rounding, np.inf)
 
 
 def _documented(
