@@ -84,7 +84,7 @@ def _turned(shape: tuple[int, ...], *layouts: Any) -> Any:
     """What `_turn` reads, where source and result lie closest along two different axes; else None."""
     if 0 in shape:
         return None
-    sizes, (goal, origin) = _merged(shape, [_bytes(len(shape), *layout[:3]) for layout in layouts])
+    sizes, (goal, origin) = merged(shape, [_bytes(len(shape), *layout[:3]) for layout in layouts])
     size = STORAGE[layouts[1][2]].size
     close = [i for i, step in enumerate(origin[:-1]) if abs(step) == size]
     if not close or abs(origin[-1]) <= size or min(sizes[-1], sizes[close[0]]) < _TILE:
