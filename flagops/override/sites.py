@@ -61,7 +61,7 @@ _NOT_REPLACED = "flagops does not replace aten::{}, or was not asked to"
 _CALL = """
 def call(_keyset, {parameters}):
     _args = ({names},)
-    if _thread.busy and _site.below is not None:
+    if _thread.busy and {elsewhere}:
         return _site.below_with(_keyset, _args)
 {aside}
     _plans, _signature = _site.plans, ({signature})
@@ -87,7 +87,7 @@ def call(_keyset, {parameters}):
 _WHOLE = """
 def call(_keyset, {parameters}):
     _args = ({names},)
-    if _thread.busy and _site.below is not None:
+    if _thread.busy and {elsewhere}:
         return _site.below_with(_keyset, _args)
     return _site.whole(_keyset, _args)
 """
@@ -149,7 +149,8 @@ class Site(Registration):
             else:
                 parameters.append(name)
             signature.append(self._facts(name, str(argument.type), out))
-        words = {"parameters": ", ".join(parameters), "names": ", ".join(names), "signature": ", ".join(signature)}
+        elsewhere = self.owned or not self.lowering.aten
+        words = {"elsewhere": "_site.below is not None" if elsewhere else "False", "parameters": ", ".join(parameters), "names": ", ".join(names), "signature": ", ".join(signature)}
         if self.lowering.whole:
             return generated.function(_WHOLE.format(**words), f"aten::{self.name}", space)
         source = _CALL.format(aside=_ASIDE if self.composite else "", **words)

@@ -11,6 +11,8 @@ from ..lowering import REFUSED, Call, Lowered, Pass, Result, To, lowers
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..steps import Steps
+
 
 def name_of(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
@@ -90,15 +92,42 @@ def mul(to: To, self: Tensor, other: Any) -> Call:
 
 
 @lowers("div", to="aten.div", state=_promotion, elementwise=True)
-def div(to: To, self: Tensor, other: Any, *, rounding_mode: str | None = None) -> Call:
+def div(to: To, self: Tensor, other: Any) -> Call:
+    import torch
+
+    return to("aten.div", _operand(to, self), _operand(to, other), floats(torch.result_type(self, other)))
+
+
+def _quotient(steps: Steps, card: str, self: Any, other: Any) -> Tensor:
+    """Of integers none may be divided by 0, which is looked for first."""
     import torch
 
     dtype = torch.result_type(self, other)
+    if dtype == torch.bool:
+        raise Pass("division of bools")
+    zero = other == 0
+    if not dtype.is_floating_point and bool(zero.any() if isinstance(zero, torch.Tensor) else zero):
+        raise RuntimeError("ZeroDivisionError")
+    return steps.elementwise(card, self, other, dtype=real(dtype))
+
+
+@lowers("div.Tensor_mode", to="aten.floor_divide", whole=True)
+def rounded_quotient(steps: Steps, self: Any, other: Any, *, rounding_mode: str | None) -> Tensor:
+    import torch
+
     if rounding_mode is None:
-        return to("aten.div", _operand(to, self), _operand(to, other), floats(dtype))
-    if not dtype.is_floating_point:
-        raise Pass("integers, of which a divisor may be 0")
-    return to(f"aten.{rounding_mode}_divide", _operand(to, self), _operand(to, other), real(dtype))
+        return steps.elementwise("aten.div", self, other, dtype=floats(torch.result_type(self, other)))
+    return _quotient(steps, f"aten.{rounding_mode}_divide", self, other)
+
+
+def _divided(name: str) -> None:
+    @lowers(name, to=f"aten.{name}", whole=True)
+    def divided(steps: Steps, self: Any, other: Any) -> Tensor:
+        return _quotient(steps, f"aten.{name}", self, other)
+
+
+for _name in ("floor_divide", "remainder", "fmod"):
+    _divided(_name)
 
 
 def _comparison(name: str) -> None:
