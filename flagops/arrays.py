@@ -68,6 +68,13 @@ def _private() -> str:
     return str(sys.modules["torch"]._C._get_privateuse1_backend_name())
 
 
+def is_number(x: Any) -> bool:
+    """Whether it is one number in a torch tensor of the host's, repeated or not: it goes with tensors of any device."""
+    if not is_torch(x) or x.device.type != "cpu" or x.layout != sys.modules["torch"].strided:
+        return False
+    return not any(x.stride())
+
+
 def is_numpy(x: Any) -> bool:
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(x, numpy.ndarray)

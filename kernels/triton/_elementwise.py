@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from flagops.arrays import is_number
+
 from .._rows import merged, spread
 from ._common import LONGEST, keeping_subnormals, launch, narrow, widen
 
@@ -136,7 +138,7 @@ def axes(out: torch.Tensor, *tensors: torch.Tensor) -> tuple[tuple[int, ...], li
 def bits(x: Any, kind: str) -> Any:
     """A number, or a tensor of one number in the host's memory, as `number` reads it; other tensors as they are."""
     if isinstance(x, torch.Tensor):
-        if x.device.type != "cpu" or any(x.stride()):
+        if not is_number(x):
             return x
         x = x.as_strided((), ()).to(getattr(torch, kind)).item()
     return int(np.float64(x).view(np.int64)) if "float" in kind else int(x)
