@@ -374,7 +374,7 @@ def zero(to: To, self: Tensor) -> Call:
     return to("aten.copy", to.number(0).expand(to.out.shape), real(to.out.dtype))
 
 
-@lowers("copy", to="aten.copy", result=_as_self)
+@lowers("copy", to="aten.copy", result=_as_self, elementwise=True)
 def copy(to: To, self: Tensor, src: Tensor, non_blocking: bool = False) -> Call:
     return to("aten.copy", _operand(to, src).expand(to.out.shape), real(to.out.dtype))
 
