@@ -32,8 +32,8 @@ class Call(NamedTuple):
 
 Lowered = Call | Callable[[], None]
 
-Result = tuple[tuple[int, ...], "tuple[int, ...] | None", Any] | None
-"""Shape, strides (None: row by row) and dtype (None: that of the first tensor)."""
+Result = tuple[tuple[int, ...], "tuple[int, ...] | None"] | tuple[tuple[int, ...], "tuple[int, ...] | None", Any] | None
+"""Shape, strides (None: row by row) and dtype (left out: that of the first tensor)."""
 
 REFUSED = "arguments that torch refuses"
 
@@ -87,7 +87,7 @@ class Lowering:
 
     name: str
     operator: str
-    function: Callable[..., Lowered]
+    function: Callable[..., Any]
     composite: bool = False
     state: Callable[[], Sequence[Callable[[], Hashable]]] | None = None
     result: Callable[..., Result] | None = None
@@ -96,8 +96,8 @@ class Lowering:
 
     @property
     def aten(self) -> bool:
-        """Whether its cards are those under torch's own operators, which take whatever torch takes."""
-        return self.operator.startswith("aten.")
+        """Whether it takes whatever torch takes: those whose cards stand under torch's own operators, and whole ones."""
+        return self.whole or self.operator.startswith("aten.")
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -116,14 +116,14 @@ def lowers(
     result: Callable[..., Result] | None = None,
     elementwise: bool = False,
     whole: bool = False,
-) -> Callable[[Callable[..., Lowered]], Callable[..., Lowered]]:
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a function as the lowering of these names to a flagops operator.
 
     A name is aten's, for all overloads whose arguments the function knows, or that of one overload, ``"max.dim"``, for
     all that differ from it in where they write alone.
     """
 
-    def declare(function: Callable[..., Lowered]) -> Callable[..., Lowered]:
+    def declare(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in names:
             if name in LOWERINGS:
                 raise TypeError(f"aten::{name} has a lowering already")

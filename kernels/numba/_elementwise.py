@@ -4,11 +4,13 @@ Bound by memory: each operand is read once. `_drive` walks pieces of rows that s
 to the dtype of the computation there where they are not, and calls the routine that computes them.
 """
 
+# ruff: noqa: F821
+# mypy: disable-error-code="name-defined"
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from numba.extending import intrinsic
 from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
 
+from .._rows import merged
 from . import _ir
 from ._blocks import alive, at, scratch
 from ._ir import STORAGE, TAGS, storage
@@ -27,6 +30,7 @@ from ._vectors import BYTE, load, vstore
 SPAN = 2048  # elements of a piece
 SHORT = 128  # elements of a row below which a piece has several rows
 _GRAIN = 1 << 15  # elements worth a thread
+_TILE = 32  # rows of a source that are moved together
 _LONG = np.int64(0)
 _OUTER = 5  # where the number of a plan's outer axes stands, and their sizes behind it
 _SIZE, _HOW, _STEP = 1, 2, 3  # of an operand, behind the routine that moves it
@@ -54,12 +58,69 @@ def elementwise(body: int, out: Operand, operands: Sequence[Operand], more: Any,
     parallel(_drive, tasks, pointer(plan), body, pointer(more), *places, minimum=least)
 
 
-def transfer(out: Any, x: Any) -> None:
-    """The elements of an array that broadcasts to `out`, brought to its dtype."""
-    slots = [(tuple(a.shape), strides(a), dtype_name(a), dtype_name(out)) for a in (out, x)]
+def transfer(out: Any, x: Any, steps: tuple[int, ...] | None = None, first: int = 0) -> None:
+    """The elements of an array that broadcasts to `out`, brought to its dtype.
+
+    steps, first: another way through it, in elements, from one that lies so many behind its first.
+    """
+    slots = [
+        (tuple(a.shape), own, dtype_name(a), dtype_name(out))
+        for a, own in ((out, strides(out)), (x, strides(x) if steps is None else steps))
+    ]
+    move, begin = mover(dtype_name(x), dtype_name(out)), pointer(x) + first * x.itemsize
+    turned = _turned(tuple(out.shape), *slots)
+    if turned is not None:
+        gather = mover(dtype_name(x), dtype_name(x))
+        least = max(1, _GRAIN // (int(turned[2]) * _TILE))
+        parallel(_turn, turned[0] * turned[1], turned, x.itemsize, gather, move, pointer(out), begin, minimum=least)
+        return
     plan, tasks, elements = _planned(tuple(out.shape), *slots)
     least = max(1, _GRAIN // elements)
-    parallel(_carry, tasks, pointer(plan), mover(dtype_name(x), dtype_name(out)), pointer(out), pointer(x), minimum=least)
+    parallel(_carry, tasks, pointer(plan), move, pointer(out), begin, minimum=least)
+
+
+@lru_cache(maxsize=4096)
+def _turned(shape: tuple[int, ...], *layouts: Any) -> Any:
+    """What `_turn` reads, where source and result lie closest along two different axes; else None."""
+    if 0 in shape:
+        return None
+    sizes, (goal, origin) = merged(shape, [_bytes(len(shape), *layout[:3]) for layout in layouts])
+    size = STORAGE[layouts[1][2]].size
+    close = [i for i, step in enumerate(origin[:-1]) if abs(step) == size]
+    if not close or abs(origin[-1]) <= size or min(sizes[-1], sizes[close[0]]) < _TILE:
+        return None
+    across = close[0]
+    outer = [i for i in range(len(sizes) - 1) if i != across]
+    plan = [math.prod(sizes[i] for i in outer), -(-sizes[across] // _TILE), sizes[-1], sizes[across], len(outer)]
+    plan += [goal[-1], origin[-1], goal[across], origin[across]]
+    for i in outer:
+        plan += [sizes[i], goal[i], origin[i]]
+    return np.array(plan, np.int64)
+
+
+@jit
+def _turn(start, stop, plan, size, gather, move, out, a):
+    """Squares of a few rows and columns, by way of the first cache, so that lines are read and written whole."""
+    n, height = plan[2], plan[3]
+    memory, (square,) = scratch(BYTE, ((1, 8 * _TILE * _TILE),))
+    room = at(square, 0, 0)
+    for task in range(start, stop):
+        row, tile = divmod(task, plan[1])
+        first = tile * _TILE
+        goal, place = out + first * plan[7], a + first * plan[8]
+        for axis in range(plan[4]):
+            i = row % plan[9 + 3 * axis]
+            row //= plan[9 + 3 * axis]
+            goal += i * plan[10 + 3 * axis]
+            place += i * plan[11 + 3 * axis]
+        rows = min(_TILE, height - first)
+        for j in range(0, n, _TILE):
+            columns = min(_TILE, n - j)
+            for c in range(columns):
+                call(gather, rows, room + c * size * _TILE, place + (j + c) * plan[6], size, plan[8], 0)
+            for r in range(rows):
+                call(move, columns, goal + r * plan[7] + j * plan[5], room + r * size, plan[5], size * _TILE, 0)
+    return alive(memory)
 
 
 @lru_cache(maxsize=4096)
@@ -67,7 +128,7 @@ def _planned(shape: tuple[int, ...], *layouts: Any) -> tuple[Any, int, int]:
     """What `_drive` reads, how many tasks it has, and the elements of one."""
     if 0 in shape:
         return np.zeros(1, np.int64), 0, 1
-    sizes, steps = _merged(shape, [_bytes(len(shape), *layout[:3]) for layout in layouts])
+    sizes, steps = merged(shape, [_bytes(len(shape), *layout[:3]) for layout in layouts])
     *outer, n = sizes
     rows = math.prod(outer)
     group = 1 if n >= SHORT or rows == 1 else SPAN // n
@@ -89,19 +150,6 @@ def _bytes(axes: int, shape: tuple[int, ...], steps: tuple[int, ...], dtype: str
     size = STORAGE[dtype].size
     own = (0 if n == 1 else step * size for n, step in zip(shape, steps, strict=True))
     return (*(0,) * (axes - len(shape)), *own)
-
-
-def _merged(shape: tuple[int, ...], steps: Sequence[tuple[int, ...]]) -> tuple[list[int], list[list[int]]]:
-    """Sizes and steps of as few axes as there can be, the last the one along which the result lies closest."""
-    axes = [axis for axis in zip(shape, *steps, strict=True) if axis[0] != 1]
-    axes.sort(key=lambda axis: [abs(step) for step in axis[1:]], reverse=True)
-    merged: list[tuple[int, ...]] = []
-    for n, *own in axes:
-        if merged and all(outer == n * inner for outer, inner in zip(merged[-1][1:], own, strict=True)):
-            n *= merged.pop()[0]
-        merged.append((n, *own))
-    merged = merged or [(1, *[0] * len(steps))]
-    return [axis[0] for axis in merged], [[axis[k + 1] for axis in merged] for k in range(len(steps))]
 
 
 @jit
@@ -226,7 +274,8 @@ def parameters(typingctx, tag, address, count):
         values = [_ir.load(builder, tag, arguments[1], _ir.i64(i)) for i in range(len(count))]
         return context.make_tuple(builder, signature.return_type, values)
 
-    return types.UniTuple(element, len(count))(tag, types.int64, count), generate
+    result = types.UniTuple(element, len(count))  # type: ignore[attr-defined]
+    return result(tag, types.int64, count), generate
 
 
 def _unary(n, out, a, b, c, more):
@@ -252,7 +301,7 @@ def _ternary(n, out, a, b, c, more):
 _BODIES = _unary, _binary, _ternary
 
 
-@lru_cache(maxsize=None)
+@cache
 def lane_routine(lane: Any, out: str, tags: tuple[str, ...], more: str, count: int) -> int:
     """The routine of a lane for dtypes of its result, its operands and its `count` scalars."""
     words: dict[str, Any] = {"lane": lane, "MORE": TAGS[more], "COUNT": (0,) * count}

@@ -1,9 +1,11 @@
 """Small compiled loops that drivers call by address: a driver is compiled once, whatever it is given.
 
-Every routine is ``f(n, out, a, b, c, more) -> 0`` of six int64, most of them addresses. A loop over dtypes would else be
-compiled for each operator and each combination of dtypes.
+Every routine is ``f(n, out, a, b, c, more) -> 0`` of six int64, most of them addresses. A loop over dtypes would else
+be compiled for each operator and each combination of dtypes.
 """
 
+# ruff: noqa: F821
+# mypy: disable-error-code="name-defined"
 from __future__ import annotations
 
 from functools import cache

@@ -1,0 +1,164 @@
+"""Operators that order, choose, count and look for elements: torch's own results, form by form."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import flagops
+
+sys.path.insert(0, str(Path(__file__).parent))
+from aten_calls import DTYPES, Draw, plain
+
+
+@pytest.fixture(scope="module")
+def handle():
+    with flagops.enable("movement,indexing,selection,equal", backend="numba") as handle:
+        yield handle
+
+
+class Special(Draw):
+    """With NaN, infinities and zeros of either sign."""
+
+    def tensor(self, *shape, dtype=None):
+        x = super().tensor(*shape, dtype=dtype)
+        if not x.is_floating_point() or self.number(0, 1):
+            return x
+        special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0])
+        where = torch.from_numpy(np.asarray(self.rng.integers(0, 12, shape)))
+        return self.laid(torch.where(where < 5, special[where.clamp(max=4)].to(x.dtype), x))
+
+
+def _row(d):
+    shape = list(d.shape())
+    dim = d.number(0, max(len(shape) - 1, 0))
+    if shape:
+        shape[dim] = (1, 4, 33, 130, 700)[d.number(0, 4)]
+    return d.tensor(*shape), dim
+
+
+def sort(d):
+    x, dim = _row(d)
+    descending = bool(d.number(0, 1))
+    return lambda x: x.sort(dim=dim, descending=descending, stable=True), [x]
+
+
+def argsort(d):
+    x, dim = _row(d)
+    return lambda x: x.argsort(dim=dim, stable=True), [x]
+
+
+def topk(d):
+    x, dim = _row(d)
+    size = x.shape[dim] if x.dim() else 1
+    k, largest = d.number(min(1, size), size), bool(d.number(0, 1))
+
+    def values(x):
+        made, index = x.topk(k, dim, largest)
+        assert torch.equal(x.gather(dim, index).nan_to_num(9), made.nan_to_num(9))
+        return made
+
+    return values, [x if x.dtype != torch.bool else x.to(torch.uint8)]
+
+
+def kthvalue(d):
+    x, dim = _row(d)
+    k, keep = d.number(1, x.shape[dim] if x.dim() else 1), bool(d.number(0, 1))
+    return lambda x: x.kthvalue(k, dim, keep).values, [x if x.dtype != torch.bool else x.to(torch.uint8)]
+
+
+def searchsorted(d):
+    lead = d.shape(0, 2) if d.number(0, 1) else ()
+    rows = Draw.tensor(d, *lead, 17).sort().values
+    right, narrow = bool(d.number(0, 1)), bool(d.number(0, 1))
+    x = d.tensor(*(lead or d.shape(0, 2)), 5)
+    return lambda r, x: torch.searchsorted(r, x, right=right, out_int32=narrow), [d.laid(rows), x]
+
+
+def bucketize(d):
+    x, rows = d.tensor(*d.shape()), Draw.tensor(d, 9).sort().values
+    right = bool(d.number(0, 1))
+    return lambda x, r: torch.bucketize(x, r, right=right), [x, rows]
+
+
+def isin(d):
+    x, values = d.tensor(*d.shape()), d.tensor((3, 100)[d.number(0, 1)])
+    invert = bool(d.number(0, 1))
+    number = d.number(0, 3) == 0 and d.dtype != torch.bool
+    return lambda x, v: torch.isin(x, 1 if number else v, invert=invert), [x, values]
+
+
+def histc(d):
+    x = Draw.tensor(d, 50, dtype=d.dtype if d.dtype in (torch.float32, torch.float64) else torch.float32)
+    bounds = ((0, 0), (-4, 4), (-2, 6))[d.number(0, 2)]
+    return lambda x: x.histc(8, *bounds), [x]
+
+
+def bincount(d):
+    dtype = d.dtype if not d.dtype.is_floating_point and d.dtype != torch.bool else torch.int64
+    x, weights = d.tensor(d.number(0, 40), dtype=dtype).abs(), bool(d.number(0, 1))
+    return lambda x, w: x.bincount(w if weights else None, minlength=3), [x, torch.ones(x.shape[0])]
+
+
+def equal(d):
+    x = Draw.tensor(d, *d.shape())
+    other = x.clone() if d.number(0, 1) else Draw.tensor(d, *x.shape)
+    return lambda x, y: torch.tensor(torch.equal(x, y)), [x, other]
+
+
+FORMS = [sort, argsort, topk, kthvalue, searchsorted, bucketize, isin, histc, bincount, equal]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_results_are_torchs(form, rng, handle):
+    for _ in range(6):
+        for dtype in DTYPES:
+            if form in (searchsorted, bucketize, isin) and dtype == torch.bool:
+                continue  # torch has no such kernel
+            function, given = form(Special(rng, dtype))
+            with plain():
+                expected = function(*given)
+            got = function(*given)
+            pairs = [(got, expected)] if isinstance(got, torch.Tensor) else zip(got, expected, strict=True)
+            for one, other in pairs:
+                assert (one.dtype, one.shape) == (other.dtype, other.shape)
+                same = torch.eq(one, other) | (one.isnan() & other.isnan())
+                assert same.all(), (form.__name__, dtype, [x.shape for x in given], one, other)
+
+
+def test_experts_are_counted(rng, handle):
+    index = torch.from_numpy(rng.integers(0, 16, 300)).int()
+    assert torch.equal(index.histc(16, 0, 15), index.bincount(minlength=16).int())
+
+
+def test_refusals_are_torchs(handle):
+    x = torch.arange(4.0)
+    for call, kind, words in (
+        (lambda: x.topk(5), RuntimeError, "selected index k out of range"),
+        (lambda: x.kthvalue(0), RuntimeError, "selected number k out of range"),
+        (lambda: torch.tensor([1, -1]).bincount(), RuntimeError, "non-negative"),
+        (lambda: (x / 0).histc(4), RuntimeError, "is not finite"),
+    ):
+        with plain(), pytest.raises(kind, match=words):
+            call()
+        with pytest.raises(kind, match=words):
+            call()
+
+
+def test_results_are_brought_to_what_is_given_for_them(handle):
+    x = torch.tensor([[3.0, 1, 2], [0, 5, 4]])
+    values, indices = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    torch.sort(x, 1, out=(values, indices))
+    assert values.tolist() == [[1, 2, 3], [0, 4, 5]]
+    assert indices.tolist() == [[1, 2, 0], [0, 2, 1]]
+    torch.topk(x, 1, out=(values, indices))
+    assert values.tolist() == [[3], [5]]
+    with pytest.raises(RuntimeError, match="can't be cast"):
+        torch.topk(x, 1, out=(torch.empty(0, dtype=torch.int64), indices))
+
+
+def test_nothing_is_left_to_torch(handle):
+    left = {(row.op, reason) for row in handle.report().rows for reason in row.passed}
+    assert left == set()
