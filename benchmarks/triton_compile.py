@@ -39,6 +39,7 @@ from flagops.tools import measure
 COMMON = importlib.import_module("flagops.kernels.triton._common")
 TARGETS = {
     "sm_90": (GPUTarget("cuda", 90, 32), COMMON.Chip("cuda", 132, 227 << 10, True)),
+    "sm_75": (GPUTarget("cuda", 75, 32), COMMON.Chip("cuda", 40, 64 << 10, False)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), COMMON.Chip("hip", 304, 64 << 10, False)),
 }
 RESULTS = Path(__file__).parent / "results"
@@ -46,6 +47,8 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 ELEMENTS = {"bool": "i1", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 ELEMENTS |= {f"{sign}int{bits}": f"{sign or 'i'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 DRAWS = 60
+Place = tuple[int, ...]
+"""An argument's position, and that in a tuple."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ class Launch:
     """A kernel as Triton would specialise it for one call: types, constants (a stride of 1 is one), divisible by 16."""
 
     kernel: JITFunction
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[int, ...]
+    signature: tuple[tuple[str, Any], ...]
+    constants: tuple[tuple[Place, Any], ...]
+    divisible: tuple[Place, ...]
     options: tuple[tuple[str, int], ...]
 
     @classmethod
@@ -63,23 +66,23 @@ class Launch:
         values = dict(zip(kernel.arg_names, args, strict=False)) | {
             k: v for k, v in kwargs.items() if k in kernel.arg_names
         }
-        signature, constants, divisible = [], [], []
-        for at, param in enumerate(kernel.params):
-            value = values[param.name]
-            if (
-                param.is_constexpr
-                or value is None
-                or (type(value) is int and value == 1 and not param.do_not_specialize)
-            ):
-                constants.append((param.name, value))
-                signature.append((param.name, "constexpr"))
-                continue
+        constants, divisible = [], []
+
+        def described(value: Any, param: Any, path: Place) -> Any:
+            if isinstance(value, tuple) and not param.is_constexpr:
+                return tuple(described(x, param, (*path, i)) for i, x in enumerate(value))
+            free = type(value) is not int or not param.do_not_specialize
+            if param.is_constexpr or value is None or (type(value) is int and value == 1 and free):
+                constants.append((path, value))
+                return "constexpr"
             kind, number = _kind(value)
-            signature.append((param.name, kind))
-            if number % 16 == 0 and not isinstance(value, float):
-                divisible.append(at)
+            if number % 16 == 0 and not isinstance(value, float) and free:
+                divisible.append(path)
+            return kind
+
+        signature = tuple((p.name, described(values[p.name], p, (at,))) for at, p in enumerate(kernel.params))
         options = tuple((k, v) for k, v in kwargs.items() if k not in kernel.arg_names)
-        return cls(kernel, tuple(signature), tuple(constants), tuple(divisible), options)
+        return cls(kernel, signature, tuple(constants), tuple(divisible), options)
 
     @property
     def name(self) -> str:
@@ -88,13 +91,14 @@ class Launch:
     @property
     def dtypes(self) -> str:
         """Element types of the tensors, each once."""
-        return " ".join(dict.fromkeys(kind[1:] for _, kind in self.signature if kind.startswith("*")))
+        return " ".join(dict.fromkeys(kind[1:] for kind in _flat(self.signature) if kind.startswith("*")))
 
     @property
     def tile(self) -> dict[str, Any]:
         """What the call fixes: constants and launch options."""
-        fixed = {param.name for param in self.kernel.params if param.is_constexpr}
-        return {k: v for k, v in self.constants if k in fixed} | dict(self.options)
+        params = self.kernel.params
+        named = {params[path[0]].name: value for path, value in self.constants if params[path[0]].is_constexpr}
+        return named | dict(self.options)
 
     @property
     def program(self) -> Any:
@@ -102,10 +106,18 @@ class Launch:
         return self.kernel, self.dtypes, tuple(self.tile.items())
 
     @property
-    def switches(self) -> Any:
-        """The kernel, and what of its code it runs."""
-        missing = tuple(name for name, value in self.constants if value is None)
-        return self.kernel, missing, tuple((k, v) for k, v in self.constants if isinstance(v, bool))
+    def features(self) -> set[Any]:
+        """What of the kernel's code it runs, with which functions, and over how many axes."""
+        missing = tuple(path for path, value in self.constants if value is None)
+        axes = tuple(len(kind) for _, kind in self.signature if isinstance(kind, tuple))
+        chosen = tuple((k, v) for k, v in self.constants if isinstance(v, bool))
+        given = [v for _, v in self.constants if isinstance(v, (JITFunction, tuple))]
+        return {(self.kernel, *given), (self.kernel, missing, chosen), (self.kernel, axes)}
+
+
+def _flat(signature: Any) -> Iterator[str]:
+    for kind in signature:
+        yield from (kind,) if isinstance(kind, str) else _flat(kind)
 
 
 def _kind(value: Any) -> tuple[str, int]:
@@ -139,7 +151,7 @@ def calls(name: str) -> Iterator[tuple[str, list[Any]]]:
     op = registry.operator(name)
     for workload in op.workloads:
         cases = {}
-        for dtype in (None, *DTYPES):
+        for dtype in (None, *(() if "dtype" in op.scalars and op.aten else DTYPES)):
             with contextlib.suppress(Unsupported):
                 case = measure.case(op, workload, dtype)
                 cases[case] = " ".join(filter(None, (name, workload, dtype)))
@@ -161,12 +173,12 @@ def zeros(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 def launches(target: str, operators: Iterable[str]) -> dict[Launch, str]:
     """What operators launch on a chip, each with the call that does."""
     found: dict[Any, tuple[Launch, str]] = {}
-    switched: set[Any] = set()
+    shown: set[Any] = set()
     for name in operators:
         if not registry.written(name, "triton"):
             continue
         op, module = registry.operator(name), importlib.import_module(registry.home(name, "triton"))
-        kernel = registry.describe(op, getattr(module, name), module)
+        kernel = registry.describe(op, getattr(module, op.function), module)
         for label, made in calls(name):
             bound = op.bind(op.fill(tuple(made), {}))
             outs = [torch.empty(s, dtype=getattr(torch, d)) for s, d in zip(bound.shapes, bound.results, strict=True)]
@@ -178,10 +190,21 @@ def launches(target: str, operators: Iterable[str]) -> dict[Launch, str]:
             with recorded(TARGETS[target][1]) as seen:
                 kernel.function(*made, tuple(outs) if op.several else outs[0])
             for launch in seen:
-                if not label.endswith("drawn") or launch.switches not in switched:
+                if not label.endswith("drawn") or not launch.features <= shown:
                     found.setdefault(launch.program, (launch, label))
-                switched.add(launch.switches)
+                shown |= launch.features
     return dict(found.values())
+
+
+def words(tile: dict[str, Any]) -> str:
+    """A tile in words: functions and types by their names."""
+    return " ".join(f"{name}={_word(value)}" for name, value in tile.items())
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_word, value))
+    return value.__name__ if isinstance(value, JITFunction) else str(value)
 
 
 @dataclass
@@ -200,14 +223,13 @@ class Row:
 
     @property
     def name(self) -> str:
-        tile = " ".join(f"{k}={v}" for k, v in self.tile.items())
-        return f"{self.kernel} {self.label} {self.dtypes} {self.target} {tile}"
+        return f"{self.kernel} {self.label} {self.dtypes} {self.target} {words(self.tile)}"
 
 
 def rows(only: str = "", targets: Iterable[str] = TARGETS, names: Iterable[str] = ()) -> Iterator[tuple[Row, Launch]]:
     """What there is to compile, of some operators or of all."""
     for target in targets:
-        for launch, label in launches(target, names or registry.operators()).items():
+        for launch, label in launches(target, names or registry.cards()).items():
             row = Row(launch.name, label, launch.dtypes, target, launch.tile)
             if only in row.name:
                 yield row, launch
@@ -215,7 +237,7 @@ def rows(only: str = "", targets: Iterable[str] = TARGETS, names: Iterable[str] 
 
 def compiled(row: Row, launch: Launch) -> tuple[Row, Any]:
     """A row with what the compiler says, and the compiled kernel."""
-    attributes = {(at,): [["tt.divisibility", 16]] for at in launch.divisible}
+    attributes = {path: [["tt.divisibility", 16]] for path in launch.divisible}
     source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
     made = triton.compile(source, target=TARGETS[row.target][0], options=dict(launch.options))
     if row.target.startswith("sm_"):
@@ -275,7 +297,7 @@ def markdown(table: list[Row]) -> str:
         "|---|---|---|---|---|---:|---:|---:|---|",
     ]
     for row in table:
-        tile = " ".join(f"{name.removeprefix('num_')}={value}" for name, value in row.tile.items())
+        tile = words(row.tile).replace("num_", "")
         lines.append(
             f"| {row.kernel} | {row.label} | {row.dtypes} | {row.target} | {tile} | {row.registers} | {row.spilled} "
             f"| {row.shared} | {row.matrix} |"

@@ -22,7 +22,7 @@ _HOMES = {
     "using": "config",
     "kernel": "registry",
     "operators": "registry",
-    "coverage": "dispatch",
+    "coverage": "override.coverage",
     "window_indices": "deepseek_v4.indices",
     "hca_indices": "deepseek_v4.indices",
     "enable": "override",

@@ -1,4 +1,4 @@
-"""The command line: ``flagops doctor | ops | check | demo | warmup | bisect | bench | convert | verify | plan``."""
+"""The command line: ``flagops doctor | ops | check | coverage | demo | warmup | bisect | bench | convert | ...``."""
 
 from __future__ import annotations
 
@@ -191,6 +191,7 @@ FORWARDED = {
     "demo": ("tools.demo", "run", "a real language model, and a small DeepSeek-V4, generating on replaced operators"),
     "bench": ("tools.bench", "run", "speeds by named workload, verified before they are timed"),
     "plan": ("distributed.plan", "run", "what tensor parallelism of the output projection costs, and whether it fits"),
+    "coverage": ("override.coverage", "command", "which calls of a model or script flagops serves, and why not others"),
     "run": ("tools.bisect", "run", "run a script with torch's operators replaced, FLAGOPS_OPS of them"),
     "convert": ("checkpoint.command", "convert", "write a checkpoint of FP4 and FP8 weights in BF16 or FP8"),
     "verify": ("checkpoint.command", "verify", "make a conversion again and compare it, bit by bit"),

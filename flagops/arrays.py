@@ -16,6 +16,11 @@ DTYPES = (*NUMBERS, "bool")
 ONE_BYTE = ("uint8", "int8", "float8_e4m3fn", "float8_e8m0fnu", "float4_e2m1fn_x2")
 
 
+def arithmetic(dtype: str) -> str:
+    """What operands are brought to before anything is computed in a dtype: halves are float32, integers int64."""
+    return "float32" if dtype in HALF else "int64" if dtype in INTEGERS else dtype
+
+
 @functools.cache
 def _name(dtype: Any) -> str:
     if type(dtype).__module__ == "torch":
@@ -61,6 +66,13 @@ def in_host_memory(x: Any) -> bool:
 
 def _private() -> str:
     return str(sys.modules["torch"]._C._get_privateuse1_backend_name())
+
+
+def is_number(x: Any) -> bool:
+    """Whether it is one number in a torch tensor of the host's, repeated or not: it goes with tensors of any device."""
+    if not is_torch(x) or x.device.type != "cpu" or x.layout != sys.modules["torch"].strided:
+        return False
+    return not any(x.stride())
 
 
 def is_numpy(x: Any) -> bool:

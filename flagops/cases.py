@@ -42,8 +42,8 @@ FULL = Scope((1, 2, 3, 0, 7, 16, 17, 33, 64, 65, 130, 520, 1030), 1 << 20, 100)
 INTERPRETED = Scope((1, 2, 3, 0, 16, 17, 33, 130), 1 << 13, 20)
 BATCHES = ((), (1,), (3,), (2, 3), (0,), (2, 3, 2), (2, 2, 2, 2), (1, 2, 1, 1, 2), (2, 1, 1, 1, 1, 1))
 SHAPES = (
-    (), (3,), (2, 3), (0,), (17,), (33,), (5, 33), (2, 3, 2), (130,), (3, 1, 65), (4, 17, 3), (2, 130), (1030,), (7, 520),
-    (2, 2, 2, 2), (2, 3, 0), (1, 2, 1, 1, 2), (3, 2050), (2, 1, 1, 1, 1, 33),
+    (), (3,), (2, 3), (0,), (17,), (33,), (5, 33), (2, 3, 2), (130,), (3, 1, 65), (4, 17, 3), (2, 130), (1030,),
+    (7, 520), (2, 2, 2, 2), (2, 3, 0), (1, 2, 1, 1, 2), (3, 2050), (2, 1, 1, 1, 1, 33),
 )  # fmt: skip
 """Batch axes where a card has no others."""
 VALUES = (
@@ -247,7 +247,8 @@ def _draw(
 ) -> Array:
     if tensor.draw is not None:
         return np.asarray(tensor.draw(rng, shape, dtype, dims))
-    if dtype in arrays.ONE_BYTE and "int64" not in tensor.dtypes:
+    numbers = isinstance(tensor.dtypes, tuple) and "int64" in tensor.dtypes
+    if dtype in arrays.ONE_BYTE and not numbers:
         code = rng.integers(0, 256, shape, dtype=np.uint8)
         if dtype == "float8_e4m3fn" and values != "special":  # else most sums would be NaN
             code[code & 0x7F == 0x7F] = 0x7E

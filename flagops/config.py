@@ -18,7 +18,6 @@ from typing import Any
 
 from flagops.errors import suggestion
 
-
 DEFAULT_OPS = ("default",)
 
 

@@ -297,6 +297,9 @@ def _choose(
     bound = operator.bind(args)
     tensors = {operator.parameters[p]: args[p] for p in operator.tensor_positions if args[p] is not None}
     outs = () if args[-1] is None else operator.each(args[-1])
+    present = tensors | dict(zip(operator.results, outs, strict=False))
+    placed = {n: x for n, x in present.items() if not (operator.aten and arrays.is_number(x))} or present
+    first = next(iter(placed.values()))
     wrapped = overseen or any(surroundings.is_wrapper(x) for x in (*tensors.values(), *outs) if arrays.is_torch(x))
     if any(out.is_neg() for out in outs if arrays.is_torch(out)):
         if grad is None:
@@ -306,20 +309,19 @@ def _choose(
     needs_grad = needs_grad and any("float" in dtype for dtype in bound.results)  # indices have no gradient
     memory.refuse_recorded(operator, args, grad)
     explicit = isinstance(wish, str)
-    candidates = (wish,) if explicit else wish or default_order(operator, bound, next(iter(tensors.values())))
+    candidates = (wish,) if explicit else wish or default_order(operator, bound, first)
     refusals = dict(refusals)
     for name in candidates:
         if name in refusals:
             continue
         try:
-            kernel = _supported(operator, name, args, tensors, outs, needs_grad, wrapped)
+            kernel = _supported(operator, name, args, placed, needs_grad, wrapped)
         except Unsupported as reason:
             refusals[name] = str(reason)
             _refused[operator.name, name, str(reason)] += 1
             _log_once(logging.DEBUG, operator.name, f"{name} refused", str(reason))
             continue
         _log_once(logging.INFO, operator.name, f"{name} runs", f"{bound.dtype}")
-        first = next(iter(tensors.values()))
         on_cpu = not arrays.is_torch(first) or first.device.type == "cpu"
         spans = () if wrapped else memory.spans(operator, args)
         views = _views(operator, args)
@@ -352,14 +354,13 @@ def _supported(
     operator: Operator,
     name: str,
     args: Sequence[Any],
-    tensors: Mapping[str, Any],
-    outs: Sequence[Any],
+    placed: Mapping[str, Any],
     needs_grad: bool,
     wrapped: bool,
 ) -> registry.Kernel:
     kernel = registry.find(operator.name, name)
     if not wrapped:
-        for argument, x in (*tensors.items(), *zip(operator.results, outs, strict=False)):
+        for argument, x in placed.items():
             reason = registry.backend(name).refuses(x)
             if reason:
                 raise Unsupported(f"{argument}: {reason}")

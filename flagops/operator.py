@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flagops.arrays import dtype_name, is_numpy, is_torch
+from flagops.arrays import dtype_name, is_number, is_numpy, is_torch
 
 Dims = dict[str, int]
 
@@ -251,7 +251,7 @@ class Operator:
                     f"{self.name}: {name} is a {_kind(present[name])} but {first} is a {_kind(present[first])}; "
                     "the arguments of one call are all torch tensors or all NumPy arrays"
                 )
-            if self.aten and is_torch(present[name]) and _number(present[name]) | _number(present[first]):
+            if self.aten and is_torch(present[name]) and is_number(present[name]) | is_number(present[first]):
                 continue  # as torch has it
             if is_torch(present[name]) and present[name].device != present[first].device:
                 raise ValueError(
@@ -321,10 +321,10 @@ class Operator:
             self._check_out(one, present, shape, dtype)
 
     def _check_out(self, out: Any, present: Mapping[str, Any], shape: tuple[int, ...], dtype: str) -> None:
-        like = next((x for x in present.values() if is_torch(x) and not _number(x)), next(iter(present.values())))
+        like = next((x for x in present.values() if is_torch(x) and not is_number(x)), next(iter(present.values())))
         if is_torch(out) != is_torch(like) or not (is_torch(out) or is_numpy(out)):
             raise TypeError(f"{self.name}: out must be a {_kind(like)} like the inputs, got {_kind(out)}")
-        if is_torch(out) and out.device != like.device and not (self.aten and _number(like)):
+        if is_torch(out) and out.device != like.device and not (self.aten and is_number(like)):
             raise ValueError(f"{self.name}: out is on {out.device}, expected {like.device}")
         if dtype_name(out) != dtype:
             raise TypeError(f"{self.name}: out is {dtype_name(out)}, expected {dtype}")
@@ -408,11 +408,6 @@ def operator(
         )
 
     return declare
-
-
-def _number(x: Any) -> bool:
-    """Whether a torch tensor is one number of the host's, expanded or not."""
-    return x.device.type == "cpu" and not any(x.stride())
 
 
 def _product(word: str, dims: Dims) -> int:

@@ -80,9 +80,8 @@ def cards() -> Mapping[str, Operator]:
     found: dict[str, Operator] = {}
     for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")):
         for value in vars(importlib.import_module(f"flagops.reference.{module}")).values():
-            if isinstance(value, Operator):
-                if found.setdefault(value.name, value) is not value:
-                    raise TypeError(f"two cards are called {value.name}")
+            if isinstance(value, Operator) and found.setdefault(value.name, value) is not value:
+                raise TypeError(f"two cards are called {value.name}")
     return found
 
 
@@ -189,7 +188,10 @@ def find(operator_name: str, backend_name: str) -> Kernel:
 
 
 def written(operator_name: str, backend_name: str) -> bool:
-    """Whether the source of a kernel exists, also where its backend cannot run."""
+    """Whether the source of a kernel exists, also where its backend cannot run.
+
+    A module that makes its kernels from the cards of its family says ``EVERY_CARD = True``.
+    """
     if callable(backend(backend_name).kernels):
         return True
     module = home(operator_name, backend_name)
@@ -199,7 +201,8 @@ def written(operator_name: str, backend_name: str) -> bool:
         return False
     if not spec or not spec.origin:
         return False
-    return f"\ndef {operator(operator_name).function}(" in Path(spec.origin).read_text(encoding="utf-8")
+    text = Path(spec.origin).read_text(encoding="utf-8")
+    return f"\ndef {operator(operator_name).function}(" in text or "\nEVERY_CARD = True\n" in text
 
 
 def describe(op: Operator, function: Callable[..., None], module: ModuleType | None) -> Kernel:

@@ -45,3 +45,16 @@ def spread(shape: Steps, steps: Steps, axes: int, kept: int) -> Steps:
     """Strides of all but the last `kept` axes, brought to so many `axes`: 0 where one is missing or broadcast."""
     lead = [0 if n == 1 else step for n, step in zip(shape, steps, strict=True)][: len(shape) - kept]
     return (*(0,) * (axes - len(lead)), *lead)
+
+
+def merged(shape: tuple[int, ...], steps: Sequence[tuple[int, ...]]) -> tuple[list[int], list[list[int]]]:
+    """Sizes and steps of as few axes as there can be, the last the one along which the result lies closest."""
+    axes = [axis for axis in zip(shape, *steps, strict=True) if axis[0] != 1]
+    axes.sort(key=lambda axis: [abs(step) for step in axis[1:]], reverse=True)
+    joined: list[tuple[int, ...]] = []
+    for n, *own in axes:
+        if joined and all(outer == n * inner for outer, inner in zip(joined[-1][1:], own, strict=True)):
+            n *= joined.pop()[0]
+        joined.append((n, *own))
+    joined = joined or [(1, *[0] * len(steps))]
+    return [axis[0] for axis in joined], [[axis[k + 1] for axis in joined] for k in range(len(steps))]

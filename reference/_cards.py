@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from flagops.arrays import DTYPES, FLOATS, HALF, INTEGERS, NUMBERS, numpy_dtype
+from flagops.arrays import DTYPES, FLOATS, INTEGERS, NUMBERS, arithmetic, numpy_dtype
 from flagops.operator import Operator, Scalar, Tensor, operator
 from flagops.scalars import dtype as dtype_scalar
-from flagops.scalars import number
 
 from ._rounding import Array, accumulator, magnitude, round_to, unit
 
@@ -35,19 +34,14 @@ LOADS = {
 Scale = Callable[..., Any]
 
 
-def arithmetic(dtype: str) -> str:
-    """What operands are brought to before anything is computed in a dtype: halves are float32, integers int64."""
-    return "float32" if dtype in HALF else "int64" if dtype in INTEGERS else dtype
-
-
 def brought(x: Array, dtype: str) -> Array:
     """An operand in the arithmetic of a dtype, as `cast` brings it there."""
     return cast(x, arithmetic(dtype))
 
 
 def cast(x: Array, dtype: str) -> Array:
-    """An array in another dtype, as x86 has it: fractions are cut off, in 32 bits (64 for int64) whose low ones narrower
-    integers take; what does not fit there, and NaN, becomes the least."""
+    """An array in another dtype, as x86 has it: fractions are cut off, in 32 bits (64 for int64) whose low ones
+    narrower integers take; what does not fit there, and NaN, becomes the least."""
     if dtype == "bool":
         return x != 0
     if dtype in HALF and x.dtype.itemsize > 2:  # which torch brings to float32 first
@@ -70,6 +64,7 @@ def pointwise(
     result: str = "dtype",
     roundings: float = 1,
     scale: Scale | None = None,
+    reaches: Scale | None = None,
     scalars: dict[str, Scalar] | None = None,
     condition: str = "",
     name: str = "",
@@ -82,6 +77,7 @@ def pointwise(
 
     computed: the dtypes that `dtype` may be, a key of `KINDS`. result: ``"dtype"`` or ``"bool"``.
     roundings: units of the arithmetic that a kernel may be off, of ``scale(*arguments)``, of the result if not given.
+    reaches: an intermediate, ``reaches(*arguments)``, that may overflow where the scale does not.
     condition: the operand that is bool whatever `dtype` is.
         0: one of the operands, of zeros either.
     exact: whether floats agree bit for bit.
@@ -97,7 +93,7 @@ def pointwise(
             return round_to(made, args[words.index("dtype")]) if exact and made.dtype != bool else made
 
         def within(exactly: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
-            return _bound(exactly, arguments, operands, condition, roundings, scale)
+            return _bound(exactly, arguments, operands, condition, roundings, scale, reaches)
 
         reference.__name__, reference.__module__ = function.__name__, function.__module__
         reference.__doc__ = _documented(function, called, operands, condition, KINDS[computed], result)
@@ -107,7 +103,7 @@ def pointwise(
             tensors={n: Tensor("...", ("bool",) if n == condition else DTYPES) for n in operands},
             scalars={"dtype": dtype_scalar(KINDS[computed]), **(scalars or {})},
             result=Tensor("...", ("bool",) if result == "bool" else "dtype"),
-            workloads=LOADS if set(("float32", "bfloat16")) <= set(KINDS[computed]) else _INTEGER_LOADS,
+            workloads=LOADS if "float32" in KINDS[computed] else _INTEGER_LOADS,
             flops=lambda dims, batch: float(math.prod(batch)),
             inplace={"out": operands[-1 if condition else 0]},
             exact=exact,
@@ -147,25 +143,37 @@ def _as(x: Any, dtype: str) -> Any:
     """A scalar in the arithmetic of a dtype; None and words as they are."""
     if not isinstance(x, (int, float)):
         return x
-    return int(x) if dtype in INTEGERS else bool(x) if dtype == "bool" else float(numpy_dtype(arithmetic(dtype)).type(x))
+    return (
+        int(x) if dtype in INTEGERS else bool(x) if dtype == "bool" else float(numpy_dtype(arithmetic(dtype)).type(x))
+    )
 
 
 def _bound(
-    exactly: Array, arguments: Mapping[str, Any], operands: list[str], condition: str, roundings: float, scale: Any
+    exactly: Array,
+    arguments: Mapping[str, Any],
+    operands: list[str],
+    condition: str,
+    roundings: float,
+    scale: Scale | None,
+    reaches: Scale | None,
 ) -> Array:
     """Roundings of the arithmetic relative to the scale, and one of the result."""
     dtype = arguments["dtype"]
     acc, out = unit(accumulator(dtype)), unit(dtype)
-    size = magnitude(exactly)
-    if scale is not None:
-        others = [_as(x, dtype) for n, x in arguments.items() if n not in operands and n != "dtype"]
+    others = [_as(x, dtype) for n, x in arguments.items() if n not in operands and n != "dtype"]
+
+    def at_least(size: Array, given: Scale | None) -> Array:
+        if given is None:
+            return size
         with np.errstate(all="ignore"):
-            size = np.maximum(size, np.abs(scale(*_operands(operands, condition, arguments), *others)))
-        size = np.broadcast_to(size, exactly.shape)
+            larger = np.maximum(size, np.abs(given(*_operands(operands, condition, arguments), *others)))
+        return np.broadcast_to(larger, exactly.shape)
+
+    size = at_least(magnitude(exactly), scale)
     error = roundings * (acc.u * size + acc.tiny)
     rounding = 0.0 if out == acc else out.u * (magnitude(exactly) + error) + out.tiny
     # an intermediate may overflow where the result does not
-    return np.where(np.isfinite(size) & (size < acc.largest / 4), error + rounding, np.inf)
+    return np.where(at_least(size, reaches) < acc.largest / 4, error + rounding, np.inf)
 
 
 def _documented(
@@ -174,7 +182,11 @@ def _documented(
     """What the documentation of all pointwise cards says alike, around what the function's own says."""
     words = inspect.cleandoc(function.__doc__ or "").split("\n\n")
     args = [f"    {n}: of any shape, {'bool' if n == condition else 'any real dtype, any strides'}." for n in operands]
-    args += ["    dtype: what operands are brought to and the result is" if result == "dtype" else "    dtype: what operands are brought to"]
+    args += [
+        "    dtype: what operands are brought to and the result is"
+        if result == "dtype"
+        else "    dtype: what operands are brought to"
+    ]
     args[-1] += f": {', '.join(computed)}."
     made = "of `dtype`, rounded once" if result == "dtype" else "bool"
     return "\n".join(
@@ -186,8 +198,8 @@ def _documented(
             "    out: to write into; may be the first operand itself; allocated if None.",
             "",
             "Returns:",
-            f"    An array of the shape that the operands broadcast to, {made}. Computed in float32 for halves, in int64 for",
-            "    integers.",
+            f"    An array of the shape that operands broadcast to, {made}. Computed in float32 for halves, in int64",
+            "    for integers.",
             "",
             "Raises:",
             "    TypeError: an argument is no array, or a dtype does not fit.",

@@ -59,7 +59,7 @@ def floor_divide(x: Array, y: Array, dtype: str) -> Array:
 def _divided(x: Array, y: Array, dtype: str) -> Array:
     if not _is_float(x):
         return np.where(y == 0, 0, x // np.where(y == 0, 1, y))
-    x, y = (v.astype(np.float64 if dtype == "float64" else np.float32) for v in (x, y))
+    x, y = _narrow(x, dtype), _narrow(y, dtype)
     rest = np.fmod(x, y)
     quotient = (x - rest) / y
     quotient = np.where((rest != 0) & ((y < 0) != (rest < 0)), quotient - 1, quotient)
@@ -116,16 +116,18 @@ def pow(x: Array, y: Array, dtype: str) -> Array:
 
 
 @pointwise(
-    "numbers", scalars={"value": _FACTOR}, roundings=3, scale=lambda x, y, z, value: np.abs(x) + np.abs(value * y * z)
-)
+    "numbers", scalars={"value": _FACTOR}, roundings=3, scale=lambda x, y, z, value: np.abs(x) + np.abs(value * y * z),
+    reaches=lambda x, y, z, value: value * y,
+)  # fmt: skip
 def addcmul(x: Array, y: Array, z: Array, dtype: str, value: Any = 1) -> Array:
     """``x + value * y * z``."""
     return x + value * y * z
 
 
 @pointwise(
-    "floats", scalars={"value": _FACTOR}, roundings=3, scale=lambda x, y, z, value: np.abs(x) + np.abs(value * y / z)
-)
+    "floats", scalars={"value": _FACTOR}, roundings=3, scale=lambda x, y, z, value: np.abs(x) + np.abs(value * y / z),
+    reaches=lambda x, y, z, value: value * y,
+)  # fmt: skip
 def addcdiv(x: Array, y: Array, z: Array, dtype: str, value: Any = 1) -> Array:
     """``x + value * y / z``."""
     return x + value * y / z
@@ -373,7 +375,7 @@ def erf(x: Array, dtype: str) -> Array:
     return _erf(x)
 
 
-@pointwise("floats", roundings=6)
+@pointwise("floats", roundings=6, reaches=lambda x: np.exp(-x))
 def sigmoid(x: Array, dtype: str) -> Array:
     """``1 / (1 + exp(-x))``."""
     return _sigmoid(x)
@@ -385,7 +387,7 @@ def relu(x: Array, dtype: str) -> Array:
     return np.where(x <= 0, 0, x)
 
 
-@pointwise("floats", roundings=8)
+@pointwise("floats", roundings=8, reaches=lambda x: np.exp(-x))
 def silu(x: Array, dtype: str) -> Array:
     """``x * sigmoid(x)``."""
     return x / (1 + np.exp(-x))
@@ -446,6 +448,7 @@ def _tanh_slope(x: Array) -> Array:
 @pointwise(
     "floats", scalars={"tanh": flag()}, roundings=16,
     scale=lambda grad, x, tanh: np.abs(grad) * (1 + np.abs(x) + (np.minimum(np.abs(x), 6) ** 3 if tanh else 0)),
+    reaches=lambda grad, x, tanh: x * x,
 )  # fmt: skip
 def gelu_backward(grad: Array, x: Array, dtype: str, tanh: bool = False) -> Array:
     """The gradient of `gelu`."""

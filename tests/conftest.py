@@ -159,20 +159,26 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_generate_tests(metafunc):
-    """``kernel``: every (operator, backend) that has a kernel; a backend that cannot run here is named, not hidden."""
+    """``kernel``, and ``aten_kernel`` of cards under torch's own operators: every (operator, backend) that has one; a
+    backend that cannot run here is named, not hidden."""
     from flagops import registry
 
     if metafunc.config.option.repeat > 1:
         metafunc.fixturenames.append("repeat")
         metafunc.parametrize("repeat", range(metafunc.config.option.repeat))
-    if "kernel" in metafunc.fixturenames:
+    for fixture, names in {
+        "kernel": list(registry.operators()),
+        "aten_kernel": [name for name, card in registry.cards().items() if card.aten],
+    }.items():
+        if fixture not in metafunc.fixturenames:
+            continue
         backends = metafunc.config.getoption("--backend") or registry.backend_names()
         marker = metafunc.definition.get_closest_marker("operators")
         pairs = []
         for name in backends:
             reason = registry.backend(name).unavailable()
-            for op in marker.args if marker else registry.operators():
+            for op in marker.args if marker else names:
                 if registry.written(op, name):
                     marks = [pytest.mark.skip(reason=f"{name}: {reason}")] if reason else []
                     pairs.append(pytest.param((op, name), id=f"{op}-{name}", marks=marks))
-        metafunc.parametrize("kernel", pairs)
+        metafunc.parametrize(fixture, pairs)

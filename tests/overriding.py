@@ -9,7 +9,9 @@ from flagops.override import interpose
 from flagops.override.forms import forms
 from flagops.override.lowering import LOWERINGS
 
-FORMS = {name: tuple(forms(name)) for name in LOWERINGS}
+DEFAULT = [name for name, lowering in LOWERINGS.items() if not lowering.aten]
+"""What is replaced where nobody names anything."""
+FORMS = {name: tuple(forms(name)) for name in DEFAULT}
 PRODUCTS = ("mm", "bmm", "baddbmm", "mv", "dot", "addmm", "addmv")
 COMPOSITE = tuple(name for name, lowering in LOWERINGS.items() if lowering.composite)
 PLACES = [(overload, key) for overloads in FORMS.values() for overload in overloads for key in ("CPU", "AutogradCPU")]

@@ -223,7 +223,9 @@ def test_what_numba_does_not_promise_stands_in_one_file():
 def test_the_self_test_names_what_has_changed(monkeypatch):
     from flagops.backends import _numba_internals as internals
 
-    assert numba.backend.self_test() == dict.fromkeys(("release", "target", "code library", "address", "cache", "types", "locks"))
+    assert numba.backend.self_test() == dict.fromkeys(
+        ("release", "target", "code library", "address", "cache", "types", "locks")
+    )
 
     def changed(*arguments):
         raise AttributeError("gone")

@@ -100,7 +100,7 @@ def test_run_replaces_what_the_settings_say(tmp_path):
     )
     done = flagops("run", str(script), "-x", "1", FLAGOPS_BACKEND="numba")
     assert done.stdout.split("\n")[0].startswith("['-x', '1']")
-    done = flagops("run", str(script), FLAGOPS_BACKEND="numba", FLAGOPS_OPS="all,-mm")
+    done = flagops("run", str(script), FLAGOPS_BACKEND="numba", FLAGOPS_OPS="default,-mm")
     assert done.returncode == 0, done.stderr
     assert flagops("run", str(script), FLAGOPS_OPS="mmm").returncode != 0
 

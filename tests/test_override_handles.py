@@ -21,10 +21,10 @@ from flagops.override import interpose, lowering, sites
 from flagops.testing import assert_of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from overriding import COMPOSITE, FORMS, PLAIN, PRODUCTS, counted, kernels, untouched, usable, whole  # noqa: F401
+from overriding import COMPOSITE, DEFAULT, FORMS, PLAIN, PRODUCTS, counted, kernels, untouched, usable, whole  # noqa: F401
 
 BACKENDS = usable("numba", "numpy")
-FUSED = " ".join(name for name in lowering.LOWERINGS if name not in PRODUCTS)
+FUSED = " ".join(name for name in DEFAULT if name not in PRODUCTS)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -205,11 +205,11 @@ def test_composite_operators_in_the_table():
 @pytest.mark.parametrize(
     ("ops", "chosen"),
     [
-        ("all", f"mm bmm baddbmm mv dot addmm addmv {FUSED}"),
-        ("all,-matmul", f"addmm addmv {FUSED}"),
+        ("default", f"mm bmm baddbmm mv dot addmm addmv {FUSED}"),
+        ("default,-matmul", f"addmm addmv {FUSED}"),
         ("-linear", f"mm bmm baddbmm mv dot {FUSED}"),
         (["linear", "mm"], "addmm addmv mm"),
-        ("all, -mm, -sparse_attention", f"bmm baddbmm mv dot addmm addmv {FUSED}"),
+        ("default, -mm, -sparse_attention", f"bmm baddbmm mv dot addmm addmv {FUSED}"),
         ("rms_norm,fp8_matmul,grouped_matmul,-_grouped_mm", "rms_norm _scaled_mm"),
         ("", ""),
     ],
@@ -223,7 +223,12 @@ def test_names(ops, chosen):
 
 @pytest.mark.parametrize(
     ("ops", "words"),
-    [("matmull", "'matmul'"), ("all,-liner", "'linear'"), (["admm"], "'addmm'"), ("sparse_attention", "flagops.patch")],
+    [
+        ("matmull", "'matmul'"),
+        ("default,-liner", "'linear'"),
+        (["admm"], "'addmm'"),
+        ("sparse_attention", "flagops.patch"),
+    ],
 )
 def test_wrong_names(ops, words):
     with pytest.raises(ValueError, match=words):
@@ -248,7 +253,7 @@ def script(code: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 def test_the_environment_decides():
     code = "import flagops; h = flagops.enable(); print(*h.ops); h.disable()"
-    assert script(code, FLAGOPS_OPS="all,-matmul").stdout == f"addmm addmv {FUSED}\n"
+    assert script(code, FLAGOPS_OPS="default,-matmul").stdout == f"addmm addmv {FUSED}\n"
     assert "did you mean 'matmul'" in script(code, FLAGOPS_OPS="matmulx").stderr
 
 
@@ -279,7 +284,7 @@ def test_report():
 
     x = torch.randn(1, 2, 8, 4)
     plain = F.scaled_dot_product_attention(x, x, x), torch.nn.LSTM(4, 4)(x[0])
-    with flagops.enable("all,-scaled_dot_product_attention", backend="numpy") as handle:
+    with flagops.enable("default,-scaled_dot_product_attention", backend="numpy") as handle:
         assert torch.equal(F.scaled_dot_product_attention(x, x, x), plain[0])
         torch.nn.LSTM(4, 4)(x[0])
         x[0, 0] @ x[0, 0].t()

@@ -169,7 +169,7 @@ def test_a_family_has_the_same_file_name_in_each_folder():
     for backend in BACKENDS:
         files = {path.stem for path in (ROOT / "kernels" / backend).glob("[!_]*.py")}
         assert files <= families, f"no operator asks for {files - families} in kernels/{backend}"
-        homes = {registry.home(op, backend) for op in registry.operators() if registry.written(op, backend)}
+        homes = {registry.home(op, backend) for op in registry.cards() if registry.written(op, backend)}
         assert homes == {f"flagops.kernels.{backend}.{family}" for family in files}
 
 

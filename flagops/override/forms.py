@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     import torch
 
 
+DEVICES = ("CPU", "CUDA", "PrivateUse1")
+COMPOSITE = "CompositeImplicitAutograd"
+OWN = "_OwnBackward"
+"""The gradient of a composite that a kernel of ours computed: autograd calls it, the dispatcher does not."""
+
 View = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
@@ -128,7 +133,7 @@ def forms(name: str) -> dict[str, torch.FunctionSchema]:
     found = {}
     for schema in (*_schemas()[base], *_schemas().get(f"{base}_", ())):
         given = _taken(schema)
-        if "names" in schema.overload_name or "Dimname" in schema.overload_name:
+        if "name" in schema.overload_name.lower():
             continue
         if given == takes if takes is not None else {argument for argument, _ in given} <= known:
             found[schema.name[6:] + (f".{schema.overload_name}" if schema.overload_name else "")] = schema
@@ -146,3 +151,32 @@ def schema_of(overload: str) -> torch.FunctionSchema:
 def form_of(overload: Any, base: str) -> Form:
     """The form of one of torch's overloads, such as ``torch.ops.aten.add.Tensor``."""
     return Form(str(overload).removeprefix("aten.").removesuffix(".default"), base)
+
+
+@functools.cache
+def kind(overload: str) -> str:
+    """What calls of an overload are, by its schema: ``"computing"``, ``"view"``, ``"allocation"``, ``"read"`` of a
+    number or a property, or the dispatch key of compositions. Empty for what is no overload of aten."""
+    import torch
+
+    if overload == OWN or overload.startswith("flagops::"):
+        return "computing"
+    try:
+        schema = schema_of(overload)
+    except (KeyError, StopIteration):
+        return ""
+    has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, f"aten::{overload}")
+    if has(COMPOSITE) and not any(map(has, DEVICES)):
+        return COMPOSITE
+    name = schema.name[6:]
+    if name.removeprefix("new_").startswith(("empty", "_empty")) or name in ("resize_", "resize_as_", "set_"):
+        return "allocation"
+    if torch.Tag.inplace_view in getattr(getattr(torch.ops.aten, name), schema.overload_name or "default").tags:
+        return "view"
+    if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
+        return "computing"
+    aliases = any(r.alias_info is not None for r in schema.returns)
+    if aliases or name in ("_unsafe_view", "_reshape_alias", "lift"):
+        return "view"
+    computes = any("Tensor" in str(r.type) for r in schema.returns) or name == "equal"
+    return "computing" if computes else "read"

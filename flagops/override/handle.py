@@ -10,16 +10,17 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from flagops import config, registry
 from flagops.errors import Unsupported, suggestion
 from flagops.override.report import Report, Row
 
 from . import fuel, interpose, lowerings  # noqa: F401  (which declares them)
-from .forms import forms
-from .interpose import Counter, lock
+from .forms import COMPOSITE, forms, kind
+from .interpose import Counter, Registration, lock
 from .lowering import LOWERINGS
-from .sites import COMPOSITE, Site
+from .sites import Refusal, Site
 
 log = logging.getLogger("flagops")
 
@@ -51,12 +52,16 @@ class Handle:
     """Replacements in force until `disable`; of several handles that want an operator the newest has it."""
 
     def __init__(
-        self, ops: dict[str, bool], backend: str | tuple[str, ...] | None, keys: tuple[str, ...]
+        self,
+        ops: dict[str, bool],
+        backend: str | tuple[str, ...] | None,
+        keys: tuple[str, ...],
+        strict: bool = False,
     ) -> None:
-        self.backend, self.keys = backend, keys
+        self.backend, self.keys, self.strict = backend, keys, strict
         self._places = {name: _wanted_at(name, keys, backend, named) for name, named in ops.items()}
         self.ops = tuple(name for name, places in self._places.items() if places)
-        self._sites: list[Site] = []
+        self._sites: list[Registration] = []
         self._counters: dict[tuple[str, str, str, str], Counter] = {}
         self._before: dict[Site, int] = {}
         self._bypassed: dict[str, int | None] | None = None
@@ -70,9 +75,25 @@ class Handle:
             keys = _places(name, own) if lowering and lowering.composite else own
             for overload in forms(name) if wanted else (name,):
                 for key in keys:
-                    if lowering and not lowering.composite and interpose.composed(overload, key):
+                    if lowering and lowering.aten and interpose.composed(overload, key):
                         continue  # its parts are replaced
                     self._acquire(overload, key, functools.partial(Site, overload, key, lowering), wanted)
+
+        if self.strict:
+            self._refuse_others()
+
+    def _refuse_others(self) -> None:
+        """Stand before every other kernel that computes."""
+        import torch
+
+        places = {(site.name, site.key) for site in self._sites}
+        for key in self.keys:
+            for name in torch._C._dispatch_get_registrations_for_dispatch_key(key):
+                overload = name.removeprefix("aten::")
+                if name.startswith("aten::") and (overload, key) not in places and kind(overload) == "computing":
+                    refusal = interpose.acquire(overload, key, functools.partial(Refusal, overload, key))
+                    refusal.handles.append(self)
+                    self._sites.append(refusal)
 
     def wants(self, name: str, key: str) -> bool:
         """Whether calls of a lowering at a dispatch key are ours to compute."""
@@ -144,17 +165,22 @@ class Handle:
         self.disable()
 
 
-def enable(ops: str | Sequence[str] | None = None, backend: str | Sequence[str] | None = None) -> Handle:
-    """Compute torch's matmul family, rms_norm, scaled_dot_product_attention, _grouped_mm and _scaled_mm with flagops
-    kernels, in eager code of the whole process, until disabled. Gradients stay torch's or are flagops' own.
+def enable(
+    ops: str | Sequence[str] | None = None, backend: str | Sequence[str] | None = None, strict: bool = False
+) -> Handle:
+    """Compute torch's operators with flagops kernels, in eager code of the whole process, until disabled. Gradients stay
+    torch's or are flagops' own.
 
-    ops: what to replace. ``"all"``, or names joined by commas or in a list, of flagops operators (``matmul``:
-        ``mm bmm baddbmm mv dot``, ``linear``: ``addmm addmv``, ``grouped_matmul``: ``_grouped_mm``, ``fp8_matmul``:
-        ``_scaled_mm``, ``rms_norm``, ...) or of aten's (``addmm``); a minus takes away, as in
-        ``"all,-linear"``. With None the variable FLAGOPS_OPS decides, else ``"all"``. In-place and ``out=`` forms
-        follow their operator, and so does what torch builds on them: ``linear``, ``matmul``, ``einsum``, ``vdot``, ...
+    ops: what to replace, as names joined by commas or in a list: ``"default"``, what makes whole models faster where
+        torch has kernels of its own (products, rms_norm, attention) and everything on a device that has none;
+        ``"all"``; a family (``pointwise``, ``reductions``, ...); flagops operators (``matmul``: ``mm bmm baddbmm mv
+        dot``, ``linear``: ``addmm addmv``, ``grouped_matmul``: ``_grouped_mm``, ``fp8_matmul``: ``_scaled_mm``, ...) or
+        aten's (``addmm``); a minus takes away, as in ``"all,-linear"``. With None the variable FLAGOPS_OPS decides,
+        else ``"default"``. In-place and ``out=`` forms follow their operator, and so does what torch builds on them:
+        ``linear``, ``matmul``, ``einsum``, ``_foreach_add_``, ...
     backend: as in every operator: None takes the best for each call, a name that one alone, a sequence the first that
         fits. A call that it does not take goes to torch's own kernel and is counted.
+    strict: raise Unsupported at the first computing call that no flagops kernel takes, with its name and the reason.
 
     Returns a `Handle`: a context manager with ``disable()`` and ``report()``. Handles may overlap and end in any order.
 
@@ -166,7 +192,7 @@ def enable(ops: str | Sequence[str] | None = None, backend: str | Sequence[str] 
     with lock:
         fuel.fill(config.current().fuel)
         interpose.sweep()
-        handle = Handle(chosen, backend, _keys(backend))
+        handle = Handle(chosen, backend, _keys(backend), strict)
         try:
             handle._install()
         except BaseException:
@@ -185,7 +211,9 @@ def _selected(ops: str | Sequence[str]) -> dict[str, bool]:
     for word in wanted:
         name = word.removeprefix("-")
         everything = ("all", *config.DEFAULT_OPS)
-        group = [op for op, operator in known.items() if name in (*everything, op, op.partition(".")[0], *_called(operator))]
+        group = [
+            op for op, operator in known.items() if name in (*everything, op, op.partition(".")[0], *_called(operator))
+        ]
         if not group and name not in registry.cards():
             families = {card.family for card in registry.cards().values() if card.aten}
             names = [*everything, *known, *registry.cards(), *families]

@@ -58,6 +58,7 @@ class Registration:
     """One of our functions at one overload and dispatch key, and the kernel below it.
 
     composite: it keeps the gradients of an operator that torch composes of others.
+    owned: whether the key has a kernel of its own to stand before; what torch composes elsewhere calls us again.
     runtime: a key at which torch calls it, the key itself but for a composition, which serves many.
     """
 
@@ -69,6 +70,7 @@ class Registration:
         if not self.composite and composed(name, key):
             raise TypeError(f"aten::{name} is composite: a kernel at {key} would lose its gradients")
         self.name, self.key = name, key
+        self.owned = torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
         self.runtime = "CPU" if torch._C._dispatch_is_alias_key(getattr(torch._C.DispatchKey, key)) else key
         self.handles: list[Any] = []
         self.plans: dict[Any, Any] = {}

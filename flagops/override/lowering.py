@@ -33,8 +33,8 @@ class Call(NamedTuple):
 
 Lowered = Call | Callable[[], None]
 
-Result = tuple[tuple[int, ...], "tuple[int, ...] | None", Any] | None
-"""Shape, strides (None: row by row) and dtype (None: that of the first tensor)."""
+Result = tuple[tuple[int, ...], "tuple[int, ...] | None"] | tuple[tuple[int, ...], "tuple[int, ...] | None", Any] | None
+"""Shape, strides (None: row by row) and dtype (left out: that of the first tensor)."""
 
 REFUSED = "arguments that torch refuses"
 
@@ -99,8 +99,8 @@ class Lowering:
 
     @property
     def aten(self) -> bool:
-        """Whether its cards are those under torch's own operators, which take whatever torch takes."""
-        return self.operator.startswith("aten.")
+        """Whether it takes whatever torch takes: those whose cards stand under torch's own operators, and whole ones."""
+        return self.whole or self.operator.startswith("aten.")
 
     @property
     def parameters(self) -> tuple[str, ...]:

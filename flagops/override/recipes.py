@@ -18,6 +18,7 @@ from flagops.replay import Replay
 from . import fuel
 from .forms import Form, Part, View, form_of
 from .interpose import thread
+from .iteration import laid_out
 from .lowering import REFUSED, Call, Lowering, Pass, To
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def deliver(form: Form, outs: Sequence[Tensor], results: Sequence[Tensor]) -> No
                 )
             from torch._prims_common.wrappers import _maybe_resize_out
 
-            _maybe_resize_out(out, result.shape)  # type: ignore[no-untyped-call]
+            _maybe_resize_out(out, result.shape)
         with unbusy():
             out.copy_(result)
 
@@ -249,13 +250,34 @@ def _maker(form: Form, lowering: Lowering, args: tuple[Any, ...], here: Any, alo
     import torch
 
     named, first = form.named(args), args[form.present(args)[0]]
-    shape, strides, dtype = (lowering.result and lowering.result(**named)) or (None, None, None)
+    shape, strides, dtype = (*((lowering.result and lowering.result(**named)) or (None, None)), None)[:3]
+    if shape is None and lowering.elementwise:
+        shape, strides, dtype = _elementwise(lowering, named, first)
     if shape is None or (0 in shape and not lowering.aten):  # where there is nothing, kernels lay it out as they like
         like = _torchs_result(form, named, "meta" if shape is None else here, alone)
         shape, strides, dtype = tuple(like.shape), like.stride(), like.dtype
     if strides is None:
         strides = torch.empty(shape, device="meta").stride()
     return functools.partial(torch.empty_strided, shape, strides, dtype=dtype or first.dtype, device=here)
+
+
+def _elementwise(lowering: Lowering, named: dict[str, Any], first: Tensor) -> tuple[Any, Any, Any]:
+    """Shape, strides and dtype of an elementwise result; what it is computed in says the lowering."""
+    import torch
+
+    call = lowering.function(To(first, False, _not_yet), **named)
+    assert isinstance(call, Call)
+    card = registry.operator(call.operator)
+    computed = call.inputs[card.positions["dtype"]]
+    try:
+        shape, strides = laid_out([x for x in named.values() if isinstance(x, torch.Tensor)], computed)
+    except RuntimeError:
+        raise Pass(REFUSED) from None
+    return shape, strides, getattr(torch, card.result_dtype({}, {"dtype": computed}))
+
+
+def _not_yet(operator: str, *inputs: Any, out: Tensor) -> None:
+    raise TypeError(f"{operator} is called while torch's result is asked for")
 
 
 def _torchs_result(form: Form, named: dict[str, Any], device: Any, alone: bool) -> Tensor:
@@ -275,6 +297,12 @@ def _torchs_result(form: Form, named: dict[str, Any], device: Any, alone: bool) 
             raise
         raise Pass(REFUSED) from None
     return result
+
+
+def refuse_as_torch(form: Form, args: tuple[Any, ...]) -> None:
+    """Raise what torch raises for a call that it refuses; nothing is raised for others."""
+    if form.tensors:
+        _torchs_result(form, form.named(args), "meta", alone=True)
 
 
 def _unlike(out: Tensor, like: Tensor) -> str | None:
@@ -326,7 +354,7 @@ def _ready(form: Form, lowering: Lowering, args: tuple[Any, ...]) -> Callable[[S
     return memory.ready(needs, [pair for pair in apart if pair[0][2]], zeros=False)
 
 
-def _laid_alike(x: Tensor, y: Tensor) -> bool:
+def _laid_alike(x: Any, y: Any) -> bool:
     return x.shape == y.shape and x.stride() == y.stride() and x.element_size() == y.element_size()
 
 

@@ -15,14 +15,12 @@ from typing import Any, Protocol
 from flagops import config, generated, surroundings
 from flagops.errors import Unsupported
 
-from .forms import Form
+from .forms import COMPOSITE as COMPOSITE
+from .forms import DEVICES, Form
 from .interpose import Counter, Registration, thread
 from .lowering import Lowering, Pass
-from .recipes import deliver, device_of, record
+from .recipes import deliver, device_of, record, refuse_as_torch
 from .steps import Steps
-
-COMPOSITE = "CompositeImplicitAutograd"
-DEVICES = ("CPU", "CUDA", "PrivateUse1")
 
 _PLANS_KEPT = 4096
 
@@ -31,6 +29,7 @@ class Wish(Protocol):
     """What a site asks of a handle."""
 
     backend: str | tuple[str, ...] | None
+    strict: bool
 
     def wants(self, name: str, key: str) -> bool: ...
 
@@ -57,14 +56,18 @@ def _plain() -> dict[int, tuple[str, bool]]:
     return plain
 
 
+_NOT_REPLACED = "flagops does not replace aten::{}, or was not asked to"
+
 _CALL = """
 def call(_keyset, {parameters}):
     _args = ({names},)
-    if _thread.busy and _site.below is not None:
+    if _thread.busy and {elsewhere}:
         return _site.below_with(_keyset, _args)
 {aside}
     _plans, _signature = _site.plans, ({signature})
     _compute, _count = _plans.get(_signature) or _plan(_plans, _signature, _args)
+    if _profiler._is_profiler_enabled:
+        _compute, _count = _annotated(_site, (_compute, _count), _args)
     if _compute is None:
         _count()
         return _site.below_with(_keyset, _args)
@@ -84,7 +87,7 @@ def call(_keyset, {parameters}):
 _WHOLE = """
 def call(_keyset, {parameters}):
     _args = ({names},)
-    if _thread.busy and _site.below is not None:
+    if _thread.busy and {elsewhere}:
         return _site.below_with(_keyset, _args)
     return _site.whole(_keyset, _args)
 """
@@ -120,7 +123,10 @@ class Site(Registration):
         form = self.form
         out = form.schema.arguments[form.given].name if form.given is not None else None
         names, parameters, signature = [], [], ["_current()"]
+        from .coverage import annotated  # which knows the sites
+
         space: dict[str, Any] = {"_site": self, "_thread": thread, "_current": config.current}
+        space |= {"_profiler": sys.modules["torch.autograd.profiler"], "_annotated": annotated}
         space |= {"_plan": self._plan, "_left": self._left, "_refused": (Pass, Unsupported), "_exactly": _exactly}
         space["_plain_types"] = frozenset((int, float, bool, complex, type(None)))
         if self.composite:
@@ -143,7 +149,8 @@ class Site(Registration):
             else:
                 parameters.append(name)
             signature.append(self._facts(name, str(argument.type), out))
-        words = {"parameters": ", ".join(parameters), "names": ", ".join(names), "signature": ", ".join(signature)}
+        elsewhere = self.owned or not self.lowering.aten
+        words = {"elsewhere": "_site.below is not None" if elsewhere else "False", "parameters": ", ".join(parameters), "names": ", ".join(names), "signature": ", ".join(signature)}
         if self.lowering.whole:
             return generated.function(_WHOLE.format(**words), f"aten::{self.name}", space)
         source = _CALL.format(aside=_ASIDE if self.composite else "", **words)
@@ -178,6 +185,8 @@ class Site(Registration):
 
     def _watch(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
         self.untaken.add()
+        if not thread.busy and any(handle.strict for handle in self.handles):
+            raise Unsupported(f"strict: {_NOT_REPLACED.format(self.name)}")
         return self.torch(keyset, *args, **kwargs)
 
     def _aside(self, keyset: Any, args: tuple[Any, ...]) -> Any:
@@ -208,12 +217,23 @@ class Site(Registration):
 
     def _left(self, keyset: Any, args: tuple[Any, ...], reason: str) -> Any:
         """A call that turned out not to be ours: counted, and torch's."""
-        self._leave(args, reason)
-        if self.below is None:
-            raise NotImplementedError(
-                f"aten::{self.name} has no kernel at {self.key} but flagops', which does not take this call: {reason}"
-            )
+        handle, key = self._decide(args)
+        if handle:
+            handle.counter(self.name, key, "", reason)()
+        if self.below is None or (handle and handle.strict):
+            self._nobody(reason, lambda: 0, args)
         return self.below_with(keyset, args)
+
+    def _nobody(self, reason: str, count: Callable[[], int], args: tuple[Any, ...]) -> None:
+        """Raises: what we do not take has nowhere to go, or may not go there."""
+        count()
+        if self.below is None:
+            refuse_as_torch(self.form, args)
+        if self.below is not None:
+            raise Unsupported(f"strict: no flagops kernel takes this call of aten::{self.name}: {reason}")
+        raise NotImplementedError(
+            f"aten::{self.name} has no kernel at {self.key} but flagops', which does not take this call: {reason}"
+        )
 
     def whole(self, keyset: Any, args: tuple[Any, ...]) -> Any:
         """A call that its lowering computes itself, of which nothing is remembered."""
@@ -227,21 +247,16 @@ class Site(Registration):
             if missing:
                 raise Pass(missing)
             with steps.device():
-                results = self.lowering.function(steps, **self.form.named(args))
+                results: Any = self.lowering.function(steps, **self.form.named(args))
         except (Pass, Unsupported) as reason:
             return self._left(keyset, args, str(reason))
         handle.counter(self.name, key, steps.by(self.lowering.operator), "")()
-        if not self.form.outs:
+        if not self.form.outs or results is None:
             return results
         outs = [args[i] for i in self.form.outs]
         several = isinstance(results, (tuple, list))
         deliver(self.form, outs, results if several else (results,))
         return tuple(outs) if several else outs[0]
-
-    def _leave(self, args: tuple[Any, ...], reason: str) -> None:
-        handle, key = self._decide(args)
-        if handle:
-            handle.counter(self.name, key, "", reason)()
 
     def _decide(self, args: tuple[Any, ...]) -> tuple[Wish | None, str]:
         """The newest handle that wants the call, and the dispatch key of the device."""
@@ -257,7 +272,8 @@ class Site(Registration):
         plan: Plan
         missing = self.form.without_memory(args)
         if handle and missing:  # says nothing of the next call like it
-            return None, handle.counter(self.name, key, "", missing)
+            count = handle.counter(self.name, key, "", missing)
+            return functools.partial(self._nobody, missing, count) if handle.strict else None, count
         if handle is None or self.lowering is None:
             plan = None, self.untaken.add
         else:
@@ -266,10 +282,24 @@ class Site(Registration):
                 recipe = record(self.form, handle.backend, self.lowering, args, self.below is None)
                 plan = recipe.compute, handle.counter(self.name, key, recipe.by, "")
             except (Pass, Unsupported) as reason:
-                plan = None, handle.counter(self.name, key, "", str(reason))
+                count = handle.counter(self.name, key, "", str(reason))
+                free = self.below is not None and not handle.strict
+                plan = None if free else functools.partial(self._nobody, str(reason), count), count
             finally:
                 thread.busy = False
         if len(plans) >= _PLANS_KEPT:
             plans.clear()
         plans[signature] = plan
         return plan
+
+
+class Refusal(Registration):
+    """An overload that flagops does not replace, which a strict handle lets nobody compute."""
+
+    def call(self) -> Callable[..., Any]:
+        def refuse(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+            if thread.busy:
+                return self.torch(keyset, *args, **kwargs)
+            raise Unsupported(f"strict: {_NOT_REPLACED.format(self.name)}")
+
+        return refuse

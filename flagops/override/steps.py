@@ -11,7 +11,8 @@ from flagops.errors import Unsupported
 
 from . import fuel
 from .forms import Form
-from .lowering import Pass, number
+from .iteration import laid_out
+from .lowering import REFUSED, Pass, number
 from .recipes import device_of, is_number
 
 if TYPE_CHECKING:
@@ -45,6 +46,21 @@ class Steps:
         dispatch.execute(plan, (*inputs, out))
         self._ran[plan.backend] = None
         return out
+
+    def elementwise(self, operator: str, *operands: Any, dtype: str) -> Tensor:
+        """A pointwise card of tensors and numbers, its result laid out as torch does."""
+        import torch
+
+        operands = tuple(x if isinstance(x, torch.Tensor) else self.number(x) for x in operands)
+        try:
+            shape, strides = laid_out(operands, dtype)
+        except RuntimeError:
+            raise Pass(REFUSED) from None
+        card = registry.operator(operator)
+        made = getattr(torch, card.result_dtype({}, {"dtype": dtype}))
+        steps = torch.empty(shape, device="meta").stride() if strides is None else strides
+        out = torch.empty_strided(shape, steps, dtype=made, device=device_of(operands))
+        return self.run(operator, *operands, dtype, out=out)  # type: ignore[no-any-return]
 
     def number(self, value: Any) -> Tensor:
         """A number as a tensor, where a card has an operand."""

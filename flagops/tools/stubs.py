@@ -31,7 +31,6 @@ from torch import Tensor
 from flagops import checkpoint as checkpoint
 from flagops.deepseek_v4.cache import AttentionCache as AttentionCache, AttentionConfig as AttentionConfig
 from flagops.config import using as using
-from flagops.dispatch import coverage as coverage
 from flagops.errors import Unsupported as Unsupported
 from flagops.deepseek_v4.indices import hca_indices as hca_indices, window_indices as window_indices
 from flagops.deepseek_v4.layers import (
@@ -43,6 +42,7 @@ from flagops.deepseek_v4.layers import (
     sliding_window_attention as sliding_window_attention,
 )
 from flagops.override import enable as enable
+from flagops.override.coverage import coverage as coverage
 from flagops.registry import kernel as kernel, operators as operators
 from flagops.transformers import patch as patch
 

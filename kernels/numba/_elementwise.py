@@ -4,11 +4,13 @@ Bound by memory: each operand is read once. `_drive` walks pieces of rows that s
 to the dtype of the computation there where they are not, and calls the routine that computes them.
 """
 
+# ruff: noqa: F821
+# mypy: disable-error-code="name-defined"
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from numba.extending import intrinsic
 from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
 
+from .._rows import merged
 from . import _ir
 from ._blocks import alive, at, scratch
 from ._ir import STORAGE, TAGS, storage
@@ -81,7 +84,7 @@ def _turned(shape: tuple[int, ...], *layouts: Any) -> Any:
     """What `_turn` reads, where source and result lie closest along two different axes; else None."""
     if 0 in shape:
         return None
-    sizes, (goal, origin) = _merged(shape, [_bytes(len(shape), *layout[:3]) for layout in layouts])
+    sizes, (goal, origin) = merged(shape, [_bytes(len(shape), *layout[:3]) for layout in layouts])
     size = STORAGE[layouts[1][2]].size
     close = [i for i, step in enumerate(origin[:-1]) if abs(step) == size]
     if not close or abs(origin[-1]) <= size or min(sizes[-1], sizes[close[0]]) < _TILE:
@@ -125,7 +128,7 @@ def _planned(shape: tuple[int, ...], *layouts: Any) -> tuple[Any, int, int]:
     """What `_drive` reads, how many tasks it has, and the elements of one."""
     if 0 in shape:
         return np.zeros(1, np.int64), 0, 1
-    sizes, steps = _merged(shape, [_bytes(len(shape), *layout[:3]) for layout in layouts])
+    sizes, steps = merged(shape, [_bytes(len(shape), *layout[:3]) for layout in layouts])
     *outer, n = sizes
     rows = math.prod(outer)
     group = 1 if n >= SHORT or rows == 1 else SPAN // n
@@ -147,19 +150,6 @@ def _bytes(axes: int, shape: tuple[int, ...], steps: tuple[int, ...], dtype: str
     size = STORAGE[dtype].size
     own = (0 if n == 1 else step * size for n, step in zip(shape, steps, strict=True))
     return (*(0,) * (axes - len(shape)), *own)
-
-
-def _merged(shape: tuple[int, ...], steps: Sequence[tuple[int, ...]]) -> tuple[list[int], list[list[int]]]:
-    """Sizes and steps of as few axes as there can be, the last the one along which the result lies closest."""
-    axes = [axis for axis in zip(shape, *steps, strict=True) if axis[0] != 1]
-    axes.sort(key=lambda axis: [abs(step) for step in axis[1:]], reverse=True)
-    merged: list[tuple[int, ...]] = []
-    for n, *own in axes:
-        if merged and all(outer == n * inner for outer, inner in zip(merged[-1][1:], own, strict=True)):
-            n *= merged.pop()[0]
-        merged.append((n, *own))
-    merged = merged or [(1, *[0] * len(steps))]
-    return [axis[0] for axis in merged], [[axis[k + 1] for axis in merged] for k in range(len(steps))]
 
 
 @jit
@@ -284,7 +274,8 @@ def parameters(typingctx, tag, address, count):
         values = [_ir.load(builder, tag, arguments[1], _ir.i64(i)) for i in range(len(count))]
         return context.make_tuple(builder, signature.return_type, values)
 
-    return types.UniTuple(element, len(count))(tag, types.int64, count), generate
+    result = types.UniTuple(element, len(count))  # type: ignore[attr-defined]
+    return result(tag, types.int64, count), generate
 
 
 def _unary(n, out, a, b, c, more):
@@ -310,7 +301,7 @@ def _ternary(n, out, a, b, c, more):
 _BODIES = _unary, _binary, _ternary
 
 
-@lru_cache(maxsize=None)
+@cache
 def lane_routine(lane: Any, out: str, tags: tuple[str, ...], more: str, count: int) -> int:
     """The routine of a lane for dtypes of its result, its operands and its `count` scalars."""
     words: dict[str, Any] = {"lane": lane, "MORE": TAGS[more], "COUNT": (0,) * count}

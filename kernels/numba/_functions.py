@@ -7,6 +7,7 @@ where what is left is below the rounding, unless a table says otherwise.
 
 from __future__ import annotations
 
+import functools
 import math
 from fractions import Fraction
 from typing import NamedTuple
@@ -15,6 +16,9 @@ import numpy as np
 
 from ._ir import f32, f64, generic
 from ._terms import Term, formula, unless
+from ._vectors import choose
+
+_function = functools.partial(formula, result=lambda kind: choose(kind, kind, None, None))
 
 _LN2 = Fraction("0.693147180559945309417232121458176568075500134360255254")
 _LN10 = Fraction("2.302585092994045684017991454684364207601101488628772976")
@@ -118,13 +122,13 @@ def _exp(x: Term, terms: int, more: Term | None = None) -> Term:
     return _scaled(result if more is None else result.fma(low + more, result), n, form)
 
 
-@formula(1)
+@_function(1)
 def exp(x):
     """e to the power of each lane, subnormal results included."""
     return _exp(x, _FORMATS[x.element].exp)
 
 
-@formula(1)
+@_function(1)
 def exp2(x):
     """2 to the power of each lane, subnormal results included."""
     form = _FORMATS[x.element]
@@ -143,7 +147,7 @@ def _half_expm1(x: Term) -> tuple[Term, Term]:
     return half.fma(r, half - 0.5), half * rest
 
 
-@formula(1)
+@_function(1)
 def expm1(x):
     """exp(x) - 1, without the loss near 0."""
     high, low = _half_expm1(x)
@@ -151,7 +155,7 @@ def expm1(x):
     return (abs(x) < _FORMATS[x.element].tiny).where(x, half + half)
 
 
-@formula(1)
+@_function(1)
 def tanh(x):
     """h / (h + 1) for h of twice the size, with what rounding h and h + 1 loses put back."""
     half, lost = _ordered_sum(*_half_expm1(_bounded(abs(x) * 2.0, 0.0, 2.0 * _FORMATS[x.element].mantissa)))
@@ -206,22 +210,22 @@ def _log(x: Term, terms: int, base: Fraction | None = None) -> Term:
     return _checked(x, k.fma(high, natural.fma(factor, natural.fma(rest, lost.fma(factor, k * low)))))
 
 
-@formula(1)
+@_function(1)
 def log(x):
     return _log(x, _FORMATS[x.element].log)
 
 
-@formula(1)
+@_function(1)
 def log2(x):
     return _log(x, _FORMATS[x.element].log, _LN2)
 
 
-@formula(1)
+@_function(1)
 def log10(x):
     return _log(x, _FORMATS[x.element].log, _LN10)
 
 
-@formula(1)
+@_function(1)
 def log1p(x):
     """log(1 + x), without the loss near 0: what rounding 1 + x loses is added to its mantissa."""
     form = _FORMATS[x.element]
@@ -262,12 +266,12 @@ def _circular(x: Term, name: str) -> Term:
     return unless(far, value, lambda builder, x: generic(builder, name, x), x)
 
 
-@formula(1)
+@_function(1)
 def sin(x):
     return _circular(x, "sin")
 
 
-@formula(1)
+@_function(1)
 def cos(x):
     return _circular(x, "cos")
 
@@ -296,7 +300,7 @@ _ERF = {
 }  # fmt: skip
 
 
-@formula(1)
+@_function(1)
 def erf(x):
     """The error function: x times a polynomial up to 1, and 1 - exp(-a polynomial) beyond."""
     within, beyond, last = _ERF[x.element]
@@ -306,7 +310,7 @@ def erf(x):
     return (size > 1.0).where(large, small).call("copysign", x)
 
 
-@formula(1)
+@_function(1)
 def rsqrt(x):
     """1 / sqrt(x), both rounded."""
     return 1.0 / x.call("sqrt")
@@ -352,7 +356,7 @@ def _size_of_power(x: Term, y: Term) -> Term:
     return (r.polynomial(_SERIES[:9]) * _two_to(n, form)).to("fptrunc", f32)
 
 
-@formula(2)
+@_function(2)
 def power(x, y):
     """x to the power of y with C's special cases; float32 through float64, float64 by a logarithm in two parts."""
     size = _size_of_power(abs(x), y)

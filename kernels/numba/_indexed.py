@@ -15,7 +15,8 @@ import numpy as np
 from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, strides
 
-from ._elementwise import _bytes, _merged
+from .._rows import merged
+from ._elementwise import _bytes
 from ._vectors import load, maximum, minimum
 
 ROWS, COUNT, ACROSS, LIMIT, AXES = 0, 1, 2, 3, 4
@@ -53,7 +54,7 @@ def layout(x: Any) -> tuple[tuple[int, ...], tuple[int, ...], str]:
 def planned(limit: int, count: int, lead: tuple[int, ...], *operands: Any) -> Any:
     """The plan for operands of the same leading axes and a last one, the result first; indices are below the limit."""
     layouts = [(shape[:-1], steps[:-1], dtype) for shape, steps, dtype in operands]
-    sizes, steps = _merged(lead, [_bytes(len(lead), *own) for own in layouts])
+    sizes, steps = merged(lead, [_bytes(len(lead), *own) for own in layouts])
     along = [_bytes(1, shape[-1:], steps[-1:], dtype)[0] for shape, steps, dtype in operands]
     across, moved = 1, [0] * len(operands)
     if along[0] == 0 or abs(steps[0][-1]) <= abs(along[0]):

@@ -52,7 +52,7 @@ def signbit(builder, kind, a):
     return (x < 0 if choose(kind, True, True, False) else x.differs(x)).value
 
 
-@formula(2)
+@formula(2, lambda kind: choose(kind, kind, None, None))
 def copysign(x, y):
     """The magnitude of x with the sign of y."""
     return x.call("copysign", y)
@@ -80,7 +80,7 @@ def round_even(x):
 
 
 def _float_rest(a: Term, b: Term) -> Term:
-    """C's fmod. A quotient of less bits than a mantissa is at most 1 too large, and the rest that it leaves exact."""
+    """C's fmod. A quotient of fewer bits than a mantissa is at most 1 too large, and the rest that it leaves exact."""
     size, step = abs(a), abs(b)
     quotient = size / step
     rest = (-quotient.call("trunc")).exact_fma(step, size)

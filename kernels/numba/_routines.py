@@ -1,9 +1,11 @@
 """Small compiled loops that drivers call by address: a driver is compiled once, whatever it is given.
 
-Every routine is ``f(n, out, a, b, c, more) -> 0`` of six int64, most of them addresses. A loop over dtypes would else be
-compiled for each operator and each combination of dtypes.
+Every routine is ``f(n, out, a, b, c, more) -> 0`` of six int64, most of them addresses. A loop over dtypes would else
+be compiled for each operator and each combination of dtypes.
 """
 
+# ruff: noqa: F821
+# mypy: disable-error-code="name-defined"
 from __future__ import annotations
 
 from functools import cache
@@ -62,7 +64,7 @@ def vread(typingctx, tag, address):
 
 
 @intrinsic
-def _repeated(typingctx, value):
+def repeated(typingctx, value):
     def generate(context, builder, signature, arguments):
         return _ir.splat(builder, arguments[0], WIDTH)
 
@@ -81,7 +83,7 @@ def _move(n, out, a, out_step, a_step, more):
     elif out_step == TO_SIZE and a_step == 0:
         value = convert(TO, load(FROM, a))
         whole = n - n % WIDTH
-        many = _repeated(value)
+        many = repeated(value)
         for i in range(0, whole, WIDTH):
             vstore(TO, out + i * TO_SIZE, many)
         for i in range(whole, n):

@@ -155,7 +155,9 @@ class Term:
         return generic(self.builder, "vector.reduce.or", self.value, result=_ir.i1) if whole else self.value
 
 
-def formula(arity: int, result: Callable[[Kind], Kind] = lambda kind: kind) -> Callable[[Callable[..., Term]], Any]:
+def formula(
+    arity: int, result: Callable[[Kind], Kind | None] = lambda kind: kind
+) -> Callable[[Callable[..., Term]], Any]:
     """A word written as a function of terms."""
 
     def made(emit: Callable[..., Term]) -> Any:

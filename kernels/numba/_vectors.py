@@ -267,17 +267,19 @@ def _magnitude(kind: Kind) -> Emit:
 _give(abs, 1, _magnitude)
 
 
-def word(arity: int, result: Callable[[Kind], Kind] = lambda kind: kind) -> Callable[[Emit], Any]:
-    """A word of vectors, numbers among them repeated, or of scalars of one type; written as what it emits."""
+def word(arity: int, result: Callable[[Kind], Kind | None] = lambda kind: kind) -> Callable[[Emit], Any]:
+    """A word of vectors, numbers among them repeated, or of scalars of one type; written as what it emits. There is
+    none for a type of which `result` is None."""
 
     def made(emit: Emit) -> Any:
         def typed(*kinds):
             kind = _common(*kinds)
+            given = result(kind) if kind else None
 
             def generate(context, builder, signature, arguments):
                 return emit(builder, kind, *arguments)
 
-            return (result(kind)(*[kind] * len(kinds)), generate) if kind else None
+            return (given(*[kind] * len(kinds)), generate) if given else None
 
         shapes = (lambda c, a: typed(a), lambda c, a, b: typed(a, b), lambda c, a, b, d: typed(a, b, d))
         chosen = shapes[arity - 1]

@@ -112,6 +112,12 @@ def _measured(device: torch.device) -> Chip:
     return Chip(kind, int(properties.multi_processor_count), shared, converts)
 
 
+def keeping_subnormals(device: torch.device) -> dict[str, Any]:
+    """Options of a launch under which NVIDIA's library does not flush subnormals; others have no such option."""
+    on = pretended.kind if pretended else "cuda" if device.type == "cuda" and not torch.version.hip else ""
+    return {"enable_reflect_ftz": False} if on == "cuda" else {}
+
+
 def precision() -> str:
     """How float32 operands are multiplied: IEEE unless torch was told that TF32 will do."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

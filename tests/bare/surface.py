@@ -13,6 +13,7 @@ def module(default: torch.Generator) -> Any:
     class bare:
         default_generators = (default,)
         amp_dtypes = (torch.bfloat16, torch.float16)
+        host_memory = True
 
         class device(contextlib.nullcontext[None]):
             """There is one bare device, so none has to be chosen."""

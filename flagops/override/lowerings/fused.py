@@ -75,10 +75,12 @@ def _as_query(
     heads = {x.shape[-3] for x in (query, key, value)} if rank > 2 else {1}
     if rank > 2 and (key.shape[-3] != value.shape[-3] or (len(heads) > 1 and not enable_gqa)):
         raise Pass("heads that differ without enable_gqa")
+    shape = (*query.shape[:-1], value.shape[-1])
+    if query.device.type not in ("cpu", "cuda"):  # others compose it, and have nobody to ask
+        return shape, None
     choice = torch._fused_sdp_choice(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    shape = (*query.shape[:-1], value.shape[-1])
     return shape, torch.empty_like(query, device="meta").stride() if choice > 0 else None
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..iteration import laid_out
 from ..lowering import REFUSED, Call, Lowered, Pass, Result, To, lowers
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..steps import Steps
 
 
 def name_of(dtype: Any) -> str:
@@ -47,7 +50,7 @@ def _operand(to: To, x: Any) -> Tensor:
     return x if hasattr(x, "dtype") else to.number(x)
 
 
-def _default_dtype() -> Sequence[Callable[[], Any]]:
+def default_dtype() -> Sequence[Callable[[], Any]]:
     import torch
 
     return (torch.get_default_dtype,)
@@ -60,6 +63,10 @@ def add(to: To, self: Tensor, other: Any, *, alpha: Any = 1) -> Call:
 
 @lowers("sub", to="aten.add", state=_promotion, elementwise=True)
 def sub(to: To, self: Tensor, other: Any, *, alpha: Any = 1) -> Call:
+    import torch
+
+    if torch.bool in (getattr(self, "dtype", None), getattr(other, "dtype", None)) or isinstance(other, bool):
+        raise Pass(REFUSED)
     return _sum(to, self, other, -alpha)
 
 
@@ -85,15 +92,42 @@ def mul(to: To, self: Tensor, other: Any) -> Call:
 
 
 @lowers("div", to="aten.div", state=_promotion, elementwise=True)
-def div(to: To, self: Tensor, other: Any, *, rounding_mode: str | None = None) -> Call:
+def div(to: To, self: Tensor, other: Any) -> Call:
+    import torch
+
+    return to("aten.div", _operand(to, self), _operand(to, other), floats(torch.result_type(self, other)))
+
+
+def _quotient(steps: Steps, card: str, self: Any, other: Any) -> Tensor:
+    """Of integers none may be divided by 0, which is looked for first."""
     import torch
 
     dtype = torch.result_type(self, other)
+    if dtype == torch.bool:
+        raise Pass("division of bools")
+    zero = other == 0
+    if not dtype.is_floating_point and bool(zero.any() if isinstance(zero, torch.Tensor) else zero):
+        raise RuntimeError("ZeroDivisionError")
+    return steps.elementwise(card, self, other, dtype=real(dtype))
+
+
+@lowers("div.Tensor_mode", to="aten.floor_divide", whole=True)
+def rounded_quotient(steps: Steps, self: Any, other: Any, *, rounding_mode: str | None) -> Tensor:
+    import torch
+
     if rounding_mode is None:
-        return to("aten.div", _operand(to, self), _operand(to, other), floats(dtype))
-    if not dtype.is_floating_point:
-        raise Pass("integers, of which a divisor may be 0")
-    return to(f"aten.{rounding_mode}_divide", _operand(to, self), _operand(to, other), real(dtype))
+        return steps.elementwise("aten.div", self, other, dtype=floats(torch.result_type(self, other)))
+    return _quotient(steps, f"aten.{rounding_mode}_divide", self, other)
+
+
+def _divided(name: str) -> None:
+    @lowers(name, to=f"aten.{name}", whole=True)
+    def divided(steps: Steps, self: Any, other: Any) -> Tensor:
+        return _quotient(steps, f"aten.{name}", self, other)
+
+
+for _name in ("floor_divide", "remainder", "fmod"):
+    _divided(_name)
 
 
 def _comparison(name: str) -> None:
@@ -125,8 +159,17 @@ for _name in ("maximum", "minimum", "bitwise_and", "bitwise_or", "bitwise_xor"):
     _of_two(_name)
 
 
+def _true_of_both(self: Tensor, other: Tensor) -> Result:
+    import torch
+
+    try:
+        return *laid_out((self, other), name_of(torch.result_type(self, other))), torch.bool
+    except RuntimeError:
+        raise Pass(REFUSED) from None
+
+
 def _logical(name: str, card: str) -> None:
-    @lowers(name, to=f"aten.{card}", elementwise=True)
+    @lowers(name, to=f"aten.{card}", elementwise=True, result=_true_of_both)
     def logical(to: To, self: Tensor, other: Tensor) -> Call:
         return to(f"aten.{card}", self, other, _as_bool(self.dtype))
 
@@ -154,10 +197,10 @@ def pow(to: To, self: Any, exponent: Any) -> Call:
     return to("aten.pow", _operand(to, self), _operand(to, exponent), real(dtype))
 
 
-def _of_one(name: str, computed: Callable[[Any], str], card: str = "") -> None:
-    card = f"aten.{card or name}"
+def _of_one(name: str, computed: Callable[[Any], str], result: Callable[..., Result] | None = None) -> None:
+    card = f"aten.{name}"
 
-    @lowers(name, to=card, elementwise=True, state=_default_dtype)
+    @lowers(name, to=card, elementwise=True, state=default_dtype, result=result)
     def unary(to: To, self: Tensor) -> Call:
         return to(card, self, computed(self.dtype))
 
@@ -166,9 +209,8 @@ for _name in (
     "sqrt", "rsqrt", "reciprocal", "exp", "expm1", "log", "log1p", "log2", "sin", "cos", "tanh", "erf", "sigmoid",
 ):  # fmt: skip
     _of_one(_name, floats)
-for _name in ("neg", "abs", "sign", "relu"):
+for _name in ("neg", "abs", "relu", "bitwise_not"):
     _of_one(_name, real)
-_of_one("bitwise_not", real)
 
 
 def _own_floats(dtype: Any) -> str:
@@ -177,9 +219,36 @@ def _own_floats(dtype: Any) -> str:
     return real(dtype)
 
 
-for _name in ("floor", "ceil", "trunc", "round", "silu"):
-    _of_one(_name, _own_floats)
-for _name in ("isnan", "isinf", "isneginf", "isposinf"):
+_of_one("silu", _own_floats)
+
+
+def _whole(name: str) -> None:
+    """A function that leaves some dtypes as they are."""
+
+    @lowers(name, to=f"aten.{name}", elementwise=True)
+    def rounded(to: To, self: Tensor) -> Call:
+        dtype = real(self.dtype)
+        if dtype == "bool" and name != "sign":
+            raise Pass(REFUSED)
+        as_it_is = dtype == "bool" or (name != "sign" and not self.dtype.is_floating_point)
+        return to("aten.copy" if as_it_is else f"aten.{name}", self, dtype)
+
+
+for _name in ("floor", "ceil", "trunc", "round", "sign"):
+    _whole(_name)
+
+
+def _like_itself(self: Tensor) -> Result:
+    """Torch gives zeros like integers, of which none is special; of floats it compares."""
+    import torch
+
+    if self.dtype.is_floating_point:
+        return None
+    return tuple(self.shape), torch.empty_like(self, device="meta").stride(), torch.bool
+
+
+_of_one("isinf", floats, result=_like_itself)
+for _name in ("isnan", "isneginf", "isposinf"):
     _of_one(_name, floats)
 
 
@@ -258,7 +327,7 @@ def lerp(to: To, self: Tensor, end: Tensor, weight: Any) -> Call:
     return to("aten.lerp_scalar", self, end, dtype, weight)
 
 
-@lowers("where", to="aten.where")
+@lowers("where", to="aten.where", elementwise=True)
 def where(to: To, condition: Tensor, self: Any, other: Any) -> Call:
     import torch
 
@@ -272,14 +341,22 @@ def _as_self(self: Tensor, *_: Any, **__: Any) -> Result:
     return tuple(self.shape), self.stride(), self.dtype
 
 
-@lowers("masked_fill", to="aten.where", elementwise=True)
+def _masked(self: Tensor, mask: Tensor, value: Any) -> Result:
+    """Torch fills a clone, row by row."""
+    import torch
+
+    return torch.broadcast_shapes(self.shape, mask.shape), None, self.dtype
+
+
+@lowers("masked_fill", to="aten.where", elementwise=True, result=_masked)
 def masked_fill(to: To, self: Tensor, mask: Tensor, value: Any) -> Call:
     import torch
 
     if mask.dtype != torch.bool:
         raise Pass("a mask of another dtype than bool")
     filler = _operand(to, value)
-    if filler.dim() or not torch.can_cast(filler.dtype, self.dtype) or filler.dtype.is_complex:
+    number = filler is not value
+    if filler.dim() or not (number or torch.can_cast(filler.dtype, self.dtype)) or filler.dtype.is_complex:
         raise Pass(REFUSED)
     return to("aten.where", mask, filler, self, real(self.dtype))
 

@@ -1,0 +1,206 @@
+"""Torch's softmax, normalisations and the loss of likelihoods by cards of rows: the axis in question is moved last.
+
+Calls with several results are computed whole: their parts are cards, and torch's own operators, which are ours too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..lowering import REFUSED, Call, Pass, To, lowers
+from .pointwise import name_of, real
+from .reductions import axes_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..steps import Steps
+
+NONE, MEAN = 0, 1  # torch's numbers of reductions; 2 is the sum
+
+
+def _last(x: Tensor, dim: int) -> Tensor:
+    """A view with an axis last; a tensor of no axes is a row of one."""
+    (axis,) = axes_of(x, dim)
+    return x.movedim(axis, -1) if x.dim() else x.reshape(1)
+
+
+def _floats(*tensors: Tensor) -> None:
+    for x in tensors:
+        real(x.dtype)
+        if not x.dtype.is_floating_point:
+            raise Pass(f"dtype {name_of(x.dtype)}")
+
+
+def _softmax(name: str) -> None:
+    @lowers(name, to=f"aten.{name}")
+    def softmax(to: To, self: Tensor, dim: int, half_to_float: bool) -> Call:
+        _floats(self)
+        return to(f"aten.{name}", _last(self, dim), name_of(to.out.dtype), out=_last(to.out, dim))
+
+    backward = f"{name}_backward_data"
+
+    @lowers(backward, to=f"aten.{backward}")
+    def softmax_backward(to: To, grad_output: Tensor, output: Tensor, dim: int, input_dtype: Any) -> Call:
+        _floats(grad_output, output)
+        rows = _last(grad_output, dim), _last(output, dim)
+        return to(f"aten.{backward}", *rows, name_of(to.out.dtype), out=_last(to.out, dim))
+
+
+_softmax("_softmax")
+_softmax("_log_softmax")
+
+
+def _stats(input: Tensor, weight: Tensor | None) -> Any:
+    """The dtype of means: on the CPU that of halves unless weights are wider, elsewhere that of the arithmetic."""
+    import torch
+
+    if input.device.type == "cpu":
+        return input.dtype if weight is None else weight.dtype
+    return torch.promote_types(input.dtype, torch.float32)
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1)
+
+
+def _normalised(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> int:
+    """The elements of a row. Raises Pass for what torch refuses."""
+    shape, own = tuple(normalized_shape), tuple(input.shape)
+    _floats(input, *[x for x in (weight, bias) if x is not None])
+    if not shape or own[input.dim() - len(shape) :] != shape or len(shape) > len(own):
+        raise Pass(REFUSED)
+    if any(x is not None and tuple(x.shape) != shape for x in (weight, bias)):
+        raise Pass(REFUSED)
+    return math.prod(shape)
+
+
+@lowers("native_layer_norm", to="aten.native_layer_norm", whole=True)
+def native_layer_norm(
+    to: Steps, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Any:
+    n, stats = _normalised(input, normalized_shape, weight, bias), _stats(input, weight)
+    lead = input.shape[: input.dim() - len(normalized_shape)]
+    y = input.new_empty(input.shape)
+    mean, rstd = (input.new_empty((*lead, *[1] * len(normalized_shape)), dtype=stats) for _ in range(2))
+    x, out = input.reshape(*lead, n), (y.view(*lead, n), mean.view(lead), rstd.view(lead))
+    to.run("aten.native_layer_norm", x, _flat(weight), _flat(bias), eps, name_of(stats), out=out)
+    return y, mean, rstd
+
+
+@lowers("native_layer_norm_backward", to="aten.native_layer_norm_backward", whole=True)
+def native_layer_norm_backward(
+    to: Steps,
+    grad_out: Tensor,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output_mask: Sequence[bool],
+) -> Any:
+    n = _normalised(input, normalized_shape, weight, bias)
+    rows = math.prod(input.shape[: input.dim() - len(normalized_shape)])
+    sums = input.dtype if weight is None else weight.dtype
+    made = input.new_empty(input.shape), *(input.new_empty(normalized_shape, dtype=sums) for _ in range(2))
+    given = grad_out.reshape(rows, n), input.reshape(rows, n), mean.reshape(rows), rstd.reshape(rows), _flat(weight)
+    out = made[0].view(rows, n), made[1].view(n), made[2].view(n)
+    to.run("aten.native_layer_norm_backward", *given, name_of(sums), out=out)
+    wanted = zip(made, output_mask, (True, weight is not None, bias is not None), strict=True)
+    return tuple([x if asked and has else None for x, asked, has in wanted])
+
+
+@lowers("native_batch_norm", to="aten.var", whole=True)
+def native_batch_norm(
+    to: Steps,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Any:
+    import torch
+    from torch._prims_common import suggest_memory_format
+
+    _floats(input, *[x for x in (weight, bias) if x is not None])
+    acc = torch.promote_types(input.dtype, torch.float32)
+    channels = input.shape[1]
+    if training:
+        x = input.transpose(0, 1).reshape(channels, -1)
+        mean, var = (input.new_empty(channels, dtype=acc) for _ in range(2))
+        to.run("aten.mean", x, name_of(acc), out=mean)
+        to.run("aten.var", x, name_of(acc), 0, False, out=var)
+        count = x.shape[-1]
+        for running, own in (
+            (running_mean, mean),
+            (running_var, var * (count / (count - 1) if count > 1 else math.inf)),
+        ):
+            if running is not None:
+                running.mul_(1 - momentum).add_(own.to(running.dtype), alpha=momentum)
+    elif running_mean is None or running_var is None:
+        raise Pass(REFUSED)
+    else:
+        mean, var = running_mean.to(acc), running_var.to(acc)
+    rstd = (var + eps).rsqrt()
+
+    def spread(x: Tensor) -> Tensor:
+        return x.to(acc).view(channels, *[1] * (input.dim() - 2))
+
+    y = (input - spread(mean)) * spread(rstd if weight is None else rstd * weight)
+    if bias is not None:
+        y = y + spread(bias)
+    stats = _stats(input, weight)
+    saved = (mean.to(stats), rstd.to(stats)) if training else [input.new_empty(0, dtype=stats) for _ in range(2)]
+    y = y.to(input.dtype).contiguous(memory_format=suggest_memory_format(input))
+    return y, *saved
+
+
+def _target_of(self: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """Rows of classes. Raises Pass for what torch refuses."""
+    _floats(self)
+    x = self.movedim(1, -1) if self.dim() > 1 else self
+    if x.shape[:-1] != target.shape or (weight is not None and weight.shape != x.shape[-1:]):
+        raise Pass(REFUSED)
+    return x
+
+
+@lowers("nll_loss_forward", "nll_loss2d_forward", to="aten.nll_loss_forward", whole=True)
+def nll_loss_forward(
+    to: Steps, self: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
+) -> Any:
+    x, dtype = _target_of(self, target, weight), name_of(self.dtype)
+    losses, shares = self.new_empty(target.shape), self.new_empty(target.shape)
+    to.run("aten.nll_loss_forward", x, target, weight, ignore_index, out=(losses, shares))
+    if reduction == NONE:
+        return losses, shares if self.dim() == 1 else self.new_zeros(())
+    loss, share = (to.run("aten.sum", y.reshape(-1), dtype, out=self.new_empty(())) for y in (losses, shares))
+    if reduction == MEAN:
+        loss = to.run("aten.div", loss, share, dtype, out=self.new_empty(()))
+    return loss, share
+
+
+@lowers("nll_loss_backward", "nll_loss2d_backward", to="aten.nll_loss_backward", whole=True)
+def nll_loss_backward(
+    to: Steps,
+    grad_output: Tensor,
+    self: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    total_weight: Tensor,
+) -> Any:
+    x = _target_of(self, target, weight)
+    grad = grad_output
+    if reduction == MEAN:
+        grad = to.run("aten.div", grad, total_weight, name_of(self.dtype), out=self.new_empty(()))
+    made = self.new_empty(self.shape)
+    out = made.movedim(1, -1) if self.dim() > 1 else made
+    to.run("aten.nll_loss_backward", grad.expand(target.shape), target, weight, x.shape[-1], ignore_index, out=out)
+    return made

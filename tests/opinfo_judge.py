@@ -1,0 +1,456 @@
+"""PyTorch's own samples (OpInfo) judge every aten overload that flagops replaces: ``python tests/opinfo_judge.py``.
+
+Each sample of each OpInfo that reaches a replaced name is called with torch alone and under `flagops.enable`, twice: as
+it is, with tensors not contiguous, transposed, offset by an element, and expanded with stride 0; with seven kinds of
+``out=``; in place; with gradients; and with the OpInfo's wrong inputs. On tensors of the same layout both must have the
+same dtype, shape, strides, requires_grad, aliasing, warnings and errors (the type, and torch's text or one that names
+the operator), and leave their inputs alone.
+
+Values. Integers, bools and what operators compute that are held bit for bit: torch's bits. Other floats: let e be
+torch's result in float64, and o ours. Where o is not torch's,
+
+    |o - e| <= max(2 T, ROUNDINGS (u |e| + s))
+
+T is how far torch's own result is from e at most, u half a unit in the last place of the result's dtype, and s how far
+e moves at most, when every float of the input is moved by its last place up or down, by chance, DRAWS times (of float32
+for half types, which kernels widen). So o is as good as torch's, or the rounded result of inputs a few places away.
+Where the overload is but a step (in gradients, and in OpInfos of other names), |e|, T and s are the largest of all
+results of the call: what cancels on the way was as large. What is not finite must be what torch's is.
+
+A call counts as ours where the handle's report says that a kernel of ours computed it. Verdicts of an overload:
+
+    strict    ours in every sample that reaches it, and right
+    basic     right, and left to torch in some samples, for the reasons given
+    failed    a wrong value, dtype, shape, stride, alias, error or crash; charged to the replacements that alone give it
+    untested  no sample reaches it, or none that is ours
+
+Samples run in worker processes: a crash or a hang is a failure of its sample, not the end of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import functools
+import hashlib
+import json
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flagops
+from flagops import config, registry, tables
+from flagops.override.forms import forms
+from flagops.override.lowering import LOWERINGS
+
+sys.path.insert(0, str(Path(__file__).parent))
+from all import processor
+from opinfo_calls import Check, Outcome, Room, checks, equal, infos, observe
+from opinfo_differences import differences
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "coverage.json"
+DTYPES = {
+    str(x)[6:]: x for x in (*(torch.float32, torch.float64, torch.bfloat16, torch.float16), torch.int64, torch.bool)
+}
+REACH = 5  # samples by which an OpInfo shows which names it reaches
+SHOWN = 3  # failures of an overload in the table
+PATIENCE = 900  # seconds for one OpInfo in one dtype
+
+
+Served = dict[str, tuple[set[str], set[str]]]
+"""By overload, who computed calls of it and why others were left."""
+
+
+def served(handle: Any, before: dict[Any, int]) -> tuple[Served, dict[Any, int]]:
+    """What became of the calls since a count, and the count of now."""
+    now = {
+        (row.op[6:], by, fate): n
+        for row in handle.report().rows
+        for fate, counts in enumerate((row.replaced, row.passed))
+        for by, n in counts.items()
+    }
+    found: Served = {}
+    for (overload, by, fate), n in now.items():
+        if n != before.get((overload, by, fate), 0):
+            found.setdefault(overload, (set(), set()))[fate].add(by)
+    return found, now
+
+
+@dataclass
+class Tally:
+    """What the samples of one overload gave."""
+
+    ours: int = 0
+    left: Counter[str] = field(default_factory=Counter)
+    failures: int = 0
+    failed: list[str] = field(default_factory=list)
+
+    def fail(self, text: str) -> None:
+        self.failures += 1
+        self.failed = [*self.failed, text][:SHOWN]
+
+    def add(self, other: dict[str, Any]) -> None:
+        self.ours += other["ours"]
+        self.left.update(other["left"])
+        self.failures += other["failures"]
+        self.failed = [*self.failed, *other["failed"]][:SHOWN]
+
+    @property
+    def verdict(self) -> str:
+        if self.failures:
+            return "failed"
+        return ("basic" if self.left else "strict") if self.ours else "untested"
+
+
+class Bench:
+    """A worker's judge of one OpInfo in one dtype."""
+
+    def __init__(self, options: argparse.Namespace, note: Callable[[str], None]) -> None:
+        self.options, self.note = options, note
+        self.room = Room(options.device)
+        if options.device == "bare":
+            import bare
+
+            bare.load()
+
+    def enabled(self, ops: Any) -> Any:
+        return flagops.enable(ops, backend=self.options.backend)
+
+    def reached(self, name: str) -> list[str]:
+        """The replaced names that an OpInfo calls, as torch's own kernels compute them."""
+        op = infos()[name]
+        dtype = next((x for x in DTYPES.values() if x in op.supported_dtypes("cpu")), None)
+        with flagops.enable("all", backend="torch") as handle:
+            for check in checks(op, dtype, REACH) if dtype else ():
+                if "," not in check.label:  # other layouts call nothing else
+                    observe(check, Room())
+            rows = handle.report().rows
+        return sorted({base(row.op[6:]) for row in rows})
+
+    def alone(self, name: str, dtype: str, written: bool) -> dict[str, Any]:
+        """Whether torch alone survives the checks."""
+        for check in checks(infos()[name], DTYPES[dtype], self.options.most, written):
+            self.note(check.label)
+            observe(check, Room())
+        return {}
+
+    def judge(self, name: str, dtype: str, ops: list[str], written: bool) -> dict[str, Any]:
+        every = list(checks(infos()[name], DTYPES[dtype], self.options.most, written))
+        theirs = [observe(check, Room()) for check in every]
+        ours: list[tuple[Outcome, Outcome, Served]] = []
+        with self.enabled(ops) as handle:
+            count: dict[Any, int] = {}
+            for check in every:
+                self.note(check.label)
+                twice = observe(check, self.room), observe(check, self.room)
+                found, count = served(handle, count)
+                ours.append((*twice, found))
+        tallies: dict[str, Tally] = {}
+        stray, unstable = [], 0
+        for check, their, (first, again, found) in zip(every, theirs, ours, strict=True):
+            self.note(f"{check.label}, compared")
+            if self.options.device != "cpu" and not their.error and (first.error or " ")[0] == "NotImplementedError":
+                missing = re.search(r"aten::([\w.]+)", first.error[1])
+                if missing and base(missing[1]) in LOWERINGS:
+                    tallies.setdefault(missing[1], Tally()).left["no kernel on the device"] += 1
+                continue
+            names = {base(overload) for overload in found}
+            step = check.label.startswith("gradient") or infos()[name].aten_name not in names
+            texts = [differences(check, x, their, self.exact(found), names, step) for x in (first, again)]
+            wrong = next(filter(None, texts), "")
+            if wrong and not equal(their, observe(check, Room())):
+                unstable += 1  # torch itself gives two answers
+                continue
+            if wrong:
+                text = f"{name}, {dtype}, {check.label}: {wrong}"
+                guilty = self.guilty(check, their, found, step)
+                stray += [] if guilty else [text]
+                for overload in guilty:
+                    tallies.setdefault(overload, Tally()).fail(text)
+                continue
+            for overload, (by, reasons) in found.items() if not their.error else ():
+                tally = tallies.setdefault(overload, Tally())
+                tally.ours += bool(by) and not reasons
+                tally.left.update(reasons)
+        plain = {overload: vars(tally) for overload, tally in tallies.items()}
+        return {"overloads": plain, "checks": len(every), "stray": stray[:SHOWN], "unstable": unstable}
+
+    @staticmethod
+    def exact(found: Served) -> bool:
+        cards = {by.partition("/")[0] for who, _ in found.values() for by in who}
+        return bool(cards) and all(registry.operator(card).exact for card in cards)
+
+    def guilty(self, check: Check, theirs: Outcome, found: Served, step: bool) -> list[str]:
+        """The overloads whose replacement alone makes the difference; all that were ours where none does."""
+        ours = [overload for overload, (by, _) in found.items() if by]
+        if len(ours) < 2:
+            return ours or list(found)
+        alone = []
+        for name in {base(overload) for overload in ours}:
+            with self.enabled([name]) as handle:
+                outcome = observe(check, self.room)
+                only, _ = served(handle, {})
+            if differences(check, outcome, theirs, self.exact(only), {name}, step):
+                alone += [overload for overload in ours if base(overload) == name]
+        return alone or ours
+
+
+@functools.cache
+def base(overload: str) -> str:
+    name = overload.partition(".")[0]
+    return name if name in LOWERINGS else name.removesuffix("_")
+
+
+def work(options: argparse.Namespace) -> int:
+    """Answer tasks, a line of JSON each, until there are no more."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever prints shall not answer
+    torch.set_num_threads(1)
+    torch.set_warn_always(True)
+    with open(options.worker, "w") as place:
+
+        def note(label: str) -> None:
+            place.seek(0)
+            place.write(label.ljust(100)[:100])
+            place.flush()
+
+        bench = Bench(options, note)
+        for line in sys.stdin:
+            method, *args = json.loads(line)
+            print(json.dumps(getattr(bench, method)(*args), default=str), file=answers, flush=True)
+    return 0
+
+
+class Worker:
+    """A process that judges; another one takes its place when it dies."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.words, self.process = words, None
+        self.place = Path(tempfile.mkdtemp()) / "place"
+
+    def ask(self, task: list[Any]) -> Any:
+        if self.process is None:
+            command = [sys.executable, __file__, *self.words, "--worker", str(self.place)]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            self.process = subprocess.Popen(command, text=True, **pipes)
+            self.said: list[str] = []
+            threading.Thread(target=self._listen, args=(self.process,), daemon=True).start()
+        process = self.process
+        late = threading.Timer(PATIENCE, process.kill)
+        late.start()
+        try:
+            process.stdin.write(json.dumps(task) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        timely = late.is_alive()
+        late.cancel()
+        if answer:
+            return json.loads(answer)
+        self.process = None
+        code = process.wait()
+        if code > 0:
+            raise RuntimeError("\n".join((f"the judge itself fails at {task}", *self.said)))
+        how = f"ended with {code}" if timely else f"took more than {PATIENCE} s"
+        return {
+            "crash": f"{how} at {self.place.read_text().strip()}",
+            "said": self.said[-8:],
+            **dict.fromkeys(("checks", "unstable"), 0),
+        }
+
+    def _listen(self, process: Any) -> None:
+        self.said += (line.rstrip() for line in process.stderr)
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait()
+        shutil.rmtree(self.place.parent)
+
+
+def judged(worker: Worker, task: list[Any]) -> Any:
+    """What a worker says of a task; where torch alone dies of it, of what does not write where it is told."""
+    if task[0] != "judge":
+        return worker.ask(task)
+    died: dict[str, Any] = {}
+    for written in (True, False):
+        answer = worker.ask([*task, written])
+        alone = worker.ask(["alone", *task[1:3], written]) if "crash" in answer else {}
+        if "crash" not in alone:
+            return answer | died
+        died = {"torch": alone["crash"]}
+    return {"checks": 0, "unstable": 0} | died
+
+
+def answered(tasks: list[list[Any]], words: list[str], workers: int, note: Callable[[list[Any], Any], None]) -> None:
+    """Every task, in whatever order, by so many processes."""
+    waiting: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+    for task in tasks:
+        waiting.put(task)
+
+    def run() -> None:
+        worker = Worker(words)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                task = waiting.get_nowait()
+                note(task, judged(worker, task))
+        worker.close()
+
+    with ThreadPoolExecutor(workers) as pool:
+        for each in [pool.submit(run) for _ in range(workers)]:
+            each.result()
+
+
+def reach(words: list[str], workers: int) -> dict[str, list[str]]:
+    """Which replaced names each OpInfo calls; asked once for what is replaced today."""
+    key = hashlib.sha256(json.dumps([torch.__version__, sorted(LOWERINGS)]).encode()).hexdigest()[:12]
+    kept = Path(config.cache_folder()) / f"opinfo-reach-{key}.json"
+    if not kept.exists():
+        found: dict[str, list[str]] = {}
+        answered(
+            [["reached", name] for name in infos()],
+            words,
+            workers,
+            lambda task, answer: found.update({task[1]: answer}),
+        )
+        for name, answer in found.items():
+            if isinstance(answer, dict):
+                print(
+                    f"{name} {answer['crash']} with torch alone: left out", *answer["said"], sep="\n  ", file=sys.stderr
+                )
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({name: answer for name, answer in found.items() if isinstance(answer, list)}))
+    return json.loads(kept.read_text())
+
+
+def summed(units: dict[str, Any], reaching: dict[str, list[str]], ops: list[str]) -> dict[str, Tally]:
+    tallies = {overload: Tally() for name in ops for overload in forms(name)}
+    for unit, answer in units.items():
+        name, dtype = unit.rsplit(" ", 1)
+        for overload, found in answer.get("overloads", {}).items():
+            tallies.setdefault(overload, Tally()).add(found)
+        for op in reaching[name] if "crash" in answer else ():
+            for overload in forms(op) if op in ops else ():
+                tallies[overload].fail(f"{name}, {dtype}: the process {answer['crash']}")
+    return dict(sorted(tallies.items()))
+
+
+def written(options: argparse.Namespace, tallies: dict[str, Tally], units: dict[str, Any], path: Path) -> None:
+    verdicts = Counter(tally.verdict for tally in tallies.values())
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "cpu": processor(),
+        "torch": torch.__version__,
+        "device": options.device,
+        "backend": options.backend,
+        "verdicts": dict(verdicts),
+        "checks": sum(answer["checks"] for answer in units.values()),
+        "unstable": sum(answer["unstable"] for answer in units.values()),
+        "torch dies": {unit: answer["torch"] for unit, answer in units.items() if "torch" in answer},
+        "stray": [text for answer in units.values() for text in answer.get("stray", ())],
+        "overloads": {overload: {"verdict": tally.verdict, **vars(tally)} for overload, tally in tallies.items()},
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    rows = []
+    for overload, tally in tallies.items():
+        why = [f"{n} {reason}" for reason, n in tally.left.most_common(SHOWN)] + tally.failed
+        rows.append(
+            (
+                f"`{overload}`",
+                tally.verdict,
+                tally.ours,
+                tally.left.total(),
+                tally.failures,
+                "\n".join(why).replace("|", "\\|"),
+            )
+        )
+    totals = ", ".join(f"{verdicts[name]} {name}" for name in ("strict", "basic", "failed", "untested"))
+    rerun = f"python tests/opinfo_judge.py --backend {options.backend} --device {options.device}"
+    text = [
+        f"OpInfo's samples on {options.device} under `enable(backend={options.backend!r})`: {totals}.",
+        f"{report['checks']} checks of {len(units)} OpInfos and dtypes, {report['date']}, torch {torch.__version__}, "
+        f"{report['cpu']}. Again: `{rerun}`, whose text says what is checked and what the verdicts mean.",
+        f"In {report['unstable']} checks torch gave two answers, {len(report['stray'])} differed where none was ours. "
+        f"Torch alone dies of what {', '.join(report['torch dies']) or 'none'} write; left out there.",
+        "",
+        tables.markdown(("overload", "verdict", "ours", "left to torch", "wrong", "reasons"), rows),
+    ]
+    path.with_suffix(".md").write_text("\n".join(text) + "\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--names", type=lambda s: s.split(","), help="aten names, such as add,mul (default: all replaced)"
+    )
+    made.add_argument("--dtypes", type=lambda s: s.split(","), default=list(DTYPES), help="(default: all six)")
+    made.add_argument("--backend", default="numba")
+    made.add_argument(
+        "--device", choices=("cpu", "bare"), default="cpu", help="bare: the PrivateUse1 device of tests/bare"
+    )
+    made.add_argument("--most", type=int, metavar="N", help="samples of an OpInfo (default: all)")
+    made.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    made.add_argument("--again", action="store_true", help="go on where the last run of these words ended")
+    made.add_argument("--json", type=Path, default=RESULTS, help="where to write, and beside it the table in Markdown")
+    made.add_argument("--worker", help=argparse.SUPPRESS)
+    return made
+
+
+def main() -> int:
+    options = parser().parse_args()
+    if options.worker:
+        return work(options)
+    ops = options.names or list(LOWERINGS)
+    unknown = {*ops} - LOWERINGS.keys() | {*options.dtypes} - DTYPES.keys()
+    if unknown:
+        parser().error(f"no replaced name or dtype: {', '.join(sorted(unknown))}")
+    words = ["--backend", options.backend, "--device", options.device]
+    words += ["--most", str(options.most)] if options.most else []
+    reaching = reach(words, options.workers)
+    names = [name for name, found in reaching.items() if {*ops} & {*found}]
+    key = hashlib.sha256(json.dumps([words, ops]).encode()).hexdigest()[:12]
+    journal = Path(config.cache_folder()) / f"opinfo-{key}.jsonl"
+    if not options.again:
+        journal.unlink(missing_ok=True)
+    units = dict(map(json.loads, journal.read_text().splitlines())) if journal.exists() else {}
+    supported = {name: infos()[name].supported_dtypes("cpu") for name in names}
+    wanted = [["judge", name, x, ops] for name in names for x in options.dtypes if DTYPES[x] in supported[name]]
+    tasks = [task for task in wanted if f"{task[1]} {task[2]}" not in units]
+    lock = threading.Lock()
+
+    def note(task: list[Any], answer: Any) -> None:
+        with lock, journal.open("a") as file:
+            unit = f"{task[1]} {task[2]}"
+            units[unit] = answer
+            file.write(json.dumps((unit, answer)) + "\n")
+            wrong = sum(found["failures"] for found in answer.get("overloads", {}).values())
+            what = answer.get("crash") or f"{answer['checks']} checks, {wrong} wrong"
+            print(f"{len(units)} of {len(wanted)}: {unit}: {what}", *answer.get("said", ()), sep="\n  ", flush=True)
+
+    answered(tasks, words, options.workers, note)
+    tallies = summed(units, reaching, ops)
+    written(options, tallies, units, options.json)
+    for overload, tally in tallies.items():
+        for text in tally.failed:
+            print(f"{overload}: {text}")
+    print(", ".join(f"{n} {verdict}" for verdict, n in Counter(tally.verdict for tally in tallies.values()).items()))
+    return int(any(tally.failures for tally in tallies.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""Torch's own operators by their cards: each kernel against its reference, and each lowering against torch."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import flagops
+from flagops import registry, testing
+from flagops.errors import Unsupported
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)
+SHAPES = ((), (1,), (17,), (3, 5), (2, 1, 7), (4, 33), (0, 3))
+
+
+def test_kernel_equals_its_reference(aten_kernel, request):
+    """A few cases of each run; ``flagops check aten.add`` takes as many as one likes."""
+    name, backend = aten_kernel
+    few = 3 if backend == "triton" else 4 if backend == "numpy" else 12
+    ran, refused = testing.check(registry.operator(name), backend, few, seed=request.config.option.seed)
+    assert ran > 0, refused
+
+
+def draw(rng, shape, dtype):
+    if dtype == torch.bool:
+        return torch.from_numpy(np.asarray(rng.random(shape) < 0.5))
+    if not dtype.is_floating_point:
+        return torch.from_numpy(np.asarray(rng.integers(0, 5, shape))).to(dtype)
+    x = torch.from_numpy(np.asarray(rng.standard_normal(shape))).to(dtype)
+    return torch.where(x.abs() < 0.05, torch.tensor(float(rng.choice([np.nan, np.inf, -0.0, 1])), dtype=dtype), x)
+
+
+def laid(rng, x):
+    """The same values with other strides."""
+    way = rng.integers(4)
+    if way == 1 and x.dim() > 1:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if way == 2 and x.dim():
+        wide = x.new_zeros((*x.shape[:-1], 2 * x.shape[-1] + 1))
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
+    if way == 3 and x.dim():
+        return x[:1].expand_as(x) if x.shape[0] else x
+    return x
+
+
+def same(got, expected, what):
+    assert (got.dtype, got.shape, got.stride()) == (expected.dtype, expected.shape, expected.stride()), what
+    if not expected.dtype.is_floating_point:
+        assert torch.equal(got, expected), what
+        return
+    testing.assert_near(got, expected, 40, 1 + expected.double().abs().nan_to_num(posinf=0, neginf=0), label=what)
+
+
+def under(call, *args):
+    """What a call gives when everything is replaced, and that nothing of it was left to torch."""
+    with flagops.enable("all", backend="numba", strict=True):
+        return call(*args)
+
+
+BINARY = {
+    "add": lambda x, y: torch.add(x, y, alpha=2) if x.dtype != torch.bool else x + y,
+    "sub": lambda x, y: x - y,
+    "rsub": lambda x, y: 3 - x,
+    "mul": torch.mul,
+    "div": torch.div,
+    "gt": torch.gt,
+    "eq": torch.eq,
+    "where": lambda x, y: torch.where(x > 0, x, y),
+    "maximum": torch.maximum,
+    "logical_and": torch.logical_and,
+    "number": lambda x, y: x * 2.5,
+    "integer": lambda x, y: x + 2,
+    "clamp": lambda x, y: x.clamp(0, 2),
+    "least": lambda x, y: x.clamp(min=0.5),
+    "masked": lambda x, y: x.masked_fill(x > 0, 1),
+    "to": lambda x, y: x.to(torch.float32) + y.to(torch.int64),
+    "in place": lambda x, y: x.clone().mul_(2),
+    "full": lambda x, y: torch.full_like(x, 3),
+}
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_types_are_promoted_as_torch_does(name, rng):
+    """Pairs of dtypes, numbers of Python's and tensors of one number; what torch refuses is refused with its error."""
+    call, compared = BINARY[name], 0
+    for one, two in itertools.product(DTYPES, DTYPES):
+        shape = SHAPES[rng.integers(len(SHAPES))]
+        other = shape[-1:] if rng.random() < 0.5 else shape
+        x, y = laid(rng, draw(rng, shape, one)), laid(rng, draw(rng, () if rng.random() < 0.2 else other, two))
+        what = f"{name} of {one} {tuple(x.shape)} {x.stride()} and {two} {tuple(y.shape)} {y.stride()}"
+        try:
+            expected = call(x, y)
+        except Exception as error:
+            with pytest.raises((type(error), Unsupported)), flagops.enable("all", backend="numba"):
+                call(x, y)
+            continue
+        same(under(call, x, y), expected, what)
+        compared += 1
+    assert compared > 20
+
+
+UNARY = "neg abs sign sqrt rsqrt reciprocal exp expm1 log log1p log2 sin cos tanh erf sigmoid relu floor ceil trunc round"
+FUNCTIONS = {name: getattr(torch, name) for name in UNARY.split()} | {
+    "isnan": torch.isnan, "isinf": torch.isinf, "isneginf": torch.isneginf, "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu, "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "softplus": torch.nn.functional.softplus, "square": lambda x: x**2, "root": lambda x: x.abs() ** 0.5,
+    "bitwise_not": torch.bitwise_not, "logical_not": torch.logical_not, "contiguous": lambda x: x.contiguous(),
+    "clone": torch.clone, "zeros": torch.zeros_like,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_one_operand(name, rng):
+    call, compared = FUNCTIONS[name], 0
+    for dtype in DTYPES:
+        x = laid(rng, draw(rng, SHAPES[rng.integers(len(SHAPES))], dtype))
+        try:
+            expected = call(x)
+        except Exception as error:
+            with pytest.raises((type(error), Unsupported)), flagops.enable("all", backend="numba"):
+                call(x)
+            continue
+        same(under(call, x), expected, f"{name} of {dtype} {tuple(x.shape)} {x.stride()}")
+        compared += 1
+    assert compared
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.int64))
+def test_destinations(dtype, rng):
+    """``out=`` of another shape is resized, of another dtype converted or refused, one that overlaps itself refused."""
+    x, y = torch.ones(3, 4), torch.full((4,), 2.0)
+    for out in (torch.empty(3, 4, dtype=dtype), torch.empty(0, dtype=dtype), torch.empty(4, 3, dtype=dtype).t()):
+        copy = out.clone(memory_format=torch.preserve_format)
+        try:
+            expected = torch.add(x, y, out=copy)
+        except RuntimeError as error:
+            with pytest.raises(RuntimeError, match="can't be cast"):
+                under(lambda out: torch.add(x, y, out=out), out)
+            assert "can't be cast" in str(error)
+            continue
+        got = under(lambda out: torch.add(x, y, out=out), out)
+        assert got is out
+        same(got, expected, f"out of {dtype}")
+    with flagops.enable("all", backend="numba"), pytest.raises(RuntimeError, match="single memory location"):
+        torch.add(x, 1, out=torch.empty(1).expand(3, 4))
+    z = torch.arange(6.0)
+    with flagops.enable("all", backend="numba"), pytest.raises(RuntimeError, match="memory location"):
+        torch.add(z[1:], 1, out=z[:-1])
+
+
+def test_strict_names_what_no_kernel_takes():
+    x = torch.ones(3)
+    with flagops.enable("pointwise", backend="numba", strict=True):
+        assert (x + 1).tolist() == [2.0] * 3
+        with pytest.raises(Unsupported, match="aten::cumprod"):
+            x.cumprod(0)
+        with pytest.raises(Unsupported, match="aten::add.Tensor: dtype complex64"):
+            x.to(torch.complex64) + 1
+    assert x.cumprod(0).tolist() == [1.0] * 3
+
+
+def test_everything_is_undone():
+    """Every overload that ``"all"`` stands before is torch's again afterwards."""
+    from flagops.override import interpose
+
+    before = {name: torch._C._dispatch_dump_table(f"aten::{name}") for name in ("add.Tensor", "sum.dim_IntList", "fill_")}
+    handle = flagops.enable("all", backend="numba")
+    assert len(handle.ops) > 60
+    handle.disable()
+    interpose.sweep()
+    assert not interpose.live
+    assert not interpose.buried
+    assert before == {name: torch._C._dispatch_dump_table(f"aten::{name}") for name in before}
+
+
+@pytest.mark.parametrize("options", ({"fused": True}, {"fused": True, "amsgrad": True}, {"foreach": True}, {"foreach": False}))
+@pytest.mark.parametrize("kind", (torch.optim.AdamW, torch.optim.Adam))
+def test_optimizers_step_as_torch_does(kind, options, rng):
+    def train():
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(17, 5)
+        optimizer = kind(layer.parameters(), lr=1e-2, weight_decay=0.1, **options)
+        for _ in range(5):
+            for p in layer.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in layer.parameters()])
+
+    expected = train()
+    with flagops.enable("all", backend="numba"):
+        got = train()
+    testing.assert_near(got, expected, 64, 1 + expected.abs())

@@ -1,0 +1,162 @@
+"""What only Triton can get wrong of torch's own operators: its arithmetic, its conversions, its programs for chips."""
+
+import importlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flagops import arrays, dispatch, registry, testing
+from flagops.call import of
+
+ROOT = Path(__file__).parents[1]
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _held(name, *args):
+    """A result that agrees with the reference, for arguments on the CPU."""
+    given = [x.to(DEVICE) if isinstance(x, torch.Tensor) and x.dim() else x for x in args]
+    got = of(registry.operator(name))(*given, backend="triton").cpu()
+    testing.assert_of(name, got, *args)
+    return got
+
+
+def _values(dtype):
+    """What conversions stumble on, as far as a dtype holds it."""
+    ends = [e + d for b in (7, 8, 15, 16, 31, 32, 62) for e in (2**b, -(2**b)) for d in (-1, 0, 1)]
+    if dtype == "bool":
+        return torch.tensor([True, False])
+    if dtype in arrays.INTEGERS:
+        info = torch.iinfo(getattr(torch, dtype))
+        kept = {e for e in (*ends, 0, info.min, info.max, 2**53 + 1, (1 << 40) + (1 << 31) + 1)}
+        return torch.tensor(sorted(e for e in kept if info.min <= e <= info.max), dtype=getattr(torch, dtype))
+    info = torch.finfo(getattr(torch, dtype))
+    ties = [1 + 2**-8, 1 + 2**-8 + 2**-40, 1 + 3 * 2**-8 - 2**-40, 1 + 2**-11 + 2**-50, 1 + 3 * 2**-11 - 2**-50]
+    small = [2.0**-134, 2.0**-134 + 2.0**-160, 2.0**-25, 2.0**-25 + 2.0**-60, 3 * 2.0**-26, info.tiny, info.tiny / 8]
+    large = [info.max, 65519.99999999, 65520.0, 3.3961775e38, 3.4e38, 2.0**63, 2.0**64, np.inf, np.nan]
+    made = [*ends, *ties, *small, *large, 0.0, 0.5, 1.5, 2.7]
+    return torch.tensor([sign * x for x in made for sign in (1, -1)], dtype=torch.float64).to(getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("source", arrays.DTYPES)
+def test_every_conversion_is_the_references(source):
+    for dtype in arrays.DTYPES:
+        _held("aten.copy", _values(source), dtype)
+
+
+def test_a_number_of_the_host_is_the_tensor_that_holds_it():
+    for name, dtype in itertools.product(("add", "remainder", "eq"), ("int64", "float64", "bfloat16", "int32")):
+        x = torch.tensor([3, -7, 2**60 + 1, 100], dtype=torch.int64)
+        for number in (torch.tensor(2**60 + 1), torch.tensor(0.1, dtype=torch.float64), torch.tensor(True)):
+            rest = (dtype, 3) if name == "add" else (dtype,)
+            assert torch.equal(
+                _held(f"aten.{name}", x, number, *rest), _held(f"aten.{name}", x, number.expand(4).clone(), *rest)
+            )
+
+
+def test_a_number_of_the_host_does_not_say_where_a_call_computes(monkeypatch):
+    class Elsewhere:
+        def refuses(self, x):
+            return None if x.device.type == "meta" else f"takes meta tensors, not {x.device.type}"
+
+    monkeypatch.setattr(registry, "backend", lambda name: Elsewhere())
+    monkeypatch.setattr(registry, "find", lambda *names: registry.Kernel(lambda x, y, dtype, out: None))
+    x, number = torch.ones(3, device="meta"), torch.tensor(2.0)
+    for args in ((number, x, "float32", None), (x, number, "float32", None), (number, number, "float32", x[0])):
+        made = dispatch._choose(registry.operator("aten.mul"), args, "elsewhere", None, {}).makers[0]()
+        assert made.device.type == "meta"
+
+
+def test_zeros_keep_their_signs_and_quotients_are_rounded_once(rng):
+    zeros = torch.tensor([0.0, -0.0, np.inf, -np.inf, np.nan, 1.0])
+    for name in ("neg", "abs", "round", "trunc", "ceil"):
+        _held(f"aten.{name}", zeros, "float32")
+    x, y = (torch.from_numpy(rng.standard_normal(2000).astype(np.float32)) for _ in range(2))
+    assert torch.equal(_held("aten.div", x, y, "float32"), (x.double() / y.double()).float())
+    assert torch.equal(_held("aten.sqrt", x.abs(), "float32"), x.abs().double().sqrt().float())
+
+
+@pytest.mark.parametrize("dtype", ("int64", "int32", "int8", "uint8"))
+def test_integers_are_divided_by_everything(dtype):
+    info = torch.iinfo(getattr(torch, dtype))
+    ends = torch.tensor(sorted({info.min, info.min + 1, info.max, 0, 1, 2, 7} | ({-1, -2, -7} if info.min else set())))
+    x, y = torch.meshgrid(ends.to(getattr(torch, dtype)), ends.to(getattr(torch, dtype)), indexing="ij")
+    for name in ("floor_divide", "trunc_divide", "remainder", "fmod", "pow"):
+        _held(f"aten.{name}", x, y, dtype)
+
+
+def test_functions_hold_far_from_zero():
+    x = torch.linspace(-120, 120, 4001)
+    for name in ("exp", "expm1", "tanh", "erf", "sigmoid", "silu", "log1p"):
+        _held(f"aten.{name}", x, "float32")
+    for name in ("sin", "cos"):
+        _held(f"aten.{name}", torch.cat([x, x * 1e4, x * 1e30]), "float32")
+
+
+def test_bounds_know_which_intermediates_overflow():
+    x, one, zero = torch.tensor([3e38, -3e38, 2e38, 1e20]), torch.ones(4), torch.zeros(4)
+    _held("aten.addcmul", one, x, zero, "float32", -3)
+    _held("aten.addcdiv", one, x, x, "float32", -3)
+    _held("aten.gelu_backward", one, x, "float32", True)
+
+
+def test_axes_are_merged_as_far_as_strides_allow():
+    axes = importlib.import_module("flagops.kernels.triton._elementwise").axes
+    x = torch.empty(2, 3, 4, 5, 6, 7)
+    turned = x.permute(5, 0, 3, 1, 2, 4)
+    assert axes(turned, turned) == ((), [(1,), (1,)])
+    assert axes(x, x[:, :, :1, :1, :1, :1]) == ((840,), [(1, 840), (0, 840)])
+    assert axes(x, torch.ones(5, 1, 7)) == ((7, 6, 5), [(1, 7, 42, 210), (1, 0, 7, 0)])
+
+
+def test_six_axes_that_do_not_merge_in_place(rng):
+    shape = (2, 3, 2, 3, 2, 3)
+    x = torch.from_numpy(rng.standard_normal(shape)).permute(5, 3, 1, 4, 2, 0)
+    y = torch.from_numpy(rng.standard_normal((3, 1, 3, 2, 1, 2)))
+    target = x.to(DEVICE).clone(memory_format=torch.preserve_format)
+    room = torch.zeros(*(2 * n for n in target.shape), dtype=target.dtype, device=DEVICE)
+    place = room[tuple(slice(0, None, 2) for _ in shape)]
+    place.copy_(target)
+    of(registry.operator("aten.add"))(place, y.to(DEVICE), "float64", 2, out=place, backend="triton")
+    testing.assert_of("aten.add", place.cpu(), x, y, "float64", 2)
+    assert not room[1::2].any()
+
+
+COMPILE = """
+import json, sys
+sys.path.insert(0, "benchmarks")
+import triton_compile as compiler
+
+names = [f"aten.{name}" for name in ("div", "rsqrt", "gelu", "remainder", "copy", "adamw")]
+found = []
+for blank, launch in compiler.rows(targets=["sm_75", "sm_90", "gfx942"], names=names):
+    if "drawn" in blank.label and blank.target != "sm_90":
+        continue
+    row, made = compiler.compiled(blank, launch)
+    text = made.asm.get("ptx", "")
+    approximate = [word for word in ("div.full", "sqrt.approx", "add.ftz", "mul.ftz", "fma.rn.ftz") if word in text]
+    wide = ".v4.b32" in text or ".v2.b32" in text or ".v4.b16" in text
+    found.append({"name": row.name, "faults": compiler.faults(row), "approximate": approximate, "wide": wide})
+print(json.dumps(found))
+"""
+
+
+def test_compiled_programs_round_once_and_load_whole_vectors():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = json.loads(run.stdout.splitlines()[-1])
+    assert len(rows) > 40
+    for row in rows:
+        assert not row["faults"], row
+        assert not row["approximate"], row
+        if " 4M." in row["name"] and "gfx" not in row["name"]:
+            assert row["wide"], row
