@@ -40,7 +40,7 @@ from ._vectors import TAGS, lanes, load, size, store, vload, vstore, wide
 
 _GRAIN = 1 << 14  # elements worth a thread
 _SPAN = 1 << 12  # elements of a task
-_SEEN = 1 << 16  # indices that are worth a second look by another thread
+_SEEN = 1 << 22  # indices that are worth a second look by another thread
 _REDUCTIONS = {"assign": ASSIGN, "sum": SUM, "prod": PROD, "amax": AMAX, "amin": AMIN}
 
 

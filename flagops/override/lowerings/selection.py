@@ -113,7 +113,7 @@ def bucketize(steps: Steps, self: Any, boundaries: Tensor, *, out_int32: bool = 
 
 
 def _isin(steps: Steps, elements: Any, values: Any, invert: bool) -> Tensor:
-    """Many values are put in order first."""
+    """Many whole numbers are put in order first."""
     import torch
 
     like = elements if isinstance(elements, torch.Tensor) else values
@@ -123,7 +123,7 @@ def _isin(steps: Steps, elements: Any, values: Any, invert: bool) -> Tensor:
     x = _brought(steps, elements, dtype, like)
     values = _brought(steps, values, dtype, like).reshape(-1)
     out = torch.empty(x.shape, dtype=torch.bool, device=like.device)
-    if values.numel() <= _MANY:
+    if values.numel() <= _MANY or dtype.is_floating_point:  # a search among NaN would go astray
         return steps.run("aten.isin", x, values, invert, out=out)
     ordered = values.sort().values
     places = torch.empty(x.numel(), dtype=torch.int64, device=like.device)
