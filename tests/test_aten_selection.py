@@ -103,13 +103,19 @@ def bincount(d):
     return lambda x, w: x.bincount(w if weights else None, minlength=3), [x, torch.ones(x.shape[0])]
 
 
+def repeat_interleave(d):
+    x = d.tensor(d.number(1, 6), 3)
+    repeats = torch.as_tensor(d.rng.integers(0, 4, x.shape[0])).to((torch.int64, torch.int32)[d.number(0, 1)])
+    return lambda x, r: x.repeat_interleave(r, 0), [x, repeats]
+
+
 def equal(d):
     x = Draw.tensor(d, *d.shape())
     other = x.clone() if d.number(0, 1) else Draw.tensor(d, *x.shape)
     return lambda x, y: torch.tensor(torch.equal(x, y)), [x, other]
 
 
-FORMS = [sort, argsort, topk, kthvalue, searchsorted, bucketize, isin, histc, bincount, equal]
+FORMS = [sort, argsort, topk, kthvalue, searchsorted, bucketize, isin, histc, bincount, repeat_interleave, equal]
 
 
 def computes(form, dtype):

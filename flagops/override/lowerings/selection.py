@@ -203,6 +203,24 @@ def bincount(steps: Steps, self: Tensor, weights: Tensor | None = None, minlengt
     return steps.run("aten.scatter", total, where, source, "sum", True, False, out=total) if count else total
 
 
+@lowers("repeat_interleave.Tensor", to="aten.searchsorted", whole=True)
+def repeat_interleave(steps: Steps, repeats: Tensor, *, output_size: int | None = None) -> Tensor:
+    """Which repeated element each place of the result has: the first whose end lies behind it."""
+    import torch
+
+    if repeats.dim() != 1 or repeats.dtype not in (torch.int32, torch.int64):
+        raise Pass(REFUSED)
+    if repeats.numel() and _extreme(steps, repeats, False) < 0:
+        raise RuntimeError("repeats can not be negative")
+    ends = repeats.cumsum(0)
+    count = int(ends[-1].item()) if repeats.numel() else 0
+    if output_size not in (None, count):
+        raise RuntimeError(f"allocated size {output_size} does not match required size {count}")
+    places = torch.arange(count, dtype=torch.int64, device=repeats.device)
+    found = steps.run("aten.searchsorted", ends, places, True, out=torch.empty_like(places))
+    return _brought(steps, found, repeats.dtype, repeats)
+
+
 @lowers("equal", to="aten.ne", whole=True)
 def equal(steps: Steps, self: Tensor, other: Tensor) -> bool:
     import torch
