@@ -242,6 +242,7 @@ def _wanted_at(name: str, keys: tuple[str, ...], backend: Any, named: bool) -> t
     wish = (backend,) if isinstance(backend, str) else backend or config.current().backend or registry.backend_names()
     able = [b for b in wish if _has(lowering.operator, b)]
     places = {key for b in able for key in registry.backend(b).dispatch_keys}
+    named = named and not lowering.random
     return tuple(key for key in keys if key in places and (named or key == "PrivateUse1"))
 
 
