@@ -102,7 +102,9 @@ def test_types_are_promoted_as_torch_does(name, rng):
     assert compared > 20
 
 
-UNARY = "neg abs sign sqrt rsqrt reciprocal exp expm1 log log1p log2 sin cos tanh erf sigmoid relu floor ceil trunc round"
+UNARY = (
+    "neg abs sign sqrt rsqrt reciprocal exp expm1 log log1p log2 sin cos tanh erf sigmoid relu floor ceil trunc round"
+)
 FUNCTIONS = {name: getattr(torch, name) for name in UNARY.split()} | {
     "isnan": torch.isnan, "isinf": torch.isinf, "isneginf": torch.isneginf, "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu, "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
@@ -166,7 +168,9 @@ def test_everything_is_undone():
     """Every overload that ``"all"`` stands before is torch's again afterwards."""
     from flagops.override import interpose
 
-    before = {name: torch._C._dispatch_dump_table(f"aten::{name}") for name in ("add.Tensor", "sum.dim_IntList", "fill_")}
+    before = {
+        name: torch._C._dispatch_dump_table(f"aten::{name}") for name in ("add.Tensor", "sum.dim_IntList", "fill_")
+    }
     handle = flagops.enable("all", backend="numba")
     assert len(handle.ops) > 60
     handle.disable()
@@ -176,7 +180,9 @@ def test_everything_is_undone():
     assert before == {name: torch._C._dispatch_dump_table(f"aten::{name}") for name in before}
 
 
-@pytest.mark.parametrize("options", ({"fused": True}, {"fused": True, "amsgrad": True}, {"foreach": True}, {"foreach": False}))
+@pytest.mark.parametrize(
+    "options", ({"fused": True}, {"fused": True, "amsgrad": True}, {"foreach": True}, {"foreach": False})
+)
 @pytest.mark.parametrize("kind", (torch.optim.AdamW, torch.optim.Adam))
 def test_optimizers_step_as_torch_does(kind, options, rng):
     def train():

@@ -212,7 +212,9 @@ def test_layer_norm_and_its_gradients_are_near_float64(shape, dtype, rng):
     count = x.numel()
     weights = (1 + exact[0].abs(), 20 * (1 + exact[1].abs()), count // n * 9.0, count // n * 9.0)
     for value, got, weight in zip(exact, made, weights, strict=True):
-        testing.assert_near(got, value, 4 * n + 20, torch.broadcast_to(torch.as_tensor(weight), value.shape), "gradient")
+        testing.assert_near(
+            got, value, 4 * n + 20, torch.broadcast_to(torch.as_tensor(weight), value.shape), "gradient"
+        )
 
 
 @pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
