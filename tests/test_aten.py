@@ -136,13 +136,12 @@ def test_destinations(dtype, rng):
     x, y = torch.ones(3, 4), torch.full((4,), 2.0)
     for out in (torch.empty(3, 4, dtype=dtype), torch.empty(0, dtype=dtype), torch.empty(4, 3, dtype=dtype).t()):
         copy = out.clone(memory_format=torch.preserve_format)
-        try:
-            expected = torch.add(x, y, out=copy)
-        except RuntimeError as error:
-            with pytest.raises(RuntimeError, match="can't be cast"):
-                under(lambda out: torch.add(x, y, out=out), out)
-            assert "can't be cast" in str(error)
+        if dtype == torch.int64:
+            for call in (torch.add, lambda *args, out: under(lambda out: torch.add(*args, out=out), out)):
+                with pytest.raises(RuntimeError, match="can't be cast"):
+                    call(x, y, out=copy)
             continue
+        expected = torch.add(x, y, out=copy)
         got = under(lambda out: torch.add(x, y, out=out), out)
         assert got is out
         same(got, expected, f"out of {dtype}")
@@ -159,7 +158,7 @@ def test_strict_names_what_no_kernel_takes():
         assert (x + 1).tolist() == [2.0] * 3
         with pytest.raises(Unsupported, match="aten::cumprod"):
             x.cumprod(0)
-        with pytest.raises(Unsupported, match="aten::add.Tensor: dtype complex64"):
+        with pytest.raises(Unsupported, match=r"aten::add.Tensor: dtype complex64"):
             x.to(torch.complex64) + 1
     assert x.cumprod(0).tolist() == [1.0] * 3
 

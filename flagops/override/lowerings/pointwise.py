@@ -345,7 +345,8 @@ def _masked(self: Tensor, mask: Tensor, value: Any) -> Result:
     """Torch fills a clone, row by row."""
     import torch
 
-    return torch.broadcast_shapes(self.shape, mask.shape), None, self.dtype
+    shape = torch.broadcast_shapes(self.shape, mask.shape)  # type: ignore[no-untyped-call]
+    return shape, None, self.dtype
 
 
 @lowers("masked_fill", to="aten.where", elementwise=True, result=_masked)
