@@ -75,7 +75,7 @@ def halves(typingctx, vector):
         parts = [_ir.shuffle(builder, arguments[0], arguments[0], range(i, i + half.lanes)) for i in (0, half.lanes)]
         return context.make_tuple(builder, signature.return_type, parts)
 
-    return types.UniTuple(half, 2)(vector), generate
+    return types.UniTuple(half, 2)(vector), generate  # type: ignore[attr-defined]
 
 
 # What routines read besides: the addresses of the scalar, of the rows' numbers and of room for a few elements; how many
