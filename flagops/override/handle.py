@@ -168,8 +168,8 @@ class Handle:
 def enable(
     ops: str | Sequence[str] | None = None, backend: str | Sequence[str] | None = None, strict: bool = False
 ) -> Handle:
-    """Compute torch's operators with flagops kernels, in eager code of the whole process, until disabled. Gradients stay
-    torch's or are flagops' own.
+    """Compute torch's operators with flagops kernels, in eager code of the whole process, until disabled. Gradients
+    stay torch's or are flagops' own.
 
     ops: what to replace, as names joined by commas or in a list: ``"default"``, what makes whole models faster where
         torch has kernels of its own (products, rms_norm, attention) and everything on a device that has none;

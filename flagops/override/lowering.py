@@ -99,7 +99,7 @@ class Lowering:
 
     @property
     def aten(self) -> bool:
-        """Whether it takes whatever torch takes: those whose cards stand under torch's own operators, and whole ones."""
+        """Whether it takes whatever torch takes: its cards stand under torch's own operators, or it is whole."""
         return self.whole or self.operator.startswith("aten.")
 
     @property
