@@ -14,7 +14,8 @@ from torch.profiler import profile
 import flagops
 from flagops.__main__ import main
 from flagops.override import interpose
-from flagops.override.coverage import Coverage, annotated, kind, watching
+from flagops.override.annotations import annotated
+from flagops.override.coverage import Coverage, , kind, watching
 
 sys.path.insert(0, str(Path(__file__).parent))
 from opinfo_calls import Check, Room, observe

@@ -25,10 +25,11 @@ from typing import Any
 from flagops import dispatch, tables
 
 from . import interpose
+from .annotations import Fate, fates_of
 from .forms import OWN, Form, forms, kind
 from .handle import Handle, enable
 from .lowering import LOWERINGS
-from .sites import COMPOSITE, Plan
+from .sites import COMPOSITE
 
 NATIVE = "native"
 _COLUMNS = ("operator", "calls", "ms", "device ms", "served by")
@@ -157,41 +158,8 @@ def watching() -> Iterator[Callable[[], Coverage]]:
         yield lambda: _counted(profiled.events() or [], noted, handles)
 
 
-def annotated(site: Any, plan: Plan, args: tuple[Any, ...]) -> Plan:
-    """A plan whose calls stand in a profiler's trace: ``flagops::matmul/numba [2, 3] [3, 4]``, or why torch has it."""
-    import torch
-
-    compute, count = plan
-    name, by, reason = _fate(site, count)
-    shapes = " ".join(str(list(x.shape)) for x in site.form.inputs(args) if isinstance(x, torch.Tensor))
-    if not by:
-        with torch._C._profiler._RecordFunctionFast(f"flagops leaves {name} {shapes} to torch: {reason}"):
-            return plan
-
-    def ranged(args: tuple[Any, ...]) -> Any:
-        with torch._C._profiler._RecordFunctionFast(f"flagops::{by} {shapes}"):
-            return compute(args)  # type: ignore[misc]
-
-    return ranged, count
-
-
-@functools.lru_cache(maxsize=4096)
-def _fate(site: Any, count: Callable[[], int]) -> Fate:
-    return _fates(site).get(count, (site.name, "", "no handle wants it"))
-
-
 def _in_force() -> list[Handle]:
     return list(dict.fromkeys(handle for site in interpose.live.values() for handle in site.handles))
-
-
-Fate = tuple[str, str, str]
-"""The aten name of a call, who computed it, and why torch did."""
-
-
-def _fates(site: Any) -> dict[Callable[[], int], Fate]:
-    """What each function that counts calls of a site says of them."""
-    counters = (item for handle in site.handles for item in handle._counters.items())
-    return {counter.add: (name, by, reason) for (name, _, by, reason), counter in counters}
 
 
 @contextlib.contextmanager
@@ -220,7 +188,7 @@ def _noting() -> Iterator[dict[str, Fate]]:
     with interpose.lock:
         for site in interpose.live.values():
             # known plans are kept: to make one takes longer than many a call
-            fates = _fates(site)
+            fates = fates_of(site)
             site.plans = {
                 signature: (compute, noting(fates[count], count) if count in fates else count)
                 for signature, (compute, count) in site.plans.items()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from flagops import config, generated, surroundings
 from flagops.errors import Unsupported
 
+from .annotations import annotated
 from .forms import COMPOSITE as COMPOSITE
 from .forms import DEVICES, Form
 from .interpose import Counter, Registration, thread
@@ -123,8 +124,6 @@ class Site(Registration):
         form = self.form
         out = form.schema.arguments[form.given].name if form.given is not None else None
         names, parameters, signature = [], [], ["_current()"]
-        from .coverage import annotated  # which knows the sites
-
         space: dict[str, Any] = {"_site": self, "_thread": thread, "_current": config.current}
         space |= {"_profiler": sys.modules["torch.autograd.profiler"], "_annotated": annotated}
         space |= {"_plan": self._plan, "_left": self._left, "_refused": (Pass, Unsupported), "_exactly": _exactly}
