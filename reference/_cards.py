@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flagops.arrays import DTYPES, FLOATS, INTEGERS, NUMBERS, arithmetic, numpy_dtype
+from flagops.arrays import DTYPES, FLOATS, HALF, INTEGERS, NUMBERS, arithmetic, numpy_dtype
 from flagops.operator import Operator, Scalar, Tensor, operator
 from flagops.scalars import dtype as dtype_scalar
 

@@ -36,7 +36,7 @@ def _values(dtype):
         return torch.tensor([True, False])
     if dtype in arrays.INTEGERS:
         info = torch.iinfo(getattr(torch, dtype))
-        kept = {e for e in (*ends, 0, info.min, info.max, 2**53 + 1, (1 << 40) + (1 << 31) + 1)}
+        kept = {*ends, 0, info.min, info.max, 2**53 + 1, (1 << 40) + (1 << 31) + 1}
         return torch.tensor(sorted(e for e in kept if info.min <= e <= info.max), dtype=getattr(torch, dtype))
     info = torch.finfo(getattr(torch, dtype))
     ties = [1 + 2**-8, 1 + 2**-8 + 2**-40, 1 + 3 * 2**-8 - 2**-40, 1 + 2**-11 + 2**-50, 1 + 3 * 2**-11 - 2**-50]

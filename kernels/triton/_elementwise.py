@@ -27,19 +27,9 @@ TYPES = {
 
 
 @triton.jit
-def _to_odd(x):
-    """float64 as a float32 whose last bit is set where it is not exact: what rounds that has rounded once."""
-    near = x.to(tl.float32)
-    back = near.to(tl.float64)
-    bits = near.to(tl.uint32, bitcast=True)
-    bits = tl.where(tl.abs(back) > tl.abs(x), bits - 1, bits)
-    return tl.where(back != x, bits | 1, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def cast(x, dtype: tl.constexpr):
-    """In another dtype as x86 has it: rounded once; to integers cut off in 32 bits (64 for int64), whose low ones
-    narrower ones take, and the least where it does not fit or is NaN."""
+    """In another dtype as x86 has it: halves through float32; integers cut off in 32 bits (64 for int64), whose low
+    ones narrower ones take, and the least where it does not fit or is NaN."""
     if x.dtype == dtype:
         made = x
     elif dtype == tl.int1:
@@ -47,8 +37,6 @@ def cast(x, dtype: tl.constexpr):
     elif dtype.is_floating():
         if dtype.primitive_bitwidth > 16:
             made = widen(x).to(dtype)
-        elif x.dtype == tl.float64 or x.dtype == tl.int64 or x.dtype == tl.int32:
-            made = narrow(_to_odd(x.to(tl.float64)), dtype)
         else:
             made = narrow(widen(x).to(tl.float32), dtype)
     elif x.dtype.is_floating():
