@@ -139,13 +139,16 @@ def tile(n: int, step: int) -> dict[str, int]:
     return {"ROWS": max(1, TILE // block), "BLOCK": block}
 
 
-def lead(*tensors: torch.Tensor | None, shape: tuple[int, ...]) -> tuple[Any, list[Any]]:
-    """Sizes of all axes of rows but the outermost, and steps of each tensor, which has those axes first; from the
-    innermost on."""
-    rank = len(shape)
+def lead(*tensors: torch.Tensor | None, shape: tuple[int, ...], own: tuple[int, ...] = ()) -> tuple[Any, list[Any]]:
+    """Sizes of all axes of rows but the outermost, and steps of each tensor, from the innermost on.
+
+    own: how many axes of its own each tensor has behind those; if not given, as many as it has more than `shape`.
+    """
     given = [x for x in tensors if x is not None]
-    own = [spread(tuple(x.shape[:rank]), x.stride()[:rank], rank, 0) for x in given]
-    sizes, steps = merged(shape, own)
+    kept = own or [max(0, x.dim() - len(shape)) for x in given]
+    sizes, steps = merged(
+        shape, [spread(tuple(x.shape), x.stride(), len(shape), k) for x, k in zip(given, kept, strict=True)]
+    )
     each = iter([tuple(step[::-1]) for step in steps])
     return tuple(sizes[:0:-1]), [None if x is None else next(each) for x in tensors]
 
