@@ -95,7 +95,7 @@ def elementwise_kernel(
             value = number(numbers[i], KINDS[i])
         else:
             value = cast(tl.load(operands[i] + offset(at, sizes, steps[i]), here, other=0), KINDS[i])
-        values += (value,)
+        values += (value,)  # type: ignore[assignment]
     tl.store(out + offset(at, sizes, out_steps), cast(LANE(*values), out.dtype.element_ty), here)
 
 

@@ -19,7 +19,7 @@ from .reductions import ADD, fold, lead
 
 WHOLE = 8192
 """Elements of a row that a program keeps."""
-TOGETHER = 2048
+TOGETHER = 1024
 """Elements of short rows that share a program."""
 LINES = 128
 """Rows whose columns a program sums."""
