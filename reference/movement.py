@@ -35,9 +35,9 @@ def copy(x: Array, dtype: str) -> Array:
         out: to write into; allocated if None.
 
     Returns:
-        Floats rounded to nearest even, integers' low bits, True for what is not 0. Floats become integers as x86 has
-        it: cut off, in 32 bits (64 for int64) whose low ones narrower integers take; what does not fit there, and NaN,
-        becomes the least.
+        Floats rounded to nearest even (halves after float32), integers' low bits, True for what is not 0. Floats become
+        integers as x86 has it: cut off, in 32 bits (64 for int64) whose low ones narrower integers take; what does not
+        fit there, and NaN, becomes the least.
 
     Raises:
         TypeError: ``x`` is no array, or ``dtype`` is none of torch's real dtypes.

@@ -91,7 +91,8 @@ def adamw(
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
     first, second = (1 - np.power(float(beta), float(step)) for beta in (beta1, beta2))
     made = param - lr / first * exp_avg / (np.sqrt(exp_avg_sq) / math.sqrt(second) + eps)
-    return tuple(np.broadcast_arrays(made, exp_avg, exp_avg_sq))
+    made, exp_avg, exp_avg_sq = np.broadcast_arrays(made, exp_avg, exp_avg_sq)
+    return made, exp_avg, exp_avg_sq
 
 
 def adamw_bound(

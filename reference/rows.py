@@ -60,6 +60,13 @@ def _below(x: Array, dtype: str) -> tuple[Array, Array]:
         return below, np.exp(below).sum(-1, keepdims=True)
 
 
+def _flushed(dtype: str) -> float:
+    """What an exponential may be to be taken for 0: twice the smallest normal number, as kernels are half as fast for
+    what lies below."""
+    acc = unit(accumulator(dtype))
+    return acc.tiny / acc.u
+
+
 def _mass_off(below: Array, dtype: str) -> Array:
     """The relative error of a sum of exponentials, of which the greatest is 1."""
     acc, size = unit(accumulator(dtype)), magnitude(below)
@@ -95,7 +102,7 @@ def softmax_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Arr
     below, _ = _below(arguments["x"], arguments["dtype"])
     acc, size = unit(accumulator(dtype)), magnitude(exact)
     relative = (8 + 2 * magnitude(below)) * acc.u + _mass_off(below, dtype)
-    return _off(exact, 2 * relative * size + 4 * acc.tiny, dtype, size)
+    return _off(exact, 2 * relative * size + _flushed(dtype), dtype, size)
 
 
 @_of_rows("_log_softmax", "x")
@@ -186,8 +193,12 @@ def log_softmax_backward_bound(exact: Array, arguments: Mapping[str, Any], dtype
     g, y = (_wide(arguments[n], arguments["dtype"]) for n in ("grad", "output"))
     acc, n, share = unit(accumulator(dtype)), g.shape[-1], np.exp(y)
     total = magnitude(g).sum(-1, keepdims=True)
-    error = (share * (1 + acc.u) + acc.tiny) * (n + 8) * (acc.u * total + acc.tiny) + 2 * acc.u * magnitude(g)
-    most = np.where(np.isinf(share), share, total * np.maximum(share, 1))
+    error = (
+        (share + _flushed(dtype)) * (n + 8) * (acc.u * total + acc.tiny)
+        + _flushed(dtype) * total
+        + 2 * acc.u * magnitude(g)
+    )
+    most = np.maximum(share, total * np.maximum(share, 1))
     return _off(exact, error + 2 * acc.u * magnitude(exact), dtype, np.maximum(magnitude(g), most))
 
 

@@ -102,7 +102,9 @@ def test_types_are_promoted_as_torch_does(name, rng):
     assert compared > 20
 
 
-UNARY = "neg abs sign sqrt rsqrt reciprocal exp expm1 log log1p log2 sin cos tanh erf sigmoid relu floor ceil trunc round"
+UNARY = (
+    "neg abs sign sqrt rsqrt reciprocal exp expm1 log log1p log2 sin cos tanh erf sigmoid relu floor ceil trunc round"
+)
 FUNCTIONS = {name: getattr(torch, name) for name in UNARY.split()} | {
     "isnan": torch.isnan, "isinf": torch.isinf, "isneginf": torch.isneginf, "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu, "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
@@ -134,13 +136,12 @@ def test_destinations(dtype, rng):
     x, y = torch.ones(3, 4), torch.full((4,), 2.0)
     for out in (torch.empty(3, 4, dtype=dtype), torch.empty(0, dtype=dtype), torch.empty(4, 3, dtype=dtype).t()):
         copy = out.clone(memory_format=torch.preserve_format)
-        try:
-            expected = torch.add(x, y, out=copy)
-        except RuntimeError as error:
-            with pytest.raises(RuntimeError, match="can't be cast"):
-                under(lambda out: torch.add(x, y, out=out), out)
-            assert "can't be cast" in str(error)
+        if dtype == torch.int64:
+            for call in (torch.add, lambda *args, out: under(lambda out: torch.add(*args, out=out), out)):
+                with pytest.raises(RuntimeError, match="can't be cast"):
+                    call(x, y, out=copy)
             continue
+        expected = torch.add(x, y, out=copy)
         got = under(lambda out: torch.add(x, y, out=out), out)
         assert got is out
         same(got, expected, f"out of {dtype}")
@@ -157,7 +158,7 @@ def test_strict_names_what_no_kernel_takes():
         assert (x + 1).tolist() == [2.0] * 3
         with pytest.raises(Unsupported, match="aten::cumprod"):
             x.cumprod(0)
-        with pytest.raises(Unsupported, match="aten::add.Tensor: dtype complex64"):
+        with pytest.raises(Unsupported, match=r"aten::add.Tensor: dtype complex64"):
             x.to(torch.complex64) + 1
     assert x.cumprod(0).tolist() == [1.0] * 3
 
@@ -166,7 +167,9 @@ def test_everything_is_undone():
     """Every overload that ``"all"`` stands before is torch's again afterwards."""
     from flagops.override import interpose
 
-    before = {name: torch._C._dispatch_dump_table(f"aten::{name}") for name in ("add.Tensor", "sum.dim_IntList", "fill_")}
+    before = {
+        name: torch._C._dispatch_dump_table(f"aten::{name}") for name in ("add.Tensor", "sum.dim_IntList", "fill_")
+    }
     handle = flagops.enable("all", backend="numba")
     assert len(handle.ops) > 60
     handle.disable()
@@ -176,7 +179,9 @@ def test_everything_is_undone():
     assert before == {name: torch._C._dispatch_dump_table(f"aten::{name}") for name in before}
 
 
-@pytest.mark.parametrize("options", ({"fused": True}, {"fused": True, "amsgrad": True}, {"foreach": True}, {"foreach": False}))
+@pytest.mark.parametrize(
+    "options", ({"fused": True}, {"fused": True, "amsgrad": True}, {"foreach": True}, {"foreach": False})
+)
 @pytest.mark.parametrize("kind", (torch.optim.AdamW, torch.optim.Adam))
 def test_optimizers_step_as_torch_does(kind, options, rng):
     def train():

@@ -1,5 +1,6 @@
 """Operators that order, choose, count and look for elements: torch's own results, form by form."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def topk(d):
 
     def values(x):
         made, index = x.topk(k, dim, largest)
-        assert torch.equal(x.gather(dim, index).nan_to_num(9), made.nan_to_num(9))
+        assert torch.equal(*(y.cpu().nan_to_num(9) for y in (x.gather(dim, index), made)))
         return made
 
     return values, [x if x.dtype != torch.bool else x.to(torch.uint8)]
@@ -102,21 +103,32 @@ def bincount(d):
     return lambda x, w: x.bincount(w if weights else None, minlength=3), [x, torch.ones(x.shape[0])]
 
 
+def repeat_interleave(d):
+    x = d.tensor(d.number(1, 6), 3)
+    repeats = torch.as_tensor(d.rng.integers(0, 4, x.shape[0])).to((torch.int64, torch.int32)[d.number(0, 1)])
+    return lambda x, r: x.repeat_interleave(r, 0), [x, repeats]
+
+
 def equal(d):
     x = Draw.tensor(d, *d.shape())
     other = x.clone() if d.number(0, 1) else Draw.tensor(d, *x.shape)
     return lambda x, y: torch.tensor(torch.equal(x, y)), [x, other]
 
 
-FORMS = [sort, argsort, topk, kthvalue, searchsorted, bucketize, isin, histc, bincount, equal]
+FORMS = [sort, argsort, topk, kthvalue, searchsorted, bucketize, isin, histc, bincount, repeat_interleave, equal]
+
+
+def computes(form, dtype):
+    """Whether torch has a kernel of a form for a dtype."""
+    return form not in (searchsorted, bucketize, isin) or dtype != torch.bool
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_results_are_torchs(form, rng, handle):
     for _ in range(6):
         for dtype in DTYPES:
-            if form in (searchsorted, bucketize, isin) and dtype == torch.bool:
-                continue  # torch has no such kernel
+            if not computes(form, dtype):
+                continue
             function, given = form(Special(rng, dtype))
             with plain():
                 expected = function(*given)
@@ -126,6 +138,14 @@ def test_results_are_torchs(form, rng, handle):
                 assert (one.dtype, one.shape) == (other.dtype, other.shape)
                 same = torch.eq(one, other) | (one.isnan() & other.isnan())
                 assert same.all(), (form.__name__, dtype, [x.shape for x in given], one, other)
+
+
+def test_a_device_without_kernels_gets_them_all(rng):
+    """Also those of indexing: what is left to torch has nobody there."""
+    script = Path(__file__).with_name("aten_device.py")
+    command = [sys.executable, "-W", "ignore", str(script), str(rng.integers(2**31))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_experts_are_counted(rng, handle):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import keyword
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,9 +52,9 @@ class Form:
         self.base = base or self.schema.name[6:].removesuffix("_")
 
     def named(self, args: Sequence[Any]) -> dict[str, Any]:
-        """The arguments by name, but for those that are nothing but a destination."""
+        """The arguments by name, but for those that are nothing but a destination; Python's own words have a ``_``."""
         pairs = zip(self.schema.arguments, args, strict=True)
-        return {argument.name: x for argument, x in pairs if not argument.is_out}
+        return {a.name + "_" * keyword.iskeyword(a.name): x for a, x in pairs if not a.is_out}
 
     def present(self, args: Sequence[Any]) -> list[int]:
         """The positions of the tensors of a call. Torch hands on a number of Python's as that, not as the tensor that

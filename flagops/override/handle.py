@@ -168,8 +168,8 @@ class Handle:
 def enable(
     ops: str | Sequence[str] | None = None, backend: str | Sequence[str] | None = None, strict: bool = False
 ) -> Handle:
-    """Compute torch's operators with flagops kernels, in eager code of the whole process, until disabled. Gradients stay
-    torch's or are flagops' own.
+    """Compute torch's operators with flagops kernels, in eager code of the whole process, until disabled. Gradients
+    stay torch's or are flagops' own.
 
     ops: what to replace, as names joined by commas or in a list: ``"default"``, what makes whole models faster where
         torch has kernels of its own (products, rms_norm, attention) and everything on a device that has none;
@@ -242,6 +242,7 @@ def _wanted_at(name: str, keys: tuple[str, ...], backend: Any, named: bool) -> t
     wish = (backend,) if isinstance(backend, str) else backend or config.current().backend or registry.backend_names()
     able = [b for b in wish if _has(lowering.operator, b)]
     places = {key for b in able for key in registry.backend(b).dispatch_keys}
+    named = named and not lowering.random
     return tuple(key for key in keys if key in places and (named or key == "PrivateUse1"))
 
 

@@ -1,7 +1,7 @@
 """Where torch lays out the result of an operator that goes over its operands element by element.
 
-Source: ``TensorIteratorBase::compute_fast_setup_type``, ``reorder_dimensions`` and ``allocate_or_resize_outputs``; torch's
-shape functions agree with it only where their kernels share them.
+Source: ``TensorIteratorBase::compute_fast_setup_type``, ``reorder_dimensions`` and ``allocate_or_resize_outputs``;
+torch's shape functions agree with it only where its kernels use them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def laid_out(operands: Sequence[Tensor], computed: str) -> tuple[Steps, Steps | 
     import torch
 
     operands = [_converted(x, computed) for x in operands]
-    shape = tuple(torch.broadcast_shapes(*(x.shape for x in operands)))
+    shape: Steps = tuple(torch.broadcast_shapes(*(x.shape for x in operands)))  # type: ignore[no-untyped-call]
     if all(tuple(x.shape) == shape for x in operands):
         if all(x.is_contiguous() for x in operands):
             return shape, None
-        for form, axes in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
-            if len(shape) == axes and all(x.is_contiguous(memory_format=form) for x in operands):
+        for form, rank in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+            if len(shape) == rank and all(x.is_contiguous(memory_format=form) for x in operands):
                 return shape, torch.empty(shape, device="meta", memory_format=form).stride()
         first = operands[0].stride()
         if all(x.stride() == first and _dense(x) for x in operands):

@@ -8,6 +8,7 @@ went where) is then replayed. So it may look at shapes, strides, dtypes and scal
 from __future__ import annotations
 
 import inspect
+import keyword
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -83,6 +84,7 @@ class Lowering:
         kernel lays it out in another way; None where torch is to be asked. Raises Pass for what torch refuses.
     elementwise: an element of the result depends on those at its place alone, so that it may be written over them.
     whole: the function computes each call itself, and gives torch's results; it is not recorded.
+    random: it draws numbers of its own: where torch has some, those of a seed must not change, and it is not replaced.
     """
 
     name: str
@@ -93,16 +95,18 @@ class Lowering:
     result: Callable[..., Result] | None = None
     elementwise: bool = False
     whole: bool = False
+    random: bool = False
 
     @property
     def aten(self) -> bool:
-        """Whether it takes whatever torch takes: those whose cards stand under torch's own operators, and whole ones."""
+        """Whether it takes whatever torch takes: its cards stand under torch's own operators, or it is whole."""
         return self.whole or self.operator.startswith("aten.")
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """The arguments of the torch call that it knows; overloads with others are not its own."""
-        return tuple(inspect.signature(self.function).parameters)[1:]
+        names = tuple(inspect.signature(self.function).parameters)[1:]
+        return tuple(name[:-1] if keyword.iskeyword(name[:-1]) else name for name in names)
 
 
 LOWERINGS: dict[str, Lowering] = {}
@@ -116,6 +120,7 @@ def lowers(
     result: Callable[..., Result] | None = None,
     elementwise: bool = False,
     whole: bool = False,
+    random: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a function as the lowering of these names to a flagops operator.
 
@@ -127,7 +132,7 @@ def lowers(
         for name in names:
             if name in LOWERINGS:
                 raise TypeError(f"aten::{name} has a lowering already")
-            LOWERINGS[name] = Lowering(name, to, function, composite, state, result, elementwise, whole)
+            LOWERINGS[name] = Lowering(name, to, function, composite, state, result, elementwise, whole, random)
         return function
 
     return declare

@@ -253,7 +253,8 @@ def _maker(form: Form, lowering: Lowering, args: tuple[Any, ...], here: Any, alo
     shape, strides, dtype = (*((lowering.result and lowering.result(**named)) or (None, None)), None)[:3]
     if shape is None and lowering.elementwise:
         shape, strides, dtype = _elementwise(lowering, named, first)
-    if shape is None or (0 in shape and not lowering.aten):  # where there is nothing, kernels lay it out as they like
+    # where there is nothing, torch's own kernels lay it out as they like
+    if shape is None or (0 in shape and not lowering.aten and here.type in ("cpu", "cuda")):
         like = _torchs_result(form, named, "meta" if shape is None else here, alone)
         shape, strides, dtype = tuple(like.shape), like.stride(), like.dtype
     if strides is None:

@@ -150,7 +150,12 @@ class Site(Registration):
                 parameters.append(name)
             signature.append(self._facts(name, str(argument.type), out))
         elsewhere = self.owned or not self.lowering.aten
-        words = {"elsewhere": "_site.below is not None" if elsewhere else "False", "parameters": ", ".join(parameters), "names": ", ".join(names), "signature": ", ".join(signature)}
+        words = {
+            "elsewhere": "_site.below is not None" if elsewhere else "False",
+            "parameters": ", ".join(parameters),
+            "names": ", ".join(names),
+            "signature": ", ".join(signature),
+        }
         if self.lowering.whole:
             return generated.function(_WHOLE.format(**words), f"aten::{self.name}", space)
         source = _CALL.format(aside=_ASIDE if self.composite else "", **words)

@@ -60,7 +60,7 @@ class Steps:
         made = getattr(torch, card.result_dtype({}, {"dtype": dtype}))
         steps = torch.empty(shape, device="meta").stride() if strides is None else strides
         out = torch.empty_strided(shape, steps, dtype=made, device=device_of(operands))
-        return self.run(operator, *operands, dtype, out=out)  # type: ignore[no-any-return]
+        return self.run(operator, *operands, dtype, out=out)
 
     def number(self, value: Any) -> Tensor:
         """A number as a tensor, where a card has an operand."""

@@ -8,6 +8,8 @@ The names in capitals, and `step`, `merge` and `finish`, are those of the reduct
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba.core import types
@@ -27,35 +29,41 @@ SECOND = LANES * TILE * 8
 _LONG = np.int64(0)
 
 
-@intrinsic
-def many(typingctx, value):
-    """A number in every lane."""
+def wide_words(lanes: int) -> tuple[Any, Any, Any]:
+    """What fills, reads and numbers the lanes of vectors of so many."""
 
-    def generate(context, builder, signature, arguments):
-        return _ir.splat(builder, arguments[0], LANES)
+    @intrinsic
+    def many(typingctx, value):
+        """A number in every lane."""
 
-    return Vector(value, LANES)(value), generate
+        def generate(context, builder, signature, arguments):
+            return _ir.splat(builder, arguments[0], lanes)
+
+        return Vector(value, lanes)(value), generate
+
+    @intrinsic
+    def read(typingctx, tag, address):
+        """As many elements as there are lanes."""
+
+        def generate(context, builder, signature, arguments):
+            return _ir.load(builder, tag, arguments[1], lanes=lanes)
+
+        return Vector(storage(tag).arithmetic, lanes)(tag, types.int64), generate
+
+    @intrinsic
+    def numbered(typingctx, first):
+        """first, first + 1, ... in the lanes."""
+
+        def generate(context, builder, signature, arguments):
+            steps = ir.Constant(ir.VectorType(i64, lanes), list(range(lanes)))
+            return builder.add(_ir.splat(builder, arguments[0], lanes), steps)
+
+        return Vector(types.int64, lanes)(types.int64), generate
+
+    return many, read, numbered
 
 
-@intrinsic
-def read(typingctx, tag, address):
-    """As many elements as there are lanes."""
-
-    def generate(context, builder, signature, arguments):
-        return _ir.load(builder, tag, arguments[1], lanes=LANES)
-
-    return Vector(storage(tag).arithmetic, LANES)(tag, types.int64), generate
-
-
-@intrinsic
-def numbered(typingctx, first):
-    """first, first + 1, ... in the lanes."""
-
-    def generate(context, builder, signature, arguments):
-        steps = ir.Constant(ir.VectorType(i64, LANES), list(range(LANES)))
-        return builder.add(_ir.splat(builder, arguments[0], LANES), steps)
-
-    return Vector(types.int64, LANES)(types.int64), generate
+many, read, numbered = wide_words(LANES)
 
 
 @intrinsic
@@ -67,7 +75,7 @@ def halves(typingctx, vector):
         parts = [_ir.shuffle(builder, arguments[0], arguments[0], range(i, i + half.lanes)) for i in (0, half.lanes)]
         return context.make_tuple(builder, signature.return_type, parts)
 
-    return types.UniTuple(half, 2)(vector), generate
+    return types.UniTuple(half, 2)(vector), generate  # type: ignore[attr-defined]
 
 
 # What routines read besides: the addresses of the scalar, of the rows' numbers and of room for a few elements; how many

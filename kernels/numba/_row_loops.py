@@ -24,6 +24,7 @@ from ._routines import call, mover
 from ._vectors import BYTE, load, store
 
 SLOTS = 8
+_SPARE = 64  # elements that are behind a row in the room that it has
 _GRAIN = 1 << 15  # additions worth a thread
 _LONG = np.int64(0)
 # The fields of a plan, and of each slot behind them.
@@ -106,51 +107,57 @@ def _field(plan, i):
 
 
 @jit
+def _origin(plan, own, base, i, j, k):
+    """Where a slot's row begins, of its place on three axes."""
+    place = base + i * _field(plan, own + _STEPS) + j * _field(plan, own + _STEPS + 1)
+    return place + k * _field(plan, own + _STEPS + 2)
+
+
+@jit
+def _brought(plan, own, target, source, back):
+    """A slot's row to its room, or back."""
+    move, length = _field(plan, own + _MOVE), _field(plan, own + _LENGTH)
+    size, step = _field(plan, own + _SIZE), _field(plan, own + _STEP)
+    call(move, length, target, source, step if back else size, size if back else step, 0)
+
+
+@jit
 def _walk_rows(start, stop, plan, body, scalars, parts, places):
     n, rows, per, slots = _field(plan, _N), _field(plan, _ROWS), _field(plan, _PER), _field(plan, _COUNT)
     inner, middle = _field(plan, _SIZES + 2), _field(plan, _SIZES + 1)
-    memory, (brought, work, few) = scratch(BYTE, ((1, _field(plan, _ROOM)), (1, 8 * n), (1, 8 * SLOTS)))
-    room, spare, table = at(brought, 0, 0), at(work, 0, 0), at(few, 0, 0)
+    memory, (brought, work, few) = scratch(BYTE, ((1, _field(plan, _ROOM)), (1, 8 * (n + _SPARE)), (2, 8 * SLOTS)))
+    room, spare, table, steps = at(brought, 0, 0), at(work, 0, 0), at(few, 0, 0), at(few, 1, 0)
+    plain = True
     for s in range(slots):
         own = _SLOTS + s * _FIELDS
-        if _field(plan, own + _HOW) == _ONCE:
-            target, size = room + _field(plan, own + _OWN), _field(plan, own + _SIZE)
-            call(
-                _field(plan, own + _MOVE),
-                _field(plan, own + _LENGTH),
-                target,
-                places[s],
-                size,
-                _field(plan, own + _STEP),
-                0,
-            )
-            store(_LONG, table + 8 * s, target)
+        how, target = _field(plan, own + _HOW), room + _field(plan, own + _OWN)
+        plain = plain and how != _APART
+        store(_LONG, table + 8 * s, target)
+        store(_LONG, steps + 8 * s, _field(plan, own + _STEPS + 2) if how == _IN_PLACE else 0)
+        if how == _ONCE:
+            _brought(plan, own, target, places[s], False)
+    k, rest = start * per % inner, start * per // inner
+    i, j, following = rest // middle, rest % middle, False
     for task in range(start, stop):
         first, part = task * per, parts[0] + task * parts[1]
         for row in range(first, min(first + per, rows)):
-            k, rest = row % inner, row // inner
-            i, j = rest // middle, rest % middle
             for s in range(slots):
                 own = _SLOTS + s * _FIELDS
-                how = _field(plan, own + _HOW)
-                if how == _ONCE:
-                    continue
-                place = places[s] + i * _field(plan, own + _STEPS) + j * _field(plan, own + _STEPS + 1)
-                place += k * _field(plan, own + _STEPS + 2)
-                if how == _APART:
-                    target, size = room + _field(plan, own + _OWN), _field(plan, own + _SIZE)
-                    if not _field(plan, own + _WRITTEN):
-                        step = _field(plan, own + _STEP)
-                        call(_field(plan, own + _MOVE), _field(plan, own + _LENGTH), target, place, size, step, 0)
-                    place = target
-                store(_LONG, table + 8 * s, place)
+                if following:  # to look everything up takes as long as a short row
+                    store(_LONG, table + 8 * s, load(_LONG, table + 8 * s) + load(_LONG, steps + 8 * s))
+                elif _field(plan, own + _HOW) == _IN_PLACE:
+                    store(_LONG, table + 8 * s, _origin(plan, own, places[s], i, j, k))
+                elif _field(plan, own + _HOW) == _APART and not _field(plan, own + _WRITTEN):
+                    _brought(plan, own, load(_LONG, table + 8 * s), _origin(plan, own, places[s], i, j, k), False)
             call(body, n, table, spare, row == first, part, scalars)
-            for s in range(slots):
-                own = _SLOTS + s * _FIELDS
-                if _field(plan, own + _WRITTEN) and _field(plan, own + _HOW) == _APART:
-                    place = places[s] + i * _field(plan, own + _STEPS) + j * _field(plan, own + _STEPS + 1)
-                    place += k * _field(plan, own + _STEPS + 2)
-                    source, size = room + _field(plan, own + _OWN), _field(plan, own + _SIZE)
-                    step = _field(plan, own + _STEP)
-                    call(_field(plan, own + _MOVE), _field(plan, own + _LENGTH), place, source, step, size, 0)
+            if not plain:
+                for s in range(slots):
+                    own = _SLOTS + s * _FIELDS
+                    if _field(plan, own + _WRITTEN) and _field(plan, own + _HOW) == _APART:
+                        _brought(plan, own, _origin(plan, own, places[s], i, j, k), load(_LONG, table + 8 * s), True)
+            k, following = k + 1, plain
+            if k == inner:
+                k, j, following = 0, j + 1, False
+            if j == middle:
+                j, i = 0, i + 1
     return alive(memory)

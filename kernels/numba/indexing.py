@@ -40,7 +40,7 @@ from ._vectors import TAGS, lanes, load, size, store, vload, vstore, wide
 
 _GRAIN = 1 << 14  # elements worth a thread
 _SPAN = 1 << 12  # elements of a task
-_SEEN = 1 << 16  # indices that are worth a second look by another thread
+_SEEN = 1 << 22  # indices that are worth a second look by another thread
 _REDUCTIONS = {"assign": ASSIGN, "sum": SUM, "prod": PROD, "amax": AMAX, "amin": AMIN}
 
 
@@ -86,15 +86,14 @@ def _pick(start, stop, tag, kind, move, from_end, span, plan, alarm, out, index,
 
 
 @kernel(deterministic=True, batch_invariant=True)
-def scatter(
-    x: Any, index: Any, src: Any, reduce: str, include_self: bool, from_end: bool, out: Any
-) -> None:
+def scatter(x: Any, index: Any, src: Any, reduce: str, include_self: bool, from_end: bool, out: Any) -> None:
     """Halves that are summed or multiplied are so in a float32 copy, of few places of those alone."""
     if not (pointer(x) == pointer(out) and strides(x) == strides(out) and x.shape == out.shape):
         transfer(out, x)
-    if reduce in ("sum", "prod") and dtype_name(out) in HALF and 2 * index.shape[-1] < out.shape[-1] and _same(index):
+    computed = reduce in ("sum", "prod") and dtype_name(out) in HALF
+    if computed and 2 * index.shape[-1] < out.shape[-1] and _same(index):
         _compact(out, index, src, reduce, include_self, from_end)
-    elif reduce in ("sum", "prod") and dtype_name(out) in HALF:
+    elif computed:
         work = np.empty(tuple(out.shape), np.float32)
         transfer(work, out)
         _write(work, index, src, reduce, include_self, from_end)
@@ -157,8 +156,8 @@ def _write(out: Any, index: Any, src: Any, reduce: str, include_self: bool, from
 
     def run(how: int, source: str, values: Any, plan: Any) -> None:
         parallel(
-            _place, int(plan[ROWS]) * parts, TAGS[kind], TAGS[source], TAGS[dtype_name(index)], how, from_end, parts, plan,
-            alarm.room, pointer(out), pointer(index), pointer(values), minimum=max(1, _GRAIN // each),
+            _place, int(plan[ROWS]) * parts, TAGS[kind], TAGS[source], TAGS[dtype_name(index)], how, from_end, parts,
+            plan, alarm.room, pointer(out), pointer(index), pointer(values), minimum=max(1, _GRAIN // each),
         )  # fmt: skip
 
     if not include_self and reduce != "assign":
@@ -247,8 +246,8 @@ def offset(x: Any, index: Any, size: int, step: int, out: Any) -> None:
     across = int(plan[ACROSS])
     span = min(across, _SPAN)
     parallel(
-        _offset, int(plan[ROWS]) * -(-across // span), TAGS[dtype_name(index)], span, step, plan, alarm.room, pointer(out),
-        pointer(x), pointer(index), minimum=max(1, _GRAIN // span),
+        _offset, int(plan[ROWS]) * -(-across // span), TAGS[dtype_name(index)], span, step, plan, alarm.room,
+        pointer(out), pointer(x), pointer(index), minimum=max(1, _GRAIN // span),
     )  # fmt: skip
     alarm.check()
 

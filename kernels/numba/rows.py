@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 from flagops.reference._cards import arithmetic
 
 from flagops.arrays import HALF, dtype_name, numpy_dtype
+from flagops.backends.numba import jit
 from flagops.registry import kernel
 
-from ._functions import exp, log
+from ._fold_bodies import wide_words
+from ._functions import exp_flushed as exp
+from ._functions import log
 from ._ir import STORAGE, TAGS
 from ._reduce import reduce
-from ._routines import WIDTH, repeated, routine, vread
+from ._routines import WIDTH, routine
 from ._row_loops import Rows, rowwise, tasks_of
-from ._vectors import cast, fma, load, store, vhighest, vstore, vsum, where
+from ._vectors import cast, fma, load, size, store, vhighest, vstore, vsum, where
 from .reductions import ADD
 
+_WIDE = 64
 _LONG = np.int64(0)
 _NONE = np.zeros(1, np.float64)
 _ONES = {name: np.ones(1, name) for name in ("float32", "float64")}
@@ -39,101 +44,133 @@ def _tag(x: Any, acc: str) -> str:
 
 
 @cache
+def _words(lanes: int) -> dict[str, Any]:
+    """The words of bodies for vectors of so many lanes: many where arithmetic bounds them, else as few as a register
+    has, since reading several lines of each operand in turn is slower."""
+    many, read, numbered = wide_words(lanes)
+    words: dict[str, Any] = {"LANES": lanes, "many": many, "read": read, "numbered": numbered}
+    for source in (_rest, _put, _top):
+        made = FunctionType(source.__code__, source.__globals__ | words, f"{source.__name__}_{lanes}")
+        made.__module__ = __name__
+        words[source.__name__] = jit(made, source)
+    return words
+
+
+@cache
 def _body(body: Any, state: str, **tags: str) -> int:
     """A body for dtypes of its arithmetic and its slots."""
-    words: dict[str, Any] = {"S": TAGS[state], "S_SIZE": STORAGE[state].size}
+    wide = body in (_softmax, _log_softmax) or any(tag in HALF for tag in tags.values())
+    words = _words(_WIDE if wide else WIDTH) | {"S": TAGS[state], "S_SIZE": STORAGE[state].size}
     for name, tag in tags.items():
         words |= {name: TAGS[tag], f"{name}_SIZE": STORAGE[tag].size}
     return routine(body, "_".join((state, *tags.values())), **words)
 
 
+def _rest(tag, n, x, spare, filler):
+    """The last few elements of a row, and a filler behind them."""
+    for i in range(n):
+        store(tag, spare + i * size(tag), load(tag, x + i * size(tag)))
+    for i in range(n, LANES):
+        store(tag, spare + i * size(tag), cast(tag, filler))
+    return read(tag, spare)
+
+
+def _put(tag, n, out, spare, values):
+    """As few elements of a row's end."""
+    vstore(tag, spare, values)
+    for i in range(n):
+        store(tag, out + i * size(tag), load(tag, spare + i * size(tag)))
+
+
+@jit
+def _greater(a, b):
+    return where((b > a) | (b != b), b, a)
+
+
+def _top(tag, n, x, spare):
+    """The greatest of a row, NaN if there is one."""
+    whole = n - n % LANES
+    tops = many(cast(tag, -np.inf))
+    for i in range(0, whole, LANES):
+        tops = _greater(tops, read(tag, x + i * size(tag)))
+    if whole < n:
+        tops = _greater(tops, _rest(tag, n - whole, x + whole * size(tag), spare, -np.inf))
+    return vhighest(tops)
+
+
 def _softmax(n, table, room, fresh, part, more):
-    out, x = load(_LONG, table), load(_LONG, table + 8)
-    whole = n - n % WIDTH
-    tops = repeated(cast(S, -np.inf))
-    for i in range(0, whole, WIDTH):
-        a = vread(X, x + i * X_SIZE)
-        vstore(S, room + i * S_SIZE, a)
-        tops = where((a > tops) | (a != a), a, tops)
-    top = vhighest(tops)
-    for i in range(whole, n):
-        b = load(X, x + i * X_SIZE)
-        store(S, room + i * S_SIZE, b)
-        top = where((b > top) | (b != b), b, top)
-    masses = repeated(cast(S, 0))
-    for i in range(0, whole, WIDTH):
-        e = exp(vread(S, room + i * S_SIZE) - top)
+    out, x, spare = load(_LONG, table), load(_LONG, table + 8), room + n * S_SIZE
+    whole = n - n % LANES
+    rest = n - whole
+    top, masses = _top(X, n, x, spare), many(cast(S, 0))
+    for i in range(0, whole, LANES):
+        e = exp(read(X, x + i * X_SIZE) - top)
         vstore(S, room + i * S_SIZE, e)
         masses = masses + e
-    mass = vsum(masses)
-    for i in range(whole, n):
-        f = exp(load(S, room + i * S_SIZE) - top)
-        store(S, room + i * S_SIZE, f)
-        mass += f
-    share = cast(S, 1) / mass
-    for i in range(0, whole, WIDTH):
-        vstore(OUT, out + i * OUT_SIZE, vread(S, room + i * S_SIZE) * share)
-    for i in range(whole, n):
-        store(OUT, out + i * OUT_SIZE, load(S, room + i * S_SIZE) * share)
+    if rest:
+        e = exp(_rest(X, rest, x + whole * X_SIZE, spare, -np.inf) - top)
+        _put(S, rest, room + whole * S_SIZE, spare, e)
+        masses = masses + where(numbered(whole) < n, e, 0)
+    share = cast(S, 1) / vsum(masses)
+    for i in range(0, whole, LANES):
+        vstore(OUT, out + i * OUT_SIZE, read(S, room + i * S_SIZE) * share)
+    if rest:
+        _put(OUT, rest, out + whole * OUT_SIZE, spare, _rest(S, rest, room + whole * S_SIZE, spare, 0) * share)
     return 0
 
 
 def _log_softmax(n, table, room, fresh, part, more):
-    out, x = load(_LONG, table), load(_LONG, table + 8)
-    whole = n - n % WIDTH
-    tops = repeated(cast(S, -np.inf))
-    for i in range(0, whole, WIDTH):
-        a = vread(X, x + i * X_SIZE)
-        vstore(S, room + i * S_SIZE, a)
-        tops = where((a > tops) | (a != a), a, tops)
-    top = vhighest(tops)
-    for i in range(whole, n):
-        b = load(X, x + i * X_SIZE)
-        store(S, room + i * S_SIZE, b)
-        top = where((b > top) | (b != b), b, top)
-    masses = repeated(cast(S, 0))
-    for i in range(0, whole, WIDTH):
-        masses = masses + exp(vread(S, room + i * S_SIZE) - top)
-    mass = vsum(masses)
-    for i in range(whole, n):
-        mass += exp(load(S, room + i * S_SIZE) - top)
-    size = log(mass)
-    for i in range(0, whole, WIDTH):
-        vstore(OUT, out + i * OUT_SIZE, vread(S, room + i * S_SIZE) - top - size)
-    for i in range(whole, n):
-        store(OUT, out + i * OUT_SIZE, load(S, room + i * S_SIZE) - top - size)
+    out, x, spare = load(_LONG, table), load(_LONG, table + 8), room
+    whole = n - n % LANES
+    rest = n - whole
+    top, masses = _top(X, n, x, spare), many(cast(S, 0))
+    for i in range(0, whole, LANES):
+        masses = masses + exp(read(X, x + i * X_SIZE) - top)
+    if rest:
+        e = exp(_rest(X, rest, x + whole * X_SIZE, spare, -np.inf) - top)
+        masses = masses + where(numbered(whole) < n, e, 0)
+    mass = log(vsum(masses))
+    for i in range(0, whole, LANES):
+        vstore(OUT, out + i * OUT_SIZE, read(X, x + i * X_SIZE) - top - mass)
+    if rest:
+        _put(OUT, rest, out + whole * OUT_SIZE, spare, _rest(X, rest, x + whole * X_SIZE, spare, 0) - top - mass)
     return 0
 
 
 def _softmax_backward(n, table, room, fresh, part, more):
-    out, g, y = load(_LONG, table), load(_LONG, table + 8), load(_LONG, table + 16)
-    whole = n - n % WIDTH
-    sums = repeated(cast(S, 0))
-    for i in range(0, whole, WIDTH):
-        sums = fma(vread(G, g + i * G_SIZE), vread(Y, y + i * Y_SIZE), sums)
+    out, g, y, spare = load(_LONG, table), load(_LONG, table + 8), load(_LONG, table + 16), room
+    whole = n - n % LANES
+    rest = n - whole
+    sums = many(cast(S, 0))
+    for i in range(0, whole, LANES):
+        sums = fma(read(G, g + i * G_SIZE), read(Y, y + i * Y_SIZE), sums)
+    if rest:
+        grad = _rest(G, rest, g + whole * G_SIZE, spare, 0)
+        sums = fma(grad, _rest(Y, rest, y + whole * Y_SIZE, spare, 0), sums)
     total = vsum(sums)
-    for i in range(whole, n):
-        total += load(G, g + i * G_SIZE) * load(Y, y + i * Y_SIZE)
-    for i in range(0, whole, WIDTH):
-        vstore(OUT, out + i * OUT_SIZE, (vread(G, g + i * G_SIZE) - total) * vread(Y, y + i * Y_SIZE))
-    for i in range(whole, n):
-        store(OUT, out + i * OUT_SIZE, (load(G, g + i * G_SIZE) - total) * load(Y, y + i * Y_SIZE))
+    for i in range(0, whole, LANES):
+        vstore(OUT, out + i * OUT_SIZE, (read(G, g + i * G_SIZE) - total) * read(Y, y + i * Y_SIZE))
+    if rest:
+        grad = _rest(G, rest, g + whole * G_SIZE, spare, 0) - total
+        _put(OUT, rest, out + whole * OUT_SIZE, spare, grad * _rest(Y, rest, y + whole * Y_SIZE, spare, 0))
     return 0
 
 
 def _log_softmax_backward(n, table, room, fresh, part, more):
-    out, g, y = load(_LONG, table), load(_LONG, table + 8), load(_LONG, table + 16)
-    whole = n - n % WIDTH
-    sums = repeated(cast(S, 0))
-    for i in range(0, whole, WIDTH):
-        sums = sums + vread(G, g + i * G_SIZE)
+    out, g, y, spare = load(_LONG, table), load(_LONG, table + 8), load(_LONG, table + 16), room
+    whole = n - n % LANES
+    rest = n - whole
+    sums = many(cast(S, 0))
+    for i in range(0, whole, LANES):
+        sums = sums + read(G, g + i * G_SIZE)
+    if rest:
+        sums = sums + _rest(G, rest, g + whole * G_SIZE, spare, 0)
     total = vsum(sums)
-    for i in range(whole, n):
-        total += load(G, g + i * G_SIZE)
-    for i in range(0, whole, WIDTH):
-        vstore(OUT, out + i * OUT_SIZE, vread(G, g + i * G_SIZE) - exp(vread(Y, y + i * Y_SIZE)) * total)
-    for i in range(whole, n):
-        store(OUT, out + i * OUT_SIZE, load(G, g + i * G_SIZE) - exp(load(Y, y + i * Y_SIZE)) * total)
+    for i in range(0, whole, LANES):
+        vstore(OUT, out + i * OUT_SIZE, read(G, g + i * G_SIZE) - exp(read(Y, y + i * Y_SIZE)) * total)
+    if rest:
+        share = exp(_rest(Y, rest, y + whole * Y_SIZE, spare, 0)) * total
+        _put(OUT, rest, out + whole * OUT_SIZE, spare, _rest(G, rest, g + whole * G_SIZE, spare, 0) - share)
     return 0
 
 
@@ -173,33 +210,30 @@ def _of_two(body: Any, grad: Any, output: Any, dtype: str, out: Any) -> None:
 
 
 def _layer_norm(n, table, room, fresh, part, more):
-    out, x = load(_LONG, table), load(_LONG, table + 8)
+    out, x, spare = load(_LONG, table), load(_LONG, table + 8), room
     w, b = load(_LONG, table + 16), load(_LONG, table + 24)
-    whole = n - n % WIDTH
-    sums = repeated(cast(S, 0))
-    for i in range(0, whole, WIDTH):
-        v = vread(X, x + i * X_SIZE)
-        vstore(S, room + i * S_SIZE, v)
-        sums = sums + v
-    mean = vsum(sums)
-    for i in range(whole, n):
-        store(S, room + i * S_SIZE, load(X, x + i * X_SIZE))
-        mean += load(X, x + i * X_SIZE)
-    mean = mean / cast(S, max(n, 1))
-    squares = repeated(cast(S, 0))
-    for i in range(0, whole, WIDTH):
-        d = vread(S, room + i * S_SIZE) - mean
-        squares = fma(d, d, squares)
-    square = vsum(squares)
-    for i in range(whole, n):
-        square += (load(S, room + i * S_SIZE) - mean) * (load(S, room + i * S_SIZE) - mean)
-    rstd = cast(S, cast(S, 1) / np.sqrt(square / cast(S, n) + load(S, more)))
-    for i in range(0, whole, WIDTH):
-        y = (vread(S, room + i * S_SIZE) - mean) * rstd
-        vstore(OUT, out + i * OUT_SIZE, fma(y, vread(S, w + i * S_SIZE), vread(S, b + i * S_SIZE)))
-    for i in range(whole, n):
-        z = (load(S, room + i * S_SIZE) - mean) * rstd
-        store(OUT, out + i * OUT_SIZE, z * load(S, w + i * S_SIZE) + load(S, b + i * S_SIZE))
+    whole = n - n % LANES
+    rest = n - whole
+    sums, squares = many(cast(S, 0)), many(cast(S, 0))
+    for i in range(0, whole, LANES):
+        sums = sums + read(X, x + i * X_SIZE)
+    if rest:
+        sums = sums + _rest(X, rest, x + whole * X_SIZE, spare, 0)
+    mean = vsum(sums) / cast(S, max(n, 1))
+    for i in range(0, whole, LANES):
+        far = read(X, x + i * X_SIZE) - mean
+        squares = fma(far, far, squares)
+    if rest:
+        far = where(numbered(whole) < n, _rest(X, rest, x + whole * X_SIZE, spare, 0) - mean, 0)
+        squares = fma(far, far, squares)
+    rstd = cast(S, cast(S, 1) / np.sqrt(vsum(squares) / cast(S, n) + load(S, more)))
+    for i in range(0, whole, LANES):
+        y = (read(X, x + i * X_SIZE) - mean) * rstd
+        vstore(OUT, out + i * OUT_SIZE, fma(y, read(S, w + i * S_SIZE), read(S, b + i * S_SIZE)))
+    if rest:
+        y = (_rest(X, rest, x + whole * X_SIZE, spare, 0) - mean) * rstd
+        y = fma(y, _rest(S, rest, w + whole * S_SIZE, spare, 0), _rest(S, rest, b + whole * S_SIZE, spare, 0))
+        _put(OUT, rest, out + whole * OUT_SIZE, spare, y)
     store(S, load(_LONG, table + 32), mean)
     store(S, load(_LONG, table + 40), rstd)
     return 0
@@ -227,36 +261,36 @@ def layer_norm(x: Any, weight: Any, bias: Any, eps: float, stats: str, out: Any)
 def _layer_norm_backward(n, table, room, fresh, part, more):
     out, g, x = load(_LONG, table), load(_LONG, table + 8), load(_LONG, table + 16)
     mean, rstd = load(S, load(_LONG, table + 24)), load(S, load(_LONG, table + 32))
-    w, half = load(_LONG, table + 40), part + n * S_SIZE
-    whole = n - n % WIDTH
+    w, half, spare = load(_LONG, table + 40), part + n * S_SIZE, room
+    whole = n - n % LANES
+    rest = n - whole
     if fresh:
         for i in range(2 * n):
             store(S, part + i * S_SIZE, cast(S, 0))
-    sums, dots = repeated(cast(S, 0)), repeated(cast(S, 0))
-    for i in range(0, whole, WIDTH):
-        grad = vread(G, g + i * G_SIZE)
-        y = (vread(X, x + i * X_SIZE) - mean) * rstd
-        vstore(S, part + i * S_SIZE, fma(grad, y, vread(S, part + i * S_SIZE)))
-        vstore(S, half + i * S_SIZE, vread(S, half + i * S_SIZE) + grad)
-        grad = grad * vread(S, w + i * S_SIZE)
+    sums, dots = many(cast(S, 0)), many(cast(S, 0))
+    for i in range(0, whole, LANES):
+        grad, y = read(G, g + i * G_SIZE), (read(X, x + i * X_SIZE) - mean) * rstd
+        vstore(S, part + i * S_SIZE, fma(grad, y, read(S, part + i * S_SIZE)))
+        vstore(S, half + i * S_SIZE, read(S, half + i * S_SIZE) + grad)
+        grad = grad * read(S, w + i * S_SIZE)
         sums, dots = sums + grad, fma(grad, y, dots)
-    total, dot = vsum(sums), vsum(dots)
-    for i in range(whole, n):
-        a = load(G, g + i * G_SIZE)
-        z = (load(X, x + i * X_SIZE) - mean) * rstd
-        store(S, part + i * S_SIZE, a * z + load(S, part + i * S_SIZE))
-        store(S, half + i * S_SIZE, load(S, half + i * S_SIZE) + a)
-        a = a * load(S, w + i * S_SIZE)
-        total, dot = total + a, dot + a * z
-    total, dot = total / cast(S, n), dot / cast(S, n)
-    for i in range(0, whole, WIDTH):
-        y = (vread(X, x + i * X_SIZE) - mean) * rstd
-        grad = vread(G, g + i * G_SIZE) * vread(S, w + i * S_SIZE)
+    if rest:
+        grad = _rest(G, rest, g + whole * G_SIZE, spare, 0)
+        y = (_rest(X, rest, x + whole * X_SIZE, spare, 0) - mean) * rstd
+        y = where(numbered(whole) < n, y, 0)
+        done = fma(grad, y, _rest(S, rest, part + whole * S_SIZE, spare, 0))
+        _put(S, rest, part + whole * S_SIZE, spare, done)
+        _put(S, rest, half + whole * S_SIZE, spare, _rest(S, rest, half + whole * S_SIZE, spare, 0) + grad)
+        grad = grad * _rest(S, rest, w + whole * S_SIZE, spare, 0)
+        sums, dots = sums + grad, fma(grad, y, dots)
+    total, dot = vsum(sums) / cast(S, n), vsum(dots) / cast(S, n)
+    for i in range(0, whole, LANES):
+        grad, y = read(G, g + i * G_SIZE) * read(S, w + i * S_SIZE), (read(X, x + i * X_SIZE) - mean) * rstd
         vstore(OUT, out + i * OUT_SIZE, (grad - total - y * dot) * rstd)
-    for i in range(whole, n):
-        z = (load(X, x + i * X_SIZE) - mean) * rstd
-        a = load(G, g + i * G_SIZE) * load(S, w + i * S_SIZE)
-        store(OUT, out + i * OUT_SIZE, (a - total - z * dot) * rstd)
+    if rest:
+        grad = _rest(G, rest, g + whole * G_SIZE, spare, 0) * _rest(S, rest, w + whole * S_SIZE, spare, 0)
+        y = (_rest(X, rest, x + whole * X_SIZE, spare, 0) - mean) * rstd
+        _put(OUT, rest, out + whole * OUT_SIZE, spare, (grad - total - y * dot) * rstd)
     return 0
 
 

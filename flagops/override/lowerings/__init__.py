@@ -1,3 +1,5 @@
 """Torch's operators by family, each as a lowering to ours; imported in the order in which `enable` names them."""
 
-from . import products, fused, pointwise, movement, reductions, rows, indexing, selection, convolution, optimizer  # noqa: F401, I001
+from . import (  # noqa: F401, I001
+    products, fused, pointwise, movement, reductions, rows, indexing, selection, random, convolution, optimizer,
+)  # fmt: skip

@@ -33,7 +33,7 @@ class _Geometry(NamedTuple):
         each = zip(sizes, self.padding, reach, self.stride, strict=True)
         return tuple((n + 2 * p - r) // s + 1 for n, p, r, s in each)
 
-    def places(self, counts: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+    def places(self, counts: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[Any, ...]]]:
         """Each place of the kernel, and where in the padded input it lies in all windows."""
         for place in itertools.product(*map(range, self.kernel)):
             begins = [k * d for k, d in zip(place, self.dilation, strict=True)]
@@ -58,7 +58,8 @@ def _padded(x: Tensor, padding: Sequence[int]) -> Tensor:
 
 
 def _inside(x: Tensor, padding: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    return x[(..., *(slice(p, p + n) for p, n in zip(padding, sizes, strict=True)))]
+    where: Any = (..., *(slice(p, p + n) for p, n in zip(padding, sizes, strict=True)))
+    return x[where]
 
 
 def _rows(x: Tensor, g: _Geometry) -> Tensor:
@@ -101,8 +102,9 @@ def _backward(grad: Tensor, weight: Tensor, sizes: Sequence[int], g: _Geometry) 
     total = grad.new_zeros((n, g.groups, c, *padded))
     axes = len(counts)
     for place, where in g.places(counts):
-        part = columns[(..., *place)]
-        total[(..., *where)] += part.permute(0, 1, axes + 2, *range(2, axes + 2))
+        at: Any = (..., *place)
+        part, at = columns[at], (..., *where)
+        total[at] += part.permute(0, 1, axes + 2, *range(2, axes + 2))
     return _inside(total.reshape(n, g.groups * c, *padded), g.padding, sizes).contiguous()
 
 

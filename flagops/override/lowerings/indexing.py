@@ -145,9 +145,31 @@ def scatter_add(to: To, self: Tensor, dim: int, index: Tensor, src: Tensor) -> L
 def scatter_reduce(
     to: To, self: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
 ) -> Lowered:
-    if reduce == "mean":
-        raise Pass("means")
-    return _scattered(to, self, dim, index, src, reduce, include_self)
+    if reduce != "mean":
+        return _scattered(to, self, dim, index, src, reduce, include_self)
+    import torch
+
+    dtype, dim = self.dtype, axis_of(dim, self.dim())
+    whole = not dtype.is_floating_point
+    computed = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    total, counts = (torch.empty(self.shape, dtype=kind, device=self.device) for kind in (computed, torch.int64))
+    made, rows = torch.empty_like(src, dtype=computed), as_rows(index)
+
+    def in_steps() -> None:
+        place = tuple(slice(n) for n in rows.shape)
+        where, values = rows.movedim(dim, -1), as_rows(made)[place].movedim(dim, -1)
+        to.run("aten.copy", self, real(computed), out=total)
+        to.run("aten.copy", src, real(computed), out=made)
+        to.run("aten.copy", to.number(int(include_self)).expand(self.shape), "int64", out=counts)
+        part, many = (_cut(as_rows(x), rows, dim) for x in (total, counts))
+        to.run("aten.scatter", part, where, values, "sum", include_self, False, out=part)
+        ones = torch.ones((), dtype=torch.int64, device=self.device).expand(where.shape)
+        to.run("aten.scatter", many, where, ones, "sum", True, False, out=many)
+        to.run("aten.maximum", counts, to.number(1), "int64", out=counts)
+        to.run("aten.floor_divide" if whole else "aten.div", total, counts, real(computed), out=total)
+        to.run("aten.copy", total, real(dtype), out=to.out)
+
+    return in_steps
 
 
 def _as_self(self: Tensor, *_: Any, **__: Any) -> Result:

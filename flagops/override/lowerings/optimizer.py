@@ -36,20 +36,20 @@ def _fused(decoupled: bool) -> Any:
         if found_inf is not None and bool(found_inf):
             return
         rates = float(lr), beta1, beta2, weight_decay, eps, decoupled, maximize
-        for i, (param, grad, *averages, count) in enumerate(
+        for i, (param, grad, average, square, count) in enumerate(
             zip(self, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True)
         ):
             if grad_scale is not None:
                 grad.div_(grad_scale)
             if amsgrad:
-                _by_parts(param, grad, *averages, max_exp_avg_sqs[i], float(count), *rates)
+                _by_parts(param, grad, average, square, max_exp_avg_sqs[i], float(count), *rates)
                 continue
-            if any(x.stride() != param.stride() for x in (grad, *averages)):
+            if any(x.stride() != param.stride() for x in (grad, average, square)):
                 raise Pass("a gradient or averages laid out in another way than their parameter")
-            tensors = [_flat(x) for x in (param, grad, *averages)]
+            tensors = [_flat(x) for x in (param, grad, average, square)]
             places = tensors[0], *tensors[2:]
             steps.run("aten.adamw", *tensors, count, *rates, out=places)
-            for x, place in zip((param, *averages), places, strict=True):
+            for x, place in zip((param, average, square), places, strict=True):
                 if place.data_ptr() != x.data_ptr():
                     x.copy_(place.view_as(x))
 
@@ -88,7 +88,7 @@ def _by_parts(
 
 def _flat(x: Tensor) -> Tensor:
     """All elements on one axis, in the order in which they lie; a copy of a tensor with gaps."""
-    order = sorted(range(x.dim()), key=lambda axis: -x.stride(axis))
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
     lying = x.permute(order)
     return lying.view(-1) if lying.is_contiguous() else x.reshape(-1)
 

@@ -345,7 +345,8 @@ def _masked(self: Tensor, mask: Tensor, value: Any) -> Result:
     """Torch fills a clone, row by row."""
     import torch
 
-    return torch.broadcast_shapes(self.shape, mask.shape), None, self.dtype
+    shape = torch.broadcast_shapes(self.shape, mask.shape)  # type: ignore[no-untyped-call]
+    return shape, None, self.dtype
 
 
 @lowers("masked_fill", to="aten.where", elementwise=True, result=_masked)
@@ -374,7 +375,7 @@ def zero(to: To, self: Tensor) -> Call:
     return to("aten.copy", to.number(0).expand(to.out.shape), real(to.out.dtype))
 
 
-@lowers("copy", to="aten.copy", result=_as_self)
+@lowers("copy", to="aten.copy", result=_as_self, elementwise=True)
 def copy(to: To, self: Tensor, src: Tensor, non_blocking: bool = False) -> Call:
     return to("aten.copy", _operand(to, src).expand(to.out.shape), real(to.out.dtype))
 

@@ -34,7 +34,7 @@ def rows_of(self: Tensor, dims: Sequence[int], ordered: bool = False) -> Tensor:
     if self.dim() == 0:
         return self.reshape(1)
     kept = [d for d in range(self.dim()) if d not in dims]
-    inner = list(dims) if ordered else sorted(dims, key=lambda d: -self.stride(d))
+    inner = list(dims) if ordered else sorted(dims, key=self.stride, reverse=True)
     return self.permute(*kept, *inner).reshape(*[self.shape[d] for d in kept], _product(self.shape[d] for d in dims))
 
 

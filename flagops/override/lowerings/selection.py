@@ -113,7 +113,7 @@ def bucketize(steps: Steps, self: Any, boundaries: Tensor, *, out_int32: bool = 
 
 
 def _isin(steps: Steps, elements: Any, values: Any, invert: bool) -> Tensor:
-    """Many values are put in order first."""
+    """Many whole numbers are put in order first."""
     import torch
 
     like = elements if isinstance(elements, torch.Tensor) else values
@@ -123,7 +123,7 @@ def _isin(steps: Steps, elements: Any, values: Any, invert: bool) -> Tensor:
     x = _brought(steps, elements, dtype, like)
     values = _brought(steps, values, dtype, like).reshape(-1)
     out = torch.empty(x.shape, dtype=torch.bool, device=like.device)
-    if values.numel() <= _MANY:
+    if values.numel() <= _MANY or dtype.is_floating_point:  # a search among NaN would go astray
         return steps.run("aten.isin", x, values, invert, out=out)
     ordered = values.sort().values
     places = torch.empty(x.numel(), dtype=torch.int64, device=like.device)
@@ -201,6 +201,24 @@ def bincount(steps: Steps, self: Tensor, weights: Tensor | None = None, minlengt
     source = _brought(steps, given, dtype, self).expand(self.shape)
     where = _brought(steps, self, torch.int64, self)
     return steps.run("aten.scatter", total, where, source, "sum", True, False, out=total) if count else total
+
+
+@lowers("repeat_interleave.Tensor", to="aten.searchsorted", whole=True)
+def repeat_interleave(steps: Steps, repeats: Tensor, *, output_size: int | None = None) -> Tensor:
+    """Which repeated element each place of the result has: the first whose end lies behind it."""
+    import torch
+
+    if repeats.dim() != 1 or repeats.dtype not in (torch.int32, torch.int64):
+        raise Pass(REFUSED)
+    if repeats.numel() and _extreme(steps, repeats, False) < 0:
+        raise RuntimeError("repeats can not be negative")
+    ends = repeats.cumsum(0)
+    count = int(ends[-1].item()) if repeats.numel() else 0
+    if output_size not in (None, count):
+        raise RuntimeError(f"allocated size {output_size} does not match required size {count}")
+    places = torch.arange(count, dtype=torch.int64, device=repeats.device)
+    found = steps.run("aten.searchsorted", ends, places, True, out=torch.empty_like(places))
+    return _brought(steps, found, repeats.dtype, repeats)
 
 
 @lowers("equal", to="aten.ne", whole=True)

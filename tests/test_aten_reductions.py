@@ -1,0 +1,251 @@
+"""Torch's reductions and rows: their cards, and calls of torch's under `flagops.enable` held to float64."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import flagops
+from flagops import registry, testing
+
+sys.path.insert(0, str(Path(__file__).parent))
+from overriding import usable
+
+aten = torch.ops.aten
+CARDS = [card for card in registry.cards().values() if card.aten and card.family in ("reductions", "rows")]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+SHAPES = ((), (5,), (3, 70), (4, 5, 3), (2, 3, 4, 5), (130, 2), (3, 0))
+
+pytestmark = pytest.mark.skipif(not usable("numba"), reason="numba does not run here")
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_kernels_are_within_the_bounds_of_their_cards(card):
+    ran, refused = testing.check(card, "numba", 25)
+    assert ran == 25, refused
+
+
+def laid_out(x: Tensor) -> list[Tensor]:
+    """The same elements, in several layouts."""
+    apart = x.new_empty([2 * n for n in x.shape])[tuple(slice(None, None, 2) for _ in x.shape)].copy_(x)
+    axes = tuple(reversed(range(x.dim())))
+    return [x, apart, x.permute(axes).contiguous().permute(axes)]
+
+
+def dims_of(x: Tensor) -> list[int | tuple[int, ...]]:
+    return [-1, 0, tuple(range(x.dim()))] + ([(0, -1)] if x.dim() > 2 else [])
+
+
+def replaced(calls):
+    """What torch gives, and what it gives with ours in its place, each of which must have been computed by us."""
+    own = [call() for call in calls]
+    with flagops.enable("all", backend="numba") as handle:
+        made = [call() for call in calls]
+        text = str(handle.report())
+    assert "numba" in text
+    return zip(own, made, strict=True)
+
+
+def assert_like(own: Tensor, made: Tensor) -> None:
+    assert (made.dtype, made.shape) == (own.dtype, own.shape)
+    sizes = [i for i, n in enumerate(own.shape) if n > 1]
+    if own.numel():
+        assert [made.stride(i) for i in sizes] == [own.stride(i) for i in sizes]
+
+
+EXACT = {
+    "amax": lambda x, d, k: torch.amax(x, d, k),
+    "amin": lambda x, d, k: torch.amin(x, d, k),
+    "all": lambda x, d, k: torch.all(x, d, k),
+    "any": lambda x, d, k: torch.any(x, d, k),
+    "count_nonzero": lambda x, d, k: torch.count_nonzero(x, d),
+    "max": lambda x, d, k: torch.max(x),
+    "max_dim": lambda x, d, k: torch.max(x, d if isinstance(d, int) else -1, k),
+    "min_dim": lambda x, d, k: torch.min(x, d if isinstance(d, int) else -1, k),
+    "argmax": lambda x, d, k: torch.argmax(x, d if isinstance(d, int) else None, k),
+    "argmin": lambda x, d, k: torch.argmin(x, d if isinstance(d, int) else None, k),
+    "aminmax": lambda x, d, k: torch.aminmax(x, dim=d if isinstance(d, int) else None, keepdim=k),
+    "sum": lambda x, d, k: torch.sum(x, d, k),
+    "prod": lambda x, d, k: torch.prod(x, d, k) if isinstance(d, int) else torch.prod(x),
+    "cumsum": lambda x, d, k: torch.cumsum(x, d if isinstance(d, int) else -1),
+}
+ROUNDED = {"sum", "prod", "cumsum"}  # of floats
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_what_is_exact_is_torchs(name, rng):
+    calls = []
+    for shape in SHAPES:
+        for dtype in (*WHOLE, *(() if name in ROUNDED else FLOATS)):
+            if dtype == torch.bool and name in ("argmax", "argmin"):
+                continue
+            values = torch.from_numpy(rng.integers(-3, 4, shape)).to(dtype)
+            for x in laid_out(values) if values.numel() or name in ("all", "any", "sum", "count_nonzero") else ():
+                for d in dims_of(x) if x.dim() else [-1]:
+                    calls.append(partial(EXACT[name], x, d, bool(rng.integers(2))))
+    for own, made in replaced(calls):
+        pairs = zip(own, made, strict=True) if isinstance(own, tuple) else [(own, made)]
+        for one, other in pairs:
+            assert_like(one, other)
+            assert torch.equal(one, other)
+
+
+SUMS = {
+    "sum": (lambda x, d, k: torch.sum(x, d, k), lambda x, d, k: x.abs().sum(d, k)),
+    "nansum": (lambda x, d, k: torch.nansum(x, d, k), lambda x, d, k: x.abs().sum(d, k)),
+    "mean": (lambda x, d, k: torch.mean(x, d, k), lambda x, d, k: x.abs().mean(d, k)),
+    "cumsum": (lambda x, d, k: x.cumsum(_one(d)), lambda x, d, k: x.abs().cumsum(_one(d))),
+    "logsumexp": (lambda x, d, k: x.logsumexp(d, k), lambda x, d, k: 1 + x.abs().amax(d, k)),
+    "var": (lambda x, d, k: torch.var(x, d, correction=0, keepdim=k), lambda x, d, k: x.square().mean(d, k)),
+    "var_mean": (
+        lambda x, d, k: torch.var_mean(x, d, correction=0, keepdim=k)[1],
+        lambda x, d, k: x.abs().mean(d, k),
+    ),
+    **{
+        f"norm {p}": (
+            lambda x, d, k, p=p: torch.linalg.vector_norm(x, p, d, k),
+            lambda x, d, k, p=p: torch.linalg.vector_norm(x, p, d, k),
+        )
+        for p in (0, 1, 2, 3, float("inf"), -float("inf"))
+    },
+    "softmax": (lambda x, d, k: x.softmax(_one(d)), lambda x, d, k: (1 + x.abs()) * x.softmax(_one(d))),
+    "log_softmax": (lambda x, d, k: x.log_softmax(_one(d)), lambda x, d, k: 1 + x.abs() + x.log_softmax(_one(d)).abs()),
+}
+
+
+def _one(d):
+    return d if isinstance(d, int) else -1
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_what_is_rounded_is_near_float64(name, rng):
+    call, weight = SUMS[name]
+    calls, exact = [], []
+    for shape in (s for s in SHAPES if 0 not in s):
+        for dtype in FLOATS:
+            for x in laid_out(torch.from_numpy(rng.standard_normal(shape)).to(dtype)):
+                for d in dims_of(x) if x.dim() else [-1]:
+                    k = bool(rng.integers(2))
+                    calls.append(partial(call, x, d, k))
+                    wide = x.double()
+                    exact.append((call(wide, d, k), weight(wide, d, k), max(x.numel(), 8)))
+    for (own, made), (value, size, n) in zip(replaced(calls), exact, strict=True):
+        assert_like(own, made)
+        testing.assert_near(made, value, 2 * n + 8, size, name)
+
+
+def test_results_go_where_they_are_asked_to(rng):
+    x = torch.from_numpy(rng.standard_normal((4, 6))).float()
+    with flagops.enable("all", backend="numba"):
+        for out in (torch.empty(6, dtype=torch.float64), torch.empty(12)[::2], torch.empty(0)):
+            assert torch.sum(x, 0, out=out) is out
+            testing.assert_near(out.float(), x.double().sum(0), 8, x.double().abs().sum(0))
+        values, indices = torch.empty(0), torch.empty(0, dtype=torch.int64)
+        torch.max(x, 1, out=(values, indices))
+        assert torch.sum(x, 1, dtype=torch.float64).dtype == torch.float64
+        assert torch.sum(x > 0).item() == int((x.numpy() > 0).sum())
+        assert torch.any((x > 0).to(torch.uint8)).dtype == torch.uint8
+    assert values.tolist() == x.amax(1).tolist()
+    assert indices.tolist() == x.argmax(1).tolist()
+
+
+def test_a_sum_has_the_same_bits_however_it_lies_and_on_any_number_of_threads(rng):
+    threads = torch.get_num_threads()
+    x = torch.from_numpy(rng.standard_normal((5, 70_000))).float()
+    sums = []
+    with flagops.enable("all", backend="numba"):
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                sums += [x.sum(1), x.t().contiguous().sum(0), torch.stack([row.sum() for row in x])]
+        finally:
+            torch.set_num_threads(threads)
+    for other in sums[1:]:
+        assert torch.equal(sums[0], other)
+
+
+def test_what_torch_refuses_is_refused():
+    x = torch.zeros(3, 0)
+    refused = [lambda: x.amax(1), lambda: torch.max(x, 1), lambda: x.argmax(), lambda: x.sum(2), lambda: x.sum((0, 0))]
+    for call in refused:
+        errors = []
+        for words in ([], ["all"]):
+            with pytest.raises((IndexError, RuntimeError)) as caught, flagops.enable(words or "-all", backend="numba"):
+                call()
+            errors.append(caught.type)
+        assert errors[0] is errors[1]
+
+
+def test_a_row_of_nothing_but_minus_infinity_is_nan():
+    x = torch.tensor([[-torch.inf] * 3, [0.0, -torch.inf, 0.0]])
+    with flagops.enable("all", backend="numba"):
+        assert x.softmax(1).isnan().tolist() == [[True] * 3, [False] * 3]
+        assert x.log_softmax(1)[1, 1] == -torch.inf
+        assert x.logsumexp(1)[0] == -torch.inf
+
+
+ROWS = 9
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("shape", ((ROWS, 33), (2, 5, 6, 7), (300, 16)), ids=str)
+def test_layer_norm_and_its_gradients_are_near_float64(shape, dtype, rng):
+    draw = lambda *s: torch.from_numpy(rng.standard_normal(s)).to(dtype)  # noqa: E731
+    n = shape[-1]
+    x, w, b, g = draw(*shape), draw(n), draw(n), draw(*shape)
+
+    def gradients(*tensors):
+        leaves = [t.clone().requires_grad_() for t in tensors[:3]]
+        y = torch.nn.functional.layer_norm(leaves[0], (n,), *leaves[1:])
+        y.backward(tensors[3])
+        return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+    exact = gradients(*(t.double() for t in (x, w, b, g)))
+    with flagops.enable("all", backend="numba") as handle:
+        made = gradients(x, w, b, g)
+        report = str(handle.report())
+    assert "native_layer_norm_backward" in report
+    count = x.numel()
+    weights = (1 + exact[0].abs(), 20 * (1 + exact[1].abs()), count // n * 9.0, count // n * 9.0)
+    for value, got, weight in zip(exact, made, weights, strict=True):
+        testing.assert_near(
+            got, value, 4 * n + 20, torch.broadcast_to(torch.as_tensor(weight), value.shape), "gradient"
+        )
+
+
+@pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
+@pytest.mark.parametrize("shape", ((7, 5), (3, 4, 2, 3)), ids=str)
+def test_cross_entropy_and_its_gradient_are_near_float64(shape, reduction, rng):
+    x = torch.from_numpy(rng.standard_normal(shape)).float()
+    target = torch.from_numpy(rng.integers(0, shape[1], (shape[0], *shape[2:])))
+    target.view(-1)[0] = -100
+    weight = torch.from_numpy(rng.uniform(0.5, 2, shape[1])).float()
+
+    def losses(x, weight):
+        leaf = x.clone().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(leaf, target, weight, reduction=reduction)
+        loss.sum().backward()
+        return loss.detach(), leaf.grad
+
+    exact = losses(x.double(), weight.double())
+    with flagops.enable("all", backend="numba"):
+        made = losses(x, weight)
+        with pytest.raises((IndexError, ValueError), match="out of bounds"):
+            torch.nn.functional.nll_loss(x, torch.full_like(target, shape[1]))
+    for value, got in zip(exact, made, strict=True):
+        size = 4 * (1 + float(exact[0].abs().max()))
+        testing.assert_near(got, value, 4 * x.numel(), torch.full_like(value, size), "loss")
+
+
+def test_batch_norm_keeps_statistics_as_torch_does(rng):
+    x = torch.from_numpy(rng.standard_normal((6, 3, 5)))
+    layers = [torch.nn.BatchNorm1d(3, dtype=torch.float64) for _ in range(2)]
+    own = layers[0](x), layers[0].eval()(x)
+    with flagops.enable("all", backend="numba"), torch.no_grad():
+        made = layers[1](x), layers[1].eval()(x)
+    for value, got in zip((*own, *layers[0].buffers()), (*made, *layers[1].buffers()), strict=True):
+        testing.assert_near(got.detach().double(), value.detach().double(), 200, torch.full(value.shape, 3.0).double())
