@@ -62,7 +62,7 @@ def fold_kernel(
 ):  # fmt: skip
     """States of parts are folded again, and the last finished."""
     row = (tl.program_id(0) // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    part = tl.program_id(0) % parts
+    part = (tl.program_id(0) % parts).to(tl.int64)
     here = row < count
     x += offset(row, sizes, x_steps)[:, None]
     a = number(scalar, STATE)
@@ -72,9 +72,9 @@ def fold_kernel(
         p = tl.load(found + offset(row, sizes, found_steps), here, other=0)
     s = tl.full((ROWS, BLOCK), START, STATE)
     for first in range(part * PART, min(part * PART + PART, n), BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        inside = here[:, None] & (at < n)[None, :]
-        value = cast(tl.load(x + at.to(tl.int64)[None, :] * x_n, inside, other=0), KIND)
+        at = (first + tl.arange(0, BLOCK))[None, :]
+        inside = here[:, None] & (at < n)
+        value = cast(tl.load(x + at * x_n, inside, other=0), KIND)
         after = MERGE(s, value) if AGAIN else STEP(s, value, p[:, None], a).to(STATE)
         s = tl.where(inside, after, s)
     s = FOLDED(s)
@@ -91,7 +91,7 @@ def places_kernel(
 ):  # fmt: skip
     """With `given`, `x` is what parts have found and `given` where."""
     row = (tl.program_id(0) // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    part = tl.program_id(0) % parts
+    part = (tl.program_id(0) % parts).to(tl.int64)
     here = row < count
     x += offset(row, sizes, x_steps)[:, None]
     if given is not None:
@@ -99,7 +99,7 @@ def places_kernel(
     s = tl.full((ROWS, BLOCK), START, STATE)
     k = tl.zeros((ROWS, BLOCK), tl.int64) + 0x7FFFFFFFFFFFFFFF
     for first in range(part * PART, min(part * PART + PART, n), BLOCK):
-        at = (first + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
+        at = (first + tl.arange(0, BLOCK))[None, :]
         inside = here[:, None] & (at < n)
         value = cast(tl.load(x + at * x_n, inside, other=0), STATE)
         if given is None:
@@ -124,8 +124,8 @@ def cumsum_kernel(
     x += offset(row, sizes, x_steps)[:, None]
     out += offset(row, sizes, out_steps)[:, None]
     total = tl.zeros((ROWS,), STATE)
-    for first in range(0, n, BLOCK):
-        at = (first + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
+    for first in range(0, tl.cast(n, tl.int64), BLOCK):
+        at = (first + tl.arange(0, BLOCK))[None, :]
         inside = here[:, None] & (at < n)
         value = cast(tl.load(x + at * x_n, inside, other=0), STATE)
         sums = tl.cumsum(value, 1) + total[:, None]
@@ -135,7 +135,7 @@ def cumsum_kernel(
 
 def tile(n: int, step: int) -> dict[str, int]:
     """Rows and elements of each that a program has at once: few rows where elements lie side by side, else many."""
-    block = min(TILE if step == 1 else 16, triton.next_power_of_2(max(n, 1)))
+    block = min(TILE if step == 1 else 16, triton.next_power_of_2(max(n, 16)))
     return {"ROWS": max(1, TILE // block), "BLOCK": block}
 
 

@@ -31,7 +31,7 @@ exp, log = WORDS["exp"], WORDS["log"]
 def _place(first, here, n, step, BLOCK: tl.constexpr):
     """Where a tile's elements of a row lie, and which there are."""
     at = first + tl.arange(0, BLOCK)
-    return (at.to(tl.int64) * step)[None, :], here[:, None] & (at < n)[None, :]
+    return (at * step)[None, :], here[:, None] & (at < n)[None, :]
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _values(x, first, here, n, step, ACC: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _factor(weight, first, n, step, ACC: tl.constexpr, BLOCK: tl.constexpr):
     at = first + tl.arange(0, BLOCK)
-    return cast(tl.load(weight + at.to(tl.int64) * step, at < n, other=0), ACC)[None, :]
+    return cast(tl.load(weight + at * step, at < n, other=0), ACC)[None, :]
 
 
 @triton.jit
@@ -63,16 +63,16 @@ def softmax_kernel(
     top = tl.full((ROWS,), float("-inf"), ACC)
     mass = tl.zeros((ROWS,), ACC)
     value = tl.zeros((ROWS, BLOCK), ACC)
-    for first in range(0, n, BLOCK):
+    for first in range(0, tl.cast(n, tl.int64), BLOCK):
         _, inside = _place(first, here, n, x_n, BLOCK)
         value = _values(x, first, here, n, x_n, ACC, BLOCK)
         top = tl.maximum(top, tl.max(tl.where(inside, value, float("-inf")), 1))
-    for first in range(0, n, BLOCK):
+    for first in range(0, tl.cast(n, tl.int64), BLOCK):
         _, inside = _place(first, here, n, x_n, BLOCK)
         if not ONE:
             value = _values(x, first, here, n, x_n, ACC, BLOCK)
         mass += tl.sum(tl.where(inside, exp(value - top[:, None]), 0), 1)
-    for first in range(0, n, BLOCK):
+    for first in range(0, tl.cast(n, tl.int64), BLOCK):
         place, inside = _place(first, here, n, out_n, BLOCK)
         if not ONE:
             value = _values(x, first, here, n, x_n, ACC, BLOCK)
@@ -93,11 +93,11 @@ def softmax_backward_kernel(
     total = tl.zeros((ROWS,), ACC)
     g = tl.zeros((ROWS, BLOCK), ACC)
     y = tl.zeros((ROWS, BLOCK), ACC)
-    for first in range(0, n, BLOCK):
+    for first in range(0, tl.cast(n, tl.int64), BLOCK):
         g = _values(grad, first, here, n, g_n, ACC, BLOCK)
         y = _values(output, first, here, n, y_n, ACC, BLOCK)
         total += tl.sum(g if LOG else g * y, 1)
-    for first in range(0, n, BLOCK):
+    for first in range(0, tl.cast(n, tl.int64), BLOCK):
         place, inside = _place(first, here, n, out_n, BLOCK)
         if not ONE:
             g = _values(grad, first, here, n, g_n, ACC, BLOCK)
@@ -116,12 +116,12 @@ def layer_norm_kernel(
     out += offset(row, sizes, out_steps)[:, None]
     total, squares = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
     value = tl.zeros((ROWS, BLOCK), ACC)
-    for first in range(0, n, BLOCK):
+    for first in range(0, tl.cast(n, tl.int64), BLOCK):
         value = _values(x, first, here, n, x_n, ACC, BLOCK)
         total += tl.sum(value, 1)
     length = tl.full((ROWS,), n, ACC)
     mean = divide(total, tl.maximum(length, 1))
-    for first in range(0, n, BLOCK):
+    for first in range(0, tl.cast(n, tl.int64), BLOCK):
         _, inside = _place(first, here, n, x_n, BLOCK)
         if not ONE:
             value = _values(x, first, here, n, x_n, ACC, BLOCK)
@@ -130,7 +130,7 @@ def layer_norm_kernel(
     rstd = divide(1.0, sqrt(divide(squares, length) + number(eps, ACC)))
     tl.store(out_mean + offset(row, sizes, mean_steps), cast(mean, out_mean.dtype.element_ty), here)
     tl.store(out_rstd + offset(row, sizes, rstd_steps), cast(rstd, out_rstd.dtype.element_ty), here)
-    for first in range(0, n, BLOCK):
+    for first in range(0, tl.cast(n, tl.int64), BLOCK):
         place, inside = _place(first, here, n, out_n, BLOCK)
         if not ONE:
             value = _values(x, first, here, n, x_n, ACC, BLOCK)
@@ -156,7 +156,7 @@ def layer_norm_backward_kernel(
     total, dot = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
     own, y = tl.zeros((ROWS, BLOCK), ACC), tl.zeros((ROWS, BLOCK), ACC)
     for step in tl.static_range(2):
-        for first in range(0, n, BLOCK):
+        for first in range(0, tl.cast(n, tl.int64), BLOCK):
             place, inside = _place(first, here, n, out_n, BLOCK)
             if step == 0 or not ONE:
                 own = _values(grad, first, here, n, g_n, ACC, BLOCK)
@@ -178,11 +178,11 @@ def columns_kernel(
     ACC: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums of some rows' columns, ``[n, parts]``."""
-    part = tl.program_id(1)
-    column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    part = (tl.program_id(0) % parts).to(tl.int64)
+    column = (tl.program_id(0) // parts).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dot, total = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
     for first in range(part * LINES, min(part * LINES + LINES, m), ROWS):
-        row = (first + tl.arange(0, ROWS)).to(tl.int64)
+        row = first + tl.arange(0, ROWS)
         here = row < m
         inside = here[:, None] & (column < n)[None, :]
         g = cast(tl.load(grad + (row * g_m)[:, None] + (column * g_n)[None, :], inside, other=0), ACC)
@@ -224,7 +224,7 @@ def nll_loss_backward_kernel(
     value = cast(tl.load(grad + offset(row, sizes, g_steps), here, other=0), ACC) * -1
     if weight is not None:
         value *= cast(tl.load(weight + at * weight_c, counts, other=0), ACC)
-    first = tl.program_id(1) * BLOCK
+    first = tl.program_id(1).to(tl.int64) * BLOCK
     place, inside = _place(first, here, classes, out_c, BLOCK)
     chosen = counts[:, None] & (at[:, None] == (first + tl.arange(0, BLOCK))[None, :])
     tl.store(out + place, cast(tl.where(chosen, value[:, None], 0), out.dtype.element_ty), inside)
@@ -341,9 +341,9 @@ def layer_norm_backward(
     parts = max(1, triton.cdiv(m, LINES))
     dots, totals = (x.new_empty((n, parts), dtype=getattr(torch, _acc(x))) for _ in range(2))
     launch(
-        columns_kernel, (triton.cdiv(n, 64), parts), dx.device, grad, x, mean, rstd, dots, totals, m, n, grad.stride(0),
-        x.stride(0), mean.stride(0), rstd.stride(0), grad.stride(1), x.stride(1), parts, ACC=acc, LINES=LINES,
-        ROWS=16, BLOCK=64, num_warps=4, **options,
+        columns_kernel, (triton.cdiv(n, 64) * parts,), dx.device, grad, x, mean, rstd, dots, totals, m, n,
+        grad.stride(0), x.stride(0), mean.stride(0), rstd.stride(0), grad.stride(1), x.stride(1), parts, ACC=acc,
+        LINES=LINES, ROWS=16, BLOCK=64, num_warps=4, **options,
     )  # fmt: skip
     fold(ADD, dots, _acc(x), _acc(x), dweight)
     fold(ADD, totals, _acc(x), _acc(x), dbias)
