@@ -204,3 +204,44 @@ def test_compiled_programs_round_once_and_load_whole_vectors():
         assert not row["approximate"], row
         if " 4M." in row["name"] and "gfx" not in row["name"]:
             assert row["wide"], row
+
+
+LAUNCHED = """
+import importlib
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+common, elementwise = (importlib.import_module(f"flagops.kernels.triton.{n}") for n in ("_common", "_elementwise"))
+pointwise = importlib.import_module("flagops.kernels.triton.pointwise")
+triton.runtime.driver.set_active(Driver())
+common.pretended = common.Chip("cuda", 132, 227 << 10, True)
+programs, run = [], JITFunction.run
+
+def compile_alone(self, *args, grid, warmup, **options):
+    programs.append(run(self, *args, grid=grid, warmup=True, **options))
+
+JITFunction.run = compile_alone
+elementwise.launch = lambda kernel, grid, device, *args, **options: kernel[grid](*args, **options)
+x = torch.ones(4096)
+for alpha in (0.1, 0.25, 1.0, 16.0):
+    pointwise.add(x, torch.tensor(alpha), "float32", alpha, x)
+print(len(set(map(id, programs))))
+"""
+
+
+def test_values_of_numbers_make_no_other_programs():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", LAUNCHED], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split() == ["1"]

@@ -10,7 +10,7 @@ from flagops.registry import kernel
 
 from .._rows import merged, spread
 from ._common import LONGEST, launch
-from ._elementwise import BLOCK, TYPES, elementwise, elementwise_kernel, numbered, offset
+from ._elementwise import BLOCK, NUMBERS, TYPES, elementwise, elementwise_kernel, numbered, offset
 from ._words import same
 from .reductions import lead
 
@@ -33,9 +33,9 @@ def flip(x: torch.Tensor, axes: int, out: torch.Tensor) -> None:
     sizes, (out_steps, steps) = merged(shape, [spread(shape, s, len(shape), 0) for s in (out.stride(), own)])
     launch(
         elementwise_kernel, (triton.cdiv(out.numel(), BLOCK),), out.device, out,
-        (x.as_strided((1,), (1,), x.storage_offset() + last),), (0,), tuple(sizes[:0:-1]), tuple(out_steps[::-1]),
-        (tuple(steps[::-1]),), out.numel(), LANE=same, KINDS=(TYPES[dtype_name(x)],), LONG=out.numel() > LONGEST,
-        BLOCK=BLOCK, num_warps=4,
+        (x.as_strided((1,), (1,), x.storage_offset() + last),), *(0,) * NUMBERS, tuple(sizes[:0:-1]),
+        tuple(out_steps[::-1]), (tuple(steps[::-1]),), out.numel(), LANE=same,
+        KINDS=(TYPES[dtype_name(x)],), LONG=out.numel() > LONGEST, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
 
