@@ -1,23 +1,26 @@
-"""Random calls of torch's operators, and torch's own kernels to hold them to."""
-
-import contextlib
+"""Random calls of torch's operators, and torch's own results to hold ours to."""
 
 import torch
 
-from flagops.override.interpose import thread
+import flagops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16]
 DTYPES += [torch.int8, torch.uint8, torch.bool]
 
 
-@contextlib.contextmanager
-def plain():
-    """Torch's own kernels."""
-    thread.busy = True
-    try:
-        yield
-    finally:
-        thread.busy = False
+def compared(form, draws, ops):
+    """Results of flagops' kernels beside torch's own, which are computed while nothing is replaced; nothing is left."""
+    calls = [form(draw) for draw in draws]
+    expected = [function(*given) for function, given in calls]
+    before = [[x.clone() for x in given] for _, given in calls]
+    with flagops.enable(ops, backend="numba") as handle:
+        got = [function(*given) for function, given in calls]
+        left = {(row.op, reason) for row in handle.report().rows for reason in row.passed}
+    assert left == set()
+    for (_, given), kept in zip(calls, before, strict=True):
+        assert all(torch.equal(x.nan_to_num(9), y.nan_to_num(9)) for x, y in zip(given, kept, strict=True))
+    for one, other in zip(got, expected, strict=True):
+        yield from zip(one, other, strict=True) if isinstance(one, tuple) else [(one, other)]
 
 
 class Draw:

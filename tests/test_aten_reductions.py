@@ -241,11 +241,20 @@ def test_cross_entropy_and_its_gradient_are_near_float64(shape, reduction, rng):
         testing.assert_near(got, value, 4 * x.numel(), torch.full_like(value, size), "loss")
 
 
-def test_batch_norm_keeps_statistics_as_torch_does(rng):
+@pytest.mark.parametrize("train", (True, False))
+def test_batch_norm_its_statistics_and_its_gradients_are_torchs(train, rng):
     x = torch.from_numpy(rng.standard_normal((6, 3, 5)))
-    layers = [torch.nn.BatchNorm1d(3, dtype=torch.float64) for _ in range(2)]
-    own = layers[0](x), layers[0].eval()(x)
-    with flagops.enable("all", backend="numba"), torch.no_grad():
-        made = layers[1](x), layers[1].eval()(x)
-    for value, got in zip((*own, *layers[0].buffers()), (*made, *layers[1].buffers()), strict=True):
-        testing.assert_near(got.detach().double(), value.detach().double(), 200, torch.full(value.shape, 3.0).double())
+    g = torch.from_numpy(rng.standard_normal((6, 3, 5)))
+
+    def results():
+        layer, leaf = torch.nn.BatchNorm1d(3, dtype=torch.float64).train(train), x.clone().requires_grad_()
+        y = layer(leaf)
+        y.backward(g)
+        return [y.detach(), leaf.grad, *(p.grad for p in layer.parameters()), *layer.buffers()]
+
+    own = results()
+    with flagops.enable("all", backend="numba") as handle:
+        made = results()
+        assert "native_batch_norm_backward" in str(handle.report())
+    for value, got in zip(own, made, strict=True):
+        testing.assert_near(got.double(), value.double(), 200, torch.full(value.shape, 30.0).double())

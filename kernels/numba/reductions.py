@@ -13,9 +13,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from flagops.reference._cards import arithmetic
 
-from flagops.arrays import HALF, dtype_name
+from flagops.arrays import HALF, arithmetic, dtype_name
 from flagops.backends.numba import jit, parallel
 from flagops.registry import kernel
 

@@ -14,9 +14,8 @@ from types import FunctionType
 from typing import Any
 
 import numpy as np
-from flagops.reference._cards import arithmetic
 
-from flagops.arrays import HALF, dtype_name, numpy_dtype
+from flagops.arrays import HALF, arithmetic, dtype_name, numpy_dtype
 from flagops.backends.numba import jit
 from flagops.registry import kernel
 

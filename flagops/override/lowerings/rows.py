@@ -161,6 +161,52 @@ def native_batch_norm(
     return y, *saved
 
 
+@lowers("native_batch_norm_backward", to="aten.sum", whole=True)
+def native_batch_norm_backward(
+    to: Steps,
+    grad_out: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    save_mean: Tensor | None,
+    save_invstd: Tensor | None,
+    train: bool,
+    eps: float,
+    output_mask: Sequence[bool],
+) -> Any:
+    import torch
+    from torch._prims_common import suggest_memory_format
+
+    _floats(grad_out, input)
+    acc = torch.promote_types(input.dtype, torch.float32)
+    channels = input.shape[1]
+
+    def spread(x: Tensor) -> Tensor:
+        return x.to(acc).view(channels, *[1] * (input.dim() - 2))
+
+    def summed(x: Tensor) -> Tensor:
+        rows = x.transpose(0, 1).reshape(channels, -1)
+        return to.run("aten.sum", rows, name_of(acc), out=input.new_empty(channels, dtype=acc))
+
+    mean, rstd = (save_mean, save_invstd) if train else (running_mean, None)
+    if not train and running_var is not None:
+        rstd = (running_var.to(acc) + eps).rsqrt()
+    if mean is None or rstd is None:
+        raise Pass(REFUSED)
+    grad = grad_out.to(acc)
+    y = (input - spread(mean)) * spread(rstd)
+    dbias, dweight = summed(grad), summed(grad * y)
+    if train:
+        count = input.numel() // max(channels, 1)
+        grad = grad - spread(dbias) / count - y * (spread(dweight) / count)
+    dx = (grad * spread(rstd if weight is None else rstd * weight)).to(input.dtype)
+    dx = dx.contiguous(memory_format=suggest_memory_format(input))
+    sums = input.dtype if weight is None else weight.dtype
+    made = dx, dweight.to(sums), dbias.to(sums)
+    return tuple([x if wanted else None for x, wanted in zip(made, output_mask, strict=True)])
+
+
 def _target_of(self: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """Rows of classes. Raises Pass for what torch refuses."""
     _floats(self)
