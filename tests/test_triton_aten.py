@@ -130,20 +130,64 @@ def test_six_axes_that_do_not_merge_in_place(rng):
     assert not room[1::2].any()
 
 
+@pytest.mark.parametrize("dtype", ("float32", "int64"))
+def test_rows_of_several_parts_and_columns(dtype, rng):
+    """Sums of small whole numbers are exact in every order."""
+    x = torch.from_numpy(rng.integers(-3, 4, (2, 40000))).to(getattr(torch, dtype))
+    for rows in (x, x[:, :500].clone().T.contiguous().T):
+        for name in ("sum", "amax", "amin"):
+            _held(f"aten.{name}", rows, dtype)
+        for name in ("count_nonzero", "argmax", "argmin"):
+            _held(f"aten.{name}", rows)
+        assert torch.equal(_held("aten.sum", rows, dtype), rows.sum(-1))
+        assert torch.equal(_held("aten.argmax", rows), torch.from_numpy(rows.numpy().argmax(-1)))
+    x[0, 20000:] = x[1, 39999] = 9
+    assert _held("aten.argmax", x).tolist() == [20000, 39999]
+
+
+def test_rows_keep_what_is_no_number(rng):
+    x = torch.from_numpy(rng.standard_normal((3, 20000)).astype(np.float32))
+    x[0, 17000], x[1, 18000], x[1, 100], x[2, 5] = np.nan, np.inf, -np.inf, -np.inf
+    for name in ("sum", "nansum", "amax", "amin", "logsumexp", "var", "_softmax", "_log_softmax"):
+        _held(f"aten.{name}", x, "float32")
+    for name in ("argmax", "argmin"):
+        _held(f"aten.{name}", x)
+
+
+def test_long_rows_are_read_again(rng):
+    x, y = (torch.from_numpy(rng.standard_normal((2, 9001)).astype(np.float32)) for _ in range(2))
+    for name in ("_softmax_backward_data", "_log_softmax_backward_data"):
+        _held(f"aten.{name}", x, y.softmax(-1), "float32")
+    operator = registry.operator("aten.native_layer_norm")
+    got = of(operator)(x.to(DEVICE), y[0].to(DEVICE), None, 1e-5, "float32", backend="triton")
+    testing.assert_of(operator.name, tuple(part.cpu() for part in got), x, y[0], None, 1e-5, "float32")
+
+
+def test_columns_of_many_rows_are_summed_by_parts(rng):
+    grad, x = (torch.from_numpy(rng.integers(-2, 3, (300, 70))).float() for _ in range(2))
+    mean, rstd = torch.zeros(300), torch.ones(300)
+    operator = registry.operator("aten.native_layer_norm_backward")
+    args = grad, x, mean, rstd, None, "float32"
+    got = of(operator)(*(a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in args), backend="triton")
+    assert torch.equal(got[1].cpu(), (grad * x).sum(0))
+    assert torch.equal(got[2].cpu(), grad.sum(0))
+
+
 COMPILE = """
 import json, sys
 sys.path.insert(0, "benchmarks")
 import triton_compile as compiler
 
 names = [f"aten.{name}" for name in ("div", "rsqrt", "gelu", "remainder", "copy", "adamw")]
+names += ["aten.sum", "aten.max_dim", "aten._softmax"]
 found = []
 for blank, launch in compiler.rows(targets=["sm_75", "sm_90", "gfx942"], names=names):
-    if "drawn" in blank.label and blank.target != "sm_90":
+    if "drawn" in blank.label and (blank.target != "sm_90" or "elementwise" not in blank.kernel):
         continue
     row, made = compiler.compiled(blank, launch)
     text = made.asm.get("ptx", "")
     approximate = [word for word in ("div.full", "sqrt.approx", "add.ftz", "mul.ftz", "fma.rn.ftz") if word in text]
-    wide = ".v4.b32" in text or ".v2.b32" in text or ".v4.b16" in text
+    wide = any(f"ld.global.{words}" in text for words in ("v2", "v4"))
     found.append({"name": row.name, "faults": compiler.faults(row), "approximate": approximate, "wide": wide})
 print(json.dumps(found))
 """
@@ -160,3 +204,44 @@ def test_compiled_programs_round_once_and_load_whole_vectors():
         assert not row["approximate"], row
         if " 4M." in row["name"] and "gfx" not in row["name"]:
             assert row["wide"], row
+
+
+LAUNCHED = """
+import importlib
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+common, elementwise = (importlib.import_module(f"flagops.kernels.triton.{n}") for n in ("_common", "_elementwise"))
+pointwise = importlib.import_module("flagops.kernels.triton.pointwise")
+triton.runtime.driver.set_active(Driver())
+common.pretended = common.Chip("cuda", 132, 227 << 10, True)
+programs, run = [], JITFunction.run
+
+def compile_alone(self, *args, grid, warmup, **options):
+    programs.append(run(self, *args, grid=grid, warmup=True, **options))
+
+JITFunction.run = compile_alone
+elementwise.launch = lambda kernel, grid, device, *args, **options: kernel[grid](*args, **options)
+x = torch.ones(4096)
+for alpha in (0.1, 0.25, 1.0, 16.0):
+    pointwise.add(x, torch.tensor(alpha), "float32", alpha, x)
+print(len(set(map(id, programs))))
+"""
+
+
+def test_values_of_numbers_make_no_other_programs():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", LAUNCHED], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split() == ["1"]

@@ -20,6 +20,8 @@ from .._rows import merged, spread
 from ._common import LONGEST, keeping_subnormals, launch, narrow, widen
 
 BLOCK = 1024
+NUMBERS = 5
+"""The most operands and scalars that a lane takes."""
 TYPES = {
     "bool": tl.int1, "int8": tl.int8, "uint8": tl.uint8, "int16": tl.int16, "int32": tl.int32, "int64": tl.int64,
     "float16": tl.float16, "bfloat16": tl.bfloat16, "float32": tl.float32, "float64": tl.float64,
@@ -27,19 +29,9 @@ TYPES = {
 
 
 @triton.jit
-def _to_odd(x):
-    """float64 as a float32 whose last bit is set where it is not exact: what rounds that has rounded once."""
-    near = x.to(tl.float32)
-    back = near.to(tl.float64)
-    bits = near.to(tl.uint32, bitcast=True)
-    bits = tl.where(tl.abs(back) > tl.abs(x), bits - 1, bits)
-    return tl.where(back != x, bits | 1, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def cast(x, dtype: tl.constexpr):
-    """In another dtype as x86 has it: rounded once; to integers cut off in 32 bits (64 for int64), whose low ones
-    narrower ones take, and the least where it does not fit or is NaN."""
+    """In another dtype as x86 has it: halves through float32; integers cut off in 32 bits (64 for int64), whose low
+    ones narrower ones take, and the least where it does not fit or is NaN."""
     if x.dtype == dtype:
         made = x
     elif dtype == tl.int1:
@@ -47,8 +39,6 @@ def cast(x, dtype: tl.constexpr):
     elif dtype.is_floating():
         if dtype.primitive_bitwidth > 16:
             made = widen(x).to(dtype)
-        elif x.dtype == tl.float64 or x.dtype == tl.int64 or x.dtype == tl.int32:
-            made = narrow(_to_odd(x.to(tl.float64)), dtype)
         else:
             made = narrow(widen(x).to(tl.float32), dtype)
     elif x.dtype.is_floating():
@@ -94,12 +84,13 @@ def numbered(count, BLOCK: tl.constexpr, LONG: tl.constexpr, PIECE=0):
     return at, at < count
 
 
-@triton.jit(do_not_specialize=["numbers"])
+@triton.jit(do_not_specialize=["n0", "n1", "n2", "n3", "n4"])
 def elementwise_kernel(
-    out, operands, numbers, sizes, out_steps, steps, count,
+    out, operands, n0, n1, n2, n3, n4, sizes, out_steps, steps, count,
     LANE: tl.constexpr, KINDS: tl.constexpr, LONG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """An operand that is None is a number."""
+    """An operand that is None is a number, of which a tuple would be specialised for the values."""
+    numbers = (n0, n1, n2, n3, n4)
     at, here = numbered(count, BLOCK, LONG)
     values = ()
     for i in tl.static_range(len(operands)):
@@ -121,7 +112,7 @@ def elementwise(lane: Any, out: torch.Tensor, operands: Sequence[Any], kinds: Se
     launch(
         elementwise_kernel, (triton.cdiv(count, BLOCK),), out.device, out,
         tuple(x if isinstance(x, torch.Tensor) else None for x in given),
-        tuple(0 if isinstance(x, torch.Tensor) else x for x in given), sizes, out_steps,
+        *(0 if isinstance(x, torch.Tensor) else x for x in given), *(0,) * (NUMBERS - len(given)), sizes, out_steps,
         tuple(steps.pop(0) if isinstance(x, torch.Tensor) else None for x in given), count,
         LANE=lane, KINDS=tuple(TYPES[kind] for kind in kinds), LONG=count > LONGEST, BLOCK=BLOCK, num_warps=4,
         **keeping_subnormals(out.device),

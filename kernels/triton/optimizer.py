@@ -26,19 +26,18 @@ def _rest(log_beta, count):
     return -expm1(log_beta * count)
 
 
-@triton.jit(do_not_specialize=["numbers"])
+@triton.jit(do_not_specialize=["lr", "decay", "eps", "beta1", "beta2", "log_beta1", "log_beta2", "number_of_step"])
 def adamw_kernel(
-    outs, tensors, step, numbers, sizes, out_steps, steps, count,
+    outs, tensors, step, lr, decay, eps, beta1, beta2, log_beta1, log_beta2, number_of_step,
+    sizes, out_steps, steps, count,
     ACC: tl.constexpr, DECOUPLED: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr,
     LONG: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    lr, decay, eps, beta1, beta2 = (
-        number(numbers[0], tl.float64), number(numbers[1], tl.float64), number(numbers[2], ACC),
-        number(numbers[3], tl.float64), number(numbers[4], tl.float64),
-    )  # fmt: skip
-    done = number(numbers[7], tl.float64) if step is None else tl.load(step).to(tl.float64)
-    rate = (lr / _rest(number(numbers[5], tl.float64), done)).to(ACC)
-    root = (1 / tl.sqrt(_rest(number(numbers[6], tl.float64), done))).to(ACC)
+    lr, decay, eps = number(lr, tl.float64), number(decay, tl.float64), number(eps, ACC)
+    beta1, beta2 = number(beta1, tl.float64), number(beta2, tl.float64)
+    done = number(number_of_step, tl.float64) if step is None else tl.load(step).to(tl.float64)
+    rate = (lr / _rest(number(log_beta1, tl.float64), done)).to(ACC)
+    root = (1 / tl.sqrt(_rest(number(log_beta2, tl.float64), done))).to(ACC)
     shrink, decay = (1 - lr * decay).to(ACC), decay.to(ACC)
     rest1, rest2, beta1, beta2 = (1 - beta1).to(ACC), (1 - beta2).to(ACC), beta1.to(ACC), beta2.to(ACC)
     first = tl.program_id(0)
@@ -97,7 +96,7 @@ def adamw(
     pieces = PIECES if programs >= 8 * PIECES * chip(out[0].device).processors else 1
     launch(
         adamw_kernel, (triton.cdiv(programs, pieces),), out[0].device, outs, tensors,
-        done if isinstance(done, torch.Tensor) else None, (*numbers, 0 if isinstance(done, torch.Tensor) else done),
+        done if isinstance(done, torch.Tensor) else None, *numbers, 0 if isinstance(done, torch.Tensor) else done,
         sizes, tuple(steps[:3]), tuple(steps[3:]), count, ACC=TYPES[arithmetic(dtype_name(param))],
         DECOUPLED=decoupled, DECAY=bool(weight_decay), MAXIMIZE=maximize, LONG=count > LONGEST, BLOCK=BLOCK,
         PIECES=pieces, num_warps=4, **keeping_subnormals(out[0].device),

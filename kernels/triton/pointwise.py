@@ -1,48 +1,22 @@
 """Each element of a result from one of each operand: every card of the family by its lane."""
 
-import ast
-import inspect
-import linecache
 from collections.abc import Callable
 from typing import Any
 
-import triton
-import triton.language as tl
-
-from flagops import generated, registry
+from flagops import registry
 from flagops.arrays import arithmetic
 from flagops.operator import Operator
 from flagops.registry import kernel
 
 from .. import _lanes
 from ._elementwise import elementwise
+from ._spelling import spelled, word_of
 from ._words import WORDS
 
 
-class _Spelled(ast.NodeTransformer):
-    """Writes ``x / y`` as the word that rounds it once, and constants as numbers."""
-
-    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        self.generic_visit(node)
-        if not isinstance(node.op, ast.Div):
-            return node
-        return ast.Call(ast.Name("divide", ast.Load()), [node.left, node.right], [])
-
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        value = getattr(_lanes, node.id, None)
-        return ast.Constant(value) if isinstance(value, float) else node
-
-
 def lane_of(name: str, operands: tuple[str, ...]) -> Any:
-    """A lane as a function of Triton's; a word of Triton's own comes before the lane of its name."""
-    if name in WORDS:
-        source = f"def {name}_({', '.join(operands)}):\n    return {name}({', '.join(operands)})"
-    else:
-        tree = _Spelled().visit(ast.parse(inspect.getsource(getattr(_lanes, name))))
-        source = ast.unparse(ast.fix_missing_locations(tree))
-    made = generated.function(source, f"lane {name}", {**WORDS, "tl": tl, "__name__": __name__})
-    linecache.cache[made.__code__.co_filename] = len(source), None, source.splitlines(True), made.__code__.co_filename
-    return triton.jit(made)
+    """The lane of a card; a word of Triton's own comes before the lane of its name."""
+    return word_of(name, operands) if name in WORDS else spelled(_lanes, name)
 
 
 def _kernel(card: Operator) -> Callable[..., None]:
