@@ -15,7 +15,8 @@ import flagops
 from flagops.__main__ import main
 from flagops.override import interpose
 from flagops.override.annotations import annotated
-from flagops.override.coverage import Coverage, , kind, watching
+from flagops.override.coverage import Coverage, watching
+from flagops.override.forms import kind
 
 sys.path.insert(0, str(Path(__file__).parent))
 from opinfo_calls import Check, Room, observe
