@@ -1,6 +1,6 @@
 """Torch's own operator beside each card of `flagops.aten`: functions of the card's inputs and ``out``.
 
-Where an overload of the card's name takes the same tensors in the same order and all else by the same names, that is it;
+An overload of the card's name that takes the same tensors in the same order, and all else by the same names, is it;
 what differs is written here.
 """
 

@@ -42,8 +42,8 @@ def invoke(operator: Operator, args: Sequence[Any], wish: str, known: bool = Fal
                 memory.refuse_out(operator, args)
     if operator.aten:
         raise Unsupported(
-            f"{operator.name} computes values of plain tensors alone; for gradients, transforms and modes call torch's own "
-            "operator under flagops.enable()"
+            f"{operator.name} computes values of plain tensors alone; for gradients, transforms and modes call torch's "
+            "own operator under flagops.enable()"
         )
     *inputs, out = args
     _ran.backend = ""
@@ -69,7 +69,7 @@ def trace(operator: Operator, args: Sequence[Any], backend: str | Sequence[str] 
     return out
 
 
-@torch.compiler.disable(reason="flagops.aten has no operators of torch's for a graph")
+@torch.compiler.disable(reason="flagops.aten has no operators of torch's for a graph")  # type: ignore[no-untyped-call, untyped-decorator]
 def untraced(function: Callable[..., Any], *args: Any) -> Any:
     """A call that ends the graph that `torch.compile` traces."""
     return function(*args)

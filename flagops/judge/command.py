@@ -70,7 +70,7 @@ def check(args: argparse.Namespace) -> int:
     if args.replay:
         wish["operators"] = [_replayed(args.replay)]
     if usable or files:
-        _judge(wish, outcome, each and bool(args.backend or files) or bool(args.replay))
+        _judge(wish, outcome, bool(args.replay or (each and (args.backend or files))))
     _show(outcome, wish)
     if args.report:
         Path(args.report).write_text(json.dumps(report(outcome, wish), indent=1) + "\n")
