@@ -72,7 +72,7 @@ def fold_kernel(
         p = tl.load(found + offset(row, sizes, found_steps), here, other=0)
     s = tl.full((ROWS, BLOCK), START, STATE)
     for first in range(part * PART, min(part * PART + PART, n), BLOCK):
-        at = (first + tl.arange(0, BLOCK))[None, :]
+        at = (first + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
         inside = here[:, None] & (at < n)
         value = cast(tl.load(x + at * x_n, inside, other=0), KIND)
         after = MERGE(s, value) if AGAIN else STEP(s, value, p[:, None], a).to(STATE)
@@ -99,7 +99,7 @@ def places_kernel(
     s = tl.full((ROWS, BLOCK), START, STATE)
     k = tl.zeros((ROWS, BLOCK), tl.int64) + 0x7FFFFFFFFFFFFFFF
     for first in range(part * PART, min(part * PART + PART, n), BLOCK):
-        at = (first + tl.arange(0, BLOCK))[None, :]
+        at = (first + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
         inside = here[:, None] & (at < n)
         value = cast(tl.load(x + at * x_n, inside, other=0), STATE)
         if given is None:
@@ -125,7 +125,7 @@ def cumsum_kernel(
     out += offset(row, sizes, out_steps)[:, None]
     total = tl.zeros((ROWS,), STATE)
     for first in range(0, tl.cast(n, tl.int64), BLOCK):
-        at = (first + tl.arange(0, BLOCK))[None, :]
+        at = (first + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
         inside = here[:, None] & (at < n)
         value = cast(tl.load(x + at * x_n, inside, other=0), STATE)
         sums = tl.cumsum(value, 1) + total[:, None]

@@ -31,7 +31,7 @@ exp, log = WORDS["exp"], WORDS["log"]
 def _place(first, here, n, step, BLOCK: tl.constexpr):
     """Where a tile's elements of a row lie, and which there are."""
     at = first + tl.arange(0, BLOCK)
-    return (at * step)[None, :], here[:, None] & (at < n)[None, :]
+    return (at.to(tl.int64) * step)[None, :], here[:, None] & (at < n)[None, :]
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _values(x, first, here, n, step, ACC: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _factor(weight, first, n, step, ACC: tl.constexpr, BLOCK: tl.constexpr):
     at = first + tl.arange(0, BLOCK)
-    return cast(tl.load(weight + at * step, at < n, other=0), ACC)[None, :]
+    return cast(tl.load(weight + at.to(tl.int64) * step, at < n, other=0), ACC)[None, :]
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def columns_kernel(
     column = (tl.program_id(0) // parts).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dot, total = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
     for first in range(part * LINES, min(part * LINES + LINES, m), ROWS):
-        row = first + tl.arange(0, ROWS)
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
         here = row < m
         inside = here[:, None] & (column < n)[None, :]
         g = cast(tl.load(grad + (row * g_m)[:, None] + (column * g_n)[None, :], inside, other=0), ACC)
