@@ -39,6 +39,7 @@ _HOMES = {
 _MODULES = frozenset(
     {
         "arrays",
+        "aten",
         "backends",
         "bench",
         "checkpoint",

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flagops import checkpoint as checkpoint
+from flagops import aten as aten, checkpoint as checkpoint
 from flagops.deepseek_v4.cache import AttentionCache as AttentionCache, AttentionConfig as AttentionConfig
 from flagops.config import using as using
 from flagops.errors import Unsupported as Unsupported

@@ -84,7 +84,8 @@ def _cpu() -> str:
 def ops(args: argparse.Namespace) -> int:
     """The coverage table: operator x backend, what its kernel declares and what is tested."""
     names = registry.backend_names()
-    table = {op: {name: _coverage(op, name) for name in names} for op in registry.operators()}
+    chosen = registry.named(["aten"]) if args.aten else registry.operators().values()
+    table = {op.name: {name: _coverage(op.name, name) for name in names} for op in chosen}
     if args.report:
         from flagops.judge.command import certificates
 
@@ -159,7 +160,7 @@ def warmup(args: argparse.Namespace) -> int:
     """Compile every kernel for every dtype now, into the cache folder."""
     from flagops import testing
 
-    chosen = [registry.operator(name) for name in args.operators] or list(registry.operators().values())
+    chosen = registry.named(args.operators) or list(registry.operators().values())
     names = args.backend or [
         n for n in registry.backend_names() if n not in ("numpy", "torch") and not registry.backend(n).unavailable()
     ]
@@ -215,12 +216,13 @@ def parser() -> argparse.ArgumentParser:
     group = listing.add_mutually_exclusive_group()
     group.add_argument("--json", action="store_true", help="machine-readable")
     group.add_argument("--markdown", action="store_true", help="the table of the README")
+    listing.add_argument("--aten", action="store_true", help="torch's own operators (flagops.aten) in place of models'")
     listing.add_argument(
         "--report", metavar="FILE", help="with what `flagops check --report FILE` found of each kernel"
     )
     _check_words(command(check))
     warming = command(warmup)
-    warming.add_argument("operators", nargs="*", metavar="OP", help="operators (default: all)")
+    warming.add_argument("operators", nargs="*", metavar="OP", help=_OPERATORS)
     warming.add_argument("--backend", action="append", metavar="B", help="backend, repeatable")
     for name, (module, function, text) in FORWARDED.items():
         forwarded = commands.add_parser(name, help=text, add_help=False)
@@ -229,9 +231,12 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+_OPERATORS = "operators, such as matmul or aten.add; aten or a family of it, such as reductions (default: models')"
+
+
 def _check_words(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("operators", nargs="*", metavar="OP|FILE.py", help="operators (default: all), or a file of functions so named")
+    add("operators", nargs="*", metavar="OP|FILE.py", help=f"{_OPERATORS}, or a file of functions so named")
     add("--backend", action="append", metavar="B", help="backend, repeatable (default: all usable)")
     add("--time", default="10s", metavar="T", help="for each kernel, such as 60s (default: 10s)")
     add("--examples", type=int, default=0, metavar="N", help="so many drawn cases alone, in place of a time")

@@ -35,6 +35,8 @@ def of(operator: Operator) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             from flagops import torch_ops
 
+            if operator.aten:
+                return torch_ops.untraced(run, operator, args, backend)[0]
             return torch_ops.trace(operator, args, backend)
         return run(operator, args, backend)[0]
 

@@ -367,7 +367,7 @@ def _supported(
     reason = kernel.unsupported(*args[:-1]) if kernel.unsupported else None
     if reason:
         raise Unsupported(reason)
-    if needs_grad:
+    if needs_grad and not operator.aten:
         backward(operator, kernel)
     return kernel
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -97,6 +97,16 @@ def operator(name: str) -> Operator:
     if found is None:
         raise ValueError(f"flagops has no operator {name!r}{suggestion(name, cards())}")
     return found
+
+
+def named(words: Iterable[str]) -> list[Operator]:
+    """The operators that words name: each its own, ``"aten"`` all of torch's, a family (``"reductions"``) its part of
+    them. A ValueError that suggests the right name for a word that is none of these."""
+    found: dict[str, Operator] = {}
+    for word in words:
+        group = {n: card for n, card in cards().items() if card.aten and word in ("aten", card.family)}
+        found |= {word: cards()[word]} if word in cards() else group or {word: operator(word)}
+    return list(found.values())
 
 
 _added: dict[str, Backend] = {}

@@ -16,6 +16,7 @@ import torch
 from torch.utils import flop_counter
 
 from flagops import arrays, batching, derivatives, dispatch, memory, registry, surroundings
+from flagops.errors import Unsupported
 from flagops.operator import Operator
 
 _library: Any = torch.library.Library("flagops", "DEF")  # type: ignore[no-untyped-call]
@@ -39,6 +40,11 @@ def invoke(operator: Operator, args: Sequence[Any], wish: str, known: bool = Fal
             operator.bind(args)
             if args[-1] is not None:
                 memory.refuse_out(operator, args)
+    if operator.aten:
+        raise Unsupported(
+            f"{operator.name} computes values of plain tensors alone; for gradients, transforms and modes call torch's "
+            "own operator under flagops.enable()"
+        )
     *inputs, out = args
     _ran.backend = ""
     result = getattr(torch.ops.flagops, operator.name).default(*_parsed(operator, inputs), wish)
@@ -61,6 +67,12 @@ def trace(operator: Operator, args: Sequence[Any], backend: str | Sequence[str] 
     outs = dict(zip(_out_names(operator), operator.each(out), strict=True))
     name.out(*inputs, wish, **outs)
     return out
+
+
+@torch.compiler.disable(reason="flagops.aten has no operators of torch's for a graph")  # type: ignore[no-untyped-call, untyped-decorator]
+def untraced(function: Callable[..., Any], *args: Any) -> Any:
+    """A call that ends the graph that `torch.compile` traces."""
+    return function(*args)
 
 
 def _parsed(operator: Operator, inputs: Sequence[Any], left: Sequence[str] = ()) -> list[Any]:

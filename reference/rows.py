@@ -297,6 +297,7 @@ def layer_norm_bound(
         for name, load in _LOADS.items()
     },
     flops=lambda dims, batch: 14.0 * dims["m"] * dims["n"],
+    separable=False,
 )
 def layer_norm_backward(
     grad: Array, x: Array, mean: Array, rstd: Array, weight: Array | None = None, sums: str = "float32"
@@ -435,6 +436,7 @@ def nll_loss_bound(
     workloads={"logits-512.float32": {"batch": (512,), "c": 49152, "dtype": "float32"}},
     flops=lambda dims, batch: float(math.prod(batch)),
     sizes={"c": _CLASSES},
+    separable=("...",),
 )
 def nll_loss_backward(
     grad: Array, target: Array, weight: Array | None = None, classes: int = 1, ignore: int = -100

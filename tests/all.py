@@ -133,6 +133,16 @@ ROWS = {
         (*KERNELS, "tests/lowering.py"),
         ((sys.executable, "tests/lowering.py"),),
     ),
+    "bare": Row(
+        "all models and phases on a device that owns no kernel, and its own tests",
+        ("flagops/**/*.py", "kernels/**/*.py", "reference/**/*.py", "tests/bare/*"),
+        ((sys.executable, "tests/bare/run.py"), pytest("tests/test_bare.py", workers=1)),
+    ),
+    "opinfo": Row(
+        "PyTorch's own samples of every replaced overload, in every layout and form, on the CPU",
+        ("flagops/**/*.py", "kernels/**/*.py", "tests/opinfo_*.py"),
+        ((sys.executable, "tests/opinfo_judge.py"),),
+    ),
     "calls": Row(
         "1.6 million calls from 8 threads, 50,000 shapes in bounded memory, storms of forks and of new processes",
         (*KERNELS, "tests/test_storms.py"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import flagops
 from flagops import arrays, registry, testing
 from flagops.call import of
 from flagops.errors import Unsupported
@@ -163,7 +164,7 @@ def test_candidates_alternate_on_rotating_inputs_into_nan() -> None:
     assert [i for _, i in seen] == [n % 3 for n in range(len(seen))]
 
 
-@pytest.mark.parametrize("name", registry.operators())
+@pytest.mark.parametrize("name", registry.cards())
 def test_an_excerpt_of_the_result_is_the_result_of_the_excerpt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     op = registry.operator(name)
     whole = measure._spread
@@ -179,6 +180,22 @@ def test_an_excerpt_of_the_result_is_the_result_of_the_excerpt(name: str, monkey
         of(op)(*given, out=out, backend="numpy")
         if op.exact or not any(x.isnan().any() for x in outs if x.dtype.itemsize > 1):
             assert measure.verify(op, given, out) == ("bits" if op.exact else "bound")
+
+
+@pytest.mark.parametrize("name", dir(flagops.aten))
+def test_operators_of_torch_are_measured_beside_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each card's workload, made small, is drawn, verified, and right as torch's own operator computes it."""
+    op = registry.operator(f"aten.{name}")
+    for load, said in op.workloads.items():
+        small = {k: min(x, 48) if isinstance(x, int) else x for k, x in said.items()}
+        small |= {"batch": tuple(min(x, 8) for x in said["batch"])} if "batch" in said else {}
+        monkeypatch.setitem(op.workloads, load, small)
+        half = said.get("dtype") == "bfloat16"  # in which torch rounds what cards do not
+        for call in (measure.candidates(op, ["numpy"]) | ({} if half else bench.baselines(op))).values():
+            trial = measure.prepare(op, load, cold=False)
+            measure.poison(trial.out)
+            call(*trial.sets[0], trial.out)
+            measure.verify(op, trial.sets[0], trial.out)
 
 
 def test_inputs_are_those_of_the_workload() -> None:

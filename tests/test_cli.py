@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from flagops import registry
+from flagops import aten, registry
 from flagops.__main__ import main
 from flagops.tools import stubs
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
 def flagops(*words, **environment):
@@ -52,8 +52,38 @@ def test_ops_covers_every_operator_and_backend(capsys):
         assert all(row[name]["kernel"] for name in ("numba", "torch", "numpy"))
 
 
-def test_the_readme_shows_the_coverage_of_today():
-    assert stubs.with_table(README.read_text()) == README.read_text(), "run python -m flagops.tools.stubs"
+def test_operators_of_torch_are_listed_apart(capsys):
+    assert main(["ops", "--aten", "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert {name.removeprefix("aten.") for name in table} == set(dir(aten))
+    assert all(row[name]["kernel"] for row in table.values() for name in ("numba", "numpy"))
+
+
+@pytest.mark.parametrize("file", stubs.TABLES)
+def test_the_readme_and_its_pages_show_the_tables_of_today(file):
+    assert stubs.current(file) == (ROOT / file).read_text(), "run python -m flagops.tools.stubs"
+
+
+def test_words_name_operators_and_families():
+    families = ["reductions", "aten.add", "matmul", "aten.sum"]
+    names = [op.name for op in registry.named(families)]
+    assert len(names) == len(set(names))
+    assert {*names} == {"aten.add", "matmul"} | {
+        name for name, card in registry.cards().items() if card.aten and card.family == "reductions"
+    }
+    assert {op.name for op in registry.named(["aten"])} == {f"aten.{name}" for name in dir(aten)}
+    with pytest.raises(ValueError, match="did you mean 'aten[.]softplus'"):
+        registry.named(["aten.softplu"])
+
+
+def test_check_takes_operators_of_torch_by_name_and_by_family(capsys):
+    words = ["--backend", "numpy", "--examples", "2"]
+    assert main(["check", "aten.add", "optimizer", *words]) == 0
+    said = capsys.readouterr().out
+    assert "aten.add" in said
+    assert "aten.adamw" in said
+    assert main(["check", "aten.add", "--backend", "torch", "--examples", "2"]) == 1, "torch has no kernel of it"
+    assert "torch has no kernel for aten.add" in capsys.readouterr().err
 
 
 def test_check_passes_and_can_be_repeated(capsys):

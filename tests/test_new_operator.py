@@ -25,25 +25,61 @@ pytest.importorskip("numba")
 pytest.importorskip("triton")
 
 
+def contributing():
+    return (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
 def example():
     """The files of the worked example: python blocks that begin with their own path."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```$", contributing(), re.MULTILINE | re.DOTALL)
     assert {path.partition("/")[0] for path, _ in blocks} == {"reference", "kernels"}
     return dict(blocks)
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkout")
+def copied(folder):
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
         shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    folder = copied(tmp_path_factory.mktemp("checkout"))
     for path, text in example().items():
         (folder / path).write_text(text, encoding="utf-8")
     run(folder, "-m", "flagops.tools.stubs")
     return folder
+
+
+POINTWISE = """
+import torch, flagops
+from torch.nn.functional import leaky_relu
+
+x = torch.randn(5, 7).t()
+for dtype in (torch.float32, torch.bfloat16):
+    expected = leaky_relu(x.to(dtype), 0.3), leaky_relu(x.to(dtype))
+    with flagops.enable("pointwise", backend="numba") as handle:
+        got = leaky_relu(x.to(dtype), 0.3), leaky_relu(x.to(dtype), inplace=True)
+    assert all(map(torch.equal, got, expected)), (got, expected)
+    assert got[0].stride() == expected[0].stride()
+    assert {row.op for row in handle.report().rows if row.replaced} == {"aten::leaky_relu", "aten::leaky_relu_"}
+"""
+
+
+def test_one_more_pointwise_operator(tmp_path):
+    """A reference, a lane and a lowering are all of it."""
+    folder = copied(tmp_path)
+    parts = re.findall(r"^```python\n# to (\S+\.py)\n(.*?)^```$", contributing(), re.MULTILINE | re.DOTALL)
+    assert len(parts) == 3
+    for path, text in parts:
+        with (folder / path).open("a", encoding="utf-8") as file:
+            file.write(f"\n\n{text}")
+    run(folder, "-c", POINTWISE)
+    words = ("--backend", "numba", "--backend", "numpy", "--examples", "4")
+    assert "WRONG" not in run(folder, "-m", "flagops", "check", "aten.leaky_relu", *words)
+    assert "`leaky_relu`" in run(folder, "-c", "from flagops.tools import stubs; print(stubs.names())")
 
 
 def environment(folder):

@@ -75,7 +75,7 @@ def _enter(name: str, module: ModuleType) -> None:
     package.__path__ = []
     sys.modules[package.__name__] = package
     sys.modules[f"{package.__name__}.file"] = module
-    for family in {op.family for op in registry.operators().values()}:
+    for family in {op.family for op in registry.cards().values()}:
         sys.modules[f"{package.__name__}.{family}_{name}"] = module
 
 

@@ -38,7 +38,7 @@ class Recipe:
 def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], alone: bool = False) -> Recipe:
     """The recipe for calls like this one. Raises Pass or Unsupported with the reason why torch should take them.
 
-    alone: torch has no kernel for them.
+    alone: torch has no kernel for them, or one that calls us again.
     """
     import torch
 
@@ -52,7 +52,8 @@ def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], 
         a_number = lowering.aten and is_number(x) and x is not written
         if x.layout != torch.strided or (x.device != here and not a_number):
             raise Pass("devices or layouts differ")
-    if not (backend or config.current().backend) and dispatch.left_to_torch(lowering.operator, tensors[0], needs_grad):
+    named = alone or backend or config.current().backend
+    if not named and dispatch.left_to_torch(lowering.operator, tensors[0], needs_grad):
         raise Pass(f"torch's own kernel{' and its backward are' if needs_grad else ' is'} faster on this device")
     with torch.no_grad():
         make = _maker(form, lowering, args, here, alone)
@@ -67,7 +68,7 @@ def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], 
         chosen: list[dispatch.Plan] = []
 
         def step(operator: str, *values: Any, out: Tensor) -> None:
-            chosen.append(_choose(operator, (*values, out), backend))
+            chosen.append(_choose(operator, (*values, out), backend, alone))
 
         to = To(destination, form.given is not None, step)
         call = lowering.function(to, **form.named(roles))
@@ -84,7 +85,7 @@ def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], 
     if parts is None:
         if needs_grad:
             raise Pass("a layout that would be copied, where a gradient is recorded")
-        return Recipe(functools.partial(_lowered_again, form, lowering, backend, goal, guard), by)
+        return Recipe(functools.partial(_lowered_again, form, lowering, backend, alone, goal, guard), by)
     compute = _replayed(plan, *parts, tuple(to.numbers), goal, guard)
     if needs_grad:
         from .gradients import differentiable
@@ -326,12 +327,15 @@ def overlaps_itself(x: Tensor) -> bool:
     return False
 
 
-def _choose(operator: str, values: Sequence[Any], backend: Any) -> dispatch.Plan:
+def _choose(operator: str, values: Sequence[Any], backend: Any, alone: bool) -> dispatch.Plan:
     try:
         plan = dispatch.plan(registry.operator(operator), values, backend)
     except (TypeError, ValueError) as error:
         raise Pass(str(error)) from None
     if plan.forwards_to == "aten":
+        others = plan.wish.split(",")[1:]
+        if alone and others:
+            return _choose(operator, values, others, alone)
         raise Pass("torch's own kernel is the choice")
     return plan
 
@@ -405,6 +409,7 @@ def _lowered_again(
     form: Form,
     lowering: Lowering,
     backend: Any,
+    alone: bool,
     goal: _Destination,
     guard: Callable[[], Any] | None,
     args: tuple[Any, ...],
@@ -412,7 +417,7 @@ def _lowered_again(
     """A call whose kernels get computed tensors."""
 
     def run(operator: str, *values: Any, out: Tensor) -> None:
-        plan = _choose(operator, (*values, out), backend)
+        plan = _choose(operator, (*values, out), backend, alone)
         if plan.check_values and plan.operator.values:
             _refuse(plan.operator.values(*values))
         plan.run(*plan.clean((*values, out)))

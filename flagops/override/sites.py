@@ -283,7 +283,8 @@ class Site(Registration):
         else:
             thread.busy = True
             try:
-                recipe = record(self.form, handle.backend, self.lowering, args, self.below is None)
+                alone = self.below is None or not self.owned
+                recipe = record(self.form, handle.backend, self.lowering, args, alone)
                 plan = recipe.compute, handle.counter(self.name, key, recipe.by, "")
             except (Pass, Unsupported) as reason:
                 count = handle.counter(self.name, key, "", str(reason))

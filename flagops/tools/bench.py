@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flagops bench", description=__doc__)
     add = parser.add_argument
-    add("operators", nargs="*", metavar="OP", help="operators; all if none")
+    add("operators", nargs="*", metavar="OP", help="operators, or aten or a family of it; those of models if none")
     add("--backend", action="append", metavar="B", help="a backend to run, may be repeated; default: all that are fast")
     add("--workload", metavar="W", help="the workload W, or all whose names contain it")
     add("--dtype", metavar="D", help="run the workloads in this dtype instead of their own")
@@ -93,7 +93,7 @@ def companion(name: str) -> ModuleType | None:
 
 def baselines(op: Operator) -> dict[str, Call]:
     """The yardsticks of an operator; none outside a checkout."""
-    module = companion("baselines")
+    module = companion("aten_baselines" if op.aten else "baselines")
     return dict(module.BASELINES.get(op.name, {})) if module else {}
 
 
@@ -101,7 +101,7 @@ def _selected(options: argparse.Namespace) -> list[tuple[Operator, list[str]]]:
     from flagops import registry, testing
 
     chosen = []
-    for op in [registry.operator(name) for name in options.operators] or registry.operators().values():
+    for op in registry.named(options.operators) or registry.operators().values():
         names = [options.workload] if options.workload in op.workloads else [*op.workloads]
         names = [name for name in names if options.workload is None or options.workload in name]
         if options.quick:
@@ -109,7 +109,7 @@ def _selected(options: argparse.Namespace) -> list[tuple[Operator, list[str]]]:
         if names:
             chosen.append((op, names))
     if not chosen:
-        known = {name for op in registry.operators().values() for name in op.workloads}
+        known = {name for op in registry.cards().values() for name in op.workloads}
         raise ValueError(f"no workload contains {options.workload!r}{suggestion(str(options.workload), known)}")
     return chosen
 

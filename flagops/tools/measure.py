@@ -133,7 +133,8 @@ def inputs(op: Operator, of: testing.Case, seed: int = 0, device: str = "cpu") -
             return _listed(shape, dims["n"], generator).to(dtype)
         if op.tensors[name].draw and dtypes[name] not in arrays.ONE_BYTE:
             return arrays.as_torch(_drawn(op.tensors[name], tuple(shape), dtypes[name], dims, seed))
-        return _random(shape, dtype, generator)
+        x = _random(shape, dtype, generator)
+        return x.abs() if op.aten and dtype.is_floating_point else x  # of which roots and logarithms are numbers
 
     return [x.to(device) if arrays.is_torch(x) else x for x in made(op, of, make, seed)]
 
@@ -149,7 +150,7 @@ def made(op: Operator, of: testing.Case, make: Callable[..., torch.Tensor], seed
         if name in scalars or name in of.absent:
             found.append(scalars.get(name))
             continue
-        shape = op.shape(op.tensors[name], dims, of.batch if name == batched else ())
+        shape = op.shape(op.tensors[name], dims, of.batch if op.aten or name == batched else ())
         dtype = getattr(torch, dtypes[name])
         if layouts.get(name) == "transposed":
             found.append(make(name, shape[::-1], dtype).permute(*reversed(range(len(shape)))))
@@ -174,7 +175,7 @@ def _fitted(op: Operator, made: Sequence[Any], dims: dict[str, int], seed: int) 
 def _drawn(tensor: Any, shape: tuple[int, ...], dtype: str, dims: dict[str, int], seed: int) -> Any:
     import numpy
 
-    return numpy.ascontiguousarray(tensor.draw(numpy.random.default_rng(seed), shape, dtype, dims))
+    return numpy.asarray(tensor.draw(numpy.random.default_rng(seed), shape, dtype, dims), order="C")
 
 
 def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -183,7 +184,8 @@ def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator
     size = math.prod(shape)
     block = min(size, (1 << 23) - 3)
     if dtype.itemsize == 1:
-        one = torch.randint(0, 256, (block,), dtype=torch.uint8, generator=generator)
+        values = 2 if dtype == torch.bool else 256
+        one = torch.randint(0, values, (block,), dtype=torch.uint8, generator=generator)
         if dtype == torch.float8_e4m3fn:
             one[one & 0x7F == 0x7F] = 0  # no NaN
         elif dtype == torch.float8_e8m0fnu:
@@ -193,7 +195,7 @@ def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator
     whole = torch.empty(size, dtype=one.dtype)
     for start in range(0, size, max(block, 1)):
         whole[start : start + block] = one[: size - start]
-    return whole.view(dtype).view(*shape)
+    return whole.view(dtype).view(tuple(shape))
 
 
 def _listed(shape: Sequence[int], rows: int, generator: torch.Generator) -> torch.Tensor:
@@ -234,7 +236,8 @@ def excerpt(
     words = op.result.axes.split()
     first = next(iter(op.tensors))
     rows = [word for word in words[:-1] if out.ndim >= len(words) or word != "..."]
-    part = {n: arrays.codes(x) if arrays.is_torch(x) else x for n, x in named.items()}
+    coded = {n for n, x in named.items() if not op.aten and arrays.is_torch(x)}  # torch selects no rows of FP8
+    part = {n: arrays.codes(x) if n in coded else x for n, x in named.items()}
     for word in (*rows, words[-1]):
         if isinstance(op.separable, tuple) and word not in op.separable:
             continue

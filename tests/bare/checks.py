@@ -2,12 +2,15 @@
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
 
 import bare
+import flagops
 from bare import models, run
+from flagops import testing
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.uint8, torch.bool]
 DTYPES += [torch.complex64, torch.float8_e4m3fn]
@@ -155,6 +158,20 @@ def test_what_has_no_kernel_says_so():
             bare.fallback("none")
     with pytest.raises(ValueError, match="'none', 'count' or 'raise', got 'cpu'"):
         bare.fallback("cpu")
+
+
+def test_nobody_has_to_name_a_backend():
+    """What torch computes faster on a CPU is not left to it where it has no kernel."""
+    products = (torch.mm, lambda x, y: torch.addmm(x[0], x, y), lambda x, y: (x @ y).softmax(-1))
+    for dtype, call in itertools.product((torch.float32, torch.bfloat16), products):
+        x, y = drawn(7, 7, dtype=dtype), drawn(7, 7, dtype=dtype)
+        there = x.to("bare"), y.to("bare")
+        with flagops.enable(strict=True) as handle:
+            got = call(*there)
+        assert all(by.endswith("/numba") for row in handle.report().rows for by in row.replaced), handle.report()
+        assert got.dtype == dtype
+        exact = call(x.double(), y.double())
+        testing.assert_near(got.cpu(), exact, 64, 1 + exact.abs())
 
 
 def test_the_counting_fallback_is_the_cpu_and_tells(counted):

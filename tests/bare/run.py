@@ -147,7 +147,7 @@ def main() -> int:
     add = parser.add_argument
     add("--models", type=_among(models.FAMILIES), default=list(models.FAMILIES), help="joined by commas; default: all")
     add("--phases", type=_among(models.PHASES), default=list(models.PHASES), help="joined by commas; default: all")
-    add("--device", choices=("bare", "cpu"), default="bare")
+    add("--device", default="bare", help="bare, cpu, or a device that torch has, such as npu")
     add("--backend", default="numba", help="of flagops.enable; empty: flagops is not enabled")
     add("--fallback", choices=("none", "count", "raise"), default="none", help="what serves calls without a kernel")
     add("--own-copies", action="store_true", help="copies within the device need no kernel, as with --fallback count")
