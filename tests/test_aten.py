@@ -66,6 +66,8 @@ BINARY = {
     "rsub": lambda x, y: 3 - x,
     "mul": torch.mul,
     "div": torch.div,
+    "pow": lambda x, y: (x.abs() + 0.0) ** y,
+    "power of a number": lambda x, y: 2.5 ** (y + 0.0),
     "gt": torch.gt,
     "eq": torch.eq,
     "where": lambda x, y: torch.where(x > 0, x, y),

@@ -5,8 +5,8 @@ a dispatch mode would, since composites step aside under one. Who served a call,
 in force count at that moment: each count leaves an event of no length inside the call's own.
 
 A watched call takes one to two microseconds more, and the result 0.2 ms a call to make. Not seen: what graphs of
-`torch.compile` compute, what lies behind one dispatched call (the products of an LSTM layer), and calls of
-`flagops.<name>` that do not go through torch's dispatcher.
+`torch.compile` with other backends than ``"flagops"`` compute, what lies behind one dispatched call (the products of an
+LSTM layer), and calls of `flagops.<name>` that do not go through torch's dispatcher.
 """
 
 from __future__ import annotations

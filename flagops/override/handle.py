@@ -40,7 +40,7 @@ WATCHED = {
 
 Their calls are counted and not changed."""
 
-COMPILED = "graphs compiled by torch.compile, but for the products that inductor leaves to aten"
+COMPILED = 'graphs compiled by torch.compile without backend="flagops", but for products that inductor leaves to aten'
 UNSEEN = (
     "linear layers that oneDNN holds prepacked (torch.utils.mkldnn, frozen graphs)",
     "convolutions",
@@ -168,8 +168,8 @@ class Handle:
 def enable(
     ops: str | Sequence[str] | None = None, backend: str | Sequence[str] | None = None, strict: bool = False
 ) -> Handle:
-    """Compute torch's operators with flagops kernels, in eager code of the whole process, until disabled. Gradients
-    stay torch's or are flagops' own.
+    """Compute torch's operators with flagops kernels, in eager code of the whole process and in graphs of
+    ``torch.compile(model, backend="flagops")``, until disabled. Gradients stay torch's or are flagops' own.
 
     ops: what to replace, as names joined by commas or in a list: ``"default"``, what makes whole models faster where
         torch has kernels of its own (products, rms_norm, attention) and everything on a device that has none;
@@ -280,5 +280,6 @@ def _places(composite: str, keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def _compiled_graphs() -> int:
+    """How many graphs Dynamo has made, but for those that keep the replaced operators (`compiled.backend`)."""
     dynamo = sys.modules.get("torch._dynamo.utils")
-    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
+    return dynamo.counters["stats"]["unique_graphs"] - dynamo.counters["flagops"]["graphs"] if dynamo else 0

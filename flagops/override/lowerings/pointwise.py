@@ -183,7 +183,16 @@ def logical_not(to: To, self: Tensor) -> Call:
     return to("aten.eq", self, to.number(False), _as_bool(self.dtype))
 
 
-@lowers("pow", to="aten.pow", elementwise=True)
+def _power(self: Any, exponent: Any) -> Result:
+    """The powers of a number torch lays out row by row."""
+    import torch
+
+    if isinstance(self, torch.Tensor):
+        return None
+    return tuple(exponent.shape), None, torch.result_type(self, exponent)
+
+
+@lowers("pow", to="aten.pow", elementwise=True, result=_power)
 def pow(to: To, self: Any, exponent: Any) -> Call:
     import torch
 
@@ -192,7 +201,7 @@ def pow(to: To, self: Any, exponent: Any) -> Call:
         if isinstance(exponent, torch.Tensor) or exponent < 0:
             raise Pass("integers to a power that may be negative")
         return to("aten.pow", self, to.number(exponent), real(dtype))
-    if exponent in (2, 2.0) and not isinstance(exponent, torch.Tensor):
+    if not isinstance(exponent, torch.Tensor) and exponent == 2:
         return to("aten.mul", self, self, real(dtype))
     return to("aten.pow", _operand(to, self), _operand(to, exponent), real(dtype))
 
