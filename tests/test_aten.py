@@ -18,7 +18,7 @@ SHAPES = ((), (1,), (17,), (3, 5), (2, 1, 7), (4, 33), (0, 3))
 def test_kernel_equals_its_reference(aten_kernel, request):
     """A few cases of each run; ``flagops check aten.add`` takes as many as one likes."""
     name, backend = aten_kernel
-    few = 2 if backend == "triton" else 1 if backend == "numpy" else 8
+    few = 4 if backend == "numba" else 1
     ran, refused = testing.check(registry.operator(name), backend, few, seed=request.config.option.seed)
     assert ran > 0, refused
 
@@ -88,7 +88,8 @@ BINARY = {
 def test_types_are_promoted_as_torch_does(name, rng):
     """Pairs of dtypes, numbers of Python's and tensors of one number; what torch refuses is refused with its error."""
     call, compared = BINARY[name], 0
-    for one, two in itertools.product(DTYPES, DTYPES):
+    pairs = list(itertools.product(DTYPES, DTYPES))
+    for one, two in (pairs[i] for i in rng.permutation(len(pairs))[:20]):
         shape = SHAPES[rng.integers(len(SHAPES))]
         other = shape[-1:] if rng.random() < 0.5 else shape
         x, y = laid(rng, draw(rng, shape, one)), laid(rng, draw(rng, () if rng.random() < 0.2 else other, two))
@@ -101,7 +102,7 @@ def test_types_are_promoted_as_torch_does(name, rng):
             continue
         same(under(call, x, y), expected, what)
         compared += 1
-    assert compared > 20
+    assert compared > 4
 
 
 UNARY = (
