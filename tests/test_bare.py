@@ -22,11 +22,13 @@ def test_the_device(request):
 
 
 def test_models_run_with_the_cpu_s_kernels_and_stop_without():
-    """With the fallback each phase gives what the CPU gives; without it and without flagops the first call is named."""
+    """With the fallback each phase gives what the CPU gives; without flagops and without it the first call is named."""
     rows = ("--models", "qwen2,vit", "--phases", "forward,greedy,train-foreach")
-    done = run(FOLDER / "run.py", *rows, "--fallback", "count")
+    done = run(FOLDER / "run.py", *rows, "--fallback", "count", "--backend", "")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "aten::mul.out" in done.stdout
+    done = run(FOLDER / "run.py", *rows, "--backend", "numba")
+    assert done.returncode == 0, done.stdout + done.stderr
     done = run(FOLDER / "run.py", *rows, "--backend", "")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "no index_select" in done.stdout

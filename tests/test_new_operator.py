@@ -16,7 +16,7 @@ from test_mutants import verdicts
 
 ROOT = Path(__file__).parents[1]
 NAME = "squared_relu"
-FOLDERS = ("flagops", "kernels", "reference", "tests")
+FOLDERS = ("flagops", "kernels", "reference", "tests", "docs")
 FILES = ("README.md", "CONTRIBUTING.md", "pyproject.toml")
 WRITTEN = {"README.md", "flagops/__init__.pyi"}  # by `python -m flagops.tools.stubs`
 

@@ -106,7 +106,8 @@ class Lowering:
     def parameters(self) -> tuple[str, ...]:
         """The arguments of the torch call that it knows; overloads with others are not its own."""
         names = tuple(inspect.signature(self.function).parameters)[1:]
-        return tuple(name[:-1] if keyword.iskeyword(name[:-1]) else name for name in names)
+        plain = ((name, name.removesuffix("_")) for name in names)  # `from_` is torch's `from`, `ord` is itself
+        return tuple(word if keyword.iskeyword(word) else name for name, word in plain)
 
 
 LOWERINGS: dict[str, Lowering] = {}

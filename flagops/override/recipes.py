@@ -286,8 +286,10 @@ def _torchs_result(form: Form, named: dict[str, Any], device: Any, alone: bool) 
     """The result of torch's own functional form on tensors laid out alike."""
     import torch
 
+    elsewhere = any(isinstance(x, torch.Tensor) and x.device.type != "cpu" for x in named.values())
+
     def alike(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or is_number(x):
+        if not isinstance(x, torch.Tensor) or (elsewhere and is_number(x)):
             return x
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 

@@ -192,4 +192,4 @@ def swiglu(
 
 def moved(x: torch.Tensor, offset: int) -> torch.Tensor:
     """The tensor that begins some elements further on."""
-    return x.as_strided((1,), (1,), x.storage_offset() + offset) if offset else x
+    return x.as_strided((1,), (1,), x.storage_offset() + offset) if offset and x.numel() else x

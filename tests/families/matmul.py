@@ -48,8 +48,8 @@ MUTANTS = {
         ("lightning_indexer", "least, number", "number, least", 0),
     ],
     "numba/_functions.py": [
-        ("moe_gate", "1 / (2 * i + 1)", "1 / (2 * i + 3)", 0),
-        ("sparse_attention", "1 / math.factorial(i)", "1 / math.factorial(i + 1)", 0),
+        ("moe_gate", "2 / (2 * i + 3)", "2 / (2 * i + 1)", 0),
+        ("sparse_attention", "1 / _FACTORIAL[i] for i in range(terms)", "1 / _FACTORIAL[i + 1] for i in range(terms)", 0),
     ],
     "numba/_tiles.py": [
         ("matmul", "builder.select(add, old, constant(kind, 0.0))", "old", 0),
