@@ -49,7 +49,7 @@ MUTANTS = {
     ],
     "numba/_functions.py": [
         ("moe_gate", "2 / (2 * i + 3)", "2 / (2 * i + 1)", 0),
-        ("sparse_attention", "high, low = _short(_LN2, form)", "low, high = _short(_LN2, form)", 0),
+        ("sparse_attention", "x.fma(factor, magic)", "x.fma(factor * 2, magic)", 0),
     ],
     "numba/_tiles.py": [
         ("matmul", "builder.select(add, old, constant(kind, 0.0))", "old", 0),
