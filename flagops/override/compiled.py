@@ -2,8 +2,8 @@
 
 Dynamo's graph runs as it was captured, above autograd. Any later form would be too late: AOTAutograd has taken
 composites (`rms_norm`, `scaled_dot_product_attention`) apart, and their gradients with them, before a compiler sees
-them. So results and gradients are those of eager code to the last bit. Nothing is fused; what a graph saves is the
-Python between the operators.
+them. So results and gradients are those of eager code to the last bit. Nothing is fused: a graph saves the Python
+between operators and pays for Dynamo's guards, so it is about as fast as eager code under `enable`, not as inductor's.
 """
 
 from __future__ import annotations

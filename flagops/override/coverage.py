@@ -28,8 +28,8 @@ from . import interpose
 from .annotations import Fate, fates_of
 from .forms import OWN, Form, forms, kind
 from .handle import Handle, enable
+from .interpose import COMPOSITE
 from .lowering import LOWERINGS
-from .sites import COMPOSITE
 
 NATIVE = "native"
 _COLUMNS = ("operator", "calls", "ms", "device ms", "served by")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flagops import surroundings
 
+from .interpose import COMPOSITE
 from .lowering import LOWERINGS
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 
 DEVICES = ("CPU", "CUDA", "PrivateUse1")
-COMPOSITE = "CompositeImplicitAutograd"
 OWN = "_OwnBackward"
 """The gradient of a composite that a kernel of ours computed: autograd calls it, the dispatcher does not."""
 

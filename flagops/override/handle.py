@@ -17,8 +17,8 @@ from flagops.errors import Unsupported, suggestion
 from flagops.override.report import Report, Row
 
 from . import fuel, interpose, lowerings  # noqa: F401  (which declares them)
-from .forms import COMPOSITE, forms, kind
-from .interpose import Counter, Registration, lock
+from .forms import forms, kind
+from .interpose import COMPOSITE, Counter, Registration, lock
 from .lowering import LOWERINGS
 from .sites import Refusal, Site
 
@@ -78,7 +78,6 @@ class Handle:
                     if lowering and lowering.aten and interpose.composed(overload, key):
                         continue  # its parts are replaced
                     self._acquire(overload, key, functools.partial(Site, overload, key, lowering), wanted)
-
         if self.strict:
             self._refuse_others()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 log = logging.getLogger("flagops")
 
-_COMPOSITE = "CompositeImplicitAutograd"
+COMPOSITE = "CompositeImplicitAutograd"
 _WARNING = r"(?s)\s*Warning only once for all operators.*Overriding a previously registered kernel"
 
 
@@ -37,7 +37,7 @@ def composed(name: str, key: str) -> bool:
     import torch
 
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return has(f"aten::{name}", _COMPOSITE) and not has(f"aten::{name}", key)
+    return has(f"aten::{name}", COMPOSITE) and not has(f"aten::{name}", key)
 
 
 class Counter:

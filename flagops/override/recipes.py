@@ -68,7 +68,7 @@ def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], 
         chosen: list[dispatch.Plan] = []
 
         def step(operator: str, *values: Any, out: Tensor) -> None:
-            chosen.append(_choose(operator, (*values, out), backend, alone))
+            chosen.append(choose(operator, (*values, out), backend, alone))
 
         to = To(destination, form.given is not None, step)
         call = lowering.function(to, **form.named(roles))
@@ -81,7 +81,7 @@ def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], 
         plan = chosen[-1]
     by = f"{plan.operator.name}/{plan.backend}"
     goal = _Destination(form, by, make, _ready(form, lowering, args))
-    guard = _guard(destination)
+    guard = guard_of(here)
     if parts is None:
         if needs_grad:
             raise Pass("a layout that would be copied, where a gradient is recorded")
@@ -100,6 +100,7 @@ def device_of(tensors: Sequence[Tensor]) -> Any:
 
 
 def is_number(x: Tensor) -> bool:
+    """What torch lets stand beside tensors of another device; kernels (`arrays.is_number`) also take it repeated."""
     return x.dim() == 0 and x.device.type == "cpu"
 
 
@@ -131,7 +132,7 @@ def deliver(form: Form, outs: Sequence[Tensor], results: Sequence[Tensor]) -> No
             continue
         argument = form.schema.arguments[position]
         if not torch.can_cast(result.dtype, out.dtype):
-            kinds = (str(x.dtype).removeprefix("torch.").capitalize() for x in (result, out))
+            kinds = (arrays.dtype_name(x).capitalize() for x in (result, out))
             raise RuntimeError("result type {} can't be cast to the desired output type {}".format(*kinds))
         if out.shape != result.shape:
             if not argument.is_out:
@@ -329,7 +330,8 @@ def overlaps_itself(x: Tensor) -> bool:
     return False
 
 
-def _choose(operator: str, values: Sequence[Any], backend: Any, alone: bool) -> dispatch.Plan:
+def choose(operator: str, values: Sequence[Any], backend: Any, alone: bool = False) -> dispatch.Plan:
+    """Who computes a step. Raises Pass where torch should; if torch has no kernel, whoever comes after it."""
     try:
         plan = dispatch.plan(registry.operator(operator), values, backend)
     except (TypeError, ValueError) as error:
@@ -337,7 +339,7 @@ def _choose(operator: str, values: Sequence[Any], backend: Any, alone: bool) -> 
     if plan.forwards_to == "aten":
         others = plan.wish.split(",")[1:]
         if alone and others:
-            return _choose(operator, values, others, alone)
+            return choose(operator, values, others, alone)
         raise Pass("torch's own kernel is the choice")
     return plan
 
@@ -419,7 +421,7 @@ def _lowered_again(
     """A call whose kernels get computed tensors."""
 
     def run(operator: str, *values: Any, out: Tensor) -> None:
-        plan = _choose(operator, (*values, out), backend, alone)
+        plan = choose(operator, (*values, out), backend, alone)
         if plan.check_values and plan.operator.values:
             _refuse(plan.operator.values(*values))
         plan.run(*plan.clean((*values, out)))
@@ -435,10 +437,10 @@ def _lowered_again(
     return out
 
 
-def _guard(x: Tensor) -> Any:
-    """Kernels start on the current device; make it that of their tensors."""
+def guard_of(device: Any) -> Any:
+    """Kernels start on the current device: what makes it that of their tensors, None where it is."""
     import torch
 
-    if x.device.type != "cuda" or torch.cuda.device_count() < 2:
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
         return None
-    return functools.partial(torch.cuda.device, x.device)
+    return functools.partial(torch.cuda.device, device)

@@ -16,7 +16,6 @@ from flagops import config, generated, surroundings
 from flagops.errors import Unsupported
 
 from .annotations import annotated
-from .forms import COMPOSITE as COMPOSITE
 from .forms import DEVICES, Form
 from .interpose import Counter, Registration, thread
 from .lowering import Lowering, Pass
@@ -231,10 +230,9 @@ class Site(Registration):
     def _nobody(self, reason: str, count: Callable[[], int], args: tuple[Any, ...]) -> None:
         """Raises: what we do not take has nowhere to go, or may not go there."""
         count()
-        if self.below is None:
-            refuse_as_torch(self.form, args)
         if self.below is not None:
             raise Unsupported(f"strict: no flagops kernel takes this call of aten::{self.name}: {reason}")
+        refuse_as_torch(self.form, args)
         raise NotImplementedError(
             f"aten::{self.name} has no kernel at {self.key} but flagops', which does not take this call: {reason}"
         )

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from flagops import dispatch, registry
-from flagops.errors import Unsupported
 
 from . import fuel
 from .forms import Form
 from .iteration import laid_out
 from .lowering import REFUSED, Pass, number
-from .recipes import device_of, is_number
+from .recipes import choose, device_of, guard_of, is_number
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -35,12 +32,7 @@ class Steps:
 
     def run(self, operator: str, *inputs: Any, out: Any) -> Any:
         """Compute a card into `out`; returns it."""
-        try:
-            plan = dispatch.plan(registry.operator(operator), (*inputs, out), self.backend)
-        except (TypeError, ValueError) as error:
-            raise Pass(str(error)) from None
-        if plan.forwards_to == "aten":
-            raise Pass("torch's own kernel is the choice")
+        plan = choose(operator, (*inputs, out), self.backend)
         if fuel.tank is not None and not fuel.tank.take(self.form.name, plan.backend, self.form.inputs(self._args)):
             raise Pass("out of fuel")
         dispatch.execute(plan, (*inputs, out))
@@ -79,17 +71,7 @@ class Steps:
             found += [y for y in (x if isinstance(x, (list, tuple)) else (x,)) if isinstance(y, torch.Tensor)]
         return found
 
-    @contextlib.contextmanager
-    def device(self) -> Iterator[None]:
-        """Kernels start on the current device; make it that of the call's tensors."""
-        import torch
-
-        here: torch.device = device_of(self._tensors())
-        if here.type != "cuda" or torch.cuda.device_count() < 2:
-            yield
-        else:
-            with torch.cuda.device(here):
-                yield
-
-
-__all__ = ["Steps", "Unsupported"]
+    def device(self) -> AbstractContextManager[Any]:
+        """What makes the device of the call's tensors the current one."""
+        guard = guard_of(device_of(self._tensors()))
+        return guard() if guard else nullcontext()

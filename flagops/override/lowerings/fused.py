@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from flagops.arrays import parse_dtype
+
 from ..lowering import REFUSED, Call, Pass, Result, To, lowers
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def rms_norm(
     import torch
 
     if not input.is_floating_point():
-        raise Pass(f"dtype {str(input.dtype).removeprefix('torch.')}")
+        raise Pass(f"dtype {parse_dtype(input.dtype)}")
     if eps is None:
         eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
     axes = len(normalized_shape)
@@ -154,4 +156,4 @@ def scaled(
         left, right = scale_a, scale_b.t()
     else:
         raise Pass("scales of rows, or of blocks other than 1 x 128 and 128 x 128")
-    return to("fp8_matmul", self, left, mat2.t(), right, str(out_dtype).removeprefix("torch."))
+    return to("fp8_matmul", self, left, mat2.t(), right, parse_dtype(out_dtype))

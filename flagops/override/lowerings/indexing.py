@@ -11,27 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ..lowering import REFUSED, Call, Lowered, Pass, Result, To, lowers
 from ..recipes import overlaps_itself
 from ..steps import Steps
+from ._views import as_rows, axis_of, last
 from .movement import copied, goal
 from .pointwise import real
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def axis_of(dim: int, rank: int) -> int:
-    """An axis by its number from either end; tensors without axes have one of one element."""
-    rank = max(rank, 1)
-    if not -rank <= dim < rank:
-        raise Pass(REFUSED)
-    return dim % rank
-
-
-def as_rows(x: Tensor) -> Tensor:
-    return x if x.dim() else x.unsqueeze(0)
-
-
-def last(x: Tensor, dim: int) -> Tensor:
-    return as_rows(x).movedim(dim, -1)
 
 
 def indices(x: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flagops.arrays import parse_dtype
+
 from ..iteration import laid_out
 from ..lowering import REFUSED, Call, Lowered, Pass, Result, To, lowers
 
@@ -12,10 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..steps import Steps
-
-
-def name_of(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _promotion() -> Sequence[Callable[..., Any]]:
@@ -31,9 +29,9 @@ def _promotion() -> Sequence[Callable[..., Any]]:
 
 def real(dtype: Any) -> str:
     """The dtype of a computation. Raises Pass for complex numbers and formats of one byte."""
-    if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize == 1) or name_of(dtype) in UNSIGNED:
-        raise Pass(f"dtype {name_of(dtype)}")
-    return name_of(dtype)
+    if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize == 1) or parse_dtype(dtype) in UNSIGNED:
+        raise Pass(f"dtype {parse_dtype(dtype)}")
+    return parse_dtype(dtype)
 
 
 UNSIGNED = ("uint16", "uint32", "uint64")
@@ -163,7 +161,7 @@ def _true_of_both(self: Tensor, other: Tensor) -> Result:
     import torch
 
     try:
-        return *laid_out((self, other), name_of(torch.result_type(self, other))), torch.bool
+        return *laid_out((self, other), parse_dtype(torch.result_type(self, other))), torch.bool
     except RuntimeError:
         raise Pass(REFUSED) from None
 
@@ -224,7 +222,7 @@ for _name in ("neg", "abs", "relu", "bitwise_not"):
 
 def _own_floats(dtype: Any) -> str:
     if not dtype.is_floating_point:
-        raise Pass(f"dtype {name_of(dtype)}")
+        raise Pass(f"dtype {parse_dtype(dtype)}")
     return real(dtype)
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flagops import config
+from flagops.arrays import parse_dtype
 
 from ..lowering import REFUSED, Call, Lowered, Pass, Result, To, lowers
 
@@ -77,7 +78,7 @@ def _alike(to: To, *inputs: Tensor) -> None:
     """Kernels multiply floats of one dtype and leave their factors alone."""
     first = inputs[0]
     if not first.dtype.is_floating_point or first.dtype.itemsize == 1:
-        raise Pass(f"dtype {str(first.dtype).removeprefix('torch.')}")
+        raise Pass(f"dtype {parse_dtype(first.dtype)}")
     for x in (*inputs, to.out):
         if x.dtype != first.dtype:
             raise Pass("dtypes differ")

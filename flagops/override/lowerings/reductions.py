@@ -5,28 +5,20 @@ Axes that are no view as one are copied, and such a call is lowered again each t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flagops.arrays import parse_dtype
+
 from ..lowering import REFUSED, Call, Pass, To, lowers
-from .pointwise import default_dtype, floats, name_of, real
+from ._views import Dims, axes_of, last
+from .pointwise import default_dtype, floats, real
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..steps import Steps
-
-Dims = int | Sequence[int] | None
-
-
-def axes_of(self: Tensor, dim: Dims) -> list[int]:
-    """The axes that are reduced, in their order: all for none. Raises Pass for what torch refuses."""
-    count = max(self.dim(), 1)
-    dims = list(range(count)) if dim is None else [dim] if isinstance(dim, int) else list(dim) or list(range(count))
-    found = sorted(d + count if d < 0 else d for d in dims)
-    if len(set(found)) < len(found) or not all(0 <= d < count for d in found):
-        raise Pass(REFUSED)
-    return found
 
 
 def rows_of(self: Tensor, dims: Sequence[int], ordered: bool = False) -> Tensor:
@@ -35,14 +27,7 @@ def rows_of(self: Tensor, dims: Sequence[int], ordered: bool = False) -> Tensor:
         return self.reshape(1)
     kept = [d for d in range(self.dim()) if d not in dims]
     inner = list(dims) if ordered else sorted(dims, key=self.stride, reverse=True)
-    return self.permute(*kept, *inner).reshape(*[self.shape[d] for d in kept], _product(self.shape[d] for d in dims))
-
-
-def _product(sizes: Any) -> int:
-    count = 1
-    for size in sizes:
-        count *= size
-    return count
+    return self.permute(*kept, *inner).reshape(*[self.shape[d] for d in kept], math.prod(self.shape[d] for d in dims))
 
 
 def kept_of(out: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
@@ -223,9 +208,6 @@ def logsumexp(to: To, self: Tensor, dim: Dims, keepdim: bool = False) -> Call:
 @lowers("cumsum", to="aten.cumsum")
 def cumsum(to: To, self: Tensor, dim: int, *, dtype: Any = None) -> Call:
     computed = real(_summed(self, dtype))
-    (axis,) = axes_of(self, dim)
     if computed == "bool":
-        raise Pass(f"dtype {name_of(dtype)}")
-    if not self.dim():
-        return to("aten.cumsum", self.reshape(1), computed, out=to.out.reshape(1))
-    return to("aten.cumsum", self.movedim(axis, -1), computed, out=to.out.movedim(axis, -1))
+        raise Pass(f"dtype {parse_dtype(dtype)}")
+    return to("aten.cumsum", last(self, dim), computed, out=last(to.out, dim))

@@ -9,9 +9,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from flagops.arrays import parse_dtype
+
 from ..lowering import REFUSED, Call, Pass, To, lowers
-from .pointwise import name_of, real
-from .reductions import axes_of
+from ._views import last
+from .pointwise import real
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,32 +23,26 @@ if TYPE_CHECKING:
 NONE, MEAN = 0, 1  # torch's numbers of reductions; 2 is the sum
 
 
-def _last(x: Tensor, dim: int) -> Tensor:
-    """A view with an axis last; a tensor of no axes is a row of one."""
-    (axis,) = axes_of(x, dim)
-    return x.movedim(axis, -1) if x.dim() else x.reshape(1)
-
-
 def _floats(*tensors: Tensor) -> None:
     for x in tensors:
         real(x.dtype)
         if not x.dtype.is_floating_point:
-            raise Pass(f"dtype {name_of(x.dtype)}")
+            raise Pass(f"dtype {parse_dtype(x.dtype)}")
 
 
 def _softmax(name: str) -> None:
     @lowers(name, to=f"aten.{name}")
     def softmax(to: To, self: Tensor, dim: int, half_to_float: bool) -> Call:
         _floats(self)
-        return to(f"aten.{name}", _last(self, dim), name_of(to.out.dtype), out=_last(to.out, dim))
+        return to(f"aten.{name}", last(self, dim), parse_dtype(to.out.dtype), out=last(to.out, dim))
 
     backward = f"{name}_backward_data"
 
     @lowers(backward, to=f"aten.{backward}")
     def softmax_backward(to: To, grad_output: Tensor, output: Tensor, dim: int, input_dtype: Any) -> Call:
         _floats(grad_output, output)
-        rows = _last(grad_output, dim), _last(output, dim)
-        return to(f"aten.{backward}", *rows, name_of(to.out.dtype), out=_last(to.out, dim))
+        rows = last(grad_output, dim), last(output, dim)
+        return to(f"aten.{backward}", *rows, parse_dtype(to.out.dtype), out=last(to.out, dim))
 
 
 _softmax("_softmax")
@@ -86,7 +82,7 @@ def native_layer_norm(
     y = input.new_empty(input.shape)
     mean, rstd = (input.new_empty((*lead, *[1] * len(normalized_shape)), dtype=stats) for _ in range(2))
     x, out = input.reshape(*lead, n), (y.view(*lead, n), mean.view(lead), rstd.view(lead))
-    to.run("aten.native_layer_norm", x, _flat(weight), _flat(bias), eps, name_of(stats), out=out)
+    to.run("aten.native_layer_norm", x, _flat(weight), _flat(bias), eps, parse_dtype(stats), out=out)
     return y, mean, rstd
 
 
@@ -108,7 +104,7 @@ def native_layer_norm_backward(
     made = input.new_empty(input.shape), *(input.new_empty(normalized_shape, dtype=sums) for _ in range(2))
     given = grad_out.reshape(rows, n), input.reshape(rows, n), mean.reshape(rows), rstd.reshape(rows), _flat(weight)
     out = made[0].view(rows, n), made[1].view(n), made[2].view(n)
-    to.run("aten.native_layer_norm_backward", *given, name_of(sums), out=out)
+    to.run("aten.native_layer_norm_backward", *given, parse_dtype(sums), out=out)
     wanted = zip(made, output_mask, (True, weight is not None, bias is not None), strict=True)
     return tuple([x if asked and has else None for x, asked, has in wanted])
 
@@ -134,8 +130,8 @@ def native_batch_norm(
     if training:
         x = input.transpose(0, 1).reshape(channels, -1)
         mean, var = (input.new_empty(channels, dtype=acc) for _ in range(2))
-        to.run("aten.mean", x, name_of(acc), out=mean)
-        to.run("aten.var", x, name_of(acc), 0, False, out=var)
+        to.run("aten.mean", x, parse_dtype(acc), out=mean)
+        to.run("aten.var", x, parse_dtype(acc), 0, False, out=var)
         count = x.shape[-1]
         for running, own in (
             (running_mean, mean),
@@ -187,7 +183,7 @@ def native_batch_norm_backward(
 
     def summed(x: Tensor) -> Tensor:
         rows = x.transpose(0, 1).reshape(channels, -1)
-        return to.run("aten.sum", rows, name_of(acc), out=input.new_empty(channels, dtype=acc))
+        return to.run("aten.sum", rows, parse_dtype(acc), out=input.new_empty(channels, dtype=acc))
 
     mean, rstd = (save_mean, save_invstd) if train else (running_mean, None)
     if not train and running_var is not None:
@@ -220,7 +216,7 @@ def _target_of(self: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
 def nll_loss_forward(
     to: Steps, self: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
 ) -> Any:
-    x, dtype = _target_of(self, target, weight), name_of(self.dtype)
+    x, dtype = _target_of(self, target, weight), parse_dtype(self.dtype)
     losses, shares = self.new_empty(target.shape), self.new_empty(target.shape)
     to.run("aten.nll_loss_forward", x, target, weight, ignore_index, out=(losses, shares))
     if reduction == NONE:
@@ -245,7 +241,7 @@ def nll_loss_backward(
     x = _target_of(self, target, weight)
     grad = grad_output
     if reduction == MEAN:
-        grad = to.run("aten.div", grad, total_weight, name_of(self.dtype), out=self.new_empty(()))
+        grad = to.run("aten.div", grad, total_weight, parse_dtype(self.dtype), out=self.new_empty(()))
     made = self.new_empty(self.shape)
     out = made.movedim(1, -1) if self.dim() > 1 else made
     to.run("aten.nll_loss_backward", grad.expand(target.shape), target, weight, x.shape[-1], ignore_index, out=out)

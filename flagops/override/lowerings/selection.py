@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..lowering import REFUSED, Pass, lowers
 from ..steps import Steps
-from .indexing import axis_of, last, places_of
+from ._views import axis_of, last, size_of
+from .indexing import places_of
 from .movement import copied, goal
 from .pointwise import real
 
@@ -35,15 +36,14 @@ def _chosen(steps: Steps, operator: str, x: Tensor, dim: int, *scalars: Any, cou
 def sort(
     steps: Steps, self: Tensor, dim: int = -1, descending: bool = False, *, stable: bool | None = None
 ) -> tuple[Tensor, Tensor]:
-    size = self.shape[axis_of(dim, self.dim())] if self.dim() else 1
-    return _chosen(steps, "aten.sort", self, dim, descending, count=size)
+    return _chosen(steps, "aten.sort", self, dim, descending, count=size_of(self, dim))
 
 
 @lowers("topk", to="aten.topk", whole=True)
 def topk(
     steps: Steps, self: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
 ) -> tuple[Tensor, Tensor]:
-    if not 0 <= k <= (self.shape[axis_of(dim, self.dim())] if self.dim() else 1):
+    if not 0 <= k <= size_of(self, dim):
         raise RuntimeError("selected index k out of range")
     if not k and not self.dim():
         raise Pass("no element of a number")
@@ -52,7 +52,7 @@ def topk(
 
 @lowers("kthvalue", to="aten.topk", whole=True)
 def kthvalue(steps: Steps, self: Tensor, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-    if not 1 <= k <= (self.shape[axis_of(dim, self.dim())] if self.dim() else 1):
+    if not 1 <= k <= size_of(self, dim):
         raise RuntimeError("kthvalue(): selected number k out of range for dimension")
     dim = axis_of(dim, self.dim())
     found = _chosen(steps, "aten.topk", self, dim, k, False, count=k)
