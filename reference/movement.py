@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -80,8 +81,8 @@ def _triangle_choices(dims: dict[str, int]) -> tuple[int, ...]:
     return 0, 1, -1, dims["m"], -dims["n"], 5
 
 
-@operator(
-    name="aten.tril",
+_triangle = functools.partial(
+    operator,
     tensors={"x": Tensor("... m n", DTYPES)},
     scalars={"diagonal": whole(_triangle_choices, least=-(2**62))},
     result=Tensor("... m n", "x"),
@@ -91,6 +92,9 @@ def _triangle_choices(dims: dict[str, int]) -> tuple[int, ...]:
     inplace={"out": "x"},
     exact=True,
 )
+
+
+@_triangle(name="aten.tril")
 def tril(x: Array, diagonal: int = 0) -> Array:
     """``x`` up to a diagonal, 0 above it.
 
@@ -111,17 +115,7 @@ def tril(x: Array, diagonal: int = 0) -> Array:
     return np.tril(x, diagonal)
 
 
-@operator(
-    name="aten.triu",
-    tensors={"x": Tensor("... m n", DTYPES)},
-    scalars={"diagonal": whole(_triangle_choices, least=-(2**62))},
-    result=Tensor("... m n", "x"),
-    workloads={"2k.float32": {"m": 2048, "n": 2048, "dtype": "float32"}},
-    flops=lambda dims, batch: float(math.prod(batch) * dims["m"] * dims["n"]),
-    separable=("...",),
-    inplace={"out": "x"},
-    exact=True,
-)
+@_triangle(name="aten.triu")
 def triu(x: Array, diagonal: int = 0) -> Array:
     """``x`` from a diagonal on, 0 below it.
 

@@ -180,8 +180,17 @@ def _origin(plan, own, base, row, first):
 
 
 @jit
+def _repeat(plan, own, base, room):
+    """Fill the room of an operand that is one element."""
+    if own and _field(plan, own + _HOW) == REPEATED:
+        call(_field(plan, own), SPAN + WIDTH, room, base, _field(plan, own + _SIZE), 0, 0)
+
+
+@jit
 def _brought(plan, own, base, row, count, first, width, room):
     """Where a piece's elements of an operand lie side by side: there, or in the room they are moved to."""
+    if not own:
+        return np.int64(0)
     how = _field(plan, own + _HOW)
     if how == IN_PLACE:
         return _origin(plan, own, base, row, first)
@@ -196,6 +205,8 @@ def _brought(plan, own, base, row, count, first, width, room):
 @jit
 def _rest(plan, own, piece, done, left, spare):
     """The last few elements of a piece with as many behind them as the routine reads."""
+    if not own:
+        return piece
     size = _field(plan, own + _SIZE)
     if _field(plan, own + _HOW) != IN_PLACE:
         return piece + done * size
@@ -221,24 +232,19 @@ def _drive(start, stop, plan, body, more, out, a, b, c):
     slots = _field(plan, 4)
     fields = _STEP + 1 + _field(plan, _OUTER)
     own_out = _OUTER + 1 + _field(plan, _OUTER)
-    own_a, own_b, own_c = own_out + fields, own_out + 2 * fields, own_out + 3 * fields
+    own_a = own_out + fields if slots > 1 else 0  # where there is no such operand
+    own_b = own_out + 2 * fields if slots > 2 else 0
+    own_c = own_out + 3 * fields if slots > 3 else 0
     memory, (room, spare) = scratch(BYTE, ((4, 8 * (SPAN + WIDTH)), (4, 8 * WIDTH)))
     room_out, room_a, room_b, room_c = at(room, 0, 0), at(room, 1, 0), at(room, 2, 0), at(room, 3, 0)
-    if slots > 1 and _field(plan, own_a + _HOW) == REPEATED:
-        call(_field(plan, own_a), SPAN + WIDTH, room_a, a, _field(plan, own_a + _SIZE), 0, 0)
-    if slots > 2 and _field(plan, own_b + _HOW) == REPEATED:
-        call(_field(plan, own_b), SPAN + WIDTH, room_b, b, _field(plan, own_b + _SIZE), 0, 0)
-    if slots > 3 and _field(plan, own_c + _HOW) == REPEATED:
-        call(_field(plan, own_c), SPAN + WIDTH, room_c, c, _field(plan, own_c + _SIZE), 0, 0)
-    pa = pb = pc = np.int64(0)
+    _repeat(plan, own_a, a, room_a)
+    _repeat(plan, own_b, b, room_b)
+    _repeat(plan, own_c, c, room_c)
     for task in range(start, stop):
         row, count, first, width = _piece(plan, task)
-        if slots > 1:
-            pa = _brought(plan, own_a, a, row, count, first, width, room_a)
-        if slots > 2:
-            pb = _brought(plan, own_b, b, row, count, first, width, room_b)
-        if slots > 3:
-            pc = _brought(plan, own_c, c, row, count, first, width, room_c)
+        pa = _brought(plan, own_a, a, row, count, first, width, room_a)
+        pb = _brought(plan, own_b, b, row, count, first, width, room_b)
+        pc = _brought(plan, own_c, c, row, count, first, width, room_c)
         in_place = _field(plan, own_out + _HOW) == IN_PLACE
         goal = _origin(plan, own_out, out, row, first) if in_place else room_out
         total = count * width
@@ -247,12 +253,9 @@ def _drive(start, stop, plan, body, more, out, a, b, c):
             call(body, whole, goal, pa, pb, pc, more)
         if whole < total:
             left, size = total - whole, _field(plan, own_out + _SIZE)
-            if slots > 1:
-                pa = _rest(plan, own_a, pa, whole, left, at(spare, 1, 0))
-            if slots > 2:
-                pb = _rest(plan, own_b, pb, whole, left, at(spare, 2, 0))
-            if slots > 3:
-                pc = _rest(plan, own_c, pc, whole, left, at(spare, 3, 0))
+            pa = _rest(plan, own_a, pa, whole, left, at(spare, 1, 0))
+            pb = _rest(plan, own_b, pb, whole, left, at(spare, 2, 0))
+            pc = _rest(plan, own_c, pc, whole, left, at(spare, 3, 0))
             end = at(spare, 0, 0) if in_place else goal + whole * size
             call(body, left, end, pa, pb, pc, more)
             if in_place:

@@ -8,17 +8,14 @@ The names in capitals, and `step`, `merge` and `finish`, are those of the reduct
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
 from flagops.backends.numba import jit
 
 from . import _ir
-from ._ir import i64, storage
+from ._routines import wide_words
 from ._vectors import Vector, cast, load, size, store, vstore, where
 
 LANES = 64
@@ -27,40 +24,6 @@ TILE = 128
 SECOND = LANES * TILE * 8
 """Bytes from accumulators to those of indices."""
 _LONG = np.int64(0)
-
-
-def wide_words(lanes: int) -> tuple[Any, Any, Any]:
-    """What fills, reads and numbers the lanes of vectors of so many."""
-
-    @intrinsic
-    def many(typingctx, value):
-        """A number in every lane."""
-
-        def generate(context, builder, signature, arguments):
-            return _ir.splat(builder, arguments[0], lanes)
-
-        return Vector(value, lanes)(value), generate
-
-    @intrinsic
-    def read(typingctx, tag, address):
-        """As many elements as there are lanes."""
-
-        def generate(context, builder, signature, arguments):
-            return _ir.load(builder, tag, arguments[1], lanes=lanes)
-
-        return Vector(storage(tag).arithmetic, lanes)(tag, types.int64), generate
-
-    @intrinsic
-    def numbered(typingctx, first):
-        """first, first + 1, ... in the lanes."""
-
-        def generate(context, builder, signature, arguments):
-            steps = ir.Constant(ir.VectorType(i64, lanes), list(range(lanes)))
-            return builder.add(_ir.splat(builder, arguments[0], lanes), steps)
-
-        return Vector(types.int64, lanes)(types.int64), generate
-
-    return many, read, numbered
 
 
 many, read, numbered = wide_words(LANES)

@@ -53,22 +53,41 @@ def call(typingctx, place, n, out, a, b, c, more):
     return types.int64(*[types.int64] * 7), generate
 
 
-@intrinsic
-def vread(typingctx, tag, address):
-    """`WIDTH` elements from an address of any alignment, widened."""
+def wide_words(lanes: int) -> tuple[Any, Any, Any]:
+    """What fills, reads and numbers the lanes of vectors of so many."""
 
-    def generate(context, builder, signature, arguments):
-        return _ir.load(builder, tag, arguments[1], lanes=WIDTH)
+    @intrinsic
+    def many(typingctx, value):
+        """A number in every lane."""
 
-    return Vector(storage(tag).arithmetic, WIDTH)(tag, types.int64), generate
+        def generate(context, builder, signature, arguments):
+            return _ir.splat(builder, arguments[0], lanes)
+
+        return Vector(value, lanes)(value), generate
+
+    @intrinsic
+    def read(typingctx, tag, address):
+        """As many elements as there are lanes."""
+
+        def generate(context, builder, signature, arguments):
+            return _ir.load(builder, tag, arguments[1], lanes=lanes)
+
+        return Vector(storage(tag).arithmetic, lanes)(tag, types.int64), generate
+
+    @intrinsic
+    def numbered(typingctx, first):
+        """first, first + 1, ... in the lanes."""
+
+        def generate(context, builder, signature, arguments):
+            steps = ir.Constant(ir.VectorType(i64, lanes), list(range(lanes)))
+            return builder.add(_ir.splat(builder, arguments[0], lanes), steps)
+
+        return Vector(types.int64, lanes)(types.int64), generate
+
+    return many, read, numbered
 
 
-@intrinsic
-def repeated(typingctx, value):
-    def generate(context, builder, signature, arguments):
-        return _ir.splat(builder, arguments[0], WIDTH)
-
-    return Vector(value, WIDTH)(value), generate
+repeated, vread, _ = wide_words(WIDTH)
 
 
 def _move(n, out, a, out_step, a_step, more):

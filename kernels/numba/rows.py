@@ -19,12 +19,11 @@ from flagops.arrays import HALF, arithmetic, dtype_name, numpy_dtype
 from flagops.backends.numba import jit
 from flagops.registry import kernel
 
-from ._fold_bodies import wide_words
 from ._functions import exp_flushed as exp
 from ._functions import log
 from ._ir import STORAGE, TAGS
 from ._reduce import reduce
-from ._routines import WIDTH, routine
+from ._routines import WIDTH, routine, wide_words
 from ._row_loops import Rows, rowwise, tasks_of
 from ._vectors import cast, fma, load, size, store, vhighest, vstore, vsum, where
 from .reductions import ADD
