@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flagops
-from flagops import arrays, config, registry, testing
+from flagops import arrays, config, layouts, registry, testing
 from flagops.tools import measure
 
 WHOLE = np.array([0, 1, 2, 3, 4, -1, -2, -3, -4], ml_dtypes.float8_e4m3fn).view(np.uint8)
@@ -48,6 +48,19 @@ def test_exact_sums_are_equal_bit_for_bit(kernel, rng):
         exact = registry.operator(operator).reference(*inputs)
         for dtype in ("bfloat16", "float16", "float32"):
             testing.assert_bits(call(operator, backend, *inputs, dtype), round_to(exact, dtype), f"{dtype} {(m, n, k)}")
+
+
+@pytest.mark.operators("fp8_matmul", "fp4_matmul")
+@pytest.mark.parametrize("name", ["a", "a_scale", "b", "b_scale"])
+def test_columns_may_lie_beyond_what_32_bits_count(kernel, rng, name):
+    """Steps from block to block along k, whose stride fits 32 bits where four of them do not."""
+    operator, backend = kernel
+    names = ("a", "a_scale", "b", "b_scale")
+    inputs = dict(zip(names, whole(operator, 1, 1, 160, rng), strict=True))
+    exact = registry.operator(operator).reference(*inputs.values())
+    inputs[name] = layouts.put(inputs[name], "far").view
+    got = call(operator, backend, *inputs.values(), "float32")
+    testing.assert_bits(got, round_to(exact, "float32"), f"{name} with strides {inputs[name].strides}")
 
 
 @pytest.mark.operators("fp8_matmul", "fp4_matmul")

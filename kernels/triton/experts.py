@@ -83,6 +83,7 @@ def coded_kernel(
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     end = tl.where(expert < E, K, 0)
     shift: tl.constexpr = 1.0 if CONVERT else 256.0
+    long = tl.full((), 1, tl.int64)  # the number k has 32 bits, and a far stride times it more
     for k in range(0, end, 128):
         if FOUR:
             group, byte = tl.arange(0, 4), tl.arange(0, 16)
@@ -108,7 +109,7 @@ def coded_kernel(
                 w = tl.load(codes)
             else:
                 w = tl.load(codes, (depth < end)[:, None], other=0)
-            power = factor(tl.load(scale + at // 128 * scale_n + k // 128 * scale_k))
+            power = factor(tl.load(scale + at // 128 * scale_n + long * (k // 128) * scale_k))
             part = dot(x, brain(w, CONVERT), tl.zeros((BM, BN), dtype=tl.float32), "ieee")
             acc += part * shift * power[None, :]
     out += row[:, None] * out_m + column.to(tl.int64)[None, :]

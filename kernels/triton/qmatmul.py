@@ -81,11 +81,12 @@ def fp8_kernel(
     rows, columns = place(M, N, BM, BN, GROUP)
     row, column = (rows % M).to(tl.int64), (columns % N).to(tl.int64)
     start = tl.program_id(1) * span
+    block = (start // 128).to(tl.int64)
     depth = start + tl.arange(0, 128)
     a_tile = a + row[:, None] * a_m + depth.to(tl.int64)[None, :] * a_k
     b_tile = b + depth.to(tl.int64)[:, None] * b_k + column[None, :] * b_n
-    a_scale += row * a_scale_m + start // 128 * a_scale_k
-    b_scale += column // 128 * b_scale_n + start // 128 * b_scale_k
+    a_scale += row * a_scale_m + block * a_scale_k
+    b_scale += column // 128 * b_scale_n + block * b_scale_k
     step = tl.full((), 128, tl.int64)
     shift: tl.constexpr = 1.0 if CONVERT else 256.0  # for each side
     acc = tl.zeros((BM, BN), dtype=tl.float32)
@@ -127,12 +128,13 @@ def fp4_kernel(
     rows, columns = place(M, N, BM, BN, GROUP)
     row, column = (rows % M).to(tl.int64), (columns % N).to(tl.int64)
     start = tl.program_id(1) * span
+    block = (start // 128).to(tl.int64)
     pair = (start + 2 * tl.arange(0, 64)).to(tl.int64)
     group = tl.arange(0, 4)
     byte = (start // 2 + 16 * group[:, None] + tl.arange(0, 16)[None, :]).to(tl.int64)
     a_tile = a + row[:, None] * a_m + pair[None, :] * a_k
     b_tile = b + column[:, None, None] * b_n + byte[None, :, :] * b_k
-    a_scale += row * a_scale_m + start // 128 * a_scale_k
+    a_scale += row * a_scale_m + block * a_scale_k
     b_scale_tile = b_scale + column[:, None] * b_scale_n + (start // 32 + group).to(tl.int64)[None, :] * b_scale_k
     step = tl.full((), 64, tl.int64)
     shift: tl.constexpr = 1.0 if CONVERT else 256.0
@@ -155,7 +157,7 @@ def fp4_kernel(
         a_tile += 2 * step * a_k
         b_tile += step * b_k
         a_scale += a_scale_k
-        b_scale_tile += 4 * b_scale_k
+        b_scale_tile += step // 16 * b_scale_k
     finish(acc, out, rows, columns, M, N, out_part, out_m, out_n)
 
 
