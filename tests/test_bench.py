@@ -225,22 +225,6 @@ def test_extra_memory_sees_a_temporary() -> None:
     assert 60 << 20 < found < 80 << 20
 
 
-def test_the_order_is_written_for_this_device_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "order.json"
-    path.write_text(json.dumps({"cuda": {"*": ["triton", "torch"]}}))
-    speeds = {"fast": correct, "slow": lambda a, b, out: [correct(a, b, out) for _ in range(20)]}
-    monkeypatch.setattr(measure, "candidates", lambda op, backends: speeds)
-    command = ["matmul", "--workload", WORKLOAD, "--backend", "slow", "--backend", "fast", "--quick", "--device", "cpu"]
-    assert bench.run([*command, "--dtype", "float32", "--order", str(path)]) == 0
-    table = json.loads(path.read_text())
-    kind = arrays.device_class(torch.empty(0))
-    assert table["cuda"] == {"*": ["triton", "torch"]}
-    assert table[kind] == {"*": ["slow", "fast"], "matmul.float32": ["fast", "slow"]}
-    assert "matmul float32: fast" in capsys.readouterr().out
-
-
 def test_targets_pass_or_miss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     targets = bench.companion("targets")
     if targets is None:

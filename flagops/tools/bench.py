@@ -7,11 +7,10 @@ import importlib.util
 import json
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import geometric_mean, mean, quantiles, stdev
+from statistics import mean, quantiles, stdev
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,6 @@ NO_BF16 = "AVX512_CORE_VNNI"
 """The newest instructions without bfloat16 units, as oneDNN names them."""
 QUICK = 5e9
 """Floating-point operations of the largest workload that ``--quick`` keeps."""
-ORDER = Path(__file__).parents[1] / "order.json"
 
 
 def run(argv: Sequence[str]) -> int:
@@ -51,9 +49,6 @@ def run(argv: Sequence[str]) -> int:
     tables.show("", ("", ""), measure.machine().items())
     if options.targets:
         return _targets(options, settings)
-    if options.order:
-        write_order(options, settings)
-        return 0
     return _bench(options, settings)
 
 
@@ -72,7 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--markdown", type=Path, metavar="FILE", help="write the tables")
     add("--plot", type=Path, metavar="FILE.svg", help="write the ratios as a chart (needs matplotlib)")
     add("--targets", action="store_true", help="measure the promised speeds instead and say which were reached")
-    add("--order", nargs="?", type=Path, const=ORDER, metavar="FILE", help="measure and write the default order")
     return parser
 
 
@@ -249,47 +243,6 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("times as fast as the baseline")
     figure.savefig(path)
-
-
-def write_order(options: argparse.Namespace, settings: Settings) -> None:
-    """Measure the backends for each operator and dtype, and write the order that dispatch then follows here."""
-    import torch
-
-    from flagops import arrays
-    from flagops.tools import measure
-
-    kind = arrays.device_class(torch.empty(0, device=settings.device))
-    backends = options.backend or measure.usable(settings.device)
-    rows: dict[str, list[str]] = {"*": [*backends]}
-    for op, names in _selected(options):
-        for dtype in [options.dtype] if options.dtype else arrays.FLOATS:
-            times: dict[str, list[float]] = defaultdict(list)
-            for name in names:
-                progress(f"{op.name} {dtype} {name}")
-                try:
-                    trial = measure.prepare(op, name, settings.device, dtype)
-                except Unsupported:
-                    break
-                for row in measure.compare(trial, measure.candidates(op, backends), {}, settings):
-                    if row.times:
-                        times[row.name].append(row.median)
-            if times:
-                ranked = sorted(times, key=lambda n: (-len(times[n]), geometric_mean(times[n])))
-                rows[f"{op.name}.{dtype}"] = ranked
-                speeds = ", ".join(f"{n} {seconds(geometric_mean(times[n]))}" for n in ranked)
-                print(f"{op.name} {dtype}: {speeds}")
-    table = json.loads(options.order.read_text()) if options.order.is_file() else {}
-    last = [n for n in table.get(kind, {}).get("*", ()) if n not in backends]
-    entries = {key: [*ranked, *last] for key, ranked in rows.items()}
-    table[kind] = {**table.get(kind, {}), **{k: v for k, v in entries.items() if k == "*" or v != entries["*"]}}
-    lines = (
-        f"  {json.dumps(name)}: {{\n"
-        + ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in row.items())
-        + "\n  }"
-        for name, row in table.items()
-    )
-    options.order.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    print(f"wrote the order for {kind} to {options.order}")
 
 
 def _targets(options: argparse.Namespace, settings: Settings) -> int:
