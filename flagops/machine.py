@@ -19,6 +19,11 @@ def kind(x: Any) -> str:
     return cpu_kind()
 
 
+def torchs_own(kind: str) -> bool:
+    """Whether a class is one of the devices that torch itself has kernels for, and not a vendor's."""
+    return kind.split("-")[0] in ("cpu", "cuda")
+
+
 def cpu_kind() -> str:
     """By the instructions that torch's kernels use: ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA can tell it not to."""
     torch = sys.modules.get("torch")

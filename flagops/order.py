@@ -206,4 +206,4 @@ def order(operator: Operator, dtype: str, shape: Sequence[int], x: Any) -> tuple
     if not others:
         return listed
     written = any(registry.written(operator.name, name) for name in listed if name != "numpy")
-    return listed if written and kind.split("-")[0] in ("cpu", "cuda") else (*others, *listed)
+    return listed if written and machine.torchs_own(kind) else (*others, *listed)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flagops import arrays, config, dispatch, memory, order, registry, surroundings
+from flagops import arrays, config, dispatch, machine, memory, order, registry, surroundings
 from flagops.replay import Replay
 
 from . import fuel
@@ -104,15 +104,16 @@ def record(
     return Recipe(compute, by)
 
 
-def _taken(operator: str, result: Tensor, training: bool) -> tuple[str, ...]:
-    """The backends that take a call from torch's kernel, as measured. Raises Pass if that is faster."""
+def _taken(operator: str, result: Tensor, training: bool) -> tuple[str, ...] | None:
+    """The backends that take a call from torch's kernel, as measured; None, for the default order, on a device that
+    torch itself has no table for. Raises Pass if torch's kernel is faster."""
     table, card = order.of(result), registry.operator(operator)
     rows = order.rows_of(card, result.shape)
     taken = table.replaces(operator, arrays.dtype_name(result), rows, training)
     if not taken:
         what = "kernel and its backward are" if training else "kernel is"
         raise Pass(f"torch's own {what} faster for {rows} row{'s' * (rows != 'one')}, says {table.source}")
-    return taken
+    return taken if machine.torchs_own(machine.kind(result)) else None
 
 
 def device_of(tensors: Sequence[Tensor]) -> Any:
