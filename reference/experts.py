@@ -12,7 +12,7 @@ import numpy as np
 from flagops.arrays import FLOATS, HALF
 from flagops.operator import Dims, Tensor, operator
 
-from ._rounding import Array, accumulator, contraction_bound, magnitude, round_to, unit, wide
+from ._rounding import Array, accumulator, contraction_bound, flushed, magnitude, round_to, unit, wide
 from .dequantize import E2M1, e8m0
 from .moe import LIMIT, arithmetic, gated, gated_error
 
@@ -92,9 +92,9 @@ def grouped_matmul_values(a: Any, b: Any, offsets: Any) -> str | None:
 
 
 def grouped_matmul_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
-    a, b = (magnitude(wide(arguments[name])) for name in "ab")
-    bound = contraction_bound(exact, _grouped(a, b, arguments["offsets"]), a.shape[1], dtype)
-    offsets = arguments["offsets"]
+    (a, b), offsets = (wide(arguments[name]) for name in "ab"), arguments["offsets"]
+    bound = contraction_bound(exact, _grouped(magnitude(a), magnitude(b), offsets), a.shape[1], dtype)
+    bound += flushed(a, b, a.shape[1], dtype, lambda left, right: _grouped(left, right, offsets))
     bound[int(offsets[-1]) if len(offsets) else 0 :] = 0
     return bound
 
@@ -348,6 +348,7 @@ def _linear(x: Array, x_off: Any, weight: Array, dtype: str, track: bool) -> tup
     size = magnitude(weight).T
     absolute = np.matmul(magnitude(x) + x_off, size)
     error = np.matmul(x_off, size) + terms * acc.u * absolute + terms * acc.tiny
+    error += flushed(x, weight.T, terms, dtype)
     unclear = np.matmul((magnitude(x) <= x_off) * 1.0, ~np.isfinite(weight.T) * 1.0) > 0  # perhaps 0 times infinity
     beyond = (magnitude(x) + x_off).max(1, keepdims=True, initial=0) > acc.largest  # rounded up to 2^128 as FP8
     error = np.where(unclear | np.isnan(error) | (absolute > acc.largest / 2) | beyond, np.inf, error)

@@ -11,7 +11,7 @@ import numpy as np
 from flagops.arrays import FLOATS
 from flagops.operator import Dims, Tensor, operator
 
-from ._rounding import Array, contraction_bound, magnitude, wide
+from ._rounding import Array, contraction_bound, flushed, magnitude, wide
 
 # N x K of the weights of DeepSeek-V4, section 3 of the operator notes.
 V4_FLASH = {
@@ -79,8 +79,9 @@ def matmul(a: Array, b: Array) -> Array:
 
 
 def matmul_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
-    a, b = (magnitude(wide(arguments[name])) for name in "ab")
-    return contraction_bound(exact, np.matmul(a, b), a.shape[-1], dtype)
+    a, b = (wide(arguments[name]) for name in "ab")
+    bound = contraction_bound(exact, np.matmul(magnitude(a), magnitude(b)), a.shape[-1], dtype)
+    return bound + flushed(a, b, a.shape[-1], dtype)
 
 
 @operator(
@@ -123,7 +124,8 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def linear_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
-    x, weight = (magnitude(wide(arguments[name])) for name in ("x", "weight"))
+    x, weight = (wide(arguments[name]) for name in ("x", "weight"))
     bias = arguments["bias"]
-    absolute = np.matmul(x, weight.T) + (0 if bias is None else magnitude(wide(bias)))
-    return contraction_bound(exact, absolute, x.shape[-1] + 1, dtype)
+    absolute = np.matmul(magnitude(x), magnitude(weight).T) + (0 if bias is None else magnitude(wide(bias)))
+    bound = contraction_bound(exact, absolute, x.shape[-1] + 1, dtype)
+    return bound + flushed(x, weight.T, x.shape[-1], dtype)
