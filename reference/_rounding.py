@@ -91,6 +91,11 @@ def pairing(paired: bool) -> Iterator[None]:
         _PAIRED.reset(token)
 
 
+def least() -> float:
+    """Below what a number is lost on the way of a sum in float32: its subnormals, unless bfloat16s are paired."""
+    return 2.0**-126 if _PAIRED.get() else unit("float32").tiny
+
+
 def flushed(a: Array, b: Array, terms: int, dtype: str, multiply: Callable[..., Array] = np.matmul) -> Array:
     """What sums of ``terms`` products of ``a`` and ``b``, of a dtype, may lose besides to zeros in place of subnormals.
 
@@ -99,9 +104,8 @@ def flushed(a: Array, b: Array, terms: int, dtype: str, multiply: Callable[..., 
     """
     if not (_PAIRED.get() and dtype == "bfloat16"):
         return np.zeros(())
-    least = 2.0**-126
-    below = [np.where(np.abs(x) < least, np.abs(x), 0) for x in (a, b)]
-    lost = multiply(below[0], magnitude(b)) + multiply(magnitude(a), below[1]) + 2 * terms * least
+    below = [np.where(np.abs(x) < least(), np.abs(x), 0) for x in (a, b)]
+    lost = multiply(below[0], magnitude(b)) + multiply(magnitude(a), below[1]) + 2 * terms * least()
     endless = [~np.isfinite(x) * 1.0 for x in (a, b)]
     unclear = multiply((below[0] > 0) * 1.0, endless[1]) + multiply(endless[0], (below[1] > 0) * 1.0)
     return np.where(unclear > 0, np.inf, lost)

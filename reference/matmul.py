@@ -56,6 +56,7 @@ def _flops(dims: Dims, batch: tuple[int, ...]) -> float:
     | {f"square-2048.{dtype}": {"m": 2048, "n": 2048, "k": 2048, "dtype": dtype} for dtype in ("bfloat16", "float32")},
     flops=_flops,
     integral=True,
+    cases=({"m": 130, "n": 17, "k": 2080}, {"m": 1, "n": 9, "k": 4133}),
 )
 def matmul(a: Array, b: Array) -> Array:
     """Matrix product over the last two axes.
@@ -98,6 +99,7 @@ def matmul_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Arra
     },
     flops=_flops,
     integral=True,
+    cases=({"n": 17, "k": 2080},),
 )
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """``x @ weight.T + bias``.

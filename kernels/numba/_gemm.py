@@ -39,7 +39,7 @@ from ._vectors import TAGS, lanes, size, wide
 Axes = tuple[int, ...]
 Steps = tuple[tuple[int, int], ...]  # of rows and of columns: of A, B and C
 DOT_DEPTH, OUTER_DEPTH = 512, 256  # so deep a panel of B stays in L1
-_PAIR_DEPTH = 2048  # and so deep one of bfloat16, whose sums then take a tenth of the time to fold
+PAIR_DEPTH = 2048  # and so deep one of bfloat16, whose sums then take a tenth of the time to fold
 STREAM_DEPTH = 16  # and so deep is B taken where it is read in place, row after row
 _L2 = 512 << 10  # bytes that A may take of it
 WIDTH = 384  # columns of a task at most
@@ -320,7 +320,7 @@ def _shared(
     """
     paired = paired and PAIRS and name == "bfloat16"
     factor = TAGS[name] if paired else TAGS["float64" if name == "float64" else "float32"]
-    width, deepest = (2, _PAIR_DEPTH) if paired else (8 if name == "float64" else 4, DOT_DEPTH)
+    width, deepest = (2, PAIR_DEPTH) if paired else (8 if name == "float64" else 4, DOT_DEPTH)
     bk, bn = steps
     if bk == 1 and (bn != 1 or n == 1):
         kernel, unit, mc = _dot, UNIT, min(m, 128)

@@ -163,6 +163,13 @@ def write(builder: Builder, value: Value, base: Value, offset: int = 0, streamin
         instruction.set_metadata("nontemporal", builder.module.add_metadata([i32(1)]))
 
 
+def prefetch(builder: Builder, address: Value) -> None:
+    """Ask for a line of memory to read, which need not exist."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), i32, i32, i32])
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(fetch, [builder.inttoptr(address, ir.PointerType()), i32(0), i32(3), i32(1)])
+
+
 def load(builder: Builder, tag: Kind, base: Value, index: Value | int = 0, lanes: int = 0) -> Value:
     """The element of a tag's dtype that lies `index` of them behind an address, or a vector of them, widened."""
     own = storage(tag)
