@@ -100,7 +100,8 @@ class Coverage:
         ]
         return [_COLUMNS[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
-    def _total(self) -> str:
+    def total(self) -> str:
+        """The shares in a line."""
         served = sum(row.calls for row in self.rows if row.by)
         where = "device" if self._device else "CPU"
         return (
@@ -112,12 +113,12 @@ class Coverage:
         columns, rows = self._table()
         widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
         lines = ("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in (columns, *rows))
-        return "\n".join((*lines, self._total()))
+        return "\n".join((*lines, self.total()))
 
     def show(self) -> None:
         """Print the table, in rich's hand where it is installed."""
         tables.show("computing calls below autograd", *self._table())
-        print(self._total())
+        print(self.total())
 
 
 def coverage(target: Callable[..., Any] | str | None = None, /, *args: Any, **kwargs: Any) -> Any:

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from flagops import config, machine, order, registry
 from flagops.errors import Unsupported, suggestion
-from flagops.override.report import Report, Row
+from flagops.override.report import Report, Row, Shares
 
 from . import fuel, interpose, lowerings  # noqa: F401  (which declares them)
 from .forms import forms, kind
 from .interpose import COMPOSITE, Counter, Registration, lock
 from .lowering import LOWERINGS
 from .sites import Refusal, Site
+from .timing import Clock
 
 log = logging.getLogger("flagops")
 
@@ -48,6 +51,12 @@ UNSEEN = (
 """What multiplies matrices where nobody can count it."""
 
 
+forks = Counter()
+"""Processes that this one has forked."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_parent=forks.add)
+
+
 class Handle:
     """Replacements in force until `disable`; of several handles that want an operator the newest has it."""
 
@@ -57,13 +66,18 @@ class Handle:
         backend: str | tuple[str, ...] | None,
         keys: tuple[str, ...],
         strict: bool = False,
+        timed: bool = False,
+        compare: bool = False,
     ) -> None:
         self.backend, self.keys, self.strict = backend, keys, strict
+        self.timed, self.compare = timed or compare, compare
         every = strict or bool(backend or config.current().backend)
         self._places = {name: _wanted_at(name, keys, backend, named, every) for name, named in ops.items()}
         self.ops = tuple(name for name, places in self._places.items() if places)
         self._sites: list[Registration] = []
         self._counters: dict[tuple[str, str, str, str], Counter] = {}
+        self._clocks: dict[tuple[str, str, str, str], Clock] = {}
+        self._forks = forks.value()
         self._before: dict[Site, int] = {}
         self._bypassed: dict[str, int | None] | None = None
         self._graphs = _compiled_graphs()
@@ -119,6 +133,11 @@ class Handle:
                 log.info("aten::%s at %s is %s", name, at, fate)
             return self._counters[key].add
 
+    def clock(self, name: str, at: str, by: str, reason: str) -> Clock:
+        """What sums the seconds of the calls that `counter` counts."""
+        with lock:
+            return self._clocks.setdefault((name, at, by, reason), Clock())
+
     def disable(self) -> None:
         """Put everything back as it was, whatever the order of several handles; a second call does nothing."""
         with lock:
@@ -131,20 +150,35 @@ class Handle:
             self._sites = []
             interpose.sweep()
 
-    def report(self) -> Report:
-        """What was replaced, what was left to torch and why, and what bypasses the replaced operators.
+    def report(self, coverage: Shares | None = None) -> Report:
+        """What was replaced, what was left to torch, why, and what to do about it, what bypasses the replaced operators
+        and what was never called; times, if `enable` was asked for them.
 
         A call counts for the handle that decided it, the newest of those that want its operator.
+
+        coverage: that of the same run (`flagops.coverage`), whose shares of all computing calls stand at the head.
         """
         with lock:
             counts = {key: counter.value() for key, counter in self._counters.items()}
+            clocks = dict(self._clocks)
             bypassed = self._bypassing()
-        rows = {(name, key): Row(f"aten::{name}", key, {}, {}) for name, key, _, _ in counts}
+        times: dict[tuple[str, str], dict[str, Clock]] = defaultdict(dict)
+        for (name, key, by, reason), clock in clocks.items():
+            times[name, key][reason or by] = clock
+        rows = {(name, key): Row(f"aten::{name}", key, {}, {}, times[name, key]) for name, key, _, _ in counts}
         for (name, key, by, reason), count in counts.items():
             row = rows[name, key]
             if count:
                 (row.passed if reason else row.replaced)[reason or by] = count
-        return Report(tuple(row for row in rows.values() if row.calls), bypassed)
+        called = {name for (name, _), row in rows.items() if row.calls}
+        return Report(
+            tuple(row for row in rows.values() if row.calls),
+            bypassed,
+            uncalled=tuple(sorted(name for name in self.ops if called.isdisjoint(forms(name)))),
+            kept=tuple(name for name, places in self._places.items() if not places and not LOWERINGS[name].aten),
+            forks=forks.value() - self._forks,
+            coverage=coverage,
+        )
 
     def _bypassing(self) -> dict[str, int | None]:
         if self._bypassed is not None:
@@ -166,7 +200,11 @@ class Handle:
 
 
 def enable(
-    ops: str | Sequence[str] | None = None, backend: str | Sequence[str] | None = None, strict: bool = False
+    ops: str | Sequence[str] | None = None,
+    backend: str | Sequence[str] | None = None,
+    strict: bool = False,
+    timed: bool = False,
+    compare: bool = False,
 ) -> Handle:
     """Compute torch's operators with flagops kernels, in eager code of the whole process and in graphs of
     ``torch.compile(model, backend="flagops")``, until disabled. Gradients stay torch's or are flagops' own.
@@ -181,6 +219,9 @@ def enable(
     backend: as in every operator: None takes the best for each call, a name that one alone, a sequence the first that
         fits. A call that it does not take goes to torch's own kernel and is counted.
     strict: raise Unsupported at the first computing call that no flagops kernel takes, with its name and the reason.
+    timed: also take the time of each call, which waits for a device that is not the CPU; the report shows it.
+    compare: `timed`, and torch's own kernel computes each replaced call as well, for its time; what that
+        calls in turn, and is replaced, counts too.
 
     Returns a `Handle`: a context manager with ``disable()`` and ``report()``. Handles may overlap and end in any order.
 
@@ -192,7 +233,7 @@ def enable(
     with lock:
         fuel.fill(config.current().fuel)
         interpose.sweep()
-        handle = Handle(chosen, backend, _keys(backend), strict)
+        handle = Handle(chosen, backend, _keys(backend), strict, timed, compare)
         try:
             handle._install()
         except BaseException:

@@ -10,6 +10,7 @@ import functools
 import keyword
 import sys
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Any, Protocol
 
 from flagops import config, generated, surroundings
@@ -21,6 +22,7 @@ from .interpose import Counter, Registration, thread
 from .lowering import Lowering, Pass
 from .recipes import deliver, device_of, record, refuse_as_torch
 from .steps import Steps
+from .timing import Clock, timed, waiting
 
 _PLANS_KEPT = 4096
 
@@ -30,10 +32,14 @@ class Wish(Protocol):
 
     backend: str | tuple[str, ...] | None
     strict: bool
+    timed: bool
+    compare: bool
 
     def wants(self, name: str, key: str) -> bool: ...
 
     def counter(self, name: str, key: str, by: str, reason: str) -> Callable[[], int]: ...
+
+    def clock(self, name: str, key: str, by: str, reason: str) -> Clock: ...
 
 
 Plan = tuple["Callable[[tuple[Any, ...]], Any] | None", Callable[[], int]]
@@ -244,6 +250,7 @@ class Site(Registration):
             self.untaken.add()
             return self.below_with(keyset, args)
         steps = Steps(self.form, handle.backend, args)
+        start = perf_counter() if handle.timed else 0.0
         try:
             missing = self.form.without_memory(args)
             if missing:
@@ -252,7 +259,12 @@ class Site(Registration):
                 results: Any = self.lowering.function(steps, **self.form.named(args))
         except (Pass, Unsupported) as reason:
             return self._left(keyset, args, str(reason))
-        handle.counter(self.name, key, steps.by(self.lowering.operator), "")()
+        fate = self.name, key, steps.by(self.lowering.operator), ""
+        handle.counter(*fate)()
+        if handle.timed:
+            waiting(key)()
+            clock = handle.clock(*fate)
+            clock.note(perf_counter() - start, first=not clock.first)
         if not self.form.outs or results is None:
             return results
         outs = [args[i] for i in self.form.outs]
@@ -279,18 +291,24 @@ class Site(Registration):
         if handle is None or self.lowering is None:
             plan = None, self.untaken.add
         else:
+            compute: Callable[[tuple[Any, ...]], Any] | None = None
+            by = reason = ""
             thread.busy = True
             try:
                 alone = self.below is None or not self.owned
                 last = self.below is None
                 recipe = record(self.form, handle.backend, self.lowering, args, alone, handle.strict, last)
-                plan = recipe.compute, handle.counter(self.name, key, recipe.by, "")
-            except (Pass, Unsupported) as reason:
-                count = handle.counter(self.name, key, "", str(reason))
-                free = self.below is not None and not handle.strict
-                plan = None if free else functools.partial(self._nobody, str(reason), count), count
+                compute, by = recipe.compute, recipe.by
+            except (Pass, Unsupported) as error:
+                reason = str(error)
             finally:
                 thread.busy = False
+            count = handle.counter(self.name, key, by, reason)
+            if compute is None and (self.below is None or handle.strict):
+                compute = functools.partial(self._nobody, reason, count)
+            elif handle.timed:
+                compute = timed(self, compute, key, handle.clock(self.name, key, by, reason), handle.compare)
+            plan = compute, count
         if len(plans) >= _PLANS_KEPT:
             plans.clear()
         plans[signature] = plan

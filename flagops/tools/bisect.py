@@ -1,11 +1,13 @@
 """`flagops bisect SCRIPT`: which replaced call changed what a script prints or how it exits.
 
 The script runs in child processes whose first n replaced calls are let through (the "fuel"), and n is halved until one
-call is left. `run` is what a child does, and what ``flagops run SCRIPT`` does: enable as soon as torch is imported.
+call is left. A child, and ``flagops run SCRIPT``, enable as soon as torch is imported.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -46,23 +48,49 @@ class _AfterTorch(importlib.abc.MetaPathFinder):
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run a script, ``[script, *arguments]``, as ``python script`` would, with `flagops.enable` in force.
+    """`flagops run [--compare] [--shares] SCRIPT [ARGUMENT...]`: a script as ``python SCRIPT`` runs it, with torch's
+    operators replaced; what became of its calls stands on standard error in the end."""
+    parser = argparse.ArgumentParser(prog="flagops run", description=run.__doc__)
+    parser.add_argument("--compare", action="store_true", help="run torch's own kernels as well, for their times")
+    parser.add_argument("--shares", action="store_true", help="profile it: the shares of all computing calls and time")
+    parser.add_argument("script", metavar="SCRIPT")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT")
+    options = parser.parse_args(argv)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    from flagops.override import enable
+    from flagops.override.coverage import watching
+
+    handles: list[Any] = []
+    watched: Callable[[], Any] = lambda: None  # noqa: E731
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> None:
+            nonlocal watched
+            handles.append(enable(timed=True, compare=options.compare))
+            if options.shares:
+                watched = stack.enter_context(watching())
+
+        try:
+            script([options.script, *options.arguments], begin)
+        finally:
+            stack.close()
+            for handle in handles:
+                print(handle.report(watched()), file=sys.stderr)
+    return 0
+
+
+def script(argv: Sequence[str], begin: Callable[[], Any]) -> None:
+    """Run ``[script, *arguments]`` as ``python script`` would, and `begin` as soon as torch is imported.
 
     torch is not imported on the script's behalf: what the script does before its own import still comes first.
     """
-    if not argv:
-        print("usage: flagops run SCRIPT [ARGUMENT...]", file=sys.stderr)
-        return 2
-    from flagops import override
-
     if "torch" in sys.modules:
-        override.enable()
+        begin()
     else:
-        sys.meta_path.insert(0, _AfterTorch(override.enable))
+        sys.meta_path.insert(0, _AfterTorch(begin))
     sys.argv[:] = argv
     sys.path[0] = os.path.dirname(os.path.abspath(argv[0]))
     runpy.run_path(argv[0], run_name="__main__")
-    return 0
 
 
 @dataclass(frozen=True)
@@ -134,13 +162,13 @@ def _child(note: str, argv: Sequence[str]) -> None:
     import atexit
 
     def write() -> None:
-        from flagops import override
-
         with open(note, "w") as file:
             json.dump(override.spent(), file)
 
+    from flagops import override
+
     atexit.register(write)
-    run(argv)
+    script(argv, override.enable)
 
 
 if __name__ == "__main__":

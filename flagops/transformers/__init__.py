@@ -52,6 +52,7 @@ def patch(
     mesh: Any = None,
     mesh_dim: str = "tp",
     scheme: str = "auto",
+    timed: bool = False,
 ) -> Handle:
     """Replace operators of a transformers `DeepseekV4ForCausalLM` (or a model that holds its attention layers).
 
@@ -65,6 +66,7 @@ def patch(
     mesh: a `torch.distributed` DeviceMesh over whose dimension `mesh_dim` the heads of attention and indexer are
         divided, and the output projection by `scheme` (see `flagops.distributed`); every rank calls with the same whole
         model. Each then computes the whole model's logits, and gradients of its own shards.
+    timed: also take the time of each call, which waits for a device that is not the CPU; the report shows it.
 
     Returns a `Handle`, also a context manager: ``disable()`` restores the model exactly, ``report()`` says what ran.
     What flagops cannot take (a mask that is more than visible or not, dropout, a recorded attention, a part that
@@ -95,7 +97,7 @@ def patch(
         )
     _register()
     learn()
-    handle = Handle(chosen, backend, numerics)
+    handle = Handle(chosen, backend, numerics, timed)
     if mesh is not None:
         from ._mesh import NEEDED, divide
 

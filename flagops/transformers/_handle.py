@@ -7,6 +7,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from flagops.call import of, run
 from flagops.config import names
 from flagops.errors import Unsupported
 from flagops.operator import Operator
+from flagops.override.handle import forks
 from flagops.override.report import Report, Row
+from flagops.override.timing import Clock, waiting
 
 from ._binding import Binding
 
@@ -31,16 +34,24 @@ def _known(op: str) -> tuple[Operator, Callable[..., Any]]:
     return operator, of(operator)
 
 
+def _key(x: torch.Tensor) -> str:
+    return "CPU" if x.is_cpu else x.device.type.upper()
+
+
 class Handle:
     """One `patch`; `disable` undoes it, in any order of several."""
 
-    def __init__(self, ops: tuple[str, ...], backend: str | Sequence[str] | None, numerics: str) -> None:
+    def __init__(
+        self, ops: tuple[str, ...], backend: str | Sequence[str] | None, numerics: str, timed: bool = False
+    ) -> None:
         self.ops = frozenset(ops)
         self.backend = backend
         self.official = numerics == "official"
-        self.active = True
+        self.active, self.timed = True, timed
         self._wish = ",".join(names(backend or ()))
         self._counts: Counter[tuple[str, str, str, str]] = Counter()
+        self._clocks: dict[tuple[str, str, str, str], Clock] = {}
+        self._forks = forks.value()
         self._untouched: dict[str, int | None] = {}
         self._bindings: list[Binding] = []
         self._lock = threading.Lock()
@@ -70,13 +81,20 @@ class Handle:
         modules that could not be patched. Graphs of `torch.compile` call the operators uncounted; `flagops.coverage`
         sees those calls too."""
         with self._lock:
-            counts = dict(self._counts)
+            counts, clocks = dict(self._counts), dict(self._clocks)
         rows = []
         for op, key in dict.fromkeys(seen[:2] for seen in counts):
             mine = {seen[2:]: number for seen, number in counts.items() if seen[:2] == (op, key)}
             replaced = {backend: number for (backend, _), number in mine.items() if backend}
-            rows.append(Row(op, key, replaced, {reason: number for (_, reason), number in mine.items() if reason}))
-        return Report(tuple(rows), self._untouched.copy(), "modules left as they are:")
+            times = {fate[2]: clock for fate, clock in clocks.items() if fate[:2] == (op, key)}
+            rows.append(Row(op, key, replaced, {reason: n for (_, reason), n in mine.items() if reason}, times))
+        return Report(
+            tuple(rows),
+            self._untouched.copy(),
+            "modules left as they are:",
+            uncalled=tuple(sorted(self.ops - {row.op for row in rows})),
+            forks=forks.value() - self._forks,
+        )
 
     def call(self, op: str, *args: Any, out: Any = None) -> Any:
         """One operator; None, counted with the reason, when no backend takes the call."""
@@ -84,6 +102,7 @@ class Handle:
             return getattr(torch.ops.flagops, op).default(*args, backend=self._wish)
         operator, ours = _known(op)
         args = (*args, *operator.defaults[len(args) : -1], out)
+        start = perf_counter() if self.timed else 0.0
         public = getattr(flagops, op)
         try:
             if public is ours:
@@ -93,7 +112,9 @@ class Handle:
         except Unsupported as error:
             self.leave(op, args[0], str(error))
             return None
-        self._count(op, args[0], ran or "torch.ops.flagops", "")
+        number = self._count(op, args[0], ran or "torch.ops.flagops", "")
+        if self.timed:
+            self._time(op, args[0], ran or "torch.ops.flagops", start, first=number == 1)
         return result
 
     def round(self, op: str, *args: Any) -> Any:
@@ -108,8 +129,15 @@ class Handle:
         if self._count(op, like, "", reason) == 1:
             log.info("%s is left to transformers: %s", op, reason)
 
+    def _time(self, op: str, like: torch.Tensor, backend: str, start: float, first: bool) -> None:
+        key = _key(like)
+        waiting(key)()
+        with self._lock:
+            clock = self._clocks.setdefault((op, key, backend, ""), Clock())
+        clock.note(perf_counter() - start, first=first)
+
     def _count(self, op: str, like: torch.Tensor, backend: str, reason: str) -> int:
-        seen = (op, "CPU" if like.is_cpu else like.device.type.upper(), backend, reason)
+        seen = (op, _key(like), backend, reason)
         with self._lock:
             self._counts[seen] += 1
             return self._counts[seen]
