@@ -121,7 +121,8 @@ def _table(kind: str, found: Mapping[Case, Times], backends: Sequence[str]) -> o
     """The rows that times speak for. A key's sizes count alike."""
     made = {"date": datetime.now(UTC).date().isoformat(), **order.identity(), **tune_cases.circumstances()}
     run: dict[str, tuple[str, ...]] = {"*": _all(backends)}
-    replace: dict[str, tuple[str, ...]] = {"*": ()}
+    own = tuple(name for name in backends if name != "torch")
+    replace: dict[str, tuple[str, ...]] = {"*": (), "fp8_matmul": own}  # torch emulates it
     for key, times in _by_key(found, "run").items():
         run[key] = _all(sorted(times, key=times.__getitem__))
     for key, times in _by_key(found, "replace").items():
