@@ -1,11 +1,11 @@
 # `make run` and `make test` do all their set-up in .venv; a second call does not install again.
-# A CPU-only torch on a machine without a GPU: make run PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# A CPU-only torch on a machine without a GPU, with any of them: make run PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: run test test-all test-transformers test-numba bare lint bench mutants clean
+.PHONY: run test test-all test-transformers test-numba bare docs lint bench mutants clean
 
 run: .venv/installed
 	$(BIN)/flagops demo
@@ -28,6 +28,11 @@ test-numba: .venv/installed
 # Models on a device that owns no kernel, all of them flagops'; `make bare ARGS=--help` says what can be chosen.
 bare: .venv/installed
 	$(BIN)/python tests/bare/run.py $(ARGS)
+
+# The pages, strictly, into build/docs; their tools are not those of `make test`.
+docs: .venv/installed
+	$(PIP) --editable ".[docs]"
+	$(BIN)/sphinx-build -W --keep-going -q docs build/docs
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 if not os.path.isdir(os.path.join(_HERE, "kernels")):  # a checkout: kernels/ and reference/ lie beside this folder
     __path__.append(os.path.dirname(_HERE))
 
-sys.meta_path.append(Finder)
+sys.meta_path.insert(0, Finder)
 
 _HOMES = {
     "Unsupported": "errors",

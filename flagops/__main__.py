@@ -216,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
     listing = command(ops)
     group = listing.add_mutually_exclusive_group()
     group.add_argument("--json", action="store_true", help="machine-readable")
-    group.add_argument("--markdown", action="store_true", help="the table of the README")
+    group.add_argument("--markdown", action="store_true", help="the table of docs/operators.md")
     listing.add_argument("--aten", action="store_true", help="torch's own operators (flagops.aten) in place of models'")
     listing.add_argument(
         "--report", metavar="FILE", help="with what `flagops check --report FILE` found of each kernel"

@@ -15,7 +15,7 @@ MOVED = {
 
 
 class Finder:
-    """Stands last in `sys.meta_path`, so a module that exists under a name of `MOVED` comes before."""
+    """Stands first in `sys.meta_path`: in a checkout, a folder beside this package may have a name of `MOVED`."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:

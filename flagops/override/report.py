@@ -146,8 +146,8 @@ class Report:
         if self.forks is not None:
             seen = f", {self.forks} forked meanwhile" if self.forks else ""
             notes.append(f"not counted: worker processes (DataLoader, multiprocessing){seen}")
-        notes += [self.elsewhere] if self.bypassed else []
-        notes += [f"  {name}{'' if n is None else f': {n}'}" for name, n in self.bypassed.items()]
+        elsewhere = [f"  {name}{'' if n is None else f': {n}'}" for name, n in self.bypassed.items() if n != 0]
+        notes += [self.elsewhere, *elsewhere] if elsewhere else []
         return notes
 
     def _times(self) -> list[str]:

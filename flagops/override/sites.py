@@ -193,9 +193,10 @@ class Site(Registration):
             thread.busy = busy
 
     def _watch(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        self.untaken.add()
-        if not thread.busy and any(handle.strict for handle in self.handles):
-            raise Unsupported(f"strict: {_NOT_REPLACED.format(self.name)}")
+        if not thread.busy:  # else it is a part of a call that is counted
+            self.untaken.add()
+            if any(handle.strict for handle in self.handles):
+                raise Unsupported(f"strict: {_NOT_REPLACED.format(self.name)}")
         return self.torch(keyset, *args, **kwargs)
 
     def _aside(self, keyset: Any, args: tuple[Any, ...]) -> Any:

@@ -1,7 +1,7 @@
 """Writes what follows from the cards: ``flagops/__init__.pyi``, which types lazily loaded names, and the tables of
-README.md and docs/device.md.
+docs/operators.md and docs/device.md.
 
-``python -m flagops.tools.stubs`` does it. README's table is that of a machine on which every backend can be used.
+``python -m flagops.tools.stubs`` does it. The table of operators is that of a machine where every backend can be used.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def names() -> str:
 
 
 TABLES = {
-    "README.md": ("<!-- TRITON_INTERPRET=1 flagops ops --markdown -->\n", table),
+    "docs/operators.md": ("<!-- TRITON_INTERPRET=1 flagops ops --markdown -->\n", table),
     "docs/device.md": ("<!-- python -m flagops.tools.stubs -->\n", names),
 }
 """By file of the checkout: the mark before its table, and what makes it."""
