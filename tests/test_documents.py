@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 
+from flagops import registry  # noqa: E402
 from flagops.override import interpose  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,9 @@ def place(tmp_path, monkeypatch):
     yield
     for name in STAND_INS:
         sys.modules.pop(name, None)
+    if registry._added.pop("mine", None):
+        for known in (registry.backend_names, registry.backend, registry.find):
+            known.cache_clear()
 
 
 def commands_of(block: Block) -> list[str]:
