@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from flagops.contract import Parser
 from flagops.errors import Unsupported
 
 from .conversion import Summary
@@ -89,7 +90,7 @@ def verify(argv: Sequence[str]) -> int:
 
 
 def _parser(name: str, text: str, examples: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"flagops {name}",
         description=text,
         epilog=examples + "\n" + _CODES,

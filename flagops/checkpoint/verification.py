@@ -59,6 +59,9 @@ def verify(
     if not 0 < sample <= 1:
         raise Refused(f"--sample {sample}: expected a share above 0 and up to 1")
     dst = resolved(dst)
+    for folder in (resolved(src), dst):
+        if not folder.is_dir():
+            raise Refused(f"{folder} is no folder; give the SRC and the DST of a finished conversion")
     found, going = store.read_manifest(dst, parse_size(memory)), store.place(dst, JOURNAL).exists()
     if found is None:
         state = "is not finished; repeat the command that began it" if going else "has no manifest"
