@@ -296,6 +296,7 @@ def _check_words(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="share of cases that must run, a fifth of it in each dtype (default: 0.5)",
     )
+    add("--mutants", type=int, metavar="N", help="try N small edits of the kernels instead: each must be noticed")
     add("--strict", action="store_true", help="every case that the card allows must run")
     add("--replay", default="", metavar="'STAGE: Case(...)'", help="one case again, as a failure prints it")
     add("--junit", type=contract.output, metavar="FILE", help="write what was found as JUnit XML, for a CI service")

@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 
 from flagops import __version__, contract, registry, tables
 
+from . import mutants
 from .session import LEAST_SHARE, Record
 
 PATIENCE = 600
@@ -68,6 +69,12 @@ def check(args: argparse.Namespace) -> int:
         "seconds": duration(args.time), "seed": int(time.time()) if args.seed is None else args.seed,
         "strict": args.strict, "least": LEAST_SHARE if args.least is None else args.least,
     }  # fmt: skip
+    if args.mutants:
+        if args.report or args.junit or outcome.problems:
+            raise ValueError(
+                "; ".join(outcome.problems) or "--mutants prints its verdicts: leave out --report and --junit"
+            )
+        return mutants.check(wish, args.mutants)
     if args.replay:
         wish["operators"] = [_replayed(args.replay)]
     if usable or files:

@@ -1,15 +1,12 @@
 """Mutants that follow from the syntax of a kernel file: each operator of its arithmetic, each word with an opposite.
 
 Comparisons and numbers are left out: a mask that reads one element too many changes no result, a step only the speed.
-
-``python tests/derived.py FILE`` prints them, FILE as in `mutants.MUTANTS`.
 """
 
 from __future__ import annotations
 
 import ast
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 SWAPS = {
     ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "+", ast.LShift: ">>",
@@ -19,23 +16,39 @@ WORDS = {"minimum": "maximum", "maximum": "minimum", "min": "max", "max": "min"}
 COMPILED = ("jit", "triton.jit")
 
 
-def derived(source: str, operators: list[str], compiled: bool) -> list[tuple[str, str, str, int]]:
-    """Mutants as `mutants.MUTANTS` lists them, of what each operator's kernel runs; of jitted functions if `compiled`.
+def compiled(source: str) -> bool:
+    """Whether a file has functions that are jitted, so that what surrounds them only divides work."""
+    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    return any(ast.unparse(decorator) in COMPILED for node in functions for decorator in node.decorator_list)
 
-    What surrounds jitted functions divides work, and most of its numbers change no result.
+
+def mutate(source: str, old: str, new: str, occurrence: int) -> str:
+    """A source with one occurrence of a text replaced. Raises ValueError if it has no such occurrence."""
+    parts = source.split(old)
+    if len(parts) < occurrence + 2:
+        raise ValueError(f"the kernel has changed: {old!r} occurs {len(parts) - 1} times")
+    return old.join(parts[: occurrence + 1]) + new + old.join(parts[occurrence + 1 :])
+
+
+def derived(source: str, operators: Sequence[str], jitted: bool) -> list[tuple[str, str, str, int]]:
+    """Mutants of what each operator's kernel runs: (operator, text, its replacement, which occurrence).
+
+    jitted: of jitted functions alone; what surrounds them divides work, and most of its numbers change no result.
     """
-    tree, found = ast.parse(source), {}
+    tree = ast.parse(source)
+    found: dict[tuple[int, int, str], str] = {}
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     for operator in operators:
         for name in _reached(operator, functions):
-            if not compiled or any(ast.unparse(d) in COMPILED for d in functions[name].decorator_list):
+            if not jitted or any(ast.unparse(d) in COMPILED for d in functions[name].decorator_list):
                 for start, end, new in _edits(source, functions[name]):
                     found.setdefault((start, end, new), operator)
     return [_listed(source, *edit, operator) for edit, operator in sorted(found.items())]
 
 
 def _reached(operator: str, functions: dict[str, ast.FunctionDef]) -> list[str]:
-    found, todo = [], [operator]
+    found: list[str] = []
+    todo = [operator]
     while todo:
         name = todo.pop()
         if name in functions and name not in found:
@@ -52,8 +65,13 @@ def _edits(source: str, function: ast.FunctionDef) -> Iterator[tuple[int, int, s
     def place(line: int, column: int) -> int:
         return lines[line - 1] + len(source.splitlines()[line - 1].encode()[:column].decode())
 
+    def end_of(node: ast.expr) -> tuple[int, int]:
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        return node.end_lineno, node.end_col_offset
+
     def operator(left: ast.expr, right: ast.expr, new: str) -> tuple[int, int, str]:
-        start, end = place(left.end_lineno, left.end_col_offset), place(right.lineno, right.col_offset)
+        start, end = place(*end_of(left)), place(right.lineno, right.col_offset)
         between = source[start:end]
         signs = between.strip(" ()\n")
         at = start + between.index(signs)
@@ -65,7 +83,7 @@ def _edits(source: str, function: ast.FunctionDef) -> Iterator[tuple[int, int, s
                 yield operator(node.left, node.right, SWAPS[type(node.op)])
             elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
                 word = node.id if isinstance(node, ast.Name) else node.attr
-                end = place(node.end_lineno, node.end_col_offset)
+                end = place(*end_of(node))
                 if word in WORDS:
                     yield end - len(word), end, WORDS[word]
 
@@ -78,10 +96,3 @@ def _listed(source: str, start: int, end: int, new: str, operator: str) -> tuple
     begin = source.index(line, first)
     edited = source[begin:start] + new + source[end : begin + len(line)]
     return operator, line, edited, source[:begin].count(line)
-
-
-if __name__ == "__main__":
-    import mutants
-
-    for mutant in mutants.derivable(sys.argv[1]):
-        print(*mutant, sep="\t")
