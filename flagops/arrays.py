@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -157,23 +156,3 @@ def span(x: Any) -> tuple[int, int]:
         return 0, 0
     reach = [(size - 1) * step for size, step in zip(x.shape, steps, strict=True)]
     return sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + x.dtype.itemsize
-
-
-def device_class(x: Any) -> str:
-    """The row of the default order that fits where an array lies: ``cpu``, ``cpu-bf16``, ``cuda``, ..."""
-    if is_torch(x) and not in_host_memory(x):
-        return str(x.device.type)
-    return "cpu-bf16" if torch_has_native_bf16() else "cpu"
-
-
-@functools.cache
-def torch_has_native_bf16() -> bool:
-    """Whether torch multiplies bfloat16 with instructions of this CPU; oneDNN can be told not to."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return False
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
-    if limit and limit not in ("DEFAULT", "ALL") and not limit.endswith(("_BF16", "AMX", "FP16")):
-        return False
-    supported = (getattr(torch.cpu, f"_is_{unit}_supported", lambda: False) for unit in ("avx512_bf16", "amx_tile"))
-    return any(check() for check in supported)

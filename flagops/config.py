@@ -66,6 +66,10 @@ def folder(value: str) -> str:
     return path
 
 
+def file(value: str) -> str:
+    return os.path.abspath(os.path.expanduser(value)) if value else ""
+
+
 def _setting(parse: Callable[[Any], Any], default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"parse": parse, "meaning": meaning})
 
@@ -80,6 +84,7 @@ class Config:
     budget: int = _setting(size, 256 << 20, "bytes that an operator's temporaries may take")
     cache: str = _setting(folder, "", "folder of compiled kernels (default: flagops in the user's cache folder)")
     fuel: int | None = _setting(count, None, "let only the first N replaced calls through (flagops bisect)")
+    order: str = _setting(file, "", "table of who computes what, as `flagops tune --out FILE` writes it")
     log: str = _setting(level, "", "DEBUG, INFO, WARNING or ERROR: print flagops' log to standard error")
 
 
@@ -144,6 +149,8 @@ def using(**settings: Any) -> Iterator[Config]:
     torch = sys.modules.get("torch")
     if torch is not None and torch.compiler.is_compiling():  # a graph would keep the call and lose the setting
         torch._dynamo.graph_break(msg="flagops.using cannot be part of a graph; call the compiled function within it")
+    if "order" in settings:  # calls that were planned by another table would go on as they are
+        raise ValueError("using(order=...): the table is one of a process; set FLAGOPS_ORDER before it starts")
     parsed = {name: _parse(name, value, f"using({name}=...)") for name, value in settings.items()}
     token = _block.set(dataclasses.replace(current(), **parsed))
     try:

@@ -7,7 +7,6 @@ and validates the arguments, and the backends are asked in order. Choices and re
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import sys
@@ -15,11 +14,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flagops.surroundings as surroundings
-from flagops import arrays, config, generated, memory, registry
+from flagops import arrays, config, generated, memory, order, registry
 from flagops.errors import Unsupported
 from flagops.memory import Span
 from flagops.replay import Place, Replay
@@ -309,7 +307,7 @@ def _choose(
     needs_grad = needs_grad and any("float" in dtype for dtype in bound.results)  # indices have no gradient
     memory.refuse_recorded(operator, args, grad)
     explicit = isinstance(wish, str)
-    candidates = (wish,) if explicit else wish or default_order(operator, bound, first)
+    candidates = (wish,) if explicit else wish or order.order(operator, bound.dtype, bound.shapes[0], first)
     refusals = dict(refusals)
     for name in candidates:
         if name in refusals:
@@ -408,31 +406,3 @@ def _log_once(level: int, *event: str) -> None:
     if event not in _logged:
         _logged.add(event)
         log.log(level, "%s: %s (%s)", *event)
-
-
-@functools.cache
-def _order_table() -> Mapping[str, Mapping[str, Sequence[str]]]:
-    table = json.loads((Path(__file__).parent / "order.json").read_text())
-    return table
-
-
-def _order_row(x: Any) -> Mapping[str, Sequence[str]]:
-    rows = _order_table()
-    return rows.get(arrays.device_class(x)) or rows["other"]
-
-
-def left_to_torch(operator: str, x: Any, training: bool = False) -> bool:
-    """Whether `flagops.enable` leaves an operator's calls to torch where no backend is named: measured as faster.
-
-    training: whether a gradient is recorded, so that the backward counts as well.
-    """
-    row = _order_row(x).get("left to torch", ())
-    return f"{operator}.{arrays.dtype_name(x)}" in row or (training and f"{operator}.training" in row)
-
-
-def default_order(operator: Operator, bound: Bound, x: Any) -> tuple[str, ...]:
-    """Backends from the measured table for the device class, then the others, the reference last."""
-    row = _order_row(x)
-    listed = row.get(f"{operator.name}.{bound.dtype}") or row.get(operator.name) or row["*"]
-    others = [name for name in registry.backend_names() if name not in listed and name not in registry.BUILT_IN]
-    return (*others, *listed)

@@ -42,6 +42,7 @@ class Kernel:
     backward: Callable[..., tuple[Any, ...]] | None = None
     deterministic: bool = False
     batch_invariant: bool = False
+    paired: bool = False
     forwards_to: str | Callable[..., str] = ""
     note: str = ""
 
@@ -50,6 +51,7 @@ def kernel(
     *,
     deterministic: bool = False,
     batch_invariant: bool = False,
+    paired: bool = False,
     forwards_to: str | Callable[..., str] = "",
     note: str = "",
 ) -> Callable[[Function], Function]:
@@ -57,6 +59,7 @@ def kernel(
 
     deterministic: repeats on the same arguments are equal bit by bit.
     batch_invariant: a row of a batch is bit by bit what the row alone gives.
+    paired: products of bfloat16 are added in pairs by an instruction to which subnormals are zeros.
     forwards_to: the library whose operator the kernel merely calls, or a function of the inputs that gives it ("" for
         none); reports then do not count it as a replacement.
     note: what a reader of ``flagops ops`` should know, such as why it is slow.
@@ -66,6 +69,7 @@ def kernel(
         facts = {
             "deterministic": deterministic,
             "batch_invariant": batch_invariant,
+            "paired": paired,
             "forwards_to": forwards_to,
             "note": note,
         }
@@ -306,7 +310,7 @@ def describe(op: Operator, function: Callable[..., None], module: ModuleType | N
         _same_parameters(unsupported, op.inputs)
     if backward:
         _same_parameters(backward, ("grad", *op.inputs, "needs"))
-    facts = ("deterministic", "batch_invariant", "forwards_to", "note")
+    facts = ("deterministic", "batch_invariant", "paired", "forwards_to", "note")
     return Kernel(function, unsupported, backward, **{f: getattr(function, f) for f in facts if hasattr(function, f)})
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +76,39 @@ def contraction_bound(exact: Array, absolute: Array, terms: int, dtype: str) -> 
     error = terms * acc.u * absolute + terms * acc.tiny
     rounding = 0.0 if out == acc else out.u * (magnitude(exact) + error) + out.tiny
     return np.where(absolute <= acc.largest * (1 - terms * acc.u), error + rounding + acc.tiny, np.inf)
+
+
+_PAIRED = ContextVar("paired", default=False)
+
+
+@contextlib.contextmanager
+def pairing(paired: bool) -> Iterator[None]:
+    """Bounds made here are those of kernels that add products of bfloat16 in pairs, to which subnormals are zeros."""
+    token = _PAIRED.set(paired)
+    try:
+        yield
+    finally:
+        _PAIRED.reset(token)
+
+
+def least() -> float:
+    """Below what a number is lost on the way of a sum in float32: its subnormals, unless bfloat16s are paired."""
+    return 2.0**-126 if _PAIRED.get() else unit("float32").tiny
+
+
+def flushed(a: Array, b: Array, terms: int, dtype: str, multiply: Callable[..., Array] = np.matmul) -> Array:
+    """What sums of ``terms`` products of ``a`` and ``b``, of a dtype, may lose besides to zeros in place of subnormals.
+
+    A factor below the normal range loses all its products, and each of the sums on the way, two in a pair, may lose as
+    much as the least normal number. Infinite where a product with an infinity is lost, which is then NaN.
+    """
+    if not (_PAIRED.get() and dtype == "bfloat16"):
+        return np.zeros(())
+    below = [np.where(np.abs(x) < least(), np.abs(x), 0) for x in (a, b)]
+    lost = multiply(below[0], magnitude(b)) + multiply(magnitude(a), below[1]) + 2 * terms * least()
+    endless = [~np.isfinite(x) * 1.0 for x in (a, b)]
+    unclear = multiply((below[0] > 0) * 1.0, endless[1]) + multiply(endless[0], (below[1] > 0) * 1.0)
+    return np.where(unclear > 0, np.inf, lost)
 
 
 def narrowed(x: Array, dtype: str) -> Array:

@@ -12,7 +12,7 @@ import numpy as np
 from flagops.arrays import FLOATS, HALF
 from flagops.operator import Dims, Tensor, operator
 
-from ._rounding import Array, accumulator, contraction_bound, magnitude, round_to, unit, wide
+from ._rounding import Array, accumulator, contraction_bound, flushed, magnitude, round_to, unit, wide
 from .dequantize import E2M1, e8m0
 from .moe import LIMIT, arithmetic, gated, gated_error
 
@@ -92,9 +92,9 @@ def grouped_matmul_values(a: Any, b: Any, offsets: Any) -> str | None:
 
 
 def grouped_matmul_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
-    a, b = (magnitude(wide(arguments[name])) for name in "ab")
-    bound = contraction_bound(exact, _grouped(a, b, arguments["offsets"]), a.shape[1], dtype)
-    offsets = arguments["offsets"]
+    (a, b), offsets = (wide(arguments[name]) for name in "ab"), arguments["offsets"]
+    bound = contraction_bound(exact, _grouped(magnitude(a), magnitude(b), offsets), a.shape[1], dtype)
+    bound += flushed(a, b, a.shape[1], dtype, lambda left, right: _grouped(left, right, offsets))
     bound[int(offsets[-1]) if len(offsets) else 0 :] = 0
     return bound
 
@@ -282,6 +282,7 @@ def _compose(
     dtype = x.dtype.name
     acc = unit(accumulator(dtype))
     quantised = gate_up.dtype.name not in FLOATS
+    factors = "bfloat16" if quantised else dtype
     value = np.zeros(x.shape, wide(x).dtype) if shared is None else wide(shared).copy()
     error, absolute, extra = np.zeros_like(value), magnitude(value), np.zeros_like(value)
     routing = wide(weights)
@@ -291,7 +292,7 @@ def _compose(
             i = gate_up.shape[1] // 2
             w13 = _expanded(gate_up, gate_up_scale, expert, x.shape[1])
             w2 = _expanded(down, down_scale, expert, i)
-            both, off = _linear(given[rows], 0.0, w13, dtype, track)
+            both, off = _linear(given[rows], 0.0, w13, factors, dtype, track)
             g, u = both[:, :i], both[:, i:]
             weight = routing[rows, slots][:, None]
             h, h_off = gated(g, u, weight, limit), np.zeros_like(g)
@@ -303,7 +304,7 @@ def _compose(
                 h, h_off = _quantised(h, h_off)
             if track:
                 h_off[~np.isfinite(h).all(1)] = np.inf
-            y, y_off = _linear(h, h_off, w2, dtype, track)
+            y, y_off = _linear(h, h_off, w2, factors, dtype, track)
             np.add.at(value, rows, y)
             if track:
                 np.add.at(error, rows, y_off)
@@ -336,8 +337,8 @@ def _expanded(weights: Array, scales: Array | None, expert: int, width: int) -> 
     return values * np.repeat(scale, GROUP, axis=1)
 
 
-def _linear(x: Array, x_off: Any, weight: Array, dtype: str, track: bool) -> tuple[Array, Array]:
-    """``x @ weight.T`` rounded to the dtype, and how far it may be off."""
+def _linear(x: Array, x_off: Any, weight: Array, factors: str, dtype: str, track: bool) -> tuple[Array, Array]:
+    """``x @ weight.T``, whose factors a dtype holds, rounded to another, and how far it may be off."""
     weight = weight.astype(x.dtype)
     y = np.matmul(x, weight.T)
     if not track:
@@ -348,6 +349,7 @@ def _linear(x: Array, x_off: Any, weight: Array, dtype: str, track: bool) -> tup
     size = magnitude(weight).T
     absolute = np.matmul(magnitude(x) + x_off, size)
     error = np.matmul(x_off, size) + terms * acc.u * absolute + terms * acc.tiny
+    error += flushed(x, weight.T, terms, factors)
     unclear = np.matmul((magnitude(x) <= x_off) * 1.0, ~np.isfinite(weight.T) * 1.0) > 0  # perhaps 0 times infinity
     beyond = (magnitude(x) + x_off).max(1, keepdims=True, initial=0) > acc.largest  # rounded up to 2^128 as FP8
     error = np.where(unclear | np.isnan(error) | (absolute > acc.largest / 2) | beyond, np.inf, error)

@@ -11,7 +11,7 @@ import numpy as np
 from flagops.arrays import FLOATS
 from flagops.operator import Dims, Tensor, operator
 
-from ._rounding import Array, contraction_bound, magnitude, wide
+from ._rounding import Array, contraction_bound, flushed, magnitude, wide
 
 # N x K of the weights of DeepSeek-V4, section 3 of the operator notes.
 V4_FLASH = {
@@ -56,6 +56,7 @@ def _flops(dims: Dims, batch: tuple[int, ...]) -> float:
     | {f"square-2048.{dtype}": {"m": 2048, "n": 2048, "k": 2048, "dtype": dtype} for dtype in ("bfloat16", "float32")},
     flops=_flops,
     integral=True,
+    cases=({"m": 130, "n": 17, "k": 2080}, {"m": 1, "n": 9, "k": 4133}),
 )
 def matmul(a: Array, b: Array) -> Array:
     """Matrix product over the last two axes.
@@ -79,8 +80,9 @@ def matmul(a: Array, b: Array) -> Array:
 
 
 def matmul_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
-    a, b = (magnitude(wide(arguments[name])) for name in "ab")
-    return contraction_bound(exact, np.matmul(a, b), a.shape[-1], dtype)
+    a, b = (wide(arguments[name]) for name in "ab")
+    bound = contraction_bound(exact, np.matmul(magnitude(a), magnitude(b)), a.shape[-1], dtype)
+    return bound + flushed(a, b, a.shape[-1], dtype)
 
 
 @operator(
@@ -97,6 +99,7 @@ def matmul_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Arra
     },
     flops=_flops,
     integral=True,
+    cases=({"n": 17, "k": 2080},),
 )
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """``x @ weight.T + bias``.
@@ -123,7 +126,8 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def linear_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
-    x, weight = (magnitude(wide(arguments[name])) for name in ("x", "weight"))
+    x, weight = (wide(arguments[name]) for name in ("x", "weight"))
     bias = arguments["bias"]
-    absolute = np.matmul(x, weight.T) + (0 if bias is None else magnitude(wide(bias)))
-    return contraction_bound(exact, absolute, x.shape[-1] + 1, dtype)
+    absolute = np.matmul(magnitude(x), magnitude(weight).T) + (0 if bias is None else magnitude(wide(bias)))
+    bound = contraction_bound(exact, absolute, x.shape[-1] + 1, dtype)
+    return bound + flushed(x, weight.T, x.shape[-1], dtype)

@@ -12,7 +12,7 @@ import numpy as np
 from flagops.arrays import numpy_dtype
 from flagops.operator import Dims, Tensor, operator
 
-from ._rounding import Array, magnitude, unit
+from ._rounding import Array, least, magnitude, unit
 from .dequantize import DTYPE, E2M1, EXPERTS, e8m0
 
 BLOCK = 128
@@ -81,11 +81,11 @@ def scaled_bound(exact: Array, absolute: Array, reach: Array, terms: int, dtype:
     absolute: the sum of the magnitudes. reach: that of ``(1 + |a|) (1 + |sa|) (1 + |b|) (1 + |sb|)``, more than any
     product of some of the factors. Each of the sum's ``terms`` roundings and four of the scaling cost u of
     ``absolute``; what falls below float32's range, at any step and with a power of two up to 2^8 moved to the end,
-    costs its smallest subnormal times the other factors. Infinite where a product of some of the factors, or the sum,
-    may overflow.
+    costs its smallest subnormal times the other factors, or its smallest normal where bfloat16s are paired. Infinite
+    where a product of some of the factors, or the sum, may overflow.
     """
     acc, out = unit("float32"), unit(dtype)
-    error = (terms + 4) * acc.u * absolute + 256 * acc.tiny * reach
+    error = (terms + 4) * acc.u * absolute + 256 * least() * reach
     rounding = 0.0 if out.u <= acc.u else out.u * (magnitude(exact) + error) + out.tiny
     inside = reach <= acc.largest * (1 - (terms + 4) * acc.u)
     return np.where(inside, error + rounding + acc.tiny, np.inf)
@@ -195,6 +195,7 @@ def _fp4_blocks(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
     },
     flops=_flops,
     sizes={"g": (4, 1, 2, 0, 5, 16, 33)},
+    cases=({"n": 17, "g": 70},),
     derived=lambda dims, scalars: {"kb": blocks(32 * dims["g"])},
     check=_fp4_blocks,
 )

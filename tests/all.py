@@ -118,6 +118,11 @@ ROWS = {
         (*KERNELS, "tests/test_threads.py", "tests/test_backends.py", "tests/other_versions.py", "pyproject.toml"),
         ((sys.executable, "tests/other_versions.py", "numba", "--", "-n", "2", "-k", ""),),
     ),
+    "avx512": Row(
+        "numba's kernels on a CPU with AVX-512 and without products of bfloat16",
+        KERNELS,
+        (processor_of("x86-64-v4", "+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd,+f16c,+fma"),),
+    ),
     "haswell": Row(
         "numba's kernels on a CPU without AVX-512",
         KERNELS,

@@ -348,6 +348,32 @@ def test_processors_with_narrower_registers(name, tmp_path):
     assert done.stdout.strip() == expected, done.stdout + done.stderr
 
 
+@pytest.mark.skipif("+avx512bf16" not in numba.features(), reason="no AVX512-BF16")
+@pytest.mark.parametrize("paired", [True, False])
+def test_pairs_of_bfloat16_are_added_by_the_instruction_unless_it_is_masked(paired, tmp_path):
+    """Both ways keep the bound that they declare, for products of subnormals too, which only one of them keeps."""
+    script = f"""
+        import flagops, ml_dtypes, numpy
+        from flagops import registry
+        from flagops.judge.comparison import compare
+        from flagops.kernels.numba import _gemm
+        rng = numpy.random.default_rng({int.from_bytes(os.urandom(3))})
+        a, b = (rng.standard_normal((9, 2100)).astype(ml_dtypes.bfloat16) for _ in range(2))
+        small = numpy.full((1, 2), 2.0**-127).astype(ml_dtypes.bfloat16)
+        kernel = registry.find("matmul", "numba")
+        assert kernel.paired == {paired}
+        for left, right in (a, b.T), (a, b.T.copy()), (small, (1 / small.T).astype(ml_dtypes.bfloat16)):
+            got = flagops.matmul(left, right, backend="numba")
+            compare(registry.operator("matmul"), dict(a=left, b=right), got, paired=kernel.paired)
+        assert got[0, 0] == 2 * (not kernel.paired)
+        code = [text for kernel in (_gemm._dot, _gemm._outer) for text in kernel.inspect_asm().values()]
+        assert len(code) == 2 and all(("vdpbf16ps" in text) == kernel.paired for text in code)
+    """
+    mask = {} if paired else {"NUMBA_CPU_NAME": "x86-64-v4", "NUMBA_CPU_FEATURES": "+avx512f,+avx512bw,+avx512vl"}
+    done = run(script, tmp_path, FLAGOPS_CACHE=os.devnull, **mask)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_kernels_lower_to_neon():
     """As they would be compiled on an aarch64: with fused multiply-adds, and without a call for one."""
     done = subprocess.run(

@@ -22,11 +22,11 @@ COMMANDS = tuple(next(a for a in parser()._actions if isinstance(a, argparse._Su
 MISSING = {
     "doctor": [], "warmup": [], "demo": [], "bench": [], "plan": [],
     "ops": ["--report {absent}"], "check": ["{absent}.py"], "run": ["{absent}", "{tmp}"],
-    "bisect": ["{absent}", "--within 0 {absent}"], "coverage": ["{absent}.py", "NoSuchModel"],
+    "tune": [], "bisect": ["{absent}", "--within 0 {absent}"], "coverage": ["{absent}.py", "NoSuchModel"],
     "convert": ["{absent} {tmp}/dst", "{file} {tmp}/dst"], "verify": ["{absent} {tmp}", "{tmp} {absent}"],
 }  # fmt: skip
 DEVICE = {
-    "doctor": [], "ops": [], "run": [], "bisect": [], "plan": [],
+    "doctor": [], "ops": [], "run": [], "bisect": [], "plan": [], "tune": ["--device nope", "--backend nunba"],
     "check": ["matmul --backend nunba"], "warmup": ["--backend nunba"], "demo": ["--backend nunba"],
     "bench": ["matmul --device nope", "matmul --device cuda:77", "matmul --device cpu --backend nunba"],
     "coverage": ["{file} --backend nunba"], "convert": ["{tmp} {tmp}/dst --backend nunba"],
@@ -36,12 +36,12 @@ OUTPUT = {
     "doctor": [], "ops": [], "run": [], "bisect": [], "plan": [], "warmup": [], "demo": [], "coverage": [],
     "check": [f"matmul --{kind} {where}" for kind in ("report", "junit") for where in ("{absent}/x", "{tmp}")],
     "bench": [f"--{kind} {where}" for kind in ("json", "markdown", "plot") for where in ("{absent}/x", "{file}/x")],
-    "convert": ["{tmp} {file}", "{tmp} {file}/dst"], "verify": [],
+    "convert": ["{tmp} {file}", "{tmp} {file}/dst"], "verify": [], "tune": ["--out {absent}/x", "--out {tmp}"],
 }  # fmt: skip
 WORDS = {
     "doctor": "--jsn", "ops": "--jsn", "check": "matmull", "warmup": "matmull", "demo": "--tokens 0", "run": "",
     "bisect": "--within 2 {file}", "bench": "--workload no-such-load", "plan": "--model v4-flash --tp 8 --memory 32",
-    "coverage": "", "convert": "{tmp} {tmp}/dst --memory lots", "verify": "{tmp} {tmp}/dst --sample 2",
+    "tune": "--jsn", "coverage": "", "convert": "{tmp} {tmp}/dst --memory lots", "verify": "{tmp} {tmp}/dst --sample 2",
 }  # fmt: skip
 ROWS = [
     pytest.param(f"{name} {words}", id=f"{name} {words}")
@@ -75,13 +75,14 @@ def fresh(monkeypatch):
 @pytest.mark.parametrize("words", ROWS)
 def test_what_cannot_be_done_is_one_line_and_code_2_before_the_work(words, tmp_path, capsys, fresh, monkeypatch):
     from flagops.judge import command
-    from flagops.tools import measure
+    from flagops.tools import measure, tune_cases
 
     def worked(*_, **__):
         raise AssertionError("it began to work")
 
     monkeypatch.setattr(command, "_worker", worked)
     monkeypatch.setattr(measure, "roofline", worked)
+    monkeypatch.setattr(tune_cases, "cases", worked)
     file = tmp_path / "script.py"
     file.write_text("")
     places = {"absent": tmp_path / "absent", "file": file, "tmp": tmp_path}

@@ -145,7 +145,11 @@ def test_a_wheel_holds_one_package_with_everything(built):
     source, site, _ = built
     shipped = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}
     shipped = {name for name in shipped if ".dist-info/" not in name}
-    expected = {"flagops/py.typed", "flagops/__init__.pyi", "flagops/order.json"}
+    expected = {
+        "flagops/py.typed",
+        "flagops/__init__.pyi",
+        *(f"flagops/orders/{path.name}" for path in (ROOT / "flagops" / "orders").glob("*.json")),
+    }
     for folder, target in (("flagops", "flagops"), ("kernels", "flagops/kernels"), ("reference", "flagops/reference")):
         files = {path.relative_to(ROOT / folder).as_posix() for path in (ROOT / folder).rglob("*.py")}
         assert files == {path.relative_to(source / folder).as_posix() for path in (source / folder).rglob("*.py")}

@@ -82,7 +82,10 @@ def test_unit_vectors_give_every_weight(kernel):
         for byte in (1, 60, 127, 128, 200, 251):
             scale = np.full((16, 1), byte, np.uint8)
             got = call(operator, backend, a, one, b, scale, "float32")
-            assert np.array_equal(got, (e2m1(b) * along(scale, 32, 32)).T), byte
+            exact = (e2m1(b) * along(scale, 32, 32)).T
+            if registry.find(operator, backend).paired:  # to whose instruction subnormals are zeros
+                exact = np.where(np.abs(exact) < 2.0**-126, 0, exact)
+            assert np.array_equal(got, exact), byte
 
 
 @pytest.mark.operators("fp8_matmul", "fp4_matmul")

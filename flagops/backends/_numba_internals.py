@@ -40,6 +40,8 @@ __all__ = ["Conversion", "lower_constant", "signature", "unliteral"]  # what typ
 OPTIONS = {"nogil": True, "error_model": "numpy"}
 
 _IMPLIED = {
+    "avx512bf16": "avx512bw",
+    "avx512bw": "avx512f",
     "avx512f": "avx2 fma f16c",
     "avx2": "avx",
     "fma": "avx",

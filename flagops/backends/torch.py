@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flagops import arrays
+from flagops import arrays, machine
 from flagops.backends import missing
 
 
@@ -25,7 +25,7 @@ class _Torch:
         import torch
 
         facts = {"version": torch.__version__, "threads": str(torch.get_num_threads())}
-        facts["cpu bfloat16"] = "native" if arrays.torch_has_native_bf16() else "emulated"
+        facts["cpu bfloat16"] = "native" if machine.torch_has_native_bf16() else "emulated"
         for index in range(torch.cuda.device_count()):
             facts[f"cuda:{index}"] = torch.cuda.get_device_name(index)
         return facts

@@ -30,6 +30,7 @@ class Call:
 
     def __init__(self, op: Operator, backend: str, case: Case, allocate: Allocate = heap) -> None:
         self.op, self.backend, self.case = op, backend, case
+        self.paired = registry.find(op.name, backend).paired
         places = case.places(allocate)
         self.inputs = {n: x for n, x in places.items() if isinstance(x, Place)}
         self.arguments = {n: x.view if isinstance(x, Place) else x for n, x in places.items()}
@@ -85,7 +86,7 @@ class Call:
         name, case = f"{self.op.name} on {self.backend}", self.case
         for n, place in self.inputs.items():
             assert np.array_equal(bits(place.room), self._before[n]), f"{name} changed its input {n}\n{case}"
-        share = compare(self.op, self.arguments, tuple(got) if self.op.several else got[0], str(case))
+        share = compare(self.op, self.arguments, tuple(got) if self.op.several else got[0], str(case), self.paired)
         for place, outside, result in zip(self.outs, self._outside, got, strict=True):
             mask = np.zeros(place.room.shape, bool)
             place.cut(mask)[...] = True

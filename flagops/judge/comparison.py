@@ -15,11 +15,11 @@ from flagops.operator import Operator
 Array = NDArray[Any]
 
 
-def compare(op: Operator, arguments: dict[str, Any], got: Any, label: str = "") -> float:
+def compare(op: Operator, arguments: dict[str, Any], got: Any, label: str = "", paired: bool = False) -> float:
     """Hold a result to the reference: bit for bit, within the operator's bound, or as its judge says.
 
-    got: the array, of an operator with several results a tuple of them. Returns the largest share of its bound that an
-    error takes, 0 where there is no bound. Raises AssertionError.
+    got: the array, of an operator with several results a tuple of them. paired: as the kernel declares. Returns the
+    largest share of its bound that an error takes, 0 where there is no bound. Raises AssertionError.
     """
     if op.judge:
         try:
@@ -27,12 +27,14 @@ def compare(op: Operator, arguments: dict[str, Any], got: Any, label: str = "") 
         except AssertionError as error:
             raise AssertionError(f"{op.name}: {error}\n{label}") from None
         return 0.0
+    from flagops.reference._rounding import pairing, round_to
+
     inputs = [arguments[name] for name in op.inputs]
     with np.errstate(all="ignore"):
         exact = op.reference(*inputs)
     if op.several:
         dtypes = tuple(x.dtype.name for x in got)
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), pairing(paired):
             bounds = (None,) * len(got) if op.exact else op.bound(exact, arguments, dtypes)
         worst = 0.0
         for result, x, value, bound in zip(op.results, got, exact, bounds, strict=True):
@@ -44,8 +46,6 @@ def compare(op: Operator, arguments: dict[str, Any], got: Any, label: str = "") 
     if op.exact or got.dtype.name not in arrays.FLOATS:
         assert_bits(got, exact, label)
         return 0.0
-    from flagops.reference._rounding import round_to
-
     dtype = got.dtype.name
     if op.integral and _are_integers(inputs):
         sums = op.rounded(*(np.abs(x) if isinstance(x, np.ndarray) else x for x in inputs))
@@ -54,7 +54,7 @@ def compare(op: Operator, arguments: dict[str, Any], got: Any, label: str = "") 
             wrong = np.asarray(got != exact)
             _report(op.name, wrong, got, exact, np.zeros(wrong.shape), label)
             return 0.0
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), pairing(paired):
         bound = op.bound(exact, arguments, dtype)
     return _near(op, got, exact, bound, label)
 

@@ -46,7 +46,8 @@ def hold_sequence(op: Operator, backend: str, case: Case) -> float:
     _others(op, backend, case)
     fresh = [x for _ in range(2) for x in run(op, backend, first.given)] if not first.shared else []
     if fresh:  # allocated for the call
-        compare(op, first.arguments, tuple(fresh[: len(fresh) // 2]) if op.several else fresh[0], str(case))
+        result = tuple(fresh[: len(fresh) // 2]) if op.several else fresh[0]
+        compare(op, first.arguments, result, str(case), first.paired)
     before = [x.copy() for x in fresh]
     other.renew()
     worst = max(worst, other.hold(other.run()))

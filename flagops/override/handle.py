@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flagops import config, registry
+from flagops import config, machine, order, registry
 from flagops.errors import Unsupported, suggestion
 from flagops.override.report import Report, Row
 
@@ -59,7 +59,8 @@ class Handle:
         strict: bool = False,
     ) -> None:
         self.backend, self.keys, self.strict = backend, keys, strict
-        self._places = {name: _wanted_at(name, keys, backend, named) for name, named in ops.items()}
+        every = strict or bool(backend or config.current().backend)
+        self._places = {name: _wanted_at(name, keys, backend, named, every) for name, named in ops.items()}
         self.ops = tuple(name for name, places in self._places.items() if places)
         self._sites: list[Registration] = []
         self._counters: dict[tuple[str, str, str, str], Counter] = {}
@@ -232,17 +233,24 @@ def _called(operator: str) -> tuple[str, str]:
     return operator, registry.operator(operator).family if operator.startswith("aten.") else operator
 
 
-def _wanted_at(name: str, keys: tuple[str, ...], backend: Any, named: bool) -> tuple[str, ...]:
+def _wanted_at(name: str, keys: tuple[str, ...], backend: Any, named: bool, every: bool) -> tuple[str, ...]:
     """The dispatch keys at which a name is replaced. Where torch has kernels of its own, ours of `flagops.aten` stand
-    before them only for who names them: a call costs more there than they gain."""
+    before them only for who names them, and others only where a call of theirs was measured as faster: a call that is
+    then left to torch costs it microseconds."""
     lowering = LOWERINGS[name]
     if not lowering.aten:
-        return keys
+        return tuple(key for key in keys if named or every or _faster(lowering.operator, key))
     wish = (backend,) if isinstance(backend, str) else backend or config.current().backend or registry.backend_names()
     able = [b for b in wish if _has(lowering.operator, b)]
     places = {key for b in able for key in registry.backend(b).dispatch_keys}
     named = named and not lowering.random
     return tuple(key for key in keys if key in places and (named or key == "PrivateUse1"))
+
+
+def _faster(operator: str, key: str) -> bool:
+    """Whether a call of an operator was measured as faster than torch's at a dispatch key, or torch has none there."""
+    kind = {"CPU": machine.cpu_kind(), "CUDA": "cuda"}.get(key)
+    return kind is None or order.table(kind).replaces_any(operator)
 
 
 @functools.cache

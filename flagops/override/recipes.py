@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flagops import arrays, config, dispatch, memory, registry, surroundings
+from flagops import arrays, config, dispatch, machine, memory, order, registry, surroundings
 from flagops.replay import Replay
 
 from . import fuel
@@ -35,10 +35,20 @@ class Recipe:
     by: str
 
 
-def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], alone: bool = False) -> Recipe:
+def record(
+    form: Form,
+    backend: Any,
+    lowering: Lowering,
+    args: tuple[Any, ...],
+    alone: bool = False,
+    strict: bool = False,
+    last: bool = True,
+) -> Recipe:
     """The recipe for calls like this one. Raises Pass or Unsupported with the reason why torch should take them.
 
     alone: torch has no kernel for them, or one that calls us again.
+    strict: torch's kernel is not wanted, however fast.
+    last: what its shape function refuses there is no kernel to ask for, and torch's error is the caller's.
     """
     import torch
 
@@ -52,13 +62,13 @@ def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], 
         a_number = lowering.aten and is_number(x) and x is not written
         if x.layout != torch.strided or (x.device != here and not a_number):
             raise Pass("devices or layouts differ")
-    named = alone or backend or config.current().backend
-    if not named and dispatch.left_to_torch(lowering.operator, tensors[0], needs_grad):
-        raise Pass(f"torch's own kernel{' and its backward are' if needs_grad else ' is'} faster on this device")
+    measured = not ((alone and last) or strict or lowering.aten or backend or config.current().backend)
     with torch.no_grad():
-        make = _maker(form, lowering, args, here, alone)
+        make = _maker(form, lowering, args, here, alone and last)
         roles = _apart(args, form)
         destination = make() if form.given is None else roles[form.given]
+        if measured:
+            backend = _taken(lowering.operator, destination, needs_grad)
         if form.given is not None:
             other = _unlike(args[form.given], make())
             if other and (alone or lowering.aten):
@@ -68,7 +78,7 @@ def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], 
         chosen: list[dispatch.Plan] = []
 
         def step(operator: str, *values: Any, out: Tensor) -> None:
-            chosen.append(choose(operator, (*values, out), backend, alone))
+            chosen.append(choose(operator, (*values, out), backend, alone or strict))
 
         to = To(destination, form.given is not None, step)
         call = lowering.function(to, **form.named(roles))
@@ -92,6 +102,18 @@ def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], 
 
         compute = differentiable(form, plan, *parts, compute)
     return Recipe(compute, by)
+
+
+def _taken(operator: str, result: Tensor, training: bool) -> tuple[str, ...] | None:
+    """The backends that take a call from torch's kernel, as measured; None, for the default order, on a device that
+    torch itself has no table for. Raises Pass if torch's kernel is faster."""
+    table, card = order.of(result), registry.operator(operator)
+    rows = order.rows_of(card, result.shape)
+    taken = table.replaces(operator, arrays.dtype_name(result), rows, training)
+    if not taken:
+        what = "kernel and its backward are" if training else "kernel is"
+        raise Pass(f"torch's own {what} faster for {rows} row{'s' * (rows != 'one')}, says {table.source}")
+    return taken if machine.torchs_own(machine.kind(result)) else None
 
 
 def device_of(tensors: Sequence[Tensor]) -> Any:

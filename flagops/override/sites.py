@@ -282,7 +282,8 @@ class Site(Registration):
             thread.busy = True
             try:
                 alone = self.below is None or not self.owned
-                recipe = record(self.form, handle.backend, self.lowering, args, alone)
+                last = self.below is None
+                recipe = record(self.form, handle.backend, self.lowering, args, alone, handle.strict, last)
                 plan = recipe.compute, handle.counter(self.name, key, recipe.by, "")
             except (Pass, Unsupported) as reason:
                 count = handle.counter(self.name, key, "", str(reason))

@@ -214,6 +214,15 @@ def _weights() -> Path:
     return found[0]
 
 
+def missing_weights() -> str | None:
+    """Why SmolLM2 cannot be loaded, or None."""
+    try:
+        _weights()
+    except Missing as reason:
+        return str(reason)
+    return None
+
+
 def _require(module: str, command: str) -> None:
     if find_spec(module) is None:
         raise Missing(f"{module} is not installed: {command}")

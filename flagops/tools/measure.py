@@ -21,6 +21,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from flagops import arrays, registry, testing
+from flagops import machine as machine_
 from flagops.call import of
 from flagops.errors import Unsupported
 from flagops.operator import Operator
@@ -485,12 +486,12 @@ def machine() -> dict[str, Any]:
     import torch
 
     facts: dict[str, Any] = {
-        "cpu": _cpu_model(),
+        "cpu": machine_.cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch cpu capability": torch.backends.cpu.get_cpu_capability(),
         "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA", "unset"),
-        "torch bfloat16": "native" if arrays.torch_has_native_bf16() else "emulated",
+        "torch bfloat16": "native" if machine_.torch_has_native_bf16() else "emulated",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
@@ -504,14 +505,3 @@ def machine() -> dict[str, Any]:
     for index in range(torch.cuda.device_count()):
         facts[f"gpu {index}"] = torch.cuda.get_device_name(index)
     return facts
-
-
-def _cpu_model() -> str:
-    """The processor's name and, since clouds shorten it, the family and model that identify it."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            pairs = (line.partition(":") for line in file)
-            fields = {name.strip(): value.strip() for name, _, value in pairs}
-        return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
-    except (OSError, KeyError):
-        return platform.processor() or platform.machine()

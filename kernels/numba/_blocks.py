@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
@@ -15,9 +16,10 @@ from flagops.backends.numba import jit, pointer, strides
 from .._rows import rows, spread
 from . import _ir
 from ._ir import Kind, i64, lanes_of, storage
-from ._vectors import Vector, lanes, load, size, store, vload, vsplat, vstore, wide
+from ._vectors import LANES, Vector, lanes, load, size, store, vload, vsplat, vstore, wide
 
 _LINE = 64  # bytes of a line of the cache
+_BITS = np.uint16(0)
 
 
 class Block(NamedTuple):
@@ -241,6 +243,62 @@ def clear(tag, target, count):
         store(tag, target + i * item, wide(tag))
 
 
+def _mover(several: bool, name: str, about: str) -> Any:
+    """A word that converts an element, or a vector of them, from an address to another; of one tag its bits."""
+
+    def typed(typingctx, tag, source, goal, target):
+        lanes = lanes_of(storage(tag).arithmetic) if several else 0
+
+        def generate(context, builder, signature, arguments):
+            _, source, _, target = arguments
+            if tag == goal:
+                kind = storage(tag).memory
+                _ir.write(builder, _ir.read(builder, ir.VectorType(kind, lanes) if lanes else kind, source), target)
+            else:
+                _ir.store(builder, goal, _ir.load(builder, tag, source, lanes=lanes), target)
+            return context.get_dummy_value()
+
+        return types.none(tag, types.int64, goal, types.int64), generate
+
+    typed.__name__, typed.__doc__ = name, about
+    return intrinsic(typed)
+
+
+_move = _mover(False, "_move", "An element of a tag from an address, to an address as one of another.")
+_vmove = _mover(True, "_vmove", "As `_move`, a vector.")
+
+
+@intrinsic
+def _vzip(typingctx, first, second, target):
+    """As many numbers of 16 bits from two addresses as a vector has lanes, alternating, to a third."""
+
+    def generate(context, builder, signature, arguments):
+        first, second, target = arguments
+        one, other = (_ir.read(builder, ir.VectorType(_ir.i16, _ir.LANES), row) for row in (first, second))
+        order = [lane + side * _ir.LANES for lane in range(_ir.LANES) for side in (0, 1)]
+        _ir.write(builder, _ir.shuffle(builder, one, other, order), target)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.none(i, i, i), generate
+
+
+@jit
+def zip_rows(source, steps, shape, target):
+    """Rows of 16 bits two by two, each two as one row of a block that holds them column by column; zero beyond them."""
+    (row, column), (count, columns) = steps, shape
+    for r in range(0, count, 2):
+        low, high, goal = source + r * row * 2, source + (r + 1) * row * 2, at(target, r, 0)
+        second = r + 1 < count
+        whole = columns - columns % LANES if column == 1 and second else 0
+        for c in range(0, whole, LANES):
+            _vzip(low + 2 * c, high + 2 * c, goal + 4 * c)
+        for c in range(whole, target.row):
+            inside, step = c < columns, c * column * 2
+            store(_BITS, goal + 4 * c, load(_BITS, low + step) if inside else _BITS)
+            store(_BITS, goal + 4 * c + 2, load(_BITS, high + step) if inside and second else _BITS)
+
+
 @jit
 def pack(tag, source, steps, shape, target, padded):
     """Widen rows and columns of any strides into a block, zero beyond them up to the shape `padded`."""
@@ -251,13 +309,13 @@ def pack(tag, source, steps, shape, target, padded):
         for r in range(count):
             origin, goal = source + r * row * item, at(target, r, 0)
             for c in range(0, whole, step):
-                vstore(target.tag, goal + c * unit, vload(tag, origin + c * item))
+                _vmove(tag, origin + c * item, target.tag, goal + c * unit)
             for c in range(whole, columns):
-                store(target.tag, goal + c * unit, load(tag, origin + c * item))
+                _move(tag, origin + c * item, target.tag, goal + c * unit)
     else:
         for c in range(columns):
             for r in range(count):
-                store(target.tag, at(target, r, c), load(tag, source + (r * row + c * column) * item))
+                _move(tag, source + (r * row + c * column) * item, target.tag, at(target, r, c))
     if padded_columns > columns:
         for r in range(count):
             clear(target.tag, at(target, r, columns), padded_columns - columns)

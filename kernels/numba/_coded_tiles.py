@@ -8,6 +8,7 @@ and `fp8_decode` write, bit for bit.
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 from llvmlite import ir
 from numba.core import types
@@ -42,6 +43,13 @@ def fp4_table() -> np.ndarray:
     """What `fp4_row` and `fp4_decode` look scales up in."""
     with np.errstate(over="ignore", invalid="ignore"):
         return (_SCALES.values[:, None] * (_E2M1.values if _PERMUTE else (0.5,))).astype(np.float32)
+
+
+def fp4_pairs() -> np.ndarray:
+    """What `fp4_halves` looks scales up in: the bits of 16 products as bfloat16, twice."""
+    values = np.tile(_E2M1.values, 2).astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (_SCALES.values[:, None].astype(np.float64) * values).astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
 def _vector(element, count=LANES):
@@ -178,6 +186,32 @@ def fp4_decode(typingctx, codes, scales, table, groups, out):
         return context.get_dummy_value()
 
     return types.none(*[types.int64] * 5), generate
+
+
+@intrinsic
+def fp4_halves(typingctx, codes, scales, table, groups, out, ahead):
+    """Write groups of weights, scaled, as bfloat16 in their own order; what lies `ahead` of the codes is fetched."""
+
+    def generate(context, builder, signature, arguments):
+        codes, scales, table, groups, out, ahead = arguments
+
+        def step(group, values):
+            at = builder.add(codes, builder.mul(group, i64(GROUP // 2)))
+            _ir.prefetch(builder, builder.add(at, ahead))
+            scale = builder.zext(read(builder, i8, builder.add(scales, group)), i64)
+            products = read(builder, _vector(i16, GROUP), table, builder.mul(scale, i64(2 * GROUP)))
+            byte = builder.zext(read(builder, _vector(i8, 16), at), _vector(i32, 16))
+            # the instruction takes five bits, of which the fifth chooses one of two equal halves
+            index = builder.or_(byte, builder.shl(byte, constant(byte.type, 12)))
+            index = builder.bitcast(index, products.type)
+            weight = _ir.call(builder, "x86.avx512.permvar.hi.512", products, index)
+            _ir.write(builder, weight, builder.add(out, builder.mul(group, i64(2 * GROUP))))
+            return []
+
+        loop(builder, groups, [], step)
+        return context.get_dummy_value()
+
+    return types.none(*[types.int64] * 6), generate
 
 
 @intrinsic

@@ -3,6 +3,9 @@
 One row is bound by the bytes of B: it goes from memory to registers and is widened there, read once. Many rows are
 bound by operations: tiles keep their sums in registers, and A and a panel of B, widened, stay in the caches. Where B is
 contiguous along K, as a transposed weight is, vectors run along K (`dot_tile`); elsewhere along N (`outer_tile`).
+
+A *factor* is what A and B are multiplied as: their arithmetic dtype, or bfloat16 itself where the processor adds its
+products in pairs and the caller's card allows for zeros in place of subnormals (`paired`).
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import numpy as np
 
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 
-from ._blocks import Block, alive, clear, pack, round_up, scratch, shifted, unpack_sum
+from ._blocks import Block, alive, clear, pack, round_up, scratch, shifted, unpack_sum, zip_rows
+from ._ir import PAIRS
 from ._tiles import (
     DOT_COLUMNS,
     DOT_ROW_COLUMNS,
@@ -35,6 +39,7 @@ from ._vectors import TAGS, lanes, size, wide
 Axes = tuple[int, ...]
 Steps = tuple[tuple[int, int], ...]  # of rows and of columns: of A, B and C
 DOT_DEPTH, OUTER_DEPTH = 512, 256  # so deep a panel of B stays in L1
+PAIR_DEPTH = 2048  # and so deep one of bfloat16, whose sums then take a tenth of the time to fold
 STREAM_DEPTH = 16  # and so deep is B taken where it is read in place, row after row
 _L2 = 512 << 10  # bytes that A may take of it
 WIDTH = 384  # columns of a task at most
@@ -105,11 +110,11 @@ def _leave(tag, sums, rows, columns, column, c, offset, bias):
 
 
 @jit
-def _dot(start, stop, tag, out_tag, n, k, mc, nc, span, a, b, c, bias, blocks, terms):
+def _dot(start, stop, tag, factor, out_tag, n, k, mc, nc, span, deepest, a, b, c, bias, blocks, terms):
     """Vectors along K. Few rows read B where it lies, unless its depth leaves part of a vector."""
-    (a, am, ak), (b, _, bn), real, step = a, b, wide(tag), lanes(tag)
-    shapes = (mc + DOT_ROWS, span), (DOT_ROW_COLUMNS, DOT_DEPTH), (mc + DOT_ROWS, nc + DOT_WIDTH)
-    memory, (x, panel, sums) = scratch(real, shapes)
+    (a, am, ak), (b, _, bn), real, step = a, b, wide(tag), lanes(tag) * size(wide(tag)) // size(factor)
+    memory, (x, panel) = scratch(factor, ((mc + DOT_ROWS, span), (DOT_ROW_COLUMNS, deepest)))
+    apart, (sums,) = scratch(real, ((mc + DOT_ROWS, nc + DOT_WIDTH),))
     parts = -(-k // span)
     for task in range(start, stop):
         block, column = share(blocks, task, n, nc, terms)
@@ -126,8 +131,8 @@ def _dot(start, stop, tag, out_tag, n, k, mc, nc, span, a, b, c, bias, blocks, t
             right = Block(tag, b + (blocks[term, B] + column * bn + first) * size(tag), bn)
             for j in range(0, columns, across):
                 valid = min(across, columns - j)
-                for at in range(0, depth, DOT_DEPTH):
-                    deep = min(DOT_DEPTH, depth - at)
+                for at in range(0, depth, deepest):
+                    deep = min(deepest, depth - at)
                     w, values, into, add = shifted(right, j, at), shifted(x, 0, at), shifted(sums, 0, j), part + at > 0
                     if rows <= DOT_ROWS and deep % step == 0:
                         dot_rows(values, w, rows, valid, deep, into, add)
@@ -136,21 +141,22 @@ def _dot(start, stop, tag, out_tag, n, k, mc, nc, span, a, b, c, bias, blocks, t
                         pack(tag, w.base, (bn, 1), (valid, deep), panel, (valid, padded))
                         dot_rows(values, panel, rows, valid, padded, into, add)
         _leave(out_tag, sums, rows, columns, column, c, blocks[block, C], bias)
-    return alive(memory)
+    return alive(memory, apart)
 
 
 @jit
-def _outer(start, stop, tag, out_tag, n, k, mc, nc, span, a, b, c, bias, blocks, terms):
-    """Vectors along N. Few rows read B where it lies, unless its columns are apart or end within a tile."""
+def _outer(start, stop, tag, factor, out_tag, n, k, mc, nc, span, deepest, a, b, c, bias, blocks, terms):
+    """Vectors along N. Few rows read B where it lies, unless its rows pair, its columns are apart or a tile is cut."""
     (a, am, ak), (b, bk, bn), real = a, b, wide(tag)
-    most = ROW_VECTORS * lanes(tag)
-    memory, (x, panel, sums) = scratch(real, ((mc + OUTER_ROWS, span), (span, most), (mc + OUTER_ROWS, nc + most)))
+    most, pair = ROW_VECTORS * lanes(tag), size(real) // size(factor)
+    memory, (x, panel) = scratch(factor, ((mc + OUTER_ROWS, span), (span, most)))
+    apart, (sums,) = scratch(real, ((mc + OUTER_ROWS, nc + most),))
     parts = -(-k // span)
     for task in range(start, stop):
         block, column = share(blocks, task, n, nc, terms)
         rows, columns = min(mc, blocks[block, ROWS]), min(nc, n - column)
         across = most if rows == 1 else OUTER_VECTORS * lanes(tag)
-        dense = Block(real, panel.base, across)
+        dense = Block(factor, panel.base, across)
         padded_rows = round_up(rows, OUTER_ROWS) if rows > 1 else 1
         if k == 0:
             clear(real, sums.base, rows * sums.row)
@@ -158,18 +164,22 @@ def _outer(start, stop, tag, out_tag, n, k, mc, nc, span, a, b, c, bias, blocks,
             term, first = block + part // parts, part % parts * span
             depth = min(span, k - first)
             left = a + (blocks[term, A] + first * ak) * size(tag)
-            pack(tag, left, (am, ak), (rows, depth), x, (padded_rows, depth))
+            deep = round_up(depth, pair)
+            pack(tag, left, (am, ak), (rows, depth), x, (padded_rows, deep))
             right = b + (blocks[term, B] + column * bn + first * bk) * size(tag)
             for j in range(0, columns, across):
                 valid = min(across, columns - j)
                 w, into, add = right + j * bn * size(tag), shifted(sums, 0, j), part > 0
-                if rows <= OUTER_ROWS and bn == 1 and valid == across:
+                if pair == 2:
+                    zip_rows(w, (bk, bn), (depth, valid), dense)
+                    outer_rows(x, Block(factor, panel.base, 2 * across), rows, deep, into, add)
+                elif rows <= OUTER_ROWS and bn == 1 and valid == across:
                     outer_rows(x, Block(tag, w, bk), rows, depth, into, add)
                 else:
                     pack(tag, w, (bk, bn), (depth, valid), dense, (depth, across))
                     outer_rows(x, dense, rows, depth, into, add)
         _leave(out_tag, sums, rows, columns, column, c, blocks[block, C], bias)
-    return alive(memory)
+    return alive(memory, apart)
 
 
 class View(NamedTuple):
@@ -205,15 +215,20 @@ def ones(name: str, count: int) -> View:
     return View(pointer(_ONES[name]), (1, count), (0, 0))
 
 
-def contract(name: str, a: View, b: View, out: View, bias: tuple[int, int] = (0, 0), result: str | None = None) -> None:
+def contract(
+    name: str, a: View, b: View, out: View, bias: tuple[int, int] = (0, 0), result: str | None = None,
+    paired: bool = False,
+) -> None:  # fmt: skip
     """out[.., m, n] = sum a[.., m, k] b[.., k, n] + bias[n], over k and over leading axes that `out` lacks.
 
     Leading axes broadcast; `bias` is an address, 0 for none, and a stride. a and b are of the dtype called `name`, out
-    and bias of `result` if given: that or the accumulator's. One rounding.
+    and bias of `result` if given: that or the accumulator's. One rounding. paired: where the processor can.
     """
     several = math.prod(a.shape[:-2]) * math.prod(b.shape[:-2]) > 64  # whose tables are too long to keep
     arrange = _arranged.__wrapped__ if several else _arranged
-    found = arrange(name, result or name, a.shape, a.strides, b.shape, b.strides, out.shape, out.strides, threads())
+    found = arrange(
+        name, result or name, paired, a.shape, a.strides, b.shape, b.strides, out.shape, out.strides, threads()
+    )
     if found:
         shared, steps, terms = found
         _multiply(shared, steps, terms, a, b, out, bias)
@@ -221,7 +236,16 @@ def contract(name: str, a: View, b: View, out: View, bias: tuple[int, int] = (0,
 
 @lru_cache(maxsize=1024)
 def _arranged(
-    name: str, result: str, a: Axes, a_steps: Axes, b: Axes, b_steps: Axes, c: Axes, c_steps: Axes, team: int
+    name: str,
+    result: str,
+    paired: bool,
+    a: Axes,
+    a_steps: Axes,
+    b: Axes,
+    b_steps: Axes,
+    c: Axes,
+    c_steps: Axes,
+    team: int,
 ) -> Any:
     """What `contract` hands to its loops, but for addresses; None where there is nothing to do."""
     (m, k), n = a[-2:], b[-1]
@@ -253,12 +277,12 @@ def _arranged(
         count = -(-m // most)
         return _offsets([*batch, (count, most * am, 0, most * cm, -most, 1, 0), *summed], (0, 0, 0, m, 0, count))
 
-    shared = _shared(name, result, m, n, k, m * groups * terms, (bk, bn), blocks, terms, team)
+    shared = _shared(name, result, paired, m, n, k, m * groups * terms, (bk, bn), blocks, terms, team)
     return shared, ((am, ak), (bk, bn), (cm, cn)), terms
 
 
 def contract_groups(name: str, a: View, b: View, out: View, bounds: Any) -> None:
-    """out[i] = a[i] b[g] for the rows i of each group g, from bounds[g] to bounds[g + 1]."""
+    """out[i] = a[i] b[g] for the rows i of each group g, from bounds[g] to bounds[g + 1]; paired as `contract` can."""
     (m, k), n = a.shape, b.shape[-1]
     (am, ak), (step, bk, bn), (cm, cn) = a.strides, b.strides, out.strides
 
@@ -267,7 +291,7 @@ def contract_groups(name: str, a: View, b: View, out: View, bounds: Any) -> None
 
     most = min(m, _most(bounds))
     if most and n:
-        shared = _shared(name, name, most, n, k, m, (bk, bn), blocks, 1, threads())
+        shared = _shared(name, name, True, most, n, k, m, (bk, bn), blocks, 1, threads())
         _multiply(shared, ((am, ak), (bk, bn), (cm, cn)), 1, a, b, out, (0, 0))
 
 
@@ -287,27 +311,30 @@ def _most(bounds):
 
 
 def _shared(
-    name: str, result: str, m: int, n: int, k: int, rows: int, steps: tuple[int, int], blocks: Callable[[int], Any],
-    terms: int, team: int,
+    name: str, result: str, paired: bool, m: int, n: int, k: int, rows: int, steps: tuple[int, int],
+    blocks: Callable[[int], Any], terms: int, team: int,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Products of at most m rows each, `rows` together, shared out to the loops that suit the strides of B.
 
     `blocks` cuts them into blocks of at most so many rows, as `row_blocks` does.
     """
-    width = 8 if name == "float64" else 4
+    paired = paired and PAIRS and name == "bfloat16"
+    factor = TAGS[name] if paired else TAGS["float64" if name == "float64" else "float32"]
+    width, deepest = (2, PAIR_DEPTH) if paired else (8 if name == "float64" else 4, DOT_DEPTH)
     bk, bn = steps
     if bk == 1 and (bn != 1 or n == 1):
         kernel, unit, mc = _dot, UNIT, min(m, 128)
-        span = min(max(_L2 // (mc * width * DOT_DEPTH), 1), max(-(-k // DOT_DEPTH), 1)) * DOT_DEPTH
+        span = min(max(_L2 // (mc * width * deepest), 1), max(-(-k // deepest), 1)) * deepest
     else:
         kernel, unit, mc = _outer, _OUTER_UNIT, min(m, 192)
-        span = STREAM_DEPTH if m <= OUTER_ROWS else OUTER_DEPTH
+        span = STREAM_DEPTH if m <= OUTER_ROWS and not paired else OUTER_DEPTH
     table = blocks(mc)
     count = team if rows * n * max(k, 1) > SERIAL else 1
     cut = len(table) // terms
     nc = task_columns(n, cut, count, unit)
     tasks = cut * -(-n // nc)
-    return kernel, tasks, 1 if count > 1 else tasks, (TAGS[name], TAGS[result], n, k, mc, nc, span), table
+    sizes = TAGS[name], factor, TAGS[result], n, k, mc, nc, span, deepest
+    return kernel, tasks, 1 if count > 1 else tasks, sizes, table
 
 
 def task_columns(n: int, blocks: int, team: int, unit: int) -> int:

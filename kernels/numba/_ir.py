@@ -24,6 +24,8 @@ MANY = not X86 or "+avx512f" in features()
 """Whether there are 32 registers of vectors rather than 16."""
 LANES = 16 if "+avx512f" in features() else 8 if "+avx" in features() else 4
 """Elements of 32 bits in a register."""
+PAIRS = "+avx512bf16" in features()
+"""Whether one instruction adds the products of two bfloat16s to a float32. Unset by NUMBA_CPU_NAME and _FEATURES."""
 
 i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 f16, f32, f64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
@@ -161,6 +163,13 @@ def write(builder: Builder, value: Value, base: Value, offset: int = 0, streamin
         instruction.set_metadata("nontemporal", builder.module.add_metadata([i32(1)]))
 
 
+def prefetch(builder: Builder, address: Value) -> None:
+    """Ask for a line of memory to read, which need not exist."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), i32, i32, i32])
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(fetch, [builder.inttoptr(address, ir.PointerType()), i32(0), i32(3), i32(1)])
+
+
 def load(builder: Builder, tag: Kind, base: Value, index: Value | int = 0, lanes: int = 0) -> Value:
     """The element of a tag's dtype that lies `index` of them behind an address, or a vector of them, widened."""
     own = storage(tag)
@@ -192,6 +201,29 @@ def name_of(kind: ir.Type) -> str:
     element = element_of(kind)
     many = f"v{kind.count}" if isinstance(kind, ir.VectorType) else ""
     return many + ({f32: "f32", f64: "f64"}.get(element) or f"i{element.width}")
+
+
+class _Brain(ir.Type):
+    """LLVM's bfloat16, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Brain)
+
+    def __hash__(self) -> int:
+        return hash(_Brain)
+
+
+def dot_pairs(builder: Builder, a: Value, b: Value, c: Value) -> Value:
+    """To each float32 of c the products of two neighbours among the bits of bfloat16s in a and b, one by one.
+
+    Each sum is rounded; subnormals, read or made, are zeros to this instruction, whatever the process has set.
+    """
+    kind = ir.VectorType(_Brain(), a.type.count)
+    values = (builder.bitcast(value, kind) for value in (a, b))
+    return call(builder, "x86.avx512bf16.dpbf16ps.512", c, *values)
 
 
 def fma(builder: Builder, a: Value, b: Value, c: Value) -> Value:

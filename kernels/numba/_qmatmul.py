@@ -1,7 +1,9 @@
 """C = A B^T with B in e4m3 or packed e2m1 and block scales, on the CPU; the sums are those of `_gemm`.
 
 One row is bound by the bytes of B, which are decoded in registers; many rows by operations, and decode B in panels that
-stay in L1. A weight is never expanded as a whole. A is widened once, scaled, into rows of float32.
+stay in L1. A weight is never expanded as a whole. A is widened once, scaled, into rows of float32. Where the processor
+adds products of bfloat16 in pairs, rows of that hold FP8 times powers of two, exactly, and panels FP4 times those; one
+row is then multiplied with decoded panels as well.
 """
 
 from __future__ import annotations
@@ -18,10 +20,22 @@ from flagops.backends.numba import jit, parallel, pointer, threads
 
 from .._moe import BLOCK, GROUP
 from ._blocks import Block, alive, at, clear, get, pack, put, round_up, scratch, shifted, unpack, vget, vput
-from ._coded_tiles import FP8_FACTOR, PAIR, fp4_arrange, fp4_decode, fp4_row, fp4_table, fp8_decode, fp8_row
+from ._coded_tiles import (
+    FP8_FACTOR,
+    PAIR,
+    fp4_arrange,
+    fp4_decode,
+    fp4_halves,
+    fp4_pairs,
+    fp4_row,
+    fp4_table,
+    fp8_decode,
+    fp8_row,
+)
 from ._formats import FORMATS
 from ._gemm import (
     DOT_DEPTH,
+    PAIR_DEPTH,
     ROWS,
     SERIAL,
     UNIT,
@@ -36,6 +50,7 @@ from ._gemm import (
     task_columns,
     view,
 )
+from ._ir import PAIRS
 from ._tiles import DOT_COLUMNS, DOT_ROW_COLUMNS, DOT_ROWS, DOT_WIDTH
 from ._vectors import BYTE, FLOAT32, LANES, TAGS, load, size
 
@@ -50,7 +65,7 @@ def _values(name: str) -> Any:
     return FORMATS[name].values.astype(np.float32)
 
 
-_products = cache(fp4_table)
+_products, _pairs = cache(fp4_table), cache(fp4_pairs)
 
 
 @cache
@@ -77,10 +92,10 @@ def _multiply(source, count, factor, target):
 
 @jit
 def _fill(start, stop, tag, rows, k, a, column, offsets, scale, scale_step, coded, scales, values, arranged, x):
-    """Rows of activations as float32, times their scales where there are any; zero beyond `rows` and k."""
+    """Rows of activations in the dtype of x, times their scales where there are any; zero beyond `rows` and k."""
     for row in range(start, stop):
         if row >= rows:
-            clear(FLOAT32, at(x, row, 0), x.row)
+            clear(x.tag, at(x, row, 0), x.row)
             continue
         if scale == 0:
             pack(tag, a + offsets[row, _A] * size(tag), (0, column), (1, k), shifted(x, row, 0), (1, x.row))
@@ -92,7 +107,7 @@ def _fill(start, stop, tag, rows, k, a, column, offsets, scale, scale_step, code
                 factor = _scale(scale, offsets[row, _A_SCALE] + first // BLOCK * scale_step, coded, scales)
                 part = shifted(x, row, first)
                 _multiply(part, min(BLOCK, k - first), factor, part)
-            clear(FLOAT32, at(x, row, k), x.row - k)
+            clear(x.tag, at(x, row, k), x.row - k)
         if arranged:
             fp4_arrange(at(x, row, 0), k // GROUP)
 
@@ -151,6 +166,32 @@ def _fp4(start, stop, tag, n, groups, mc, nc, x, b, s, table, out, step, offsets
         target = out + column * step * size(tag)
         _emit(tag, sums, rows, columns, np.float32(1), target, step, offsets[row:])
     return alive(memory, apart)
+
+
+@jit
+def _fp4_paired(start, stop, tag, n, groups, mc, nc, x, b, s, table, out, step, offsets, blocks):
+    deepest = PAIR_DEPTH // GROUP
+    memory, (panel,) = scratch(x.tag, ((DOT_ROW_COLUMNS, PAIR_DEPTH),))
+    further, (sums,) = scratch(FLOAT32, ((mc + DOT_ROWS, nc + DOT_WIDTH),))
+    apart, (codes, factors) = scratch(BYTE, ((DOT_ROW_COLUMNS, PAIR_DEPTH // 2), (DOT_ROW_COLUMNS, deepest)))
+    for task in range(start, stop):
+        block, column = share(blocks, task, n, nc, 1)
+        row, group, rows = blocks[block, A], blocks[block, B], blocks[block, ROWS]
+        columns, across = min(nc, n - column), DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS
+        tiles, parts = -(-columns // across), max(1, -(-groups // deepest))
+        for turn in range(tiles * parts):
+            tile, part = _turn(turn, tiles, parts, rows)
+            j, first = tile * across, part * deepest
+            valid, deep = min(across, columns - j), min(deepest, groups - first)
+            begin, length = first * GROUP // 2, deep * GROUP // 2
+            w = _bytes(b, group, column + j, begin, (valid, length), length, codes)
+            scales = _bytes(s, group, column + j, first, (valid, deep), deep, factors)
+            for i in range(valid):
+                fp4_halves(at(w, i, 0), at(scales, i, 0), table, deep, at(panel, i, 0), across * b[2])
+            dot_rows(shifted(x, row, GROUP * first), panel, rows, valid, GROUP * deep, shifted(sums, 0, j), part > 0)
+        target = out + column * step * size(tag)
+        _emit(tag, sums, rows, columns, np.float32(1), target, step, offsets[row:])
+    return alive(memory, further, apart)
 
 
 @jit
@@ -227,8 +268,10 @@ def product(
         return
     if bounds is None:
         bounds = np.array([0, m])
-    ld = round_up.py_func(k, BLOCK) + LANES  # rows a power of two apart would share few sets of a cache
-    most = max(_ROWS, config.budget() // 4 // (4 * ld) // _ROWS * _ROWS)
+    paired = PAIRS and packed and (a_scale is None or a_scale.coded)
+    kind, item = (TAGS["bfloat16"], 2) if paired else (FLOAT32, 4)
+    ld = round_up.py_func(k, BLOCK) + 64 // item  # rows a power of two apart would share few sets of a cache
+    most = max(_ROWS, config.budget() // 4 // (item * ld) // _ROWS * _ROWS)
     count = threads() if m * n * k > SERIAL else 1
     scale = (a_scale.view.address, a_scale.view.strides[-1], a_scale.coded) if a_scale else (0, 0, False)
     tables = _address(_values, "e8m0"), _address(_values, "e4m3")
@@ -236,17 +279,18 @@ def product(
     for first in range(0, m, most):
         rows = min(most, m - first)
         padded = rows + DOT_ROWS - 1 if rows > 1 else 1  # a tile may reach beyond its block
-        memory = np.empty(padded * ld + 16, np.float32)
-        x, where = Block(FLOAT32, (pointer(memory) + 63) & ~63, ld), offsets[first : first + rows]
+        memory = np.empty(padded * ld * item + 64, np.uint8)
+        x, where = Block(kind, (pointer(memory) + 63) & ~63, ld), offsets[first : first + rows]
         parallel(
             _fill, padded, FLOAT32 if a_scale else TAGS[name], rows, k, a.address, a.strides[-1], where, *scale,
-            *tables, packed, x, minimum=-(-SERIAL // (16 * max(k, 1))),
+            *tables, packed and not paired, x, minimum=-(-SERIAL // (16 * max(k, 1))),
         )  # fmt: skip
         mc = min(rows, _ROWS)
         blocks = row_blocks(bounds, first, first + rows, mc, 1, 1, 1)
         if packed:
             nc = task_columns(n, len(blocks), count, UNIT)
-            kernel, shape, table = _fp4, (n, k // GROUP, mc, nc), (_address(_products),)  # type: Any, Any, Any
+            kernel, looked_up = (_fp4_paired, _pairs) if paired else (_fp4, _products)  # type: Any, Any
+            shape, table = (n, k // GROUP, mc, nc), (_address(looked_up),)  # type: Any, Any
         else:
             nc = BLOCK
             while nc > 32 and -(-n // nc) * len(blocks) < 4 * count:

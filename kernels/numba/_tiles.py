@@ -6,13 +6,38 @@ DOT_WIDTH] = X[.., k] W[rows <= DOT_COLUMNS, k]^T, plus C if add; zero past DOT_
 `rows`; k is a multiple of lanes. `outer_row`, `dot_row` do one row, ROW_VECTORS * lanes or DOT_ROW_COLUMNS wide, with
 the same sums. A, X and C are in the arithmetic dtype of B's and W's tag: a bfloat16 matrix used once is widened in
 registers.
+
+Where A or X is bfloat16 itself (`PAIRS`), so is the other factor, products are added in pairs along k, in float32, a
+vector along K has twice as many elements, and row k / 2 of B holds rows k and k + 1, column by column (`zip_rows`).
 """
+
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ._ir import MANY, SIZE, constant, fma, i64, lanes_of, load, loop, pointer, register, shuffle, splat, store
+from ._ir import (
+    LANES,
+    MANY,
+    SIZE,
+    constant,
+    dot_pairs,
+    f32,
+    fma,
+    i16,
+    i32,
+    i64,
+    lanes_of,
+    load,
+    loop,
+    pointer,
+    read,
+    register,
+    shuffle,
+    splat,
+    store,
+)
 
 OUTER_ROWS, OUTER_VECTORS, ROW_VECTORS = 6, 4 if MANY else 2, 8
 DOT_ROWS, DOT_COLUMNS, DOT_ROW_COLUMNS, DOT_WIDTH = (4, 6, 8, 8) if MANY else (3, 4, 8, 8)
@@ -21,6 +46,39 @@ DOT_ROWS, DOT_COLUMNS, DOT_ROW_COLUMNS, DOT_WIDTH = (4, 6, 8, 8) if MANY else (3
 def places(builder, block):
     """The address and the leading dimension of a Block."""
     return [builder.extract_value(block, i) for i in (1, 2)]
+
+
+class Product(NamedTuple):
+    """How factors of a tag are multiplied: so many of one sum side by side, in vectors of sums of a kind."""
+
+    pair: int
+    kind: Any
+    take: Any
+    repeat: Any
+    add: Any
+
+
+def _product(tag):
+    if tag.name != "bfloat16":
+        kind = ir.VectorType(register(tag), lanes_of(tag))
+
+        def take(builder, tag, base, index):
+            return load(builder, tag, base, index, kind.count)
+
+        return Product(
+            1, kind, take, lambda builder, base, index: splat(builder, load(builder, tag, base, index), kind.count), fma
+        )
+    kind, halves = ir.VectorType(f32, LANES), ir.VectorType(i16, 2 * LANES)
+
+    def place(builder, base, index):
+        return builder.add(base, builder.shl(index, i64(1)))
+
+    def repeat(builder, base, index):
+        return builder.bitcast(splat(builder, read(builder, i32, place(builder, base, index)), LANES), halves)
+
+    return Product(
+        2, kind, lambda builder, tag, base, index: read(builder, halves, place(builder, base, index)), repeat, dot_pairs
+    )
 
 
 def initial(builder, kind, base, index, add):
@@ -32,9 +90,8 @@ def initial(builder, kind, base, index, add):
 
 def _outer(rows, vectors):
     def typed(typingctx, a, b, k, c, add):
-        tag, tag_a = b[0], a[0]
-        lanes = lanes_of(tag_a)
-        kind = ir.VectorType(register(tag_a), lanes)
+        tag, tag_c, product = b[0], c[0], _product(a[0])
+        kind, lanes = product.kind, product.kind.count
 
         def generate(context, builder, signature, arguments):
             (a, lda), (b, ldb), (c, ldc) = (places(builder, arguments[i]) for i in (0, 1, 3))
@@ -43,17 +100,23 @@ def _outer(rows, vectors):
             at = [builder.add(builder.mul(ldc, i64(i)), i64(v * lanes)) for i in range(rows) for v in range(vectors)]
 
             def step(index, sums):
-                first = builder.mul(index, ldb)
-                right = [load(builder, tag, b, builder.add(first, i64(v * lanes)), lanes) for v in range(vectors)]
+                first, depth = builder.mul(index, ldb), builder.mul(index, i64(product.pair))
+                places = [builder.add(first, i64(v * lanes * product.pair)) for v in range(vectors)]
+                right = [product.take(builder, tag, b, place) for place in places]
                 result = []
                 for i in range(rows):
-                    left = splat(builder, load(builder, tag_a, a, builder.add(row[i], index)), lanes)
-                    result += [fma(builder, left, right[v], sums[i * vectors + v]) for v in range(vectors)]
+                    left = product.repeat(builder, a, builder.add(row[i], depth))
+                    result += [product.add(builder, left, right[v], sums[i * vectors + v]) for v in range(vectors)]
                 return result
 
-            sums = loop(builder, k, [initial(builder, kind, c, index, add) for index in at], step)
+            sums = loop(
+                builder,
+                builder.sdiv(k, i64(product.pair)),
+                [initial(builder, kind, c, index, add) for index in at],
+                step,
+            )
             for index, value in zip(at, sums, strict=True):
-                store(builder, tag_a, value, c, index)
+                store(builder, tag_c, value, c, index)
             return context.get_dummy_value()
 
         return types.none(a, b, types.int64, c, types.boolean), generate
@@ -95,9 +158,8 @@ def fold(builder, vectors):
 
 def _dot(rows, columns):
     def typed(typingctx, x, w, valid, k, c, add):
-        tag, tag_x = w[0], x[0]
-        lanes = lanes_of(tag_x)
-        zero = constant(ir.VectorType(register(tag_x), lanes), 0.0)
+        tag, tag_x, tag_c, product = w[0], x[0], c[0], _product(x[0])
+        lanes, zero = product.kind.count * product.pair, constant(product.kind, 0.0)
 
         def generate(context, builder, signature, arguments):
             (x, ldx), (w, ldw), (c, ldc) = (places(builder, arguments[i]) for i in (0, 1, 4))
@@ -111,19 +173,19 @@ def _dot(rows, columns):
 
             def step(index, sums):
                 first = builder.mul(index, i64(lanes))
-                xs = [load(builder, tag_x, x, builder.add(row, first), lanes) for row in left]
+                xs = [product.take(builder, tag_x, x, builder.add(row, first)) for row in left]
                 result = list(sums)
                 for j in range(columns):
-                    weight = load(builder, tag, w, builder.add(right[j], first), lanes)
+                    weight = product.take(builder, tag, w, builder.add(right[j], first))
                     for i in range(rows):
-                        result[i * columns + j] = fma(builder, xs[i], weight, sums[i * columns + j])
+                        result[i * columns + j] = product.add(builder, xs[i], weight, sums[i * columns + j])
                 return result
 
             sums = loop(builder, builder.sdiv(k, i64(lanes)), [zero] * (rows * columns), step)
             for i in range(rows):
                 row = sums[i * columns : (i + 1) * columns] + [zero] * (DOT_WIDTH - columns)
                 folded, at = fold(builder, row), builder.mul(ldc, i64(i))
-                store(builder, tag_x, builder.fadd(folded, initial(builder, folded.type, c, at, add)), c, at)
+                store(builder, tag_c, builder.fadd(folded, initial(builder, folded.type, c, at, add)), c, at)
             return context.get_dummy_value()
 
         return types.none(x, w, types.int64, types.int64, c, types.boolean), generate

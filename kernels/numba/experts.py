@@ -18,6 +18,7 @@ from flagops.registry import kernel
 
 from .._moe import quantised, refusal
 from ._gemm import View, contract_groups, view
+from ._ir import PAIRS
 from ._moe_rows import STEP, activate, add_rows, by_expert, gather, round_rows, widen_rows
 from ._qmatmul import product, scales
 from ._vectors import TAGS
@@ -25,7 +26,7 @@ from ._vectors import TAGS
 _GRAIN = 1 << 15  # elements worth a thread
 
 
-@kernel(deterministic=True)
+@kernel(deterministic=True, paired=PAIRS)
 def grouped_matmul(a: Any, b: Any, offsets: Any, out: Any) -> None:
     """The products of all experts together, block of rows after block, through strides."""
     bounds = np.concatenate(([0], as_numpy(offsets)), dtype=np.int64)
@@ -40,7 +41,10 @@ def moe_experts_unsupported(
     return refusal(x, weights, gate_up, shared)
 
 
-@kernel(deterministic=True, batch_invariant=True, note="experts in ascending order, each weight read once for its rows")
+@kernel(
+    deterministic=True, batch_invariant=True, paired=PAIRS,
+    note="experts in ascending order, each weight read once for its rows",
+)  # fmt: skip
 def moe_experts(
     x: Any, weights: Any, indices: Any, gate_up: Any, down: Any, gate_up_scale: Any, down_scale: Any,
     limit: float | None, shared: Any, out: Any,

@@ -9,12 +9,13 @@ from flagops.backends.numba import pointer, strides
 from flagops.registry import kernel
 
 from ._gemm import contract, empty, ones, view
+from ._ir import PAIRS
 
 
-@kernel(deterministic=True, batch_invariant=True)
+@kernel(deterministic=True, batch_invariant=True, paired=PAIRS)
 def matmul(a: Any, b: Any, out: Any) -> None:
     """Sums in float32 (float64 for float64) and one rounding; half floats are widened in tiles, never as a whole."""
-    contract(dtype_name(out), view(a), view(b), view(out))
+    contract(dtype_name(out), view(a), view(b), view(out), paired=True)
 
 
 def matmul_backward(grad: Any, a: Any, b: Any, needs: tuple[bool, ...]) -> tuple[Any, ...]:
@@ -22,17 +23,17 @@ def matmul_backward(grad: Any, a: Any, b: Any, needs: tuple[bool, ...]) -> tuple
     name, g, left, right = dtype_name(grad), view(grad), view(a), view(b)
     grads = tuple(empty(x, x.shape) if needed else None for x, needed in zip((a, b), needs, strict=True))
     if needs[0]:
-        contract(name, g, right.T, view(grads[0]))
+        contract(name, g, right.T, view(grads[0]), paired=True)
     if needs[1]:
-        contract(name, left.T, g, view(grads[1]))
+        contract(name, left.T, g, view(grads[1]), paired=True)
     return grads
 
 
-@kernel(deterministic=True, batch_invariant=True)
+@kernel(deterministic=True, batch_invariant=True, paired=PAIRS)
 def linear(x: Any, weight: Any, bias: Any, out: Any) -> None:
     """The same sums as `matmul`; a block of rows reads the weight once, and the weight is never repacked as a whole."""
     extra = (0, 0) if bias is None else (pointer(bias), strides(bias)[0])
-    contract(dtype_name(out), view(x), view(weight).T, view(out), extra)
+    contract(dtype_name(out), view(x), view(weight).T, view(out), extra, paired=True)
 
 
 def linear_backward(grad: Any, x: Any, weight: Any, bias: Any, needs: tuple[bool, ...]) -> tuple[Any, ...]:
@@ -40,9 +41,9 @@ def linear_backward(grad: Any, x: Any, weight: Any, bias: Any, needs: tuple[bool
     name, g = dtype_name(grad), view(grad)
     grads = tuple(empty(y, y.shape) if needed else None for y, needed in zip((x, weight, bias), needs, strict=True))
     if needs[0]:
-        contract(name, g, view(weight), view(grads[0]))
+        contract(name, g, view(weight), view(grads[0]), paired=True)
     if needs[1]:
-        contract(name, g.T, view(x), view(grads[1]))
+        contract(name, g.T, view(x), view(grads[1]), paired=True)
     if needs[2]:
-        contract(name, ones(name, g.shape[-2]), g, view(grads[2]))
+        contract(name, ones(name, g.shape[-2]), g, view(grads[2]), paired=True)
     return grads

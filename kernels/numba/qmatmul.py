@@ -8,6 +8,7 @@ from flagops.arrays import dtype_name
 from flagops.registry import kernel
 
 from ._gemm import view
+from ._ir import PAIRS
 from ._qmatmul import product, scales
 
 
@@ -17,7 +18,7 @@ def fp8_matmul(a: Any, a_scale: Any, b: Any, b_scale: Any, dtype: str, out: Any)
     product(dtype_name(a), view(a), scales(a_scale), view(b), scales(b_scale), dtype_name(out), view(out))
 
 
-@kernel(deterministic=True, batch_invariant=True, note="weights decoded in registers")
+@kernel(deterministic=True, batch_invariant=True, paired=PAIRS, note="weights decoded in registers")
 def fp4_matmul(a: Any, a_scale: Any, b: Any, b_scale: Any, dtype: str, out: Any) -> None:
-    """A nibble is looked up among the 16 products of its scale."""
+    """A nibble is looked up among the 16 products of its scale; bfloat16 holds them, unless `a_scale` is float32."""
     product(dtype_name(a), view(a), scales(a_scale), view(b), scales(b_scale), dtype_name(out), view(out))

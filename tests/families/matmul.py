@@ -20,6 +20,8 @@ MUTANTS = {
         ("matmul", "if k == 0:", "if k == -1:", 0),
         ("matmul", "if rows <= OUTER_ROWS and bn == 1", "if rows <= OUTER_ROWS", 0),
         ("matmul", "most * am, 0, most * cm", "most * am, 0, most * am", 0),
+        ("matmul", "Block(factor, panel.base, 2 * across)", "Block(factor, panel.base, across)", 0),
+        ("matmul", "zip_rows(w, (bk, bn), (depth, valid)", "zip_rows(w, (bk, bn), (depth - 1, valid)", 0),
         ("grouped_matmul", "group * b_group", "0 * b_group", 0),
         ("grouped_matmul", "row = start + place * most", "row = start + place", 0),
         ("linear", "shift += column * shift_step * size(tag)", "shift += 0", 0),
@@ -31,6 +33,8 @@ MUTANTS = {
         ("linear", "scalar += load(tag, bias + c * bias_step * item)", "scalar += load(tag, bias + c * item)", 0),
         ("linear", "value += vload(tag, bias + c * item)", "value = vload(source.tag, origin + c * unit)", 0),
         ("matmul", "if padded_columns > columns:", "if False:", 0),
+        ("matmul", "_vzip(low + 2 * c, high + 2 * c", "_vzip(high + 2 * c, high + 2 * c", 0),
+        ("matmul", "if inside and second else", "if inside and r < 0 else", 0),
     ],
     "numba/_ir.py": [
         ("matmul", "constant(bits.type, 0x7FFF)", "constant(bits.type, 0x8000)", 0),
@@ -55,7 +59,7 @@ MUTANTS = {
         ("matmul", "builder.select(add, old, constant(kind, 0.0))", "old", 0),
         ("linear", "builder.select(inside, i64(j), last)", "i64(0)", 0),
         ("linear", "odd = [lane + step for lane in even]", "odd = even", 0),
-        ("matmul", "builder.add(first, i64(v * lanes))", "first", 0),
+        ("matmul", "builder.add(first, i64(v * lanes * product.pair))", "first", 0),
     ],
     "torch/matmul.py": [
         ("linear", "total += bias", "total += 0", 0),

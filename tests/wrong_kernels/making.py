@@ -39,7 +39,7 @@ def make(name: str, operator: str, backend: str) -> dict[str, Any]:
     op, right = registry.operator(operator), registry.find(operator, backend)
     made = KINDS[name][2](right.function, op)
     found = made if isinstance(made, dict) else {operator: made}
-    facts = {f: getattr(right, f) for f in ("deterministic", "batch_invariant")}
+    facts = {f: getattr(right, f) for f in ("deterministic", "batch_invariant", "paired")}
     if KINDS[name][0] in ("seldom", "precision"):  # who writes such a kernel promises nothing
         facts = {}
     found.setdefault(operator, right.function)

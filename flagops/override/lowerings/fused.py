@@ -123,7 +123,19 @@ def attention(
     return to("scaled_dot_product_attention", query, key, value, attn_mask, is_causal, scale, out=out)
 
 
-@lowers("_grouped_mm", to="grouped_matmul")
+def _grouped_like(
+    self: Tensor, mat2: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Result:
+    """Torch's kernel takes more dtypes than its shape function; rows of a result begin at multiples of 16 bytes."""
+    if self.dim() != 2 or mat2.dim() != 3 or self.shape[1] != mat2.shape[1]:
+        return None
+    step = 16 // self.element_size()
+    if any(stride % step for x in (self, mat2) for stride in x.stride()[-2:] if stride != 1):
+        return None
+    return (self.shape[0], mat2.shape[2]), (-(-mat2.shape[2] // step) * step, 1)
+
+
+@lowers("_grouped_mm", to="grouped_matmul", result=_grouped_like)
 def grouped(
     to: To, self: Tensor, mat2: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
 ) -> Call:
