@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import flagops
-from flagops import registry, tables
+from flagops import contract, registry, tables
 from flagops.call import of
 from flagops.tools import bench, measure
 from flagops.tools.measure import Call, Settings, Trial
@@ -38,9 +38,9 @@ HEAD = ("target", "promised", "measured", "", "detail")
 def run(settings: Settings, json_file: Path | None = None, markdown: Path | None = None) -> int:
     """Measure every target; returns 1 if one was missed."""
     results: list[Result] = []
-    with torch.no_grad():
+    with torch.no_grad(), contract.Progress(len(TARGETS)) as begin:
         for measured in TARGETS:
-            bench.progress(measured.__name__)
+            begin(measured.__name__)
             for result in measured(settings):
                 print("; ".join(result.cells()), file=sys.stderr)
                 results.append(result)

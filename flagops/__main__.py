@@ -7,27 +7,35 @@ import json
 import os
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
-from flagops import __version__, config, registry, tables
-from flagops.errors import Unsupported
+from flagops import __version__, config, contract, registry, tables
+from flagops.errors import Unsupported, said
 
 LIBRARIES = ("numpy", "ml_dtypes", "torch", "numba", "triton", "transformers", "safetensors", "rich")
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Versions, devices, each backend available or why not, and whether its library is as it expects."""
+    """Versions, devices, each backend available or why not, and whether it and its library are as expected."""
     backends: dict[str, dict[str, Any]] = {}
     for name in registry.backend_names():
         backend = registry.backend(name)
         reason = backend.unavailable()
         found: dict[str, Any] = {"available": reason is None, "reason": reason, "facts": {}, "self_test": {}}
+        found["faults"] = {"descriptor": reason} if isinstance(backend, registry.Broken) else {}
         if reason is None:
-            found["facts"] = backend.facts()
-            found["self_test"] = backend.self_test() if hasattr(backend, "self_test") else {}
+            try:
+                found["facts"] = backend.facts()
+                found["self_test"] = backend.self_test() if hasattr(backend, "self_test") else {}
+            except Exception as error:
+                if name in registry.BUILT_IN:
+                    raise
+                found["faults"]["facts"] = f"it raised in facts() or self_test(): {said(error)}"
+            found["faults"] |= registry.faults(name)
         backends[name] = found
     settings = {
         f"FLAGOPS_{name.upper()}": value
@@ -43,8 +51,11 @@ def doctor(args: argparse.Namespace) -> int:
         "cache": config.cache_folder(),
         "settings": settings,
         "backends": backends,
+        "operators": dict(registry.faulty_operators()),
     }
-    failed = any(wrong for b in backends.values() for wrong in b["self_test"].values())
+    faults = [(name, what, wrong) for name, b in backends.items() for what, wrong in b["faults"].items()]
+    faults += [(name, "operators", wrong) for name, wrong in registry.faulty_operators().items()]
+    failed = bool(faults) or any(wrong for b in backends.values() for wrong in b["self_test"].values())
     if args.json:
         print(json.dumps(report, indent=2))
         return int(failed)
@@ -62,6 +73,8 @@ def doctor(args: argparse.Namespace) -> int:
     ]
     if tests:
         tables.show("self-tests", ("backend", "what it relies on", "found"), tests)
+    if faults:
+        tables.show("faults, of the packages named", ("backend or module", "part", "what is wrong"), faults)
     return int(failed)
 
 
@@ -84,6 +97,8 @@ def _cpu() -> str:
 def ops(args: argparse.Namespace) -> int:
     """The coverage table: operator x backend, what its kernel declares and what is tested."""
     names = registry.backend_names()
+    if args.families:
+        return _families(args, names)
     chosen = registry.named(["aten"]) if args.aten else registry.operators().values()
     table = {op.name: {name: _coverage(op.name, name) for name in names} for op in chosen}
     if args.report:
@@ -111,6 +126,34 @@ def ops(args: argparse.Namespace) -> int:
     notes = [(op, name, cell["note"]) for op, row in table.items() for name, cell in row.items() if cell.get("note")]
     if notes:
         tables.show("notes", ("operator", "backend", "note"), notes)
+    return 0
+
+
+def _families(args: argparse.Namespace, names: Sequence[str]) -> int:
+    """Where operators live: the module of a family's references, and where each backend's kernels are looked for."""
+    table: dict[str, dict[str, Any]] = {}
+    for card in registry.cards().values():
+        row = table.setdefault(card.reference.__module__, {"operators": [], "kernels": {}})
+        row["operators"].append(card.name)
+        row["kernels"] |= {name: registry.home(card.name, name) for name in names if registry.home(card.name, name)}
+    if args.json:
+        print(json.dumps(table, indent=2))
+        return 0
+    homes = [name for name in names if any(name in row["kernels"] for row in table.values())]
+    rows = [
+        (
+            module.rpartition(".")[2],
+            "\n".join(textwrap.wrap(", ".join(row["operators"]), 60)),
+            module,
+            *(row["kernels"].get(name, "") for name in homes),
+        )
+        for module, row in table.items()
+    ]
+    columns = ("family", "operators", "references", *(f"kernels of {name}" for name in homes))
+    if args.markdown:
+        print(tables.markdown(columns, rows))
+    else:
+        tables.show("families", columns, rows)
     return 0
 
 
@@ -169,11 +212,13 @@ def warmup(args: argparse.Namespace) -> int:
         if reason:
             print(f"{name}: {reason}", file=sys.stderr)
             return 1
-        for op in chosen:
-            start = time.perf_counter()
-            calls = sum(testing.touch(op, name))
-            if calls:
-                print(f"{name}: {op.name}, {calls} variants, {time.perf_counter() - start:.1f} s", flush=True)
+        with contract.Progress(len(chosen)) as begin:
+            for op in chosen:
+                begin(f"{op.name} for {name}")
+                start = time.perf_counter()
+                calls = sum(testing.touch(op, name))
+                if calls:
+                    print(f"{name}: {op.name}, {calls} variants, {time.perf_counter() - start:.1f} s", flush=True)
     print(f"compiled kernels are kept in {config.cache_folder()}")
     return 0
 
@@ -202,7 +247,7 @@ FORWARDED = {
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="flagops", description="Operators of transformer models, replaced and proved.")
+    top = contract.Parser(prog="flagops", description="Operators of transformer models, replaced and proved.")
     top.add_argument("--version", action="version", version=f"flagops {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -218,8 +263,12 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--json", action="store_true", help="machine-readable")
     group.add_argument("--markdown", action="store_true", help="the table of docs/operators.md")
     listing.add_argument("--aten", action="store_true", help="torch's own operators (flagops.aten) in place of models'")
+    listing.add_argument("--families", action="store_true", help="where each family's references and kernels live")
     listing.add_argument(
-        "--report", metavar="FILE", help="with what `flagops check --report FILE` found of each kernel"
+        "--report",
+        type=contract.existing,
+        metavar="FILE",
+        help="with what `flagops check --report FILE` found of each kernel",
     )
     _check_words(command(check))
     warming = command(warmup)
@@ -248,25 +297,25 @@ def _check_words(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="share of cases that must run, a fifth of it in each dtype (default: 0.5)",
     )
+    add("--mutants", type=int, metavar="N", help="try N small edits of the kernels instead: each must be noticed")
     add("--strict", action="store_true", help="every case that the card allows must run")
     add("--replay", default="", metavar="'STAGE: Case(...)'", help="one case again, as a failure prints it")
-    add("--report", metavar="FILE", help="write what was found, and what was not tried, as JSON")
+    add("--junit", type=contract.output, metavar="FILE", help="write what was found as JUnit XML, for a CI service")
+    add("--report", type=contract.output, metavar="FILE", help="write what was found, and what was not tried, as JSON")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; an error in what the user asked for is one line and exit code 2."""
+    """Run a command as `flagops.contract` says; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in FORWARDED:  # argparse would take the options of a forwarded command for its own
-        args = argparse.Namespace(run=_forward(*FORWARDED[words[0]][:2]), rest=words[1:])
-    else:
-        args = parser().parse_args(words)
-    try:
+
+    def run() -> int:
+        if words and words[0] in FORWARDED:  # argparse would take the options of a forwarded command for its own
+            args = argparse.Namespace(run=_forward(*FORWARDED[words[0]][:2]), rest=words[1:])
+        else:
+            args = parser().parse_args(words)
         return int(args.run(args))
-    except (ValueError, ModuleNotFoundError) as error:
-        if os.environ.get("FLAGOPS_LOG", "").upper() == "DEBUG":
-            raise
-        print(f"flagops: {error}", file=sys.stderr)
-        return 2
+
+    return contract.keep(run)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from typing import Any
 from flagops.errors import suggestion
 
 DEFAULT_OPS = ("default",)
+UNITS = {"": 1, "B": 1}
+UNITS |= {f"{u}B": 1000 ** (i + 1) for i, u in enumerate("KMGT")}
+UNITS |= {f"{u}IB": 1024 ** (i + 1) for i, u in enumerate("KMGT")}
 
 
 def names(value: str | Sequence[str]) -> tuple[str, ...]:
@@ -35,13 +39,12 @@ def flag(value: str | bool) -> bool:
 
 
 def size(value: str | int) -> int:
-    """Bytes: ``268435456``, ``"256MiB"``, ``"4GiB"``."""
-    text = str(value).strip()
-    for unit, shift in (("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40), ("", 0)):
-        number = text.removesuffix(unit).strip()
-        if text.endswith(unit) and number.isdecimal() and int(number) > 0:
-            return int(number) << shift
-    raise ValueError(f"expected bytes such as 268435456 or 256MiB, got {value!r}")
+    """Bytes: ``268435456``, ``"256MiB"``, ``"1.5 GiB"``, and as disks are sold ``"4GB"``."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", str(value).strip(), re.IGNORECASE)
+    unit = UNITS.get(found[2].upper()) if found else None
+    if not found or not unit or float(found[1]) * unit < 1:
+        raise ValueError(f"expected bytes such as 268435456, 256MiB or 4GB, got {value!r}")
+    return int(found[1]) * unit if found[1].isdecimal() else int(float(found[1]) * unit)
 
 
 def count(value: str | int) -> int:

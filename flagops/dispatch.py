@@ -359,7 +359,7 @@ def _supported(
     kernel = registry.find(operator.name, name)
     if not wrapped:
         for argument, x in placed.items():
-            reason = registry.backend(name).refuses(x)
+            reason = registry.refusal(name, x)
             if reason:
                 raise Unsupported(f"{argument}: {reason}")
     reason = kernel.unsupported(*args[:-1]) if kernel.unsupported else None

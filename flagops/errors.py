@@ -10,6 +10,15 @@ class Unsupported(NotImplementedError):
     """A backend cannot run this call; the message is the reason. A caller's mistake is a ValueError or TypeError."""
 
 
+class Faulty(Unsupported):
+    """A package offers a backend, kernel or operator that is not what the protocol asks for; the message says where."""
+
+
+def said(error: BaseException) -> str:
+    """An error in one line: its type and what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'matmul'?"`` when a known name is close, else the known names."""
     known = sorted(known)

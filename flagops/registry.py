@@ -1,7 +1,8 @@
 """Finds operators and kernels by name and loads each on first use.
 
 A function under `operator` in ``reference/<family>.py`` is an operator; a function of the same name in
-``kernels/<backend>/<family>.py`` is its kernel there. No list has to be edited.
+``kernels/<backend>/<family>.py`` is its kernel there. No list has to be edited. Packages of others add backends and
+operators through entry points; what is wrong with them is a reason, and never an error in a call that is not theirs.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flagops.backends import Backend
-from flagops.errors import Unsupported, suggestion
+from flagops.errors import Faulty, Unsupported, said, suggestion
 
 if TYPE_CHECKING:
     from flagops.operator import Operator
 
 BUILT_IN = ("numba", "torch", "triton", "numpy")
+OURS = "flagops.reference"
+PROTOCOL = {"unavailable": (), "refuses": ("array",), "facts": (), "synchronize": ()}
+"""The methods of a backend and their parameters, see `flagops.backends.Backend`."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -78,15 +82,34 @@ def kernel(
 @cache
 def cards() -> Mapping[str, Operator]:
     """Every operator by name, those of `operators` and those under torch's own, ``"aten.add"``."""
-    from flagops.operator import Operator
-
-    package = importlib.import_module("flagops.reference")
+    package = importlib.import_module(OURS)
     found: dict[str, Operator] = {}
     for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")):
-        for value in vars(importlib.import_module(f"flagops.reference.{module}")).values():
-            if isinstance(value, Operator) and found.setdefault(value.name, value) is not value:
-                raise TypeError(f"two cards are called {value.name}")
+        _collect(importlib.import_module(f"{OURS}.{module}"), found)
+    for entry in entry_points(group="flagops.operators"):
+        try:
+            found |= _collect(entry.load(), dict(found))
+        except Exception as error:  # somebody else's package, in everybody's process
+            _faults[entry.value] = f"its operators cannot be used: {said(error)}"
     return found
+
+
+def _collect(module: ModuleType, found: dict[str, Operator]) -> dict[str, Operator]:
+    from flagops.operator import Operator
+
+    for value in vars(module).values():
+        if isinstance(value, Operator) and found.setdefault(value.name, value) is not value:
+            raise TypeError(f"two cards are called {value.name}")
+    return found
+
+
+_faults: dict[str, str] = {}
+
+
+def faulty_operators() -> Mapping[str, str]:
+    """What is wrong with modules of operators that packages offer, by module."""
+    cards()
+    return _faults
 
 
 @cache
@@ -130,8 +153,8 @@ def backend_names() -> tuple[str, ...]:
     return (*BUILT_IN, *sorted(others), *_added)
 
 
-class _Broken:
-    """Stands for a backend whose descriptor cannot be loaded; the error is its reason."""
+class Broken:
+    """Stands for a backend whose descriptor is not what the protocol asks for; what is wrong is its reason."""
 
     kernels: str | Callable[[Any], Callable[..., None] | None] = ""
     dispatch_keys: tuple[str, ...] = ()
@@ -163,42 +186,101 @@ def backend(name: str) -> Backend:
         elif name in BUILT_IN:
             found = importlib.import_module(f"flagops.backends.{name}").backend
         else:
-            (entry,) = entry_points(group="flagops.backends", name=name)
-            loaded = entry.load()
+            entries = list(entry_points(group="flagops.backends", name=name))
+            if len(entries) > 1:
+                return Broken(name, f"several packages offer it: {', '.join(e.value for e in entries)}")
+            loaded = entries[0].load()
             found = getattr(loaded, "backend", loaded)
-        if found.name != name:
-            return _Broken(name, f"its descriptor calls itself {found.name!r}")
-        return found
+        wrong = "" if name in BUILT_IN else _unlike_the_protocol(found, name)
+        return Broken(name, f"its descriptor {wrong}") if wrong else found
     except Exception as error:  # somebody else's package: whatever it raises is the reason that doctor shows
-        return _Broken(name, f"its descriptor failed to load: {type(error).__name__}: {error}")
+        return Broken(name, f"its descriptor failed to load: {said(error)}")
+
+
+def _unlike_the_protocol(found: Any, name: str) -> str:
+    """What is wrong with a descriptor; "" if nothing is."""
+    lacking = [word for word in ("name", "kernels", "dispatch_keys", *PROTOCOL) if not hasattr(found, word)]
+    if lacking:
+        return f"lacks {', '.join(lacking)}"
+    if found.name != name:
+        return f"calls itself {found.name!r}"
+    for method, parameters in PROTOCOL.items():
+        try:
+            inspect.signature(getattr(found, method)).bind(*parameters)
+        except TypeError as error:
+            return f"has {method} of other parameters than ({', '.join(parameters)}): {error}"
+    try:
+        found.unavailable()
+    except Exception as error:
+        return f"raised in unavailable(): {said(error)}"
+    return ""
+
+
+def refusal(backend_name: str, array: Any) -> str | None:
+    """Why a backend's kernels cannot be handed an array, or None."""
+    try:
+        return backend(backend_name).refuses(array)
+    except Exception as error:
+        if backend_name in BUILT_IN:
+            raise
+        return f"its descriptor raised in refuses(): {said(error)}"
 
 
 def home(operator_name: str, backend_name: str) -> str:
     """The module where a backend's kernel of an operator is looked for, "" if it keeps its kernels in none.
 
-    A folder of ours holds ``<family>.py``; a package of others ``<family>_<name>.py``, as the protocol says.
+    A folder of ours holds ``<family>.py``; a package of others ``<family>_<name>.py``, as the protocol says. Of an
+    operator of others, kernels for our backends lie so beside its reference.
     """
-    package, family = backend(backend_name).kernels, operator(operator_name).family
+    package, card = backend(backend_name).kernels, operator(operator_name)
     if callable(package) or not package:
         return ""
-    return f"{package}.{family}" if package.startswith("flagops.kernels.") else f"{package}.{family}_{backend_name}"
+    if not package.startswith("flagops.kernels."):
+        return f"{package}.{card.family}_{backend_name}"
+    reference = card.reference.__module__
+    return f"{package}.{card.family}" if reference.startswith(f"{OURS}.") else f"{reference}_{backend_name}"
 
 
 @cache
 def find(operator_name: str, backend_name: str) -> Kernel:
-    """The kernel of an operator for a backend. Raises Unsupported with the reason if there is none."""
+    """The kernel of an operator for a backend. Raises Unsupported with the reason if there is none, and Faulty where
+    a package's is not as the operator's card asks for."""
     op, owner = operator(operator_name), backend(backend_name)
     reason = owner.unavailable()
     if reason:
         raise Unsupported(reason)
+    try:
+        return _found(op, owner)
+    except Exception as error:
+        if isinstance(error, Unsupported) or (backend_name in BUILT_IN and op.reference.__module__.startswith(OURS)):
+            raise  # a fault of ours is no reason to go another way
+        raise Faulty(f"{backend_name}'s kernel for {op.name} cannot be used: {said(error)}") from error
+
+
+def _found(op: Operator, owner: Backend) -> Kernel:
     if callable(owner.kernels):
-        module, function = None, owner.kernels(op)
+        module, function, place = None, owner.kernels(op), f"{owner.name}'s kernels() gives none"
     else:
-        module = _module(home(operator_name, backend_name))
+        name = home(op.name, owner.name)
+        module = _module(name)
         function = getattr(module, op.function, None)
+        place = f"{name} has no function {op.function}" if module else f"there is no module {name}"
     if function is None:
-        raise Unsupported(f"{backend_name} has no kernel for {op.name}")
+        raise Unsupported(f"{owner.name} has no kernel for {op.name}: {place}")
     return describe(op, function, module)
+
+
+def faults(backend_name: str) -> Mapping[str, str]:
+    """What is wrong with kernels of a package's backend, by operator; of ours the test suite says so."""
+    found = {}
+    for name in cards() if backend_name not in BUILT_IN else ():
+        try:
+            find(name, backend_name)
+        except Faulty as error:
+            found[name] = str(error)
+        except Unsupported:
+            continue
+    return found
 
 
 def written(operator_name: str, backend_name: str) -> bool:
@@ -248,9 +330,4 @@ def _module(name: str) -> ModuleType | None:
             return None
     except ModuleNotFoundError:
         return None
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        if name.startswith("flagops.kernels."):
-            raise  # a fault of ours, and no reason to go another way
-        raise Unsupported(f"{name} failed to import: {error}") from error
+    return importlib.import_module(name)

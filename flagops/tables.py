@@ -16,7 +16,11 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -
         from rich.table import Table
         from rich.text import Text
 
-        console = Console()
+        class Piped(Console):
+            def on_broken_pipe(self) -> None:  # rich would end the process with code 1 and not a word
+                raise BrokenPipeError
+
+        console = Piped()
         table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for row in cells:
             table.add_row(*(Text(cell) for cell in row))

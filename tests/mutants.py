@@ -16,8 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from derived import derived
+from flagops.judge.derived import derived, mutate
 
 TABLES = [runpy.run_path(str(path)) for path in sorted(Path(__file__).with_name("families").glob("*.py"))]
 
@@ -46,14 +45,7 @@ def derivable(file: str) -> list[tuple[str, str, str, int]]:
 
     backend, _, name = file.partition("/")
     operators = [op.name for op in registry.operators().values() if f"{op.family}.py" == name]
-    return derived((kernels() / file).read_text(), operators, compiled=backend != "torch")
-
-
-def mutate(source: str, old: str, new: str, occurrence: int) -> str:
-    parts = source.split(old)
-    if len(parts) < occurrence + 2:
-        raise SystemExit(f"the kernel has changed: {old!r} occurs {len(parts) - 1} times")
-    return old.join(parts[: occurrence + 1]) + new + old.join(parts[occurrence + 1 :])
+    return derived((kernels() / file).read_text(), operators, backend != "torch")
 
 
 def _all() -> dict[str, list[tuple[str, str, str, int]]]:
@@ -68,32 +60,15 @@ MUTANTS = _all()
 
 def verdict(file: str, index: int, folder: Path) -> str:
     """Load the kernels with one of them edited, and run the suite until it notices."""
-    from flagops import dispatch, registry, testing
-    from flagops.errors import Unsupported
+    from flagops.judge import mutants
 
-    name, old, new, occurrence = MUTANTS[file][index]
+    name, *edit = MUTANTS[file][index]
     for module in [m for m in sys.modules if m.startswith("flagops.kernels.")]:
         del sys.modules[module]
     edited = folder / f"{file[:-3].replace('/', '_')}_{index}.py"
-    edited.write_text(mutate((kernels() / file).read_text(), old, new, occurrence))
-    spec = importlib.util.spec_from_file_location(f"flagops.kernels.{file[:-3].replace('/', '.')}", edited)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    registry._module.cache_clear()
-    registry.find.cache_clear()
-    dispatch._plans.clear()
-    backend = backend_of(file)
-    for seed in range(8):
-        try:
-            ran, _ = testing.check(registry.operator(name), backend, 50, seed)
-        except Unsupported as reason:
-            return f"not run: {reason}"
-        except (AssertionError, ArithmeticError, LookupError, RuntimeError, ValueError, TypeError) as error:
-            return f"killed by {type(error).__name__}"
-        if not ran:
-            return "not run"
-    return "survived"
+    edited.write_text(mutate((kernels() / file).read_text(), *edit))
+    mutants.enter(f"flagops.kernels.{file[:-3].replace('/', '.')}", edited)
+    return mutants.verdict(name, backend_of(file))
 
 
 def main(backend: str, *chosen: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def test_the_command_exits_with_1_for_a_wrong_result(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(measure, "candidates", lambda op, backends: {"mine": last_column})
-    monkeypatch.setattr(measure, "roofline", lambda settings: measure.Roofline(1e10, 1e11))
+    monkeypatch.setattr(measure, "roofline", lambda settings: measure.Roofline(1e15, 1e15))
     path = tmp_path / "bench.json"
     assert bench.run(["matmul", "--workload", WORKLOAD, "--quick", "--device", "cpu", "--json", str(path)]) == 1
     assert "WRONG" in capsys.readouterr().out
@@ -108,7 +109,7 @@ def test_the_command_exits_with_1_for_a_wrong_result(
 def test_json_markdown_and_plot(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measure, "roofline", lambda settings: measure.Roofline(1e10, 1e11))
+    monkeypatch.setattr(measure, "roofline", lambda settings: measure.Roofline(1e15, 1e15))
     written = {name: tmp_path / name for name in ("bench.json", "bench.md", "bench.svg")}
     command = ["matmul", "--workload", WORKLOAD, "--backend", "torch", "--quick", "--device", "cpu"]
     command += ["--json", str(written["bench.json"]), "--markdown", str(written["bench.md"])]
@@ -126,6 +127,61 @@ def test_json_markdown_and_plot(
     assert WORKLOAD in written["bench.md"].read_text()
     assert written["bench.svg"].read_text().startswith("<?xml")
     assert "roofline" in capsys.readouterr().out
+
+
+def times(*values: float, **facts: Any) -> measure.Row:
+    row = measure.Row("matmul", WORKLOAD, "float32", facts.pop("name", "numba"), **facts)
+    row.times = list(values)
+    return row
+
+
+def test_a_share_above_all_of_the_roofline_is_an_error_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "roofline", lambda settings: measure.Roofline(1.0, 1.0))
+    command = ["matmul", "--workload", WORKLOAD, "--backend", "torch", "--quick", "--device", "cpu"]
+    assert bench.run(command) == 1
+    said = capsys.readouterr().out
+    assert "WRONG ROOFLINE" in said
+    assert "% !" in said
+
+
+def test_the_roofline_is_the_best_of_what_moves_and_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"read": [4.0, 1.0], "copy": [1.0, 9.0], "triad": [2.0, 3.0], "float32": [5.0, 2.0], "bfloat16": [1.0]}
+    monkeypatch.setattr(measure, "alternate", lambda *_, **__: found)
+    limits = measure.roofline(FAST)
+    assert limits.bandwidth == 2 * (256 << 20)  # a copy reads and writes 256 MiB in its best second
+    assert (limits.matmul, limits.half) == (2048**3, 2 * 2048**3)
+    row = times(1.0, flops=3.0)
+    assert measure.Roofline(1.0, 2.0, 6.0).share(row) == 1.5
+    row.dtype = "bfloat16"
+    assert measure.Roofline(1.0, 2.0, 6.0).share(row) == 0.5
+
+
+def test_a_wide_spread_is_said_in_a_word(trial: measure.Trial) -> None:
+    assert times(1.0, 1.0, 1.0, 1.4, 1.4).disturbed
+    assert not times(1.0, 1.0, 1.0, 1.0, 1.9).disturbed, "one of five is no spread"
+    assert " ~" in bench.cells(times(1.0, 2.0, 3.0), measure.Roofline(1.0, 1.0))[4]
+
+
+def test_a_plot_has_a_title_its_baseline_and_ticks_that_stand_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, path: drawn.append(self))
+    rows = [times(1.0, ratio=ratio) for ratio in (0.9, 1.1)]
+    bench.plot(tmp_path / "a.svg", [*rows, times(1.0, name="torch.matmul", baseline=True, ratio=1.0)])
+    (figure,) = drawn
+    (axes,) = figure.axes
+    assert "matmul" in figure.get_suptitle()
+    assert "torch.matmul" in axes.get_xlabel()
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.5", "1", "2"]
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.get_yticklabels()]
+    assert not any(one.overlaps(two) for one, two in itertools.pairwise(boxes))
+    with pytest.raises(ValueError, match="nothing to plot"):
+        bench.plot(tmp_path / "a.svg", [times(1.0)])
 
 
 def test_unknown_names_are_errors() -> None:

@@ -1,11 +1,13 @@
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from flagops.tools.bisect import bisect
+from flagops.tools.bisect import bisect, distance
 
 CROOKED = '''
 class backend:
@@ -91,11 +93,14 @@ def test_what_is_left_out_changes_nothing(folder, capfd, monkeypatch):
     assert "2 replaced calls" in capfd.readouterr().out
 
 
-def test_a_script_without_torch(folder, capfd):
+def test_of_a_script_without_replaced_calls_nothing_is_known(folder, capfd):
     script = folder / "other.py"
     script.write_text("print('hello')")
-    assert bisect([str(script)]) == 0
-    assert "0 replaced calls" in capfd.readouterr().out
+    assert bisect([str(script)]) == 2
+    said = capfd.readouterr().out
+    assert "0 replaced calls" in said
+    assert "nothing is known" in said
+    assert "no replacement changes" not in said
 
 
 def test_a_script_that_is_not_reproducible(folder, capfd):
@@ -123,6 +128,39 @@ def test_run_is_the_script_with_replacements(folder):
     assert result.stdout == f"7 {[[6.0] * 7] * 2}\n"
 
 
+def test_rounding_is_no_change_and_the_bound_is_the_users(folder, capfd):
+    (folder / "crooked.py").write_text(CROOKED.replace("(len(weight) == 7)", "1e-5 * (len(weight) == 7)"))
+    script = str(folder / "script.py")
+    assert bisect([script, "7"]) == 0
+    assert re.search(r"numbers within \d\S+ \(--within 0.0001\)", capfd.readouterr().out)
+    assert bisect(["--within", "1e-7", script, "7"]) == 1
+    said = capfd.readouterr().out
+    assert "apart, more than --within 1e-07" in said
+    assert "call 1 of 2 changes the result: aten::addmm" in said
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "apart"),
+    [
+        ("loss 1.25 at 10", "loss 1.25 at 10", 0),
+        ("loss 2.0", "loss 2.5", 0.2),
+        ("a 100.0 b 0.001", "a 100.0 b 0.003", (0.003 - 0.001) / 100),  # a small one may be what cancels
+        ("1.5e-05", "1.2e-05", (1.5e-05 - 1.2e-05) / 1.5e-05),
+        ("tensor([0.1234])", "tensor([0.1235])", 0),  # the last digit printed
+        ("6.0", "6.5", 0.5 / 6.5),  # all its digits, so no rounding of the last
+        ("token 12", "token 13", math.inf),
+        ("loss 1.0", "less 1.0", math.inf),
+        ("1.0 nan", "1.0 2.0", math.inf),
+        ("1.0", "1.0\n", math.inf),
+        ("1.0 2.0", "1.0", math.inf),
+    ],
+)
+def test_how_far_outputs_lie_apart(one, two, apart):
+    assert distance(one, two) == distance(two, one)
+    assert distance(one, two) == apart
+
+
 def test_usage(capsys):
-    assert bisect([]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        bisect([])
     assert "usage" in capsys.readouterr().err

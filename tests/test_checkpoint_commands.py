@@ -78,7 +78,7 @@ def test_exit_codes(tmp_path, capsys):
     shown = capsys.readouterr()
     assert "'odd.weight'" in shown.err
     assert json.loads(shown.out)["exit_code"] == 1
-    assert main(["verify", str(src), str(tmp_path / "none")]) == 1
+    assert main(["verify", str(src), str(tmp_path / "none")]) == 2
     assert main(["convert", str(tmp_path / "none"), str(dst)]) == 2
     assert main(["convert", str(src), str(tmp_path / "x"), "--backend", "nunba"]) == 2
     for command in ("convert", "verify"):

@@ -264,6 +264,25 @@ def test_a_dst_of_something_else(tmp_path):
         checkpoint.convert(src, dst / "file")
 
 
+@pytest.mark.parametrize("changed", ["src", "dst"])
+def test_finished_is_said_of_what_was_compared(tmp_path, changed, capsys):
+    """One bit, in a file of the same size and time."""
+    src, _ = data.experts(tmp_path / "src")
+    dst = tmp_path / "dst"
+    checkpoint.convert(src, dst)
+    assert checkpoint.convert(src, dst).compared_tensors
+    path = max((tmp_path / changed).glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    times, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(checkpoint.Refused, match=r"differs.*empty DST and convert again"):
+        checkpoint.convert(src, dst)
+    assert checkpoint.convert(src, dst, dry_run=True).state.startswith("finished, by the names")
+    with pytest.raises(checkpoint.Difference, match=r"differs.*empty DST and convert again"):
+        checkpoint.verify(src, dst)
+
+
 def test_a_finished_dst_that_lost_a_file(tmp_path):
     src, _ = data.experts(tmp_path / "src")
     checkpoint.convert(src, tmp_path / "dst")
@@ -294,7 +313,7 @@ def test_links_of_the_hub_cache(tmp_path):
     ("options", "said"),
     [
         ({"to": "int8"}, "expected bf16 or fp8"),
-        ({"shard_size": "5GB"}, "5GB"),
+        ({"shard_size": "5 bananas"}, "5 bananas"),
         ({"memory": "1MiB"}, "give at least"),
         ({"memory": "lots"}, "lots"),
         ({"workers": 0}, "at least 1"),

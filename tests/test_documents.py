@@ -21,6 +21,9 @@ from flagops.override import interpose  # noqa: E402
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a checkout")
 
+ELSEWHERE = {"docs/own_backend.md": "tests/test_own_backend.py"}
+"""Pages whose blocks are files of a package and commands on it, and the test that writes and runs them."""
+
 PAGES = sorted(
     str(p.relative_to(ROOT)) for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"))
 )
@@ -100,7 +103,7 @@ def commands_of(block: Block) -> list[str]:
     return [line.removeprefix("$ ") for line in block.text.splitlines() if line.startswith("$ ")]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE])
 def test_every_block_runs_as_printed(page, place):
     """Blocks of Python go on from each other, as a reader types them."""
     space = {"__name__": "__main__"}
@@ -131,6 +134,11 @@ def test_examples_run(script, place, monkeypatch, capsys):
     assert "False" not in said
     assert not interpose.live
     assert len(path.read_text().splitlines()) < 40
+
+
+@pytest.mark.parametrize("page", ELSEWHERE)
+def test_pages_held_elsewhere_are(page):
+    assert Path(page).name in (ROOT / ELSEWHERE[page]).read_text(encoding="utf-8")
 
 
 def test_blocks_that_are_not_run_are_few_and_say_why():

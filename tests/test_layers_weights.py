@@ -29,6 +29,14 @@ NAMES["csa"] = (
 )
 
 
+def test_its_help_lists_what_is_read():
+    """The four of a compressor are written out once."""
+    said = AttentionWeights.of_checkpoint.__doc__
+    for name in NAMES["csa"]:
+        assert f"``{name}``" in said or name.startswith("indexer.compressor."), name
+    assert "``indexer.compressor.``" in said
+
+
 def stored(kind):
     """The tensors of a layer by the names of section 13 of the specification, beside those of others."""
     made, tensors = weights(kind), {"layers.3.attn_norm.weight": torch.ones(D), "layers.30.attn.odd": torch.ones(1)}

@@ -261,11 +261,12 @@ def test_a_case_is_measured_for_real():
     assert set(small.measure()) == {tune_cases.TORCH, "numba"}
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_the_work(brief, tmp_path):
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(brief, tmp_path, capsys):
     path = tmp_path / "a file"
     path.touch()
-    with pytest.raises(ValueError, match="a file"):
+    with pytest.raises(SystemExit, match="2"):
         tune.run(["--out", str(path / "order.json")])
+    assert "a file is no folder" in capsys.readouterr().err
     assert not brief
 
 

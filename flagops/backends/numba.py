@@ -82,6 +82,7 @@ class _Numba:
         import llvmlite.binding as llvm
         import numba
 
+        missing("torch")  # whose threads the kernels of everybody who has torch run on
         kept = _kept(self.kernels)
         return {
             "numba": numba.__version__,

@@ -5,10 +5,11 @@ interruption; `verify` makes it again and compares; `load` yields named tensors.
 nothing is unpickled and no code of a checkpoint is run.
 """
 
-from .conversion import NoSpace, Summary, convert
+from .conversion import NoSpace, Summary
 from .documents import Refused
 from .loading import load
-from .verification import Difference, verify
+from .runs import convert, verify
+from .verification import Difference
 from .work import Progress
 
 __all__ = ["Difference", "NoSpace", "Progress", "Refused", "Summary", "convert", "load", "verify"]

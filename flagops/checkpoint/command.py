@@ -8,15 +8,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from flagops.contract import Parser
 from flagops.errors import Unsupported
 
 from .conversion import Summary
-from .conversion import convert as convert_checkpoint
 from .documents import line
 from .plan import TARGETS
 from .progress import amount, watcher
+from .runs import convert as convert_checkpoint
+from .runs import verify as verify_checkpoint
 from .verification import Difference
-from .verification import verify as verify_checkpoint
 
 _CONVERT = """examples:
   flagops convert DeepSeek-V4-Flash V4-Flash-BF16 --dry-run        what would be done, and is there room
@@ -31,7 +32,7 @@ _VERIFY = """examples:
                                                                    one tensor in 100 by the NumPy reference
 """
 _CODES = """exit codes:
-  0    done, or nothing to do
+  0    done; or finished before, which is said after every bit was made again and compared
   1    verify: a difference; the first tensor or file is named
   2    refused: the source, the destination or an option; named with the remedy
   3    reading or writing failed, or the disk is full or too small; the same command goes on
@@ -89,7 +90,7 @@ def verify(argv: Sequence[str]) -> int:
 
 
 def _parser(name: str, text: str, examples: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"flagops {name}",
         description=text,
         epilog=examples + "\n" + _CODES,

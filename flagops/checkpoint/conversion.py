@@ -19,9 +19,12 @@ from .plan import Plan, Shard
 from .source import INDEX, JOURNAL, MANIFEST, Source, resolved
 from .store import Entry, Journal, Writer
 from .stream import Kernels, Stream
-from .work import Progress, Silent, Team
+from .work import Progress, Team
 
 PIECE = 1 << 20  # bytes copied, hashed or compared together
+
+
+FINISHED = "finished, by the names and sizes of its files"
 
 
 class NoSpace(OSError):
@@ -62,50 +65,6 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-def convert(
-    src: Any,
-    dst: Any,
-    *,
-    to: str = "bf16",
-    keep: str | Iterable[str] = (),
-    shard_size: str | int = "5GiB",
-    memory: str | int = "4GiB",
-    workers: int | None = None,
-    backend: str | None = None,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> Summary:
-    """Write a checkpoint of FP4 and FP8 weights in BF16, or its FP4 weights in FP8, into another folder.
-
-    Calling it again with the same arguments goes on after an interruption of any kind. The files depend on `src`, `to`,
-    `keep` and `shard_size` alone. Tensors that are neither FP4 nor FP8 are copied bit by bit, draft layers (``mtp.*``)
-    are converted like all others.
-
-    Args:
-        src: a folder with safetensors and their index.
-        dst: the folder to write; missing, empty, or left by the same conversion.
-        to: ``"bf16"``, or ``"fp8"`` for FP4 weights to FP8 in 128 x 128 blocks without loss.
-        keep: patterns (as of `fnmatch`) of the names of tensors to leave as they are stored, a weight and its scale
-            together; the configuration then goes on to describe them, and names the modules that were converted.
-        shard_size: bytes of tensors in a file, such as ``"5GiB"``; a larger tensor has a file of its own.
-        memory: the most bytes of memory that the process may take.
-        workers: threads; None for one a processor, as far as memory goes.
-        backend: of the kernels; None for the fastest.
-        dry_run: plan and check, write nothing.
-        progress: is told how far it is, see `Progress`.
-
-    Returns:
-        A `Summary`.
-
-    Raises:
-        Refused: (a ValueError) the source, the destination or an option cannot be used; names it and the remedy.
-        NoSpace: (an OSError) the disk is too small.
-        OSError: reading or writing failed; what is finished stays, and the same call goes on.
-        Unsupported: no backend can run.
-    """
-    return Conversion(src, dst, to, keep, shard_size, memory, workers, backend, progress or Silent()).convert(dry_run)
 
 
 class Conversion:
@@ -172,9 +131,10 @@ class Conversion:
         return notes + self.plan.notes
 
     def convert(self, dry_run: bool) -> Summary:
+        """Plan and, unless it is a dry run or `FINISHED`, write."""
         plan, summary = self.plan, self.summary()
-        if self._finished():
-            summary.state, summary.needed_disk = "already finished", 0
+        if self.finished() is not None:
+            summary.state, summary.needed_disk = FINISHED, 0
             return summary
         strangers = store.foreign(self.dst)
         if strangers:
@@ -205,10 +165,11 @@ class Conversion:
         summary.resumed_shards = sum(shard.name in before for shard in plan.shards)
         return self.measured(summary, self.total)
 
-    def _finished(self) -> bool:
+    def finished(self) -> tuple[dict[str, Any], dict[str, Entry]] | None:
+        """The manifest of a conversion of these very options whose files have the sizes that it says."""
         found = store.read_manifest(self.dst, self.memory)
         if found is None or store.place(self.dst, JOURNAL).exists():
-            return False
+            return None
         identity, entries = found
         store.same_made(self.dst, identity, self.plan.identity)
         for name in sorted({*self.made, *self.plan.texts} ^ entries.keys()):
@@ -223,7 +184,7 @@ class Conversion:
                     f"{self.dst / name} was written by another flagops, and SRC now gives another one; "
                     "empty DST and convert again"
                 )
-        return True
+        return found
 
     def _room(self, summary: Summary, done: dict[str, Entry]) -> None:
         present = {name for name in done if store.place(self.dst, name).exists()}

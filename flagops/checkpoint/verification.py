@@ -3,80 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import threading
 from typing import Any
 
 import numpy as np
 
-from flagops.config import size as parse_size
-
 from . import store
-from .conversion import PIECE, Conversion, Summary, entry_of
-from .documents import Refused, line, opened, whole
-from .plan import RECODED_SCALE, TARGETS, Output, Plan, Shard
-from .source import BITS, JOURNAL, MANIFEST, OURS, resolved
+from .conversion import PIECE, Conversion, entry_of
+from .documents import line, opened
+from .plan import Output, Plan, Shard
+from .source import BITS, MANIFEST
 from .store import Entry
 from .stream import Stream
-from .work import Progress, Silent, Stopped
+from .work import Stopped
+
+ANEW = "DST was damaged or SRC changed since: empty DST and convert again"
 
 
 class Difference(ValueError):
     """A converted checkpoint is not what its source gives; the message names the first tensor or file that differs."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(line(text))
+    def __init__(self, text: str, remedy: str = ANEW) -> None:
+        super().__init__(line(f"{text}; {remedy}"))
 
 
-def verify(
-    src: Any,
-    dst: Any,
-    *,
-    sample: float = 1.0,
-    seed: int | None = None,
-    memory: str | int = "4GiB",
-    workers: int | None = None,
-    backend: str | None = None,
-    progress: Progress | None = None,
-) -> Summary:
-    """Make every file of a finished conversion again, in memory, and compare: bit by bit, and with the manifest.
+def hold(conversion: Conversion, identity: dict[str, Any], entries: dict[str, Entry], chosen: set[str]) -> set[str]:
+    """Compare a finished conversion with what its source gives now, the `chosen` tensors bit by bit; returns its files.
 
-    Args:
-        src: the folder that was converted.
-        dst: the folder that was written; its manifest says with which options.
-        sample: share of the tensors to compute again, above 0 and up to 1; all bytes are held to the manifest anyway.
-        seed: chooses the sample; drawn if None.
-        memory, workers, backend, progress: as for `convert`. ``backend="numpy"`` computes with the reference.
-
-    Returns:
-        A `Summary`.
-
-    Raises:
-        Difference: (a ValueError) names the first tensor or file that is not right.
-        Refused: (a ValueError) the source or an option cannot be used.
-        OSError, Unsupported: as for `convert`.
+    Raises Difference for the first that is not right, with the remedy.
     """
-    if not 0 < sample <= 1:
-        raise Refused(f"--sample {sample}: expected a share above 0 and up to 1")
-    dst = resolved(dst)
-    found, going = store.read_manifest(dst, parse_size(memory)), store.place(dst, JOURNAL).exists()
-    if found is None:
-        state = "is not finished; repeat the command that began it" if going else "has no manifest"
-        raise Difference(f"{dst} {state}: only a finished conversion of flagops can be verified")
-    if going:
-        raise Difference(f"{dst} is not finished: {JOURNAL} is still there; repeat the command that began it")
-    identity, entries = found
-    to, shard_size, keep = identity.get("to"), identity.get("shard_size", 0), identity.get("keep", [])
-    texts = isinstance(keep, list) and all(isinstance(name, str) for name in keep)
-    if to not in TARGETS or not whole(shard_size, 1) or not texts:
-        raise Difference(f"{dst / MANIFEST} does not say with which options it was made; convert again")
-    conversion = Conversion(src, dst, to, keep, shard_size, memory, workers, backend, progress or Silent())
-    summary = conversion.summary()
     files = _expected(conversion, identity, entries)
-    seed = random.SystemRandom().getrandbits(32) if seed is None else seed
-    chosen = _sample(conversion.plan, sample, seed)
-    if sample < 1:
-        summary.notes.append(f"sample of {len(chosen)} tensors, seed {seed}")
     compare = _Compare(conversion, entries, chosen)
     conversion.progress.begin(conversion.total, "check")
     try:
@@ -85,10 +41,12 @@ def verify(
         conversion.progress.end()
     if compare.found:
         raise compare.found[min(compare.found)]
-    extra = sorted(p.name for p in dst.iterdir() if p.name not in files | OURS)
-    summary.notes += [f"not of this conversion: {', '.join(extra)}"] if extra else []
-    summary.state, summary.compared_tensors = "verified", len(chosen)
-    return conversion.measured(summary, conversion.total)
+    return files
+
+
+def every(plan: Plan) -> set[str]:
+    """The tensors of a plan, for `hold`."""
+    return {out.name for out in plan.outputs}
 
 
 def _expected(conversion: Conversion, identity: dict[str, Any], entries: dict[str, Entry]) -> set[str]:
@@ -96,7 +54,10 @@ def _expected(conversion: Conversion, identity: dict[str, Any], entries: dict[st
     plan, dst = conversion.plan, conversion.dst
     for name in sorted(plan.identity | identity):
         if identity.get(name) != plan.identity.get(name):
-            raise Difference(f"{dst} was not made of {plan.source.folder}: its manifest has another {name}")
+            raise Difference(
+                f"{dst} was not made of {plan.source.folder}: its manifest has another {name}",
+                "give the SRC it was made of, or empty DST and convert again",
+            )
     expected = {*plan.source.others, *plan.texts, *(shard.name for shard in plan.shards)}
     for name in sorted(expected ^ set(entries)):
         raise Difference(f"{dst / MANIFEST}: {name} is {'missing' if name in expected else 'not of SRC'}")
@@ -104,13 +65,6 @@ def _expected(conversion: Conversion, identity: dict[str, Any], entries: dict[st
         if conversion.hash(name) != entries[name] or entries[name] != entry_of(text):
             raise Difference(f"{dst / name} is missing or not what SRC gives")
     return expected
-
-
-def _sample(plan: Plan, sample: float, seed: int) -> set[str]:
-    names = [out.name for out in plan.outputs if out.action != RECODED_SCALE]
-    chosen = set(random.Random(seed).sample(names, max(1, round(sample * len(names)))))
-    scales = {out.name for out in plan.outputs if out.action == RECODED_SCALE and out.weight.name in chosen}
-    return chosen | scales
 
 
 class _Compare:

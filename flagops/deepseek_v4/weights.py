@@ -63,6 +63,12 @@ class AttentionWeights:
     def of_checkpoint(cls, tensors: Mapping[str, Any], prefix: str, kind: str | None = None) -> AttentionWeights:
         """From tensors by their names in a checkpoint, such as ``prefix = "layers.2.attn."``.
 
+        Below the prefix it reads ``wq_a.weight``, ``wq_b.weight``, ``wkv.weight``, ``wo_a.weight``, ``wo_b.weight``,
+        ``q_norm.weight``, ``kv_norm.weight`` and ``attn_sink``; of a CSA or HCA layer also ``compressor.wkv.weight``,
+        ``compressor.wgate.weight``, ``compressor.ape`` and ``compressor.norm.weight``; of a CSA layer
+        ``indexer.wq_b.weight``, ``indexer.weights_proj.weight``, and ``indexer.compressor.`` with the same four. Beside
+        each projection and ``indexer.wq_b`` of one byte an element its ``.scale``.
+
         kind: ``"sliding"``, ``"csa"`` or ``"hca"``; None for the kind whose compressor and indexer are there.
 
         Raises ValueError that names each tensor below the prefix that a layer of this kind lacks or has too much; a

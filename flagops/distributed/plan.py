@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from flagops import config
+from flagops.contract import Parser
 from flagops.distributed.layout import BLOCK, SCHEMES, Layout, Sizes
 
 FORMATS = ("checkpoint", "fp8", "bf16")
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {f"{u}IB": 1 << (10 * (i + 1)) for i, u in enumerate("KMGT")}
 
 
 @dataclass(frozen=True)
@@ -141,14 +139,10 @@ def rows(model: Model, tp: int, memory: float | None, form: str = "checkpoint") 
 
 
 def run(argv: Sequence[str]) -> int:
-    """The command; 0 if a scheme fits, 1 if none does, 2 for arguments that make no plan."""
+    """The command; 0 if a scheme fits, 1 if none does. Raises ValueError for arguments that make no plan."""
     options = _parser().parse_args(argv)
-    try:
-        memory = bytes_of(options.memory) if options.memory else None
-        found = rows(MODELS[options.model], options.tp, memory, options.format)
-    except ValueError as error:
-        print(f"flagops plan: {error}", file=sys.stderr)
-        return 2
+    memory = options.memory
+    found = rows(MODELS[options.model], options.tp, memory, options.format)
     if options.json:
         print(json.dumps([vars(row) for row in found], indent=1))
     else:
@@ -156,16 +150,16 @@ def run(argv: Sequence[str]) -> int:
     return 0 if any(row.fits for row in found) else 1
 
 
-def bytes_of(text: str) -> float:
-    """``"32GiB"``, ``"64 GB"`` or a number of bytes."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in UNITS:
-        raise ValueError(f"--memory must be a size such as 32GiB, got {text!r}")
-    return float(match[1]) * UNITS[match[2].upper()]
+def chip(text: str) -> int:
+    """Bytes of a chip's memory, for `argparse`; 32 alone would be bytes, which nobody means."""
+    try:
+        return config.size("" if text.strip().isdecimal() else text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a size with its unit, such as 32GiB, got {text!r}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="flagops plan",
         description="The grouped output projection of DeepSeek-V4 in tensor parallel: what each scheme costs.",
         epilog="example: flagops plan --model v4-flash --tp 32 --memory 32GiB",
@@ -173,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", choices=MODELS, required=True)
     add("--tp", type=int, required=True, metavar="N", help="ranks that share a layer")
-    add("--memory", metavar="SIZE", help="of one chip, such as 32GiB; weights alone must fit")
+    add("--memory", type=chip, metavar="SIZE", help="of one chip, such as 32GiB; weights alone must fit")
     add("--format", choices=FORMATS, default="checkpoint", help="of the weights (default: as released, FP4 and FP8)")
     add("--json", action="store_true", help="print one JSON document instead of a table")
     return parser

@@ -13,14 +13,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
-from flagops import __version__, registry, tables
+from flagops import __version__, contract, registry, tables
 
+from . import mutants
 from .session import LEAST_SHARE, Record
 
 PATIENCE = 600
@@ -67,13 +69,22 @@ def check(args: argparse.Namespace) -> int:
         "seconds": duration(args.time), "seed": int(time.time()) if args.seed is None else args.seed,
         "strict": args.strict, "least": LEAST_SHARE if args.least is None else args.least,
     }  # fmt: skip
+    if args.mutants:
+        if args.report or args.junit or outcome.problems:
+            raise ValueError(
+                "; ".join(outcome.problems) or "--mutants prints its verdicts: leave out --report and --junit"
+            )
+        return mutants.check(wish, args.mutants)
     if args.replay:
         wish["operators"] = [_replayed(args.replay)]
     if usable or files:
-        _judge(wish, outcome, bool(args.replay or (each and (args.backend or files))))
+        with contract.Progress(_expected(wish)) as begin:
+            _judge(wish, outcome, bool(args.replay or (each and (args.backend or files))), begin)
     _show(outcome, wish)
+    if args.junit:
+        args.junit.write_text(junit(outcome, wish))
     if args.report:
-        Path(args.report).write_text(json.dumps(report(outcome, wish), indent=1) + "\n")
+        args.report.write_text(json.dumps(report(outcome, wish), indent=1) + "\n")
     wrong = [r for r in outcome.records if r["result"] != "ok"]
     return 1 if wrong or outcome.problems or not outcome.records else 0
 
@@ -89,7 +100,13 @@ def _replayed(text: str) -> str:
     return parse(case).operator
 
 
-def _judge(wish: dict[str, Any], outcome: Outcome, all_wanted: bool) -> None:
+def _expected(wish: dict[str, Any]) -> int:
+    """How many kernels are to be judged; of a file of functions it is known once it is loaded."""
+    names = wish["operators"] or list(registry.operators())
+    return sum(registry.written(name, b) for b in wish["backends"] for name in names) or len(wish["operators"]) or 1
+
+
+def _judge(wish: dict[str, Any], outcome: Outcome, all_wanted: bool, begin: Callable[[str], None]) -> None:
     """Run workers, one after the other where a kernel ends one, until every kernel is judged."""
     absent: dict[str, None] = {}
     while True:
@@ -99,12 +116,14 @@ def _judge(wish: dict[str, Any], outcome: Outcome, all_wanted: bool) -> None:
         for message in _worker(wish | {"skip": len(outcome.records)}):
             if "begin" in message:
                 last, started = {"operator": message["begin"][0], "backend": message["begin"][1]}, time.monotonic()
-                print("checking {operator} on {backend} ...".format(**last), file=sys.stderr, flush=True)
+                begin("checking {operator} on {backend}".format(**last))
             elif "record" in message:
                 outcome.records.append(message["record"])
                 last = {}
             elif "absent" in message:
                 absent[f"{message['absent'][0]} on {message['absent'][1]}: {message['absent'][2]}"] = None
+            elif "faulty" in message:
+                outcome.problems += [message["faulty"]] * (message["faulty"] not in outcome.problems)
             elif "failed" in message:
                 outcome.problems.append(message["failed"])
                 return
@@ -132,7 +151,9 @@ def _worker(wish: dict[str, Any]) -> Iterator[dict[str, Any]]:
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "flagops.judge.worker", json.dumps(wish | {"to": writing})]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    process = subprocess.Popen(command, pass_fds=[writing], stdin=subprocess.DEVNULL, stdout=2, env=environment)
+    process = subprocess.Popen(
+        command, pass_fds=[writing], stdin=subprocess.DEVNULL, stdout=2, env=environment, process_group=0
+    )
     os.close(writing)
     text = b""
     try:
@@ -202,9 +223,28 @@ def report(outcome: Outcome, wish: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def certificates(path: str) -> dict[tuple[str, str], str]:
+def junit(outcome: Outcome, wish: dict[str, Any]) -> str:
+    """What a run found as the XML that CI services show: a case for each kernel, an error for what was not judged."""
+    suite = ElementTree.Element("testsuite", name="flagops check", tests=str(len(outcome.records)))
+    for r in outcome.records:
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=f"flagops.{r['backend']}", name=r["operator"], time=f"{r['seconds']:.3f}"
+        )
+        if r["result"] != "ok":
+            failure = ElementTree.SubElement(case, "failure", type=r["result"], message=r["finding"].partition("\n")[0])
+            failure.text = f"{r['finding']}\nagain: {again(r, wish)}"
+    for problem in outcome.problems:
+        case = ElementTree.SubElement(suite, "testcase", classname="flagops", name=problem.partition(":")[0])
+        ElementTree.SubElement(case, "error", message=problem)
+    cases = {word: len(suite.findall(f"testcase/{word}")) for word in ("failure", "error")}
+    suite.attrib |= {"tests": str(len(suite)), "failures": str(cases["failure"]), "errors": str(cases["error"])}
+    text = ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
+    return "".join(c for c in text if c in "\t\n" or c >= " ") + "\n"  # XML has no other control characters
+
+
+def certificates(path: Path) -> dict[tuple[str, str], str]:
     """What a report says of each kernel, for a table."""
-    kernels: Sequence[dict[str, Any]] = json.loads(Path(path).read_text())["kernels"]
+    kernels: Sequence[dict[str, Any]] = json.loads(path.read_text())["kernels"]
     found = {}
     for r in kernels:
         worst = max(r["worst"].values(), default=0)

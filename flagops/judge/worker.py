@@ -11,7 +11,7 @@ from typing import Any
 
 from flagops import registry
 from flagops.cases import Case, parse
-from flagops.errors import Unsupported
+from flagops.errors import Faulty, Unsupported
 
 from . import files
 from .process import Watch, names
@@ -62,6 +62,8 @@ def _pairs(wish: dict[str, Any], backends: list[str], send: Callable[..., None])
         for operator in chosen:
             try:
                 registry.find(operator, backend)
+            except Faulty as reason:
+                send(faulty=str(reason))
             except Unsupported as reason:
                 send(absent=[operator, backend, str(reason)])
             else:

@@ -11,18 +11,15 @@ LSTM layer), and calls of `flagops.<name>` that do not go through torch's dispat
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import functools
 import json
 import os
-import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flagops import dispatch, tables
+from flagops import contract, dispatch, tables
 
 from . import interpose
 from .annotations import Fate, fates_of
@@ -271,7 +268,7 @@ _SMALL = {
 def command(argv: Sequence[str]) -> int:
     """`flagops coverage MODEL_CLASS|SCRIPT`: a small random model of a class of transformers in forward, a step of
     training and eight tokens; or a script, which may call `flagops.enable` itself."""
-    parser = argparse.ArgumentParser(
+    parser = contract.Parser(
         prog="flagops coverage",
         usage="%(prog)s [options] MODEL_CLASS|SCRIPT [-- ARGUMENT...]",
         description=command.__doc__,
@@ -281,9 +278,15 @@ def command(argv: Sequence[str]) -> int:
     parser.add_argument("--backend", help="backend of `enable` (default: the best for each call)")
     split = argv.index("--") if "--" in argv else len(argv)
     options, words = parser.parse_args(argv[:split]), argv[split + 1 :]
-    script = options.target.endswith(".py")
+    script, codes = options.target.endswith(".py"), [0]
+    if script and not os.path.isfile(options.target):
+        raise ValueError(f"there is no file {options.target}")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    run = functools.partial(_script, options.target, words) if script else _steps(options.target)
+
+    def watched() -> None:
+        codes.append(contract.script(options.target, words))
+
+    run = watched if script else _steps(options.target)
     quiet = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
     with enable(backend=options.backend) if options.backend else contextlib.nullcontext(), quiet:
         if not script:
@@ -293,14 +296,7 @@ def command(argv: Sequence[str]) -> int:
         print(json.dumps(found.to_json(), indent=2))
     else:
         found.show()
-    return 0
-
-
-def _script(path: str, words: Sequence[str]) -> None:
-    sys.argv[:] = [path, *words]
-    sys.path[0] = os.path.dirname(os.path.abspath(path))
-    with contextlib.suppress(SystemExit):
-        runpy.run_path(path, run_name="__main__")
+    return codes[-1]  # of a script that failed, this is what was seen before
 
 
 def _steps(name: str) -> Callable[[], None]:

@@ -14,7 +14,7 @@ from statistics import mean, quantiles, stdev
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from flagops import tables
+from flagops import contract, registry, tables
 from flagops.errors import Unsupported, suggestion
 
 if TYPE_CHECKING:
@@ -42,18 +42,23 @@ def run(argv: Sequence[str]) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = contract.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    selected = [] if options.targets else _selected(options)
+    for name in options.backend or ():
+        registry.backend(name)
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("--plot needs matplotlib (pip install flagops[bench])")
     settings = measure.Settings(device=device)
     if options.quick:
         settings = measure.Settings(seconds=0.2, rounds=3, most=20, device=device)
     tables.show("", ("", ""), measure.machine().items())
     if options.targets:
         return _targets(options, settings)
-    return _bench(options, settings)
+    return _bench(options, settings, selected)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flagops bench", description=__doc__)
+    parser = contract.Parser(prog="flagops bench", description=__doc__)
     add = parser.add_argument
     add("operators", nargs="*", metavar="OP", help="operators, or aten or a family of it; those of models if none")
     add("--backend", action="append", metavar="B", help="a backend to run, may be repeated; default: all that are fast")
@@ -63,9 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")
     add("--quick", action="store_true", help=f"short timings, no workload above {QUICK:.0e} operations")
     add("--no-native-bf16", action="store_true", help=f"torch as on a CPU without bfloat16 units ({NO_BF16})")
-    add("--json", type=Path, metavar="FILE", help="write every number, with the fields of pytest-benchmark")
-    add("--markdown", type=Path, metavar="FILE", help="write the tables")
-    add("--plot", type=Path, metavar="FILE.svg", help="write the ratios as a chart (needs matplotlib)")
+    add("--json", type=contract.output, metavar="FILE", help="write every number, with the fields of pytest-benchmark")
+    add("--markdown", type=contract.output, metavar="FILE", help="write the tables")
+    add("--plot", type=contract.output, metavar="FILE.svg", help="write the ratios as a chart (needs matplotlib)")
     add("--targets", action="store_true", help="measure the promised speeds instead and say which were reached")
     return parser
 
@@ -92,7 +97,7 @@ def baselines(op: Operator) -> dict[str, Call]:
 
 
 def _selected(options: argparse.Namespace) -> list[tuple[Operator, list[str]]]:
-    from flagops import registry, testing
+    from flagops import testing
 
     chosen = []
     for op in registry.named(options.operators) or registry.operators().values():
@@ -111,27 +116,27 @@ def _selected(options: argparse.Namespace) -> list[tuple[Operator, list[str]]]:
 HEAD = ("workload", "dtype", "by", "time", "spread", "GB/s", "GFLOP/s", "roofline", "x baseline", "extra", "match")
 
 
-def _bench(options: argparse.Namespace, settings: Settings) -> int:
+def _bench(options: argparse.Namespace, settings: Settings, selected: Sequence[tuple[Operator, list[str]]]) -> int:
     from flagops.tools import measure
 
-    selected = _selected(options)
     backends = options.backend or measure.usable(settings.device)
-    progress("roofline")
-    roofline = measure.roofline(settings)
-    print(f"roofline: copy {roofline.copy / 1e9:.1f} GB/s, float32 2048^3 {roofline.matmul / 1e9:.0f} GFLOP/s")
     rows: list[Row] = []
-    for op, names in selected:
-        shown = len(rows)
-        for name in names:
-            progress(f"{op.name} {name}")
-            try:
-                trial = measure.prepare(op, name, settings.device, options.dtype)
-            except Unsupported as reason:
-                print(reason)
-                break
-            rows += measure.compare(trial, measure.candidates(op, backends), baselines(op), settings)
-        if rows[shown:]:
-            tables.show(op.name, HEAD, [cells(row, roofline) for row in rows[shown:]])
+    with contract.Progress(1 + sum(len(names) for _, names in selected)) as begin:
+        begin("roofline")
+        roofline = measure.roofline(settings)
+        print(f"roofline: {roofline}")
+        for op, names in selected:
+            shown = len(rows)
+            for name in names:
+                begin(f"{op.name} {name}")
+                try:
+                    trial = measure.prepare(op, name, settings.device, options.dtype)
+                except Unsupported as reason:
+                    print(reason)
+                    break
+                rows += measure.compare(trial, measure.candidates(op, backends), baselines(op), settings)
+            if rows[shown:]:
+                tables.show(op.name, HEAD, [cells(row, roofline) for row in rows[shown:]])
     if options.json:
         write_json(options.json, rows, roofline)
     if options.markdown:
@@ -141,13 +146,22 @@ def _bench(options: argparse.Namespace, settings: Settings) -> int:
     wrong = [row for row in rows if row.wrong]
     for row in wrong:
         print(f"WRONG: {row.operator} {row.workload} on {row.name}: {row.problem}")
-    return 1 if wrong else 0
-
-
-def progress(text: str) -> None:
-    """What is being measured, on a terminal's last line."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}\r", end="", file=sys.stderr, flush=True)
+    noisy = [row for row in rows if row.times and row.disturbed]
+    if noisy:
+        print(
+            f"DISTURBED: the times of {len(noisy)} of {len(rows)} rows (marked ~) spread over more than "
+            f"{measure.SPREAD:.0%} of their median: other programs ran; believe no smaller difference"
+        )
+    beyond = [row for row in rows if row.times and roofline.share(row) > 1]
+    if beyond:
+        print(
+            f"WRONG ROOFLINE: {len(beyond)} rows (marked !) were faster than what this machine was measured to reach; "
+            "it was disturbed while that was measured, or their data stayed in caches: their shares mean nothing"
+        )
+    if not any(row.times for row in rows):
+        print("NOTHING MEASURED: no backend ran any of these workloads")
+        return 1
+    return 1 if wrong or beyond else 0
 
 
 def cells(row: Row, roofline: Roofline) -> list[str]:
@@ -159,10 +173,10 @@ def cells(row: Row, roofline: Roofline) -> list[str]:
     return [
         *head,
         seconds(row.median),
-        f"{(high - low) / row.median:.0%}",
+        f"{(high - low) / row.median:.0%}{' ~' if row.disturbed else ''}",
         f"{row.bytes / row.median / 1e9:.1f}",
         f"{row.flops / row.median / 1e9:.1f}",
-        f"{roofline.share(row):.0%}",
+        f"{roofline.share(row):.0%}{' !' if roofline.share(row) > 1 else ''}",
         f"{row.ratio:.2f}" if row.ratio else "",
         f"{row.memory / 2**20:.0f} MiB" if row.memory is not None else "?",
         row.match,
@@ -197,6 +211,7 @@ def write_json(path: Path, rows: Iterable[Row], roofline: Roofline) -> None:
                 "bytes": row.bytes,
                 "ratio": row.ratio,
                 "extra_memory": row.memory,
+                "disturbed": bool(row.times) and row.disturbed,
                 "of_roofline": roofline.share(row) if row.times else None,
             },
         }
@@ -211,7 +226,7 @@ def write_json(path: Path, rows: Iterable[Row], roofline: Roofline) -> None:
     found = measure.machine()
     result = {
         "machine_info": found,
-        "roofline": {"copy_bytes_per_second": roofline.copy, "float32_flops": roofline.matmul},
+        "roofline": {"bytes_per_second": roofline.bandwidth, "float32_flops": roofline.matmul},
         "benchmarks": benchmarks,
         "datetime": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": found["flagops"],
@@ -227,21 +242,36 @@ def write_markdown(path: Path, head: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
-    """The ratios to the baseline, one bar a workload and backend."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("--plot needs matplotlib (pip install flagops[bench])")
+    """The ratios to the baseline, one bar a workload and backend; raises ValueError where there are none."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     shown = [row for row in rows if row.ratio is not None and not row.baseline][::-1]
-    figure = Figure(figsize=(8, 0.8 + 0.22 * len(shown)), layout="constrained")
+    if not shown:
+        raise ValueError(f"nothing to plot in {path}: no row has a baseline (they lie in a checkout's benchmarks/)")
+    baselines = {f"{row.operator} {row.workload}": row.name for row in reversed(rows) if row.baseline}
+    figure = Figure(figsize=(10, 1.6 + 0.25 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    colours = {name: f"C{i}" for i, name in enumerate(sorted({row.name for row in shown}))}
+    names = sorted({row.name for row in shown})
     for i, row in enumerate(shown):
-        axes.barh(i, row.ratio or 0.0, color=colours[row.name])
-    axes.set_yticks(range(len(shown)), [f"{r.operator} {r.workload} {r.name}" for r in shown], fontsize=7)
+        axes.barh(i, row.ratio or 0.0, color=f"C{names.index(row.name)}")
+    labels = [f"{row.operator} {row.workload} {row.dtype}" for row in shown]
+    axes.set_yticks(range(len(shown)), labels, fontsize=7)
+    axes.set_ylim(-0.7, len(shown) - 0.3)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlabel("times as fast as the baseline")
+    ratios = [row.ratio or 1.0 for row in shown]
+    low, high = min(0.5, *ratios) / 1.2, max(2.0, *ratios) * 1.2
+    axes.set_xlim(low, high)
+    steps = [t * 10.0**e for e in range(-6, 7) for t in ((1, 2, 5) if high / low < 100 else (1,))]
+    axes.set_xticks([t for t in steps if low <= t <= high], [f"{t:g}" for t in steps if low <= t <= high])
+    axes.minorticks_off()
+    yardsticks = sorted(set(baselines.values()))
+    axes.set_xlabel(f"times as fast as the baseline ({', '.join(yardsticks)}), which is 1")
+    operators = sorted({row.operator for row in shown})
+    figure.suptitle(f"{operators[0] if len(operators) == 1 else f'{len(operators)} operators'} of flagops, by backend")
+    handles = [Patch(color=f"C{i}") for i in range(len(names))]
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8)
     figure.savefig(path)
 
 

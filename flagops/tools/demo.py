@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flagops import registry
+from flagops.contract import Parser
 from flagops.tools import demo_table, measure
 from flagops.tools.demo_table import ALONE, BOUND_BFLOAT16, MEASURED, Part, Progress, Row
 
@@ -90,7 +91,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="flagops demo", description="Models answer with torch alone and with their operators replaced."
     )
     add = parser.add_argument
@@ -234,7 +235,7 @@ def _usable(part: Part, wanted: Sequence[str] | None, device: str) -> list[str]:
     chosen = []
     for name in wanted or registry.backend_names():
         backend = registry.backend(name)
-        reason = backend.unavailable() or backend.refuses(torch.empty(1, device=device))
+        reason = backend.unavailable() or registry.refusal(name, torch.empty(1, device=device))
         if reason is None:
             chosen.append(name)
         else:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 COLD = 128 << 20
 """Bytes of inputs that take turns, so that each call finds its own out of the caches, as a model's layers do."""
+SPREAD = 0.3
+"""The share of its median that the middle of a row's times may spread over; beyond, something disturbed them."""
 LARGE = 512 << 20
 """Inputs of which one set is enough to be cold."""
 
@@ -76,31 +78,50 @@ class Row:
         fifth = len(ordered) // 5
         return ordered[fifth], ordered[-1 - fifth]
 
+    @property
+    def disturbed(self) -> bool:
+        low, high = self.spread
+        return high - low > SPREAD * self.median
+
 
 @dataclass(frozen=True)
 class Roofline:
-    """What this machine reached in this run: bytes per second of ``copy_``, FLOP/s of a float32 2048^3 product."""
+    """The best that this machine reached in this run: bytes a second of reading, copying or adding arrays that exceed
+    its caches, FLOP/s of products in float32 and, where it has units for it, bfloat16."""
 
-    copy: float
+    bandwidth: float
     matmul: float
+    half: float = 0.0
 
     def share(self, row: Row) -> float:
-        return max(row.flops / self.matmul, row.bytes / self.copy) / row.median
+        """Of what bounds a row, how much it reached; above 1 one of the two was measured wrong."""
+        flops = self.matmul if row.dtype in ("float32", "float64") else max(self.matmul, self.half)
+        return max(row.flops / flops, row.bytes / self.bandwidth) / row.median
+
+    def __str__(self) -> str:
+        return (
+            f"{self.bandwidth / 1e9:.1f} GB/s, products {self.matmul / 1e9:.0f} GFLOP/s in float32, "
+            f"{self.half / 1e9:.0f} in bfloat16"
+        )
 
 
 def roofline(settings: Settings) -> Roofline:
     import torch
 
-    source = torch.ones(64 << 20, device=settings.device)
-    a, b, c = (torch.rand(2048, 2048, device=settings.device) for _ in range(3))
-    times = alternate(
-        {"copy": lambda out: out.copy_(source), "matmul": lambda out: torch.matmul(a, b, out=c)},
-        [()],
-        torch.empty_like(source),
-        settings,
-        poisoned=False,
-    )
-    return Roofline(2 * source.nbytes / median(times["copy"]), 2 * 2048**3 / median(times["matmul"]))
+    one, two = (torch.ones(64 << 20, device=settings.device) for _ in range(2))
+    whole = [torch.rand(2048, 2048, device=settings.device) for _ in range(3)]
+    half = [x.bfloat16() for x in whole]
+    calls: dict[str, Call] = {
+        "read": lambda out: one.sum(),
+        "copy": lambda out: out.copy_(one),
+        "triad": lambda out: torch.add(one, two, alpha=3.0, out=out),
+        "float32": lambda out: torch.matmul(whole[0], whole[1], out=whole[2]),
+        "bfloat16": lambda out: torch.matmul(half[0], half[1], out=half[2]),
+    }
+    times = alternate(calls, [()], torch.empty_like(one), settings, poisoned=False)
+    best = {name: min(found) for name, found in times.items()}
+    bandwidth = max(one.nbytes * arrays / best[name] for name, arrays in (("read", 1), ("copy", 2), ("triad", 3)))
+    return Roofline(bandwidth, 2 * 2048**3 / best["float32"], 2 * 2048**3 / best["bfloat16"])
 
 
 def case(op: Operator, workload: str, dtype: str | None = None) -> testing.Case:
@@ -457,7 +478,7 @@ def usable(device: str) -> list[str]:
     sample = torch.empty(1, device=device)
     slow = {"numpy", "triton"} if device == "cpu" else {"numpy"}
     names = [name for name in registry.backend_names() if name not in slow]
-    return [n for n in names if not (registry.backend(n).unavailable() or registry.backend(n).refuses(sample))]
+    return [n for n in names if not (registry.backend(n).unavailable() or registry.refusal(n, sample))]
 
 
 def machine() -> dict[str, Any]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import geometric_mean
 
-from flagops import config, machine, order, tables
+from flagops import config, contract, machine, order, registry, tables
 from flagops.tools import tune_cases
 from flagops.tools.tune_cases import TORCH, Case, Times
 
@@ -29,9 +28,9 @@ MODELS = "models"
 def run(argv: Sequence[str]) -> int:
     """The command; 0 when the table is written."""
     options = _parser().parse_args(argv)
-    import torch  # noqa: F401  (which says what CPU it sees)
-
-    device = options.device
+    device = contract.device(options.device)
+    for name in options.backend or ():
+        registry.backend(name)
     kind = machine.cpu_kind() if device == "cpu" else device
     if options.show:
         return _show(kind)
@@ -47,9 +46,9 @@ def run(argv: Sequence[str]) -> int:
     if options.fresh:
         journal.forget()
     cases = list(tune_cases.cases(backends, device, options.quick))
-    with _bar(len(cases)) as advance:
+    with contract.Progress(len(cases)) as begin:
         for case in cases:
-            advance(case.title)
+            begin(case.title)
             if case.title not in journal.times:
                 journal.add(case.title, case.measure())
     found = {case: journal.times[case.title] for case in cases}
@@ -66,9 +65,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flagops tune", description=__doc__)
+    parser = contract.Parser(prog="flagops tune", description=__doc__)
     add = parser.add_argument
-    add("--out", type=Path, metavar="FILE", help="write there, to be named by FLAGOPS_ORDER, and not where it is found")
+    add(
+        "--out",
+        type=contract.output,
+        metavar="FILE",
+        help="write there, to be named by FLAGOPS_ORDER, and not where it is found",
+    )
     add("--show", action="store_true", help="print the table in force, and measure nothing")
     add("--device", default="cpu", metavar="DEV", help="cpu (the default) or a torch device type")
     add("--backend", action="append", metavar="B", help="measure this backend, repeatable (default: all that are fast)")
@@ -98,23 +102,6 @@ class _Journal:
     def forget(self) -> None:
         self.times = {}
         self.path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[Callable[[str], None]]:
-    """A line of progress with the time that is left, on a terminal; nothing elsewhere."""
-    from rich import progress
-    from rich.console import Console
-
-    columns = [progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn()]
-    with progress.Progress(*columns, progress.TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total)
-
-        def advance(title: str) -> None:
-            bar.update(task, description=title)
-            bar.advance(task)
-
-        yield advance
 
 
 def _table(kind: str, found: Mapping[Case, Times], backends: Sequence[str]) -> order.Table:
