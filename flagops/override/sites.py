@@ -19,7 +19,7 @@ from .annotations import annotated
 from .forms import DEVICES, Form
 from .interpose import Counter, Registration, thread
 from .lowering import Lowering, Pass
-from .recipes import deliver, device_of, record, refuse_as_torch
+from .recipes import Below, deliver, device_of, record, refuse_as_torch
 from .steps import Steps
 
 _PLANS_KEPT = 4096
@@ -281,9 +281,8 @@ class Site(Registration):
         else:
             thread.busy = True
             try:
-                alone = self.below is None or not self.owned
-                last = self.below is None
-                recipe = record(self.form, handle.backend, self.lowering, args, alone, handle.strict, last)
+                below = Below(exists=self.below is not None, whole=self.owned, wanted=not handle.strict)
+                recipe = record(self.form, handle.backend, self.lowering, args, below)
                 plan = recipe.compute, handle.counter(self.name, key, recipe.by, "")
             except (Pass, Unsupported) as reason:
                 count = handle.counter(self.name, key, "", str(reason))
