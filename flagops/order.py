@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from flagops.errors import suggestion
 
 if TYPE_CHECKING:
     from flagops.operator import Operator
+
+log = logging.getLogger("flagops")
 
 FEW = 16
 """The most rows that are few."""
@@ -120,14 +123,22 @@ def tuned(kind: str, cache: str) -> Path:
 def _table(kind: str, given: str, cache: str) -> Table:
     if given:
         return read(Path(given), f"FLAGOPS_ORDER={given}")
-    own = tuned(kind, cache)
-    if own.is_file() and not (reason := stale(own)):
-        return read(own, "flagops tune")
-    elif own.is_file():
-        import logging
+    return _kept(tuned(kind, cache)) or shipped(kind)
 
-        logging.getLogger("flagops").warning("%s is not used: %s; run `flagops tune` again", own, reason)
-    return shipped(kind)
+
+def _kept(path: Path) -> Table | None:
+    """What `flagops tune` keeps, if it is there and still true of this machine; else why not is logged."""
+    if not path.is_file():
+        return None
+    try:
+        found = read(path, "flagops tune")
+        reason = stale(found)
+    except ValueError as error:
+        reason = str(error)
+    if reason is None:
+        return found
+    log.warning("%s is not used: %s; run `flagops tune` again", path, reason)
+    return None
 
 
 def shipped(kind: str) -> Table:
@@ -138,17 +149,10 @@ def shipped(kind: str) -> Table:
     return read(path, f"flagops/orders/{path.name}")
 
 
-def stale(path: Path) -> str | None:
+def stale(kept: Table) -> str | None:
     """Why a table of this machine is no longer one, or None: other libraries or another CPU make other speeds."""
-    try:
-        made = json.loads(path.read_text())["made"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        return f"it cannot be read ({type(error).__name__}: {error})"
-    now = identity()
-    changed = [
-        f"{name} was {made.get(name)!r} and is {value!r}" for name, value in now.items() if made.get(name) != value
-    ]
-    return "; ".join(changed) or None
+    changed = [(name, kept.made.get(name), value) for name, value in identity().items()]
+    return "; ".join(f"{name} was {was!r} and is {value!r}" for name, was, value in changed if was != value) or None
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: E402
 
 import flagops  # noqa: E402
 from flagops import machine, order, registry  # noqa: E402
-from flagops.tools import tune, tune_cases  # noqa: E402
+from flagops.tools import measure, tune, tune_cases  # noqa: E402
 
 KIND = machine.cpu_kind()
 
@@ -184,7 +184,7 @@ def brief(monkeypatch):
     measured = []
 
     def case(what, key, size, **times):
-        found = tune_cases.Case(what, key, size, dict)
+        found = tune_cases.Case(what, key, size, dict, measure.Settings())
         monkeypatch.setattr(tune_cases.Case, "measure", lambda self: measured.append(self.title) or TIMES[self.title])
         TIMES[found.title] = times
         return found

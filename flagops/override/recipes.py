@@ -35,21 +35,27 @@ class Recipe:
     by: str
 
 
-def record(
-    form: Form,
-    backend: Any,
-    lowering: Lowering,
-    args: tuple[Any, ...],
-    alone: bool = False,
-    strict: bool = False,
-    last: bool = True,
-) -> Recipe:
-    """The recipe for calls like this one. Raises Pass or Unsupported with the reason why torch should take them.
+@dataclass(frozen=True)
+class Below:
+    """Torch's kernel for a call.
 
-    alone: torch has no kernel for them, or one that calls us again.
-    strict: torch's kernel is not wanted, however fast.
-    last: what its shape function refuses there is no kernel to ask for, and torch's error is the caller's.
+    exists: where there is none, what torch's shape function refuses is refused to the caller.
+    whole: it does not consist of calls that meet us again.
+    wanted: it may be asked; a strict handle lets nobody.
     """
+
+    exists: bool
+    whole: bool
+    wanted: bool
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody but us computes the call."""
+        return not (self.exists and self.whole)
+
+
+def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], below: Below) -> Recipe:
+    """The recipe for calls like this one. Raises Pass or Unsupported with the reason why torch should take them."""
     import torch
 
     tensors = [args[i] for i in form.present(args)]
@@ -62,23 +68,24 @@ def record(
         a_number = lowering.aten and is_number(x) and x is not written
         if x.layout != torch.strided or (x.device != here and not a_number):
             raise Pass("devices or layouts differ")
-    measured = not ((alone and last) or strict or lowering.aten or backend or config.current().backend)
+    choice = below.exists and below.wanted and not lowering.aten
+    measured = choice and not (backend or config.current().backend)
     with torch.no_grad():
-        make = _maker(form, lowering, args, here, alone and last)
+        make = _maker(form, lowering, args, here, below)
         roles = _apart(args, form)
         destination = make() if form.given is None else roles[form.given]
         if measured:
             backend = _taken(lowering.operator, destination, needs_grad)
         if form.given is not None:
             other = _unlike(args[form.given], make())
-            if other and (alone or lowering.aten):
-                return _delivered(form, backend, lowering, args, alone)
+            if other and (below.alone or lowering.aten):
+                return _delivered(form, backend, lowering, args, below)
             if other:
                 raise Pass(other)
         chosen: list[dispatch.Plan] = []
 
         def step(operator: str, *values: Any, out: Tensor) -> None:
-            chosen.append(choose(operator, (*values, out), backend, alone or strict))
+            chosen.append(choose(operator, (*values, out), backend, below))
 
         to = To(destination, form.given is not None, step)
         call = lowering.function(to, **form.named(roles))
@@ -95,7 +102,7 @@ def record(
     if parts is None:
         if needs_grad:
             raise Pass("a layout that would be copied, where a gradient is recorded")
-        return Recipe(functools.partial(_lowered_again, form, lowering, backend, alone, goal, guard), by)
+        return Recipe(functools.partial(_lowered_again, form, lowering, backend, below, goal, guard), by)
     compute = _replayed(plan, *parts, tuple(to.numbers), goal, guard)
     if needs_grad:
         from .gradients import differentiable
@@ -126,7 +133,7 @@ def is_number(x: Tensor) -> bool:
     return x.dim() == 0 and x.device.type == "cpu"
 
 
-def _delivered(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], alone: bool) -> Recipe:
+def _delivered(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], below: Below) -> Recipe:
     """A result that is made apart, and brought to a destination of another dtype, shape or one that overlaps itself."""
     made = form_of(form.functional(), form.base)
     wants = [a.name for a in made.schema.arguments]
@@ -135,7 +142,7 @@ def _delivered(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ..
         named = form.named(args)
         return tuple(named[name] for name in wants)
 
-    recipe = record(made, backend, lowering, of(args), alone)
+    recipe = record(made, backend, lowering, of(args), below)
     given = form.given
 
     def compute(args: tuple[Any, ...]) -> Any:
@@ -269,7 +276,7 @@ def _refuse(problem: str | None) -> None:
         raise Pass(problem)
 
 
-def _maker(form: Form, lowering: Lowering, args: tuple[Any, ...], here: Any, alone: bool) -> Callable[[], Tensor]:
+def _maker(form: Form, lowering: Lowering, args: tuple[Any, ...], here: Any, below: Below) -> Callable[[], Tensor]:
     """What makes a tensor as torch's result is, by what the lowering says or torch's own shape function."""
     import torch
 
@@ -279,7 +286,7 @@ def _maker(form: Form, lowering: Lowering, args: tuple[Any, ...], here: Any, alo
         shape, strides, dtype = _elementwise(lowering, named, first)
     # where there is nothing, torch's own kernels lay it out as they like
     if shape is None or (0 in shape and not lowering.aten and here.type in ("cpu", "cuda")):
-        like = _torchs_result(form, named, "meta" if shape is None else here, alone)
+        like = _torchs_result(form, named, "meta" if shape is None else here, refuse=not below.exists)
         shape, strides, dtype = tuple(like.shape), like.stride(), like.dtype
     if strides is None:
         strides = torch.empty(shape, device="meta").stride()
@@ -305,8 +312,8 @@ def _not_yet(operator: str, *inputs: Any, out: Tensor) -> None:
     raise TypeError(f"{operator} is called while torch's result is asked for")
 
 
-def _torchs_result(form: Form, named: dict[str, Any], device: Any, alone: bool) -> Tensor:
-    """The result of torch's own functional form on tensors laid out alike."""
+def _torchs_result(form: Form, named: dict[str, Any], device: Any, refuse: bool) -> Tensor:
+    """The result of torch's own functional form on tensors laid out alike. What it refuses it raises, or Pass."""
     import torch
 
     elsewhere = any(isinstance(x, torch.Tensor) and x.device.type != "cpu" for x in named.values())
@@ -320,7 +327,7 @@ def _torchs_result(form: Form, named: dict[str, Any], device: Any, alone: bool) 
         result: Tensor = form.functional()(**{name: alike(x) for name, x in named.items()})
     except Exception as error:  # whatever it raises, torch's kernel raises it better
         log.debug("aten::%s is refused by torch's shape function: %s", form.name, error)
-        if alone:
+        if refuse:
             raise
         raise Pass(REFUSED) from None
     return result
@@ -329,7 +336,7 @@ def _torchs_result(form: Form, named: dict[str, Any], device: Any, alone: bool) 
 def refuse_as_torch(form: Form, args: tuple[Any, ...]) -> None:
     """Raise what torch raises for a call that it refuses; nothing is raised for others."""
     if form.tensors:
-        _torchs_result(form, form.named(args), "meta", alone=True)
+        _torchs_result(form, form.named(args), "meta", refuse=True)
 
 
 def _unlike(out: Tensor, like: Tensor) -> str | None:
@@ -352,16 +359,16 @@ def overlaps_itself(x: Tensor) -> bool:
     return False
 
 
-def choose(operator: str, values: Sequence[Any], backend: Any, alone: bool = False) -> dispatch.Plan:
-    """Who computes a step. Raises Pass where torch should; if torch has no kernel, whoever comes after it."""
+def choose(operator: str, values: Sequence[Any], backend: Any, below: Below | None = None) -> dispatch.Plan:
+    """Who computes a step; whoever comes after torch's kernel where that is none to ask. Raises Pass for torch's."""
     try:
         plan = dispatch.plan(registry.operator(operator), values, backend)
     except (TypeError, ValueError) as error:
         raise Pass(str(error)) from None
     if plan.forwards_to == "aten":
         others = plan.wish.split(",")[1:]
-        if alone and others:
-            return choose(operator, values, others, alone)
+        if others and below and (below.alone or not below.wanted):
+            return choose(operator, values, others, below)
         raise Pass("torch's own kernel is the choice")
     return plan
 
@@ -435,7 +442,7 @@ def _lowered_again(
     form: Form,
     lowering: Lowering,
     backend: Any,
-    alone: bool,
+    below: Below,
     goal: _Destination,
     guard: Callable[[], Any] | None,
     args: tuple[Any, ...],
@@ -443,7 +450,7 @@ def _lowered_again(
     """A call whose kernels get computed tensors."""
 
     def run(operator: str, *values: Any, out: Tensor) -> None:
-        plan = choose(operator, (*values, out), backend, alone)
+        plan = choose(operator, (*values, out), backend, below)
         if plan.check_values and plan.operator.values:
             _refuse(plan.operator.values(*values))
         plan.run(*plan.clean((*values, out)))

@@ -20,7 +20,7 @@ from .annotations import annotated
 from .forms import DEVICES, Form
 from .interpose import Counter, Registration, thread
 from .lowering import Lowering, Pass
-from .recipes import deliver, device_of, record, refuse_as_torch
+from .recipes import Below, deliver, device_of, record, refuse_as_torch
 from .steps import Steps
 from .timing import Clock, timed, waiting
 
@@ -296,9 +296,8 @@ class Site(Registration):
             by = reason = ""
             thread.busy = True
             try:
-                alone = self.below is None or not self.owned
-                last = self.below is None
-                recipe = record(self.form, handle.backend, self.lowering, args, alone, handle.strict, last)
+                below = Below(exists=self.below is not None, whole=self.owned, wanted=not handle.strict)
+                recipe = record(self.form, handle.backend, self.lowering, args, below)
                 compute, by = recipe.compute, recipe.by
             except (Pass, Unsupported) as error:
                 reason = str(error)

@@ -15,15 +15,16 @@ import platform
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from flagops import arrays, registry, testing
-from flagops import machine as machine_
 from flagops.call import of
 from flagops.errors import Unsupported
+from flagops.machine import cpu_model, torch_has_native_bf16
 from flagops.operator import Operator
 
 if TYPE_CHECKING:
@@ -311,9 +312,17 @@ def synchronizer(device: str) -> Callable[[], Any]:
 
 
 def alternate(
-    calls: Mapping[str, Call], sets: Sequence[Sequence[Any]], out: Any, settings: Settings, poisoned: bool = True
+    calls: Mapping[str, Call],
+    sets: Sequence[Sequence[Any]],
+    out: Any,
+    settings: Settings,
+    poisoned: bool = True,
+    within: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds a call of each candidate, ``call(*set, out)``, one number for each round; forwards, then backwards."""
+    """Seconds a call of each candidate, ``call(*set, out)``, one number for each round; forwards, then backwards.
+
+    within: the contexts that candidates run in, entered anew each round and not timed.
+    """
     wait = synchronizer(settings.device)
     turn = itertools.cycle(sets)
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -325,12 +334,13 @@ def alternate(
             if poisoned:
                 poison(out)
             call, given = calls[name], [next(turn) for _ in range(repeats[name])]
-            wait()
-            start = time.perf_counter()
-            for one in given:
-                call(*one, out)
-            wait()
-            elapsed = (time.perf_counter() - start) / len(given)
+            with (within or {}).get(name, nullcontext)():
+                wait()
+                start = time.perf_counter()
+                for one in given:
+                    call(*one, out)
+                wait()
+                elapsed = (time.perf_counter() - start) / len(given)
             if count < 0:
                 repeats[name] = max(1, min(1000, math.ceil(1e-3 / elapsed)))
             else:
@@ -398,6 +408,11 @@ class Trial:
         return Row(self.op.name, self.workload, self.dtype, name, baseline, flops=self.flops, bytes=self.bytes)
 
 
+def turns(used: int) -> int:
+    """How many sets of inputs of so many bytes it takes for each call to find its own out of the caches."""
+    return 1 if used >= LARGE else min(64, max(2, -(-COLD // max(used, 1))))
+
+
 def prepare(op: Operator, workload: str, device: str = "cpu", dtype: str | None = None, cold: bool = True) -> Trial:
     """Draw as many sets of inputs as it takes to find each cold. Raises Unsupported for a dtype it cannot run in."""
     import torch
@@ -405,8 +420,8 @@ def prepare(op: Operator, workload: str, device: str = "cpu", dtype: str | None 
     of = case(op, workload, dtype)
     sets = [inputs(op, of, 0, device)]
     used = sum(x.nbytes for x in sets[0] if arrays.is_torch(x))
-    if cold and used < LARGE:
-        sets += [inputs(op, of, seed, device) for seed in range(1, min(64, max(2, -(-COLD // max(used, 1)))))]
+    if cold:
+        sets += [inputs(op, of, seed, device) for seed in range(1, turns(used))]
     bound = op.bind((*sets[0], None))
     outs = tuple(
         torch.empty(shape, dtype=getattr(torch, dtype), device=device)
@@ -486,12 +501,12 @@ def machine() -> dict[str, Any]:
     import torch
 
     facts: dict[str, Any] = {
-        "cpu": machine_.cpu_model(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch cpu capability": torch.backends.cpu.get_cpu_capability(),
         "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA", "unset"),
-        "torch bfloat16": "native" if machine_.torch_has_native_bf16() else "emulated",
+        "torch bfloat16": "native" if torch_has_native_bf16() else "emulated",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }

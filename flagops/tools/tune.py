@@ -7,6 +7,7 @@ torch. The table goes into the cache folder, where every later process finds it.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -167,12 +168,12 @@ def _held_to_models(table: order.Table, device: str, quick: bool, journal: _Jour
         tables.show(
             "whole models", ("model", "times as fast as torch alone"), [(k, f"{v:.2f}") for k, v in seen.items()]
         )
-    return order.Table(table.kind, table.run, table.replace, {**table.made, MODELS: seen}, table.source)
+    return dataclasses.replace(table, made={**table.made, MODELS: seen})
 
 
 def _without(table: order.Table, operator: str) -> order.Table:
     replace = {key: names for key, names in table.replace.items() if key.split(".")[0] != operator} | {operator: ()}
-    return order.Table(table.kind, table.run, replace, table.made, table.source)
+    return dataclasses.replace(table, replace=replace)
 
 
 def written(table: order.Table) -> str:
@@ -189,13 +190,7 @@ def _show(kind: str) -> int:
     table = order.table(kind)
     print(f"{kind}: {table.words()}")
     keys = [*dict.fromkeys((*table.run, *table.replace))]
-    rows = [
-        (
-            key,
-            " ".join(table.run.get(key, ())),
-            " ".join(table.replace[key]) or "torch's own" if key in table.replace else "",
-        )
-        for key in keys
-    ]
+    taken = {key: " ".join(names) or TORCH for key, names in table.replace.items()}
+    rows = [(key, " ".join(table.run.get(key, ())), taken.get(key, "")) for key in keys]
     tables.show("", ("call", "kernels, first to last", "of torch's calls"), rows)
     return 0

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
 from statistics import median
@@ -31,15 +30,24 @@ MOST_FLOPS = 3e9
 """Operations of the largest workload that is timed."""
 SIZES = 2
 """Workloads of a key that are timed."""
-SECONDS, ROUNDS = 0.3, 5
-
 Times = dict[str, float]
 """Seconds a call, by candidate."""
 
 Call = Callable[[], Any]
 
-Candidates = Mapping[str, tuple[Callable[[], AbstractContextManager[Any]], Call]]
-"""By name a call, and the context that it is made in."""
+
+@dataclass(frozen=True)
+class Race:
+    """What is timed against each other, as `measure.alternate` takes it."""
+
+    calls: Mapping[str, measure.Call]
+    within: Mapping[str, Callable[[], AbstractContextManager[Any]]] = field(default_factory=dict)
+    sets: Sequence[Sequence[Any]] = ((),)
+    out: Any = None
+
+    def times(self, settings: measure.Settings) -> dict[str, list[float]]:
+        """Seconds a call of each candidate, one number for each round."""
+        return measure.alternate(self.calls, self.sets, self.out, settings, poisoned=False, within=self.within)
 
 
 @dataclass(frozen=True)
@@ -49,41 +57,16 @@ class Case:
     what: str
     key: str
     size: str
-    make: Callable[[], Candidates]
-    quick: bool = False
+    make: Callable[[], Race]
+    settings: measure.Settings
 
     @property
     def title(self) -> str:
         return f"{self.what} {self.key} {self.size}"
 
     def measure(self) -> Times:
-        """Seconds of each candidate that can compute it, none where torch refuses."""
-        try:
-            candidates = self.make()
-        except (Unsupported, RuntimeError, NotImplementedError):
-            return {}
-        times = interleaved(candidates, SECONDS / 5 if self.quick else SECONDS, 3 if self.quick else ROUNDS)
-        return {name: median(found) for name, found in times.items()}
-
-
-def interleaved(candidates: Candidates, seconds: float, rounds: int) -> dict[str, list[float]]:
-    """Seconds a call of each candidate, a number for each round; forwards, then backwards, each within its context."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    names, repeats = list(candidates), dict.fromkeys(candidates, 1)
-    for count in range(-1, rounds):  # the first round compiles, and finds out how often to call
-        for name in names if count % 2 else reversed(names):
-            context, call = candidates[name]
-            with context():
-                call()
-                start = time.perf_counter()
-                for _ in range(repeats[name]):
-                    call()
-                elapsed = (time.perf_counter() - start) / repeats[name]
-            if count < 0:
-                repeats[name] = max(1, min(2000, int(seconds / rounds / elapsed)))
-            else:
-                times[name].append(elapsed)
-    return times
+        """Seconds of each candidate that can compute it."""
+        return {name: median(found) for name, found in self.make().times(self.settings).items()}
 
 
 def usable(device: str) -> list[str]:
@@ -102,6 +85,7 @@ def cases(backends: Sequence[str], device: str, quick: bool = False) -> Iterator
     import torch
 
     others = [name for name in backends if name != "torch"]
+    settings = measure.Settings(seconds=0.06 if quick else 0.3, rounds=3 if quick else 5, device=device)
     for (op, call), dtype, (rows, count), size in itertools.product(
         _torch_calls().items(), arrays.FLOATS, ROWS.items(), SHAPES
     ):
@@ -110,7 +94,7 @@ def cases(backends: Sequence[str], device: str, quick: bool = False) -> Iterator
         make = partial(_replaced, op, call, others, count, size, getattr(torch, dtype), device)
         name = op.partition("/")[0]
         key = f"{name}.training" if op.endswith("/training") else f"{name}.{dtype}.{rows}"
-        yield Case("replace", key, f"{op.partition('/')[2]} {dtype} {count} x {size[0]} x {size[1]}", make, quick)
+        yield Case("replace", key, f"{op.partition('/')[2]} {dtype} {count} x {size[0]} x {size[1]}", make, settings)
     for op in registry.operators().values():
         able = [name for name in backends if registry.written(op.name, name)]
         seen: Counter[str] = Counter()
@@ -118,7 +102,8 @@ def cases(backends: Sequence[str], device: str, quick: bool = False) -> Iterator
             key = _key(op, name, dtype)
             seen.update([key])
             if key and seen[key] <= SIZES:
-                yield Case("run", key, f"{name} {dtype}", partial(_explicit, op, name, dtype, able, device), quick)
+                make = partial(_explicit, op, name, dtype, able, device)
+                yield Case("run", key, f"{name} {dtype}", make, settings)
 
 
 def _key(op: Operator, workload: str, dtype: str) -> str:
@@ -134,22 +119,17 @@ def _key(op: Operator, workload: str, dtype: str) -> str:
     return f"{op.name}.{result}.{order.rows_of(op, op.shape(op.result, dims, of.batch))}"
 
 
-def _explicit(op: Operator, workload: str, dtype: str, backends: Sequence[str], device: str) -> Candidates:
+def _explicit(op: Operator, workload: str, dtype: str, backends: Sequence[str], device: str) -> Race:
     trial = measure.prepare(op, workload, device, dtype)
-    turn = itertools.cycle(trial.sets)
-
-    def call(kernel: measure.Call) -> Call:
-        return lambda: kernel(*next(turn), trial.out)
-
-    found: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Call]] = {}
+    able: dict[str, measure.Call] = {}
     for name, kernel in measure.candidates(op, backends).items():
         with suppress(Unsupported):
             kernel(*trial.sets[0], trial.out)
-            found[name] = (nullcontext, call(kernel))
-    return found
+            able[name] = kernel
+    return Race(able, sets=trial.sets, out=trial.out)
 
 
-def _torch_calls() -> dict[str, Callable[..., Call | None]]:
+def _torch_calls() -> dict[str, Callable[..., Call]]:
     """What reaches the operators that `enable` replaces by itself, as ``make(rows, (k, n), randn)``."""
     import torch
     import torch.nn.functional as F
@@ -211,7 +191,7 @@ def _turn(make: Callable[[], Sequence[Any]]) -> Iterator[Sequence[Any]]:
     """Inputs that take turns, so many that each call finds its own out of the caches."""
     first = make()
     used = sum(x.nbytes for x in first if arrays.is_torch(x))
-    return itertools.cycle([first, *(make() for _ in range(min(63, measure.COLD // max(used, 1))))])
+    return itertools.cycle([first, *(make() for _ in range(1, measure.turns(used)))])
 
 
 def _replaced(
@@ -222,7 +202,7 @@ def _replaced(
     size: tuple[int, int],
     dtype: torch.dtype,
     device: str,
-) -> Candidates:
+) -> Race:
     import torch
 
     from flagops import enable
@@ -234,14 +214,32 @@ def _replaced(
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     call = make(rows, size, randn)
-    call()  # torch may refuse the dtype
-    found: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Call]] = {TORCH: (nullcontext, call)}
+    try:
+        call()
+    except RuntimeError:  # torch has no kernel of this dtype: there is nothing to be faster than
+        return Race({})
+    calls, within = {TORCH: _anyway(call)}, {}
     for backend in backends:
         with enable(name, backend=backend) as handle:
             call()
-            if handle.report().replaced:
-                found[backend] = (partial(enable, name, backend=backend), call)
-    return found
+            taken = handle.report().replaced
+        if taken:
+            calls[backend], within[backend] = calls[TORCH], partial(_replacing, call, name, backend)
+    return Race(calls, within)
+
+
+def _anyway(call: Call) -> measure.Call:
+    return lambda out: call()
+
+
+@contextmanager
+def _replacing(call: Call, ops: str | None = None, backend: str | None = None) -> Iterator[None]:
+    """Under `enable`, with a first call behind it."""
+    from flagops import enable
+
+    with enable(ops, backend):
+        call()
+        yield
 
 
 @dataclass
@@ -250,6 +248,7 @@ class Model:
 
     title: str
     make: Callable[[], Call]
+    device: str
     call: Call | None = None
 
     def ratio(self, table: order.Table, quick: bool = False) -> tuple[float, list[str]]:
@@ -263,8 +262,10 @@ class Model:
             with enable() as handle:
                 call()
                 report = handle.report()
-            candidates: Candidates = {TORCH: (nullcontext, call), "enable": (enable, call)}
-            times = interleaved(candidates, 1 if quick else 4, 3 if quick else 7)
+            race = Race(dict.fromkeys((TORCH, "enable"), _anyway(call)), {"enable": partial(_replacing, call)})
+            times = race.times(
+                measure.Settings(seconds=1 if quick else 4, rounds=3 if quick else 7, device=self.device)
+            )
         ratios = [one / other for one, other in zip(times[TORCH], times["enable"], strict=True)]
         called = {by.partition("/")[0] for row in report.rows for by in row.replaced}
         return median(ratios), sorted(called)
@@ -274,15 +275,19 @@ def models(device: str) -> Iterator[Model]:
     """Real and small models of transformers, as far as they are installed, each at what it is used for."""
     if find_spec("transformers") is None:
         return
+
+    def at(title: str, task: Callable[..., Call], load: Callable[[], Any], dtype: str, *sizes: int) -> Model:
+        return Model(f"{title} {dtype}", partial(task, load, dtype, device, *sizes), device)
+
     if not demo.missing_weights():
         for dtype in ("float32", "bfloat16"):
-            yield Model(f"SmolLM2-135M {dtype}, 12 tokens", partial(_generate, _smollm2, dtype, device))
-            yield Model(f"SmolLM2-135M {dtype}, prompt of 128", partial(_forward, _smollm2, dtype, device, 1, 128))
-        yield Model("SmolLM2-135M float32, training", partial(_train, _smollm2, "float32", device, 64))
-    yield Model("MiniLM-L6 float32, 4 x 64 tokens", partial(_forward, _minilm, "float32", device, 4, 64))
-    yield Model("random DeepSeek-V4 float32, 12 tokens", partial(_generate, _deepseek_v4, "float32", device))
-    yield Model("random DeepSeek-V4 float32, prompt of 128", partial(_forward, _deepseek_v4, "float32", device, 1, 128))
-    yield Model("random DeepSeek-V4 float32, training", partial(_train, _deepseek_v4, "float32", device, 64))
+            yield at("SmolLM2-135M, 12 tokens,", _generate, _smollm2, dtype)
+            yield at("SmolLM2-135M, prompt of 128,", _forward, _smollm2, dtype, 1, 128)
+        yield at("SmolLM2-135M, training,", _train, _smollm2, "float32", 64)
+    yield at("MiniLM-L6, 4 x 64 tokens,", _forward, _minilm, "float32", 4, 64)
+    yield at("random DeepSeek-V4, 12 tokens,", _generate, _deepseek_v4, "float32")
+    yield at("random DeepSeek-V4, prompt of 128,", _forward, _deepseek_v4, "float32", 1, 128)
+    yield at("random DeepSeek-V4, training,", _train, _deepseek_v4, "float32", 64)
 
 
 @cache

@@ -121,8 +121,6 @@ def _dot(start, stop, tag, factor, out_tag, n, k, mc, nc, span, deepest, a, b, c
         rows, columns = min(mc, blocks[block, ROWS]), min(nc, n - column)
         across = DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS
         padded_rows = round_up(rows, DOT_ROWS) if rows > 1 else 1
-        if k == 0:
-            clear(real, sums.base, rows * sums.row)
         for part in range(parts * terms):
             term, first = block + part // parts, part % parts * span
             depth = min(span, k - first)
@@ -322,7 +320,7 @@ def _shared(
     factor = TAGS[name] if paired else TAGS["float64" if name == "float64" else "float32"]
     width, deepest = (2, PAIR_DEPTH) if paired else (8 if name == "float64" else 4, DOT_DEPTH)
     bk, bn = steps
-    if bk == 1 and (bn != 1 or n == 1):
+    if k and bk == 1 and (bn != 1 or n == 1):  # of no depth `_outer` makes zeros
         kernel, unit, mc = _dot, UNIT, min(m, 128)
         span = min(max(_L2 // (mc * width * deepest), 1), max(-(-k // deepest), 1)) * deepest
     else:

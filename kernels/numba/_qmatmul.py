@@ -113,9 +113,15 @@ def _fill(start, stop, tag, rows, k, a, column, offsets, scale, scale_step, code
 
 
 @jit
-def _turn(step, tiles, parts, rows):
-    """The tile and the part of the depth that come next: one row reads whole rows of B, several keep a part of A."""
-    return divmod(step, parts) if rows == 1 else (step % tiles, step // tiles)
+def _part(turn, counts, most, whole):
+    """Where the part of a task that comes next begins, and how far it goes, in columns and in depth.
+
+    One row reads whole rows of B, several keep a part of A.
+    """
+    tiles, parts, rows = counts
+    tile, part = divmod(turn, parts) if rows == 1 else (turn % tiles, turn // tiles)
+    column, first = tile * most[0], part * most[1]
+    return column, first, min(most[0], whole[0] - column), min(most[1], whole[1] - first)
 
 
 @jit
@@ -140,6 +146,15 @@ def _emit(tag, sums, rows, columns, factor, out, step, offsets):
 
 
 @jit
+def _fp4_coded(b, s, origin, shape, codes, factors):
+    """The codes and the scales of so many columns and groups of B, from a group, a column and a group of it on."""
+    (group, column, first), (columns, groups) = origin, shape
+    begin, length = first * GROUP // 2, groups * GROUP // 2
+    w = _bytes(b, group, column, begin, (columns, length), length, codes)
+    return w, _bytes(s, group, column, first, shape, groups, factors)
+
+
+@jit
 def _fp4(start, stop, tag, n, groups, mc, nc, x, b, s, table, out, step, offsets, blocks):
     deepest = DOT_DEPTH // GROUP
     memory, (panel, sums) = scratch(FLOAT32, ((DOT_ROW_COLUMNS, DOT_DEPTH), (mc + DOT_ROWS, nc + DOT_WIDTH)))
@@ -150,19 +165,15 @@ def _fp4(start, stop, tag, n, groups, mc, nc, x, b, s, table, out, step, offsets
         columns, across = min(nc, n - column), DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS
         tiles, parts = -(-columns // across), max(1, -(-groups // deepest))
         for turn in range(tiles * parts):
-            tile, part = _turn(turn, tiles, parts, rows)
-            j, first = tile * across, part * deepest
-            valid, deep = min(across, columns - j), min(deepest, groups - first)
-            begin, length = first * GROUP // 2, deep * GROUP // 2
-            w = _bytes(b, group, column + j, begin, (valid, length), length, codes)
-            scales = _bytes(s, group, column + j, first, (valid, deep), deep, factors)
+            j, first, valid, deep = _part(turn, (tiles, parts, rows), (across, deepest), (columns, groups))
+            w, scales = _fp4_coded(b, s, (group, column + j, first), (valid, deep), codes, factors)
             left, into = shifted(x, row, GROUP * first), shifted(sums, 0, j)
             if rows == 1:
-                fp4_row(left, w, scales, table, valid, deep, into, part > 0)
+                fp4_row(left, w, scales, table, valid, deep, into, first > 0)
             else:
                 for i in range(valid):
                     fp4_decode(at(w, i, 0), at(scales, i, 0), table, deep, at(panel, i, 0))
-                dot_rows(left, panel, rows, valid, GROUP * deep, into, part > 0)
+                dot_rows(left, panel, rows, valid, GROUP * deep, into, first > 0)
         target = out + column * step * size(tag)
         _emit(tag, sums, rows, columns, np.float32(1), target, step, offsets[row:])
     return alive(memory, apart)
@@ -180,15 +191,11 @@ def _fp4_paired(start, stop, tag, n, groups, mc, nc, x, b, s, table, out, step, 
         columns, across = min(nc, n - column), DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS
         tiles, parts = -(-columns // across), max(1, -(-groups // deepest))
         for turn in range(tiles * parts):
-            tile, part = _turn(turn, tiles, parts, rows)
-            j, first = tile * across, part * deepest
-            valid, deep = min(across, columns - j), min(deepest, groups - first)
-            begin, length = first * GROUP // 2, deep * GROUP // 2
-            w = _bytes(b, group, column + j, begin, (valid, length), length, codes)
-            scales = _bytes(s, group, column + j, first, (valid, deep), deep, factors)
+            j, first, valid, deep = _part(turn, (tiles, parts, rows), (across, deepest), (columns, groups))
+            w, scales = _fp4_coded(b, s, (group, column + j, first), (valid, deep), codes, factors)
             for i in range(valid):
                 fp4_halves(at(w, i, 0), at(scales, i, 0), table, deep, at(panel, i, 0), across * b[2])
-            dot_rows(shifted(x, row, GROUP * first), panel, rows, valid, GROUP * deep, shifted(sums, 0, j), part > 0)
+            dot_rows(shifted(x, row, GROUP * first), panel, rows, valid, GROUP * deep, shifted(sums, 0, j), first > 0)
         target = out + column * step * size(tag)
         _emit(tag, sums, rows, columns, np.float32(1), target, step, offsets[row:])
     return alive(memory, further, apart)
@@ -220,20 +227,18 @@ def _fp8(start, stop, tag, n, k, mc, nc, x, b, s, coded, table, out, step, offse
         if rows == 1:
             _scaled(shifted(x, row, 0), 1, k, scales, above, scale_step, coded, table, left)
         for turn in range(tiles * parts):
-            tile, part = _turn(turn, tiles, parts, rows)
-            j, first = tile * across, part * DOT_DEPTH
-            valid, deep = min(across, columns - j), min(DOT_DEPTH, k - first)
+            j, first, valid, deep = _part(turn, (tiles, parts, rows), (across, DOT_DEPTH), (columns, k))
             if rows > 1 and j == 0:
                 index, all_rows = above + first // BLOCK * scale_step, round_up(rows, DOT_ROWS)
                 _scaled(shifted(x, row, first), all_rows, deep, scales, index, scale_step, coded, table, left)
             padded, into = round_up(deep, PAIR), shifted(sums, 0, j)
             w = _bytes(b, group, column + j, first, (valid, deep), padded, codes)
             if rows == 1:
-                fp8_row(shifted(left, 0, first), w, valid, padded, into, part > 0)
+                fp8_row(shifted(left, 0, first), w, valid, padded, into, first > 0)
             else:
                 for i in range(valid):
                     fp8_decode(at(w, i, 0), padded, at(panel, i, 0))
-                dot_rows(left, panel, rows, valid, padded, into, part > 0)
+                dot_rows(left, panel, rows, valid, padded, into, first > 0)
         target = out + column * step * size(tag)
         _emit(tag, sums, rows, columns, _FP8_FACTOR, target, step, offsets[row:])
     return alive(memory, apart)
