@@ -139,7 +139,7 @@ def refuse_traced_overlap(operator: Operator, args: Sequence[Any]) -> None:
             if x.untyped_storage()._cdata == out.untyped_storage()._cdata:
                 (low, high), (first, last) = arrays.span(out), arrays.span(x)
                 start, there = out.storage_offset() * out.element_size(), x.storage_offset() * x.element_size()
-                if there + first < start + high and start + low < there + last:
+                if _meet((there + first, there + last), (start + low, start + high)):
                     raise ValueError(f"{operator.name}: out shares memory with {operator.parameters[position]}")
 
 
@@ -168,11 +168,17 @@ def refuse_overlap(
     taken: list[tuple[int, int]] = []
     for out, (same, low, high) in zip(operator.each(args[-1]), out_spans, strict=True):
         origin = address(out)
-        start, stop = origin + low, origin + high
+        own = origin + low, origin + high
         for position, first, last in spans:
             there = address(args[position])
-            if there + first < stop and start < there + last and not (position == same and there == origin):
+            if _meet((there + first, there + last), own) and not (position == same and there == origin):
                 raise ValueError(f"{operator.name}: out shares memory with {operator.parameters[position]}")
-        if taken and any(first < stop and start < last for first, last in taken):
+        if any(_meet(own, other) for other in taken):
             raise ValueError(f"{operator.name}: results share memory with each other")
-        taken.append((start, stop))
+        taken.append(own)
+
+
+def _meet(one: tuple[int, int], two: tuple[int, int]) -> bool:
+    """Whether two extents share a byte. One without bytes meets none, wherever it lies: NumPy puts a reversed array
+    without elements beyond its memory, amid somebody else's."""
+    return max(one[0], two[0]) < min(one[1], two[1])

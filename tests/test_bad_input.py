@@ -119,6 +119,18 @@ def test_out_must_not_share_memory_with_an_input(backend):
         flagops.matmul(room[:16].view(4, 4), T(4, 4), out=room[15:31].view(4, 4), backend=backend)
 
 
+@pytest.mark.parametrize("make", [np.zeros, torch.zeros])
+def test_an_array_without_elements_shares_no_memory_wherever_it_lies(make):
+    room = make(64)
+    for start in range(64):
+        a, b = room[:0].reshape(4, 0), room[start:start].reshape(0, 4)
+        if make is np.zeros:
+            a, b = a[:, ::-1], np.lib.stride_tricks.as_strided(room[start:], (0, 4), (16, -4))[:, ::-1]
+        assert (flagops.matmul(a, b, out=room[8:24].reshape(4, 4)) == 0).all()
+    empty = room[8:8].reshape(0, 4)
+    flagops.matmul(empty, room[:16].reshape(4, 4), out=room[12:12].reshape(0, 4))
+
+
 def test_read_only_output_is_refused():
     out = np.zeros((3, 2))
     out.flags.writeable = False
