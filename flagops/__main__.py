@@ -295,7 +295,7 @@ def _check_words(parser: argparse.ArgumentParser) -> None:
         "--least",
         type=float,
         metavar="X",
-        help="share of cases that must run, a fifth of it in each dtype (default: 0.5)",
+        help="share of cases that must run, a fifth of it in each dtype (default: two thirds)",
     )
     add("--mutants", type=int, metavar="N", help="try N small edits of the kernels instead: each must be noticed")
     add("--strict", action="store_true", help="every case that the card allows must run")

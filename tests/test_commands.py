@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import io
 import os
 import signal
@@ -141,7 +142,8 @@ def test_ctrl_c_ends_a_bisection_and_its_child(tmp_path):
     script, mark = tmp_path / "script.py", tmp_path / "child"
     script.write_text(f"import os, time\nopen({str(mark)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
     command = [sys.executable, "-m", "flagops", "bisect", str(script)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not so where the suite runs in the background
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(), preexec_fn=heard)
     until = time.monotonic() + 120
     while not (mark.exists() and mark.read_text()):
         assert process.poll() is None

@@ -36,8 +36,12 @@ SECONDS = 10.0
 """Of a default run."""
 ROUNDS = (0.15, 1.0)
 """Of the time of each stage; a stage of one case has its turn in the last."""
-LEAST_SHARE = 0.5
+LEAST_SHARE = 2 / 3
 """Of all cases a kernel must run at least so many, of those with any one dtype or layout a fifth of that."""
+
+
+UNDECIDED = 1000
+"""More cases at most, where the first ones do not decide on that."""
 
 
 @dataclass
@@ -111,6 +115,7 @@ class Session:
                     self._stage(stage, seconds * stage.share, part)
                     _nothing_changed(self.libraries, "replaced")
                     trusted.add((self.op.name, self.backend))
+            self._decide(least_share)
             self._enough(strict, least_share)
             self._say_what_is_not_covered()
             self.record.seconds = time.monotonic() - start
@@ -209,6 +214,19 @@ class Session:
     def _found(self, result: str, text: str) -> None:
         self.record.result, self.record.finding = result, text
 
+    def _decide(self, least_share: float) -> None:
+        """Ask for more cases where the share that ran is so near to the least that other draws might say otherwise."""
+        record = self.record
+
+        def near() -> bool:
+            return abs(record.share() - least_share) < 3 * math.sqrt(0.25 / record.asked["all"])
+
+        counting = dataclasses.replace(STAGES[0], hold=_runs)
+        for case in itertools.islice(self.draws.drawn(), UNDECIDED):
+            if not record.refused or not record.ran["all"] or not near():
+                return
+            self._hold(counting, case)
+
     def _enough(self, strict: bool, least_share: float) -> None:
         record = self.record
         least = {word: 1.0 if strict else least_share / (1 if word == "all" else 5) for word in record.asked}
@@ -249,6 +267,11 @@ class Stage:
 
 def _parity(session: Session, case: Case) -> float:
     return assert_parity(session.op, session.backend, case, session.allocate(case))
+
+
+def _runs(session: Session, case: Case) -> float:
+    Call(session.op, session.backend, case).run()
+    return 0.0
 
 
 def _facts(session: Session, case: Case) -> float:

@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> int:
             if options.shares:
                 watched = stack.enter_context(watching())
 
-        code = _run(options.script, options.arguments, begin)
+        code = _run(str(options.script), options.arguments, begin)
     for handle in handles:
         print(handle.report(watched()), file=sys.stderr)
     return code
@@ -83,7 +83,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _script(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """What follows the script is the script's own."""
-    parser.add_argument("script", metavar="SCRIPT", help="a Python file")
+    parser.add_argument("script", type=contract.existing, metavar="SCRIPT", help="a Python file")
     parser.add_argument("arguments", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="what the script is given")
     parser.epilog = "FLAGOPS_OPS says what is replaced (default,-matmul; all), FLAGOPS_BACKEND by which backend."
     return parser
@@ -170,9 +170,7 @@ def bisect(argv: Sequence[str]) -> int:
         f"the last digit printed (default: {WITHIN:g}; 0: every character must be the same)",
     )  # fmt: skip
     options = _script(parser).parse_args(argv)
-    if not os.path.isfile(options.script):
-        raise ValueError(f"there is no file {options.script}")
-    words, within = [options.script, *options.arguments], options.within
+    words, within = [str(options.script), *options.arguments], options.within
 
     def same(one: Outcome, two: Outcome) -> bool:
         return (one.status, one.output) == (two.status, two.output) if not within else one.distance(two) <= within
