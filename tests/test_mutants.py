@@ -1,6 +1,6 @@
 """The suite must notice small edits of the real kernels; those that no result can tell apart are listed with why.
 
-A run draws a few of each kernel file, from its seed; ``make mutants`` tries all.
+A run draws one of each kernel file, from its seed; ``make mutants`` tries all.
 """
 
 import importlib.util
