@@ -16,12 +16,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+from flagops.backends.numba import features
 from flagops.judge.derived import derived, mutate
 
 TABLES = [runpy.run_path(str(path)) for path in sorted(Path(__file__).with_name("families").glob("*.py"))]
 
 # Mutants that survive, by file and index, each with why no result can tell it apart.
 EQUIVALENT: dict[tuple[str, int], str] = {k: v for t in TABLES for k, v in t.get("EQUIVALENT", {}).items()}
+if "+avx512bf16" not in features():
+    EQUIVALENT |= {k: "the processor does not run it" for t in TABLES for k in t.get("PAIRED", ())}
 
 
 def kernels() -> Path:

@@ -142,7 +142,7 @@ def test_ctrl_c_ends_a_bisection_and_its_child(tmp_path):
     script, mark = tmp_path / "script.py", tmp_path / "child"
     script.write_text(f"import os, time\nopen({str(mark)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
     command = [sys.executable, "-m", "flagops", "bisect", str(script)]
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not so where the suite runs in the background
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored by a suite in the background
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(), preexec_fn=heard)
     until = time.monotonic() + 120
     while not (mark.exists() and mark.read_text()):

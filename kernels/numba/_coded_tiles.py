@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from flagops.backends.numba import features
 
-from .._moe import GROUP
+from .._moe import BLOCK, GROUP
 from . import _ir
 from ._formats import FORMATS, HALF
 from ._ir import LANES, constant, f16, f32, fma, i8, i16, i32, i64, load, lookup, loop, read, shuffle, splat, store
@@ -47,9 +47,17 @@ def fp4_table() -> np.ndarray:
 
 def fp4_pairs() -> np.ndarray:
     """What `fp4_halves` looks scales up in: the bits of 16 products as bfloat16, twice."""
-    values = np.tile(_E2M1.values, 2).astype(np.float64)
+    return _products(np.tile(_E2M1.values, 2))
+
+
+def fp8_pairs() -> np.ndarray:
+    """What `fp8_halves` looks scales up in: the bits of 128 magnitudes times the scale as bfloat16."""
+    return _products(np.abs(_E4M3.values[: _E4M3.top + 1]))
+
+
+def _products(values):
     with np.errstate(over="ignore", invalid="ignore"):
-        return (_SCALES.values[:, None].astype(np.float64) * values).astype(ml_dtypes.bfloat16).view(np.uint16)
+        return (_SCALES.values[:, None] * values).astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
 def _vector(element, count=LANES):
@@ -209,6 +217,41 @@ def fp4_halves(typingctx, codes, scales, table, groups, out, ahead):
             return []
 
         loop(builder, groups, [], step)
+        return context.get_dummy_value()
+
+    return types.none(*[types.int64] * 6), generate
+
+
+@intrinsic
+def fp8_halves(typingctx, codes, scales, table, blocks, out, ahead):
+    """Write blocks of weights, scaled, as bfloat16; what lies `ahead` of the codes is fetched."""
+
+    def generate(context, builder, signature, arguments):
+        codes, scales, table, blocks, out, ahead = arguments
+        kind, count = _vector(i16, PAIR), _E4M3.top + 1
+
+        def step(block, values):
+            scale = builder.zext(read(builder, i8, builder.add(scales, block)), i64)
+            row = builder.add(table, builder.mul(scale, i64(2 * count)))
+            products = [read(builder, kind, row, i64(2 * first)) for first in range(0, count, PAIR)]
+            start = builder.mul(block, i64(BLOCK))
+            for first in range(0, BLOCK, PAIR):
+                at = builder.add(codes, _plus(builder, start, first))
+                if first % 64 == 0:
+                    _ir.prefetch(builder, builder.add(at, ahead))
+                code = builder.zext(read(builder, _vector(i8, PAIR), at), kind)
+                # the instruction takes six bits; the seventh chooses between its results, the eighth is the sign
+                low, high = (
+                    _ir.call(builder, "x86.avx512.vpermi2var.hi.512", products[half], code, products[half + 1])
+                    for half in (0, 2)
+                )
+                above = builder.icmp_unsigned("!=", builder.and_(code, constant(kind, 64)), constant(kind, 0))
+                sign = builder.and_(builder.shl(code, constant(kind, 8)), constant(kind, -(1 << 15)))
+                weight = builder.or_(builder.select(above, high, low), sign)
+                _ir.write(builder, weight, builder.add(out, builder.shl(_plus(builder, start, first), i64(1))))
+            return []
+
+        loop(builder, blocks, [], step)
         return context.get_dummy_value()
 
     return types.none(*[types.int64] * 6), generate

@@ -2,8 +2,8 @@
 
 One row is bound by the bytes of B, which are decoded in registers; many rows by operations, and decode B in panels that
 stay in L1. A weight is never expanded as a whole. A is widened once, scaled, into rows of float32. Where the processor
-adds products of bfloat16 in pairs, rows of that hold FP8 times powers of two, exactly, and panels FP4 times those; one
-row is then multiplied with decoded panels as well.
+adds products of bfloat16 in pairs, rows and panels of that hold codes times powers of two, exactly; one row is then
+multiplied with decoded panels as well.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from ._coded_tiles import (
     fp4_row,
     fp4_table,
     fp8_decode,
+    fp8_halves,
+    fp8_pairs,
     fp8_row,
 )
 from ._formats import FORMATS
@@ -65,7 +67,7 @@ def _values(name: str) -> Any:
     return FORMATS[name].values.astype(np.float32)
 
 
-_products, _pairs = cache(fp4_table), cache(fp4_pairs)
+_products, _pairs = cache(fp4_table), (cache(fp8_pairs), cache(fp4_pairs))
 
 
 @cache
@@ -146,15 +148,6 @@ def _emit(tag, sums, rows, columns, factor, out, step, offsets):
 
 
 @jit
-def _fp4_coded(b, s, origin, shape, codes, factors):
-    """The codes and the scales of so many columns and groups of B, from a group, a column and a group of it on."""
-    (group, column, first), (columns, groups) = origin, shape
-    begin, length = first * GROUP // 2, groups * GROUP // 2
-    w = _bytes(b, group, column, begin, (columns, length), length, codes)
-    return w, _bytes(s, group, column, first, shape, groups, factors)
-
-
-@jit
 def _fp4(start, stop, tag, n, groups, mc, nc, x, b, s, table, out, step, offsets, blocks):
     deepest = DOT_DEPTH // GROUP
     memory, (panel, sums) = scratch(FLOAT32, ((DOT_ROW_COLUMNS, DOT_DEPTH), (mc + DOT_ROWS, nc + DOT_WIDTH)))
@@ -166,7 +159,9 @@ def _fp4(start, stop, tag, n, groups, mc, nc, x, b, s, table, out, step, offsets
         tiles, parts = -(-columns // across), max(1, -(-groups // deepest))
         for turn in range(tiles * parts):
             j, first, valid, deep = _part(turn, (tiles, parts, rows), (across, deepest), (columns, groups))
-            w, scales = _fp4_coded(b, s, (group, column + j, first), (valid, deep), codes, factors)
+            begin, length = first * GROUP // 2, deep * GROUP // 2
+            w = _bytes(b, group, column + j, begin, (valid, length), length, codes)
+            scales = _bytes(s, group, column + j, first, (valid, deep), deep, factors)
             left, into = shifted(x, row, GROUP * first), shifted(sums, 0, j)
             if rows == 1:
                 fp4_row(left, w, scales, table, valid, deep, into, first > 0)
@@ -180,11 +175,13 @@ def _fp4(start, stop, tag, n, groups, mc, nc, x, b, s, table, out, step, offsets
 
 
 @jit
-def _fp4_paired(start, stop, tag, n, groups, mc, nc, x, b, s, table, out, step, offsets, blocks):
-    deepest = PAIR_DEPTH // GROUP
+def _paired(start, stop, tag, packed, n, k, mc, nc, x, b, s, table, out, step, offsets, blocks):
+    """Panels of bfloat16, each weight times its scale; the columns of a task of FP8 lie under one row of scales."""
+    unit, per_byte = (GROUP, 2) if packed else (BLOCK, 1)
+    deepest, groups = PAIR_DEPTH // unit, -(-k // unit)
     memory, (panel,) = scratch(x.tag, ((DOT_ROW_COLUMNS, PAIR_DEPTH),))
     further, (sums,) = scratch(FLOAT32, ((mc + DOT_ROWS, nc + DOT_WIDTH),))
-    apart, (codes, factors) = scratch(BYTE, ((DOT_ROW_COLUMNS, PAIR_DEPTH // 2), (DOT_ROW_COLUMNS, deepest)))
+    apart, (codes, factors) = scratch(BYTE, ((DOT_ROW_COLUMNS, PAIR_DEPTH), (DOT_ROW_COLUMNS, PAIR_DEPTH // GROUP)))
     for task in range(start, stop):
         block, column = share(blocks, task, n, nc, 1)
         row, group, rows = blocks[block, A], blocks[block, B], blocks[block, ROWS]
@@ -192,10 +189,17 @@ def _fp4_paired(start, stop, tag, n, groups, mc, nc, x, b, s, table, out, step, 
         tiles, parts = -(-columns // across), max(1, -(-groups // deepest))
         for turn in range(tiles * parts):
             j, first, valid, deep = _part(turn, (tiles, parts, rows), (across, deepest), (columns, groups))
-            w, scales = _fp4_coded(b, s, (group, column + j, first), (valid, deep), codes, factors)
+            begin, length = first * unit // per_byte, deep * unit // per_byte
+            w = _bytes(b, group, column + j, begin, (valid, min(length, k // per_byte - begin)), length, codes)
+            above, scaled = (column + j, valid) if packed else (column // BLOCK, 1)
+            scales = _bytes(s, group, above, first, (scaled, deep), deep, factors)
             for i in range(valid):
-                fp4_halves(at(w, i, 0), at(scales, i, 0), table, deep, at(panel, i, 0), across * b[2])
-            dot_rows(shifted(x, row, GROUP * first), panel, rows, valid, GROUP * deep, shifted(sums, 0, j), first > 0)
+                if packed:
+                    fp4_halves(at(w, i, 0), at(scales, i, 0), table, deep, at(panel, i, 0), across * b[2])
+                else:
+                    fp8_halves(at(w, i, 0), at(scales, 0, 0), table, deep, at(panel, i, 0), across * b[2])
+            left, into = shifted(x, row, unit * first), shifted(sums, 0, j)
+            dot_rows(left, panel, rows, valid, unit * deep, into, first > 0)
         target = out + column * step * size(tag)
         _emit(tag, sums, rows, columns, np.float32(1), target, step, offsets[row:])
     return alive(memory, further, apart)
@@ -256,13 +260,15 @@ def scales(x: Any) -> Scales:
 
 
 def product(
-    name: str, a: View, a_scale: Scales | None, b: View, b_scale: Scales, result: str, out: View, bounds: Any = None
+    name: str, a: View, a_scale: Scales | None, b: View, b_scale: Scales, result: str, out: View, bounds: Any = None,
+    paired: bool = False,
 ) -> None:  # fmt: skip
     """out[.., n] = (a[.., k] * a_scale) (b[n, ..] * b_scale)^T, rounded once, to the dtype called `result`.
 
     name: the dtype of a: uint8 where it is codes, which have scales, else a float's, which has none. b is packed FP4
     where it is half as wide as a, else FP8. The leading axes of a and a_scale broadcast to those of out. Given bounds,
     b and b_scale have an axis of groups in front; the rows from bounds[g] to bounds[g + 1] are multiplied by b[g].
+    paired: where the processor can and all scales are powers of two; bfloat16 then holds a without scales.
     """
     n, k, packed = b.shape[-2], a.shape[-1], 2 * b.shape[-1] == a.shape[-1]
     leads = [a, a_scale.view if a_scale else a, out]
@@ -273,7 +279,7 @@ def product(
         return
     if bounds is None:
         bounds = np.array([0, m])
-    paired = PAIRS and packed and (a_scale is None or a_scale.coded)
+    paired = paired and PAIRS and b_scale.coded and (a_scale is None or a_scale.coded)
     kind, item = (TAGS["bfloat16"], 2) if paired else (FLOAT32, 4)
     ld = round_up.py_func(k, BLOCK) + 64 // item  # rows a power of two apart would share few sets of a cache
     most = max(_ROWS, config.budget() // 4 // (item * ld) // _ROWS * _ROWS)
@@ -292,14 +298,14 @@ def product(
         )  # fmt: skip
         mc = min(rows, _ROWS)
         blocks = row_blocks(bounds, first, first + rows, mc, 1, 1, 1)
-        if packed:
-            nc = task_columns(n, len(blocks), count, UNIT)
-            kernel, looked_up = (_fp4_paired, _pairs) if paired else (_fp4, _products)  # type: Any, Any
-            shape, table = (n, k // GROUP, mc, nc), (_address(looked_up),)  # type: Any, Any
+        nc = task_columns(n, len(blocks), count, UNIT) if packed else BLOCK
+        while not packed and nc > 32 and -(-n // nc) * len(blocks) < 4 * count:
+            nc //= 2
+        if paired:
+            kernel, shape, table = _paired, (packed, n, k, mc, nc), (_address(_pairs[packed]),)  # type: Any, Any, Any
+        elif packed:
+            kernel, shape, table = _fp4, (n, k // GROUP, mc, nc), (_address(_products),)
         else:
-            nc = BLOCK
-            while nc > 32 and -(-n // nc) * len(blocks) < 4 * count:
-                nc //= 2
             kernel, shape, table = _fp8, (n, k, mc, nc), (b_scale.coded, tables[0])
         tasks = len(blocks) * -(-n // nc)
         target = out.address, out.strides[-1], where, blocks

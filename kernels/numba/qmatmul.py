@@ -12,13 +12,14 @@ from ._ir import PAIRS
 from ._qmatmul import product, scales
 
 
-@kernel(deterministic=True, batch_invariant=True, note="weights decoded in registers")
+@kernel(deterministic=True, batch_invariant=True, paired=PAIRS, note="weights decoded in registers")
 def fp8_matmul(a: Any, a_scale: Any, b: Any, b_scale: Any, dtype: str, out: Any) -> None:
-    """A code shifted by 7 bits is a float16; the scales of both sides go into the row of activations."""
-    product(dtype_name(a), view(a), scales(a_scale), view(b), scales(b_scale), dtype_name(out), view(out))
+    """A code shifted by 7 bits is a float16, and the scales of both sides go into the row of activations; or a code is
+    looked up among the 128 magnitudes under its scale, which bfloat16 holds."""
+    product(dtype_name(a), view(a), scales(a_scale), view(b), scales(b_scale), dtype_name(out), view(out), paired=True)
 
 
 @kernel(deterministic=True, batch_invariant=True, paired=PAIRS, note="weights decoded in registers")
 def fp4_matmul(a: Any, a_scale: Any, b: Any, b_scale: Any, dtype: str, out: Any) -> None:
     """A nibble is looked up among the 16 products of its scale; bfloat16 holds them, unless `a_scale` is float32."""
-    product(dtype_name(a), view(a), scales(a_scale), view(b), scales(b_scale), dtype_name(out), view(out))
+    product(dtype_name(a), view(a), scales(a_scale), view(b), scales(b_scale), dtype_name(out), view(out), paired=True)

@@ -5,20 +5,24 @@ MUTANTS = {
         ("fp8_matmul", "first // BLOCK * scale_step", "first // BLOCK", 0),
         ("fp8_matmul", "above + first // BLOCK * scale_step", "above", 0),
         ("fp8_matmul", "padded, into = round_up(deep, PAIR)", "padded, into = deep", 0),
-        ("fp4_matmul", "column, first, shape, groups", "column, 0, shape, groups", 0),
+        ("fp4_matmul", "column + j, first, (valid, deep)", "column + j, 0, (valid, deep)", 0),
         ("moe_experts", "base + group * group_step", "base", 0),
-        ("moe_experts", "group * group_step + column // BLOCK", "column // BLOCK", 0),
+        ("moe_experts", "_bytes(s, group, above", "_bytes(s, 0, above", 0),
+        ("fp8_matmul", "else (column // BLOCK, 1)", "else (0, 1)", 0),
         ("fp8_matmul", "column // BLOCK * row_step", "0", 0),
         ("fp8_matmul", "column_step == 1 and shape[1] == padded", "column_step == 1", 0),
         ("fp4_matmul", "GROUP * deep, into, first > 0", "GROUP * deep, into, first > deepest", 0),
-        ("fp4_matmul", "shifted(sums, 0, j), first > 0", "shifted(sums, 0, j), first > deepest", 0),
+        ("fp4_matmul", "unit * deep, into, first > 0", "unit * deep, into, first > deepest", 0),
         ("fp8_matmul", "part * most[1]", "0 * most[1]", 0),
     ],
     "numba/_coded_tiles.py": [
         ("fp4_matmul", "+ 4 * (lane // 4) for lane in range(16)]", "+ 4 * (lane // 8) for lane in range(16)]", 0),
-        ("fp4_matmul", "_SCALES.values[:, None]", "2 * _SCALES.values[:, None]", 0),
+        ("fp4_matmul", "_SCALES.values[:, None] * values", "2 * _SCALES.values[:, None] * values", 0),
         ("fp4_matmul", "constant(byte.type, 12)", "constant(byte.type, 8)", 0),
         ("fp4_matmul", "np.tile(_E2M1.values, 2)", "np.repeat(_E2M1.values, 2)", 0),
+        ("fp8_matmul", "builder.select(above, high, low)", "low", 0),
+        ("fp8_matmul", "constant(kind, -(1 << 15))", "constant(kind, 0)", 0),
+        ("fp8_matmul", "builder.add(scales, block)", "scales", 0),
         ("fp8_matmul", "~(1 << HALF.bits - 2)", "~0", 0),
         ("fp8_matmul", "builder.select(any_nan, constant(total.type, float(\"nan\")), total)", "total", 0),
         ("fp8_matmul", "range(part * LANES, (part + 1) * LANES)", "range(0, LANES)", 0),
@@ -37,3 +41,6 @@ MUTANTS = {
         ("fp4_matmul", "(start // 32 + group)", "(start // 32 + 0 * group)", 0),
     ],
 }  # fmt: skip
+
+# Of code that runs only where the processor adds products of bfloat16 in pairs.
+PAIRED = {("numba/_qmatmul.py", i) for i in (5, 6, 10)} | {("numba/_coded_tiles.py", i) for i in (1, 2, 3, 4, 5, 6)}
