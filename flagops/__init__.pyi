@@ -219,7 +219,7 @@ def grouped_output_projection(
 ) -> Array: ...
 def fp8_matmul(
     a: Array,
-    a_scale: Array,
+    a_scale: Array | None,
     b: Array,
     b_scale: Array,
     dtype: DType = ...,
@@ -229,7 +229,7 @@ def fp8_matmul(
 ) -> Array: ...
 def fp4_matmul(
     a: Array,
-    a_scale: Array,
+    a_scale: Array | None,
     b: Array,
     b_scale: Array,
     dtype: DType = ...,
