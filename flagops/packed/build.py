@@ -11,12 +11,14 @@ from torch import nn
 
 from flagops.checkpoint import Refused
 from flagops.checkpoint.documents import AGAIN, line
+from flagops.checkpoint.memory import resident
 from flagops.checkpoint.plan import COPY, FP4, FP8, Output, Plan
 from flagops.checkpoint.source import CONFIG, Source
 
+from .arena import Arena
 from .modules import PackedExpert, PackedExperts, PackedGroupedLinear, PackedLinear, StackedExperts, frozen
 from .names import EXPERT, renamed
-from .products import BLOCK, POWERS, Weight
+from .products import BLOCK, POWERS, Stacked, Weight
 from .storage import Mapped
 
 PARTS = ("gate", "up", "down")
@@ -34,12 +36,15 @@ class Build:
     """Makes `model` of a source, and notes the `places` of its tensors by their stored names.
 
     quantise: whether activations are quantised before they are multiplied. pack: whether experts are copied into
-    stacks.
+    stacks. memory: the most bytes that the process may take with all weights, experts being read on demand; None for
+    no bound.
     """
 
-    def __init__(self, source: Source, dtype: torch.dtype, quantise: bool, pack: bool) -> None:
+    def __init__(
+        self, source: Source, dtype: torch.dtype, quantise: bool, pack: bool, memory: int | None = None
+    ) -> None:
         plan = Plan(source)
-        self.source, self.mapped, self.quantise = source, Mapped(source), quantise
+        self.source, self.mapped, self.quantise, self._apiece = source, Mapped(source), quantise, memory is not None
         self.model = _blank(source, dtype)
         self.config = self.model.config.get_text_config()
         self.places: dict[str, Place] = {}
@@ -64,6 +69,7 @@ class Build:
         for stem, parts in experts.items():
             (self._packed if pack else self._apart)(stem, parts)
         self._finish(outputs, experts)
+        self.arena = None if memory is None else self._arena(memory)
 
     def _targets(self, plan: Plan) -> dict[str, Output]:
         """What becomes of each parameter and buffer, by transformers' names."""
@@ -129,10 +135,15 @@ class Build:
             self._weight(out, self._blank[f"{stem}.{leaf}"].shape)
             for leaf, out in (("gate_up_proj", gate_up), ("down_proj", down))
         ]
-        module = StackedExperts(weights[0], weights[1], self._limit(gate_up), self._scales(gate_up))
-        half = gate_up.shape[1] // 2
-        if gate_up.action == FP8 and half % BLOCK and module.scales != POWERS:
+        limit, scales, half = self._limit(gate_up), self._scales(gate_up), gate_up.shape[1] // 2
+        if gate_up.action == FP8 and half % BLOCK and (self._apiece or scales != POWERS):
             raise Refused(f"{gate_up.weight}: blocks of {BLOCK} do not divide the {half} rows of a gate; convert it")
+        module = StackedExperts(weights[0], weights[1], limit, scales)
+        if self._apiece:
+            stacked = Stacked(module.stacked, limit, scales)
+            each = [[PackedLinear(x, None, scales) for x in stacked.expert(i)] for i in range(gate_up.shape[0])]
+            self.model.set_submodule(stem, PackedExperts([PackedExpert(*layers) for layers in each], limit, scales))
+            return  # parts of the mapping, which are saved with it
         self.model.set_submodule(stem, module)
         self._note(gate_up, module, "gate_up_proj")
         self._note(down, module, "down_proj")
@@ -184,6 +195,21 @@ class Build:
                     getattr(module, name)[place].view(torch.uint8).copy_(x.view(torch.uint8))
                 for stored in filter(None, (out.weight, out.scale)):
                     self.mapped.forget(stored.name)
+
+    def _arena(self, memory: int) -> Arena:
+        """Experts read on demand into what is left beside all other weights."""
+        layers = [module for module in self.model.modules() if isinstance(module, PackedExperts)]
+        if not layers:
+            raise Refused(
+                f"{self.source.folder} has no routed experts, which alone are read on demand; leave memory out"
+            )
+        each = [[module.expert(i) for i in range(len(module))] for module in layers]
+        spared = sum(x.nbytes for experts in each for expert in experts for weight in expert for x in weight)
+        rest = sum(x.nbytes for x in self.model.parameters()) - spared
+        arena = Arena(self.mapped, each, memory - resident() - rest)
+        for index, module in enumerate(layers):
+            module.arena = arena, index
+        return arena
 
     def _limit(self, out: Output) -> float | None:
         if getattr(self.config, "hidden_act", "silu") != "silu":

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flagops import arrays
+from flagops import arrays, config
 from flagops.checkpoint import Refused
 from flagops.checkpoint.source import Source
 from flagops.errors import suggestion
@@ -25,6 +25,7 @@ def load(
     dtype: Any = "bfloat16",
     activations: str = "fp8",
     pack: bool = False,
+    memory: str | int | None = None,
     backend: str | Sequence[str] | None = None,
     numerics: str = "transformers",
 ) -> Any:
@@ -44,6 +45,9 @@ def load(
             bounds are those of `flagops.fp8_matmul`, `fp4_matmul` and `moe_experts`.
         pack: copy the experts of each layer into one tensor, which `moe_experts` computes in one call: memory of their
             size in place of mapped pages, and a load that reads them.
+        memory: the most bytes, such as ``"24GiB"``, that the process may take with all weights, activations and caches
+            aside: routed experts are then read on demand into what is left, kept by use and read ahead once they are
+            chosen (``model.flagops_arena.report()``). Results have the same bits for every budget. None maps them.
         backend, numerics: as of `flagops.patch`.
 
     ``state_dict()`` has the codes as ``weight`` and the scales as ``weight_scale_inv``, by transformers' names.
@@ -52,6 +56,7 @@ def load(
     No parameter asks for a gradient.
 
     Raises:
+        ValueError: an option is unknown, or two experts do not fit into memory.
         Refused: (a ValueError) names tensor, file and remedy where the checkpoint is damaged, lacks a tensor, has one
             of another shape or one that the model does not know, or is of a format other than these.
         ModuleNotFoundError: transformers is not installed.
@@ -65,8 +70,14 @@ def load(
         if value not in known:
             raise ValueError(f"load: {option} {value!r} is unknown{suggestion(value, known)}")
 
-    build = Build(Source(path), getattr(torch, name), activations == "fp8", pack)
+    room = None if memory is None else config.size(memory)
+    if pack and room is not None:
+        raise ValueError(
+            "load: pack copies all experts into memory, and memory= reads some of them; give one of the two"
+        )
+    build = Build(Source(path), getattr(torch, name), activations == "fp8", pack, room)
     model = build.model
     model.save_pretrained = Saved(build.mapped, build.places)
+    model.flagops_arena = build.arena
     model.flagops = patch(model, backend=backend, numerics=numerics)
     return model

@@ -6,12 +6,13 @@ casting it to another dtype leaves codes and scales as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .arena import Arena, Expert
 from .products import Call, Stacked, Weight, grouped, linear, routed, run
 
 _WORDS = {1: torch.uint8, 4: torch.int32}
@@ -87,15 +88,26 @@ class PackedExpert(nn.Module):
 
 
 class PackedExperts(nn.ModuleList):
-    """Routed experts that lie one by one, as most checkpoints have them: stacking them would be a second copy."""
+    """Routed experts that lie one by one, as most checkpoints have them: stacking them would be a second copy.
+
+    arena: what reads them on demand, as those of a layer; None where they are computed with where they lie.
+    """
 
     stacked = None
+    arena: tuple[Arena, int] | None = None
 
     def __init__(self, experts: list[PackedExpert], limit: float | None, scales: str | None) -> None:
         super().__init__(experts)
         self.limit, self.scales = limit, scales
 
-    def expert(self, index: int) -> tuple[Weight, Weight, Weight]:
+    def chosen(self, wanted: Sequence[int], tokens: int) -> Iterator[Expert]:
+        """Gate, up and down of each of some experts."""
+        if self.arena is None:
+            return map(self.expert, wanted)
+        arena, layer = self.arena
+        return arena.take(layer, wanted, tokens)
+
+    def expert(self, index: int) -> Expert:
         chosen: Any = self._modules[str(index)]
         return chosen.gate_proj.packed, chosen.up_proj.packed, chosen.down_proj.packed
 
@@ -121,8 +133,9 @@ class StackedExperts(Packed):
     def stacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.gate_up_proj, self.down_proj, self.gate_up_proj_scale_inv, self.down_proj_scale_inv
 
-    def expert(self, index: int) -> tuple[Weight, Weight, Weight]:
-        return Stacked(self.stacked, self.limit, self.scales).expert(index)
+    def chosen(self, wanted: Sequence[int], tokens: int) -> Iterator[Expert]:
+        """As `PackedExperts`."""
+        return Stacked(self.stacked, self.limit, self.scales).chosen(wanted, tokens)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As `PackedExperts`."""

@@ -6,7 +6,7 @@ with packed weights are `flagops.fp8_matmul` and `flagops.fp4_matmul`, experts t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -45,8 +45,8 @@ class Experts(Protocol):
     @property
     def stacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...
 
-    def expert(self, index: int) -> tuple[Weight, Weight, Weight]:
-        """Gate, up and down of an expert."""
+    def chosen(self, wanted: Sequence[int], tokens: int) -> Iterator[tuple[Weight, Weight, Weight]]:
+        """Gate, up and down of each of some experts, asked for by so many tokens."""
         ...
 
 
@@ -113,9 +113,10 @@ def routed(module: Experts, x: Tensor, indices: Tensor, weights: Tensor, call: C
         return result
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     codes, scale = quantised(x, module.scales, call)
-    for expert, pairs in hit(indices):
+    found = list(hit(indices))
+    parts = module.chosen([expert for expert, _ in found], len(x))
+    for (_, pairs), (gate, up, down) in zip(found, parts, strict=True):
         rows = pairs // indices.shape[1]
-        gate, up, down = module.expert(expert)
         a = codes[rows], None if scale is None else scale[rows]
         g, u = product(a, gate, x.dtype, call), product(a, up, x.dtype, call)
         h = call("swiglu", g, u, weights.flatten()[pairs], module.limit)
@@ -139,6 +140,9 @@ class Stacked(NamedTuple):
     stacked: tuple[Tensor, Tensor, Tensor, Tensor]
     limit: float | None
     scales: str | None
+
+    def chosen(self, wanted: Sequence[int], tokens: int) -> Iterator[tuple[Weight, Weight, Weight]]:
+        return map(self.expert, wanted)
 
     def expert(self, index: int) -> tuple[Weight, Weight, Weight]:
         """Gate, up and down of an expert."""

@@ -30,12 +30,25 @@ class Mapped:
         self.source = source
         self._files: dict[str, mmap.mmap] = {}
         self._made: dict[str, torch.Tensor] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         found = self._made.get(name)
         if found is None:
             found = self._made[name] = self._tensor(self.source.tensors[name])
         return found
+
+    def where(self, x: torch.Tensor) -> tuple[str, int] | None:
+        """The file and the offset at which a contiguous part of a mapped tensor lies; None where it is a copy."""
+        address = x.data_ptr()
+        for file, (start, size) in self._spans.items():
+            if start <= address < start + size:
+                return file, address - start
+        return None
+
+    def at(self, file: str, offset: int) -> Stored:
+        """The tensor that lies at a place of a file."""
+        return next(x for x in self.source.tensors.values() if x.file == file and 0 <= offset - x.offset < x.size)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mapped:
         return self
@@ -72,7 +85,8 @@ class Mapped:
             try:
                 if documents.stamp(os.fstat(handle)) != self.source.stamps[name]:
                     raise Refused(f"{path} has changed since its header was read; load it when nothing writes there")
-                self._files[name] = mmap.mmap(handle, 0, access=mmap.ACCESS_COPY)
+                found = self._files[name] = mmap.mmap(handle, 0, access=mmap.ACCESS_COPY)
+                self._spans[name] = torch.frombuffer(found, dtype=torch.uint8).data_ptr(), len(found)
             finally:
                 os.close(handle)
         return self._files[name]
