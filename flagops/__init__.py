@@ -26,6 +26,7 @@ _HOMES = {
     "window_indices": "deepseek_v4.indices",
     "hca_indices": "deepseek_v4.indices",
     "enable": "override",
+    "load": "packed",
     "patch": "transformers",
     "AttentionCache": "deepseek_v4.cache",
     "AttentionConfig": "deepseek_v4.cache",

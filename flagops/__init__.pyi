@@ -21,6 +21,7 @@ from flagops.deepseek_v4.layers import (
     sliding_window_attention as sliding_window_attention,
 )
 from flagops.override import enable as enable
+from flagops.packed import load as load
 from flagops.override.coverage import coverage as coverage
 from flagops.registry import kernel as kernel, operators as operators
 from flagops.transformers import patch as patch
@@ -219,7 +220,7 @@ def grouped_output_projection(
 ) -> Array: ...
 def fp8_matmul(
     a: Array,
-    a_scale: Array,
+    a_scale: Array | None,
     b: Array,
     b_scale: Array,
     dtype: DType = ...,
@@ -229,7 +230,7 @@ def fp8_matmul(
 ) -> Array: ...
 def fp4_matmul(
     a: Array,
-    a_scale: Array,
+    a_scale: Array | None,
     b: Array,
     b_scale: Array,
     dtype: DType = ...,

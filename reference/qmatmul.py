@@ -1,4 +1,4 @@
-"""Products of FP8 activations with FP8 or packed FP4 weights, all with block scales."""
+"""Products of FP8 or float activations with FP8 or packed FP4 weights, the codes with block scales."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import numpy as np
 from flagops.arrays import numpy_dtype
 from flagops.operator import Dims, Tensor, operator
 
-from ._rounding import Array, least, magnitude, unit
+from ._rounding import Array, least, magnitude, unit, wide
 from .dequantize import DTYPE, E2M1, EXPERTS, e8m0
 
 BLOCK = 128
 CODES = ("float8_e4m3fn", "uint8")
 SCALES = ("float8_e8m0fnu", "uint8", "float32")
+FLOATS = ("bfloat16", "float16", "float32")
 
 FP8_WEIGHTS = {
     "v4-flash.wq_a": (1024, 4096),
@@ -25,6 +26,8 @@ FP8_WEIGHTS = {
     "v4-flash.wo_b": (4096, 8192),
     "v4-pro.wq_b": (65536, 1536),
 }
+
+FLOAT = {"absent": ("a_scale",)}
 
 
 def blocks(size: int) -> int:
@@ -52,6 +55,26 @@ def scales(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, dims: D
         value *= rng.choice([-1, 0, 1], shape)
         value[rng.random(shape) < 0.02] = rng.choice([np.nan, np.inf])
     return value.astype(np.float32)
+
+
+def _activations(dtypes: Mapping[str, str]) -> tuple[str, ...]:
+    """Codes with scales, else floats."""
+    return CODES if "a_scale" in dtypes else FLOATS
+
+
+def _drawn(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, dims: Dims) -> Array:
+    """Codes, or floats over some range, in some draws a few that are not finite."""
+    if dtype in CODES:
+        return codes(rng, shape, dtype, dims)
+    x = rng.standard_normal(shape) * np.exp2(rng.integers(-12, 6, shape) * rng.integers(0, 2))
+    if x.size < 4096 and rng.random() < 0.2:  # not at real sizes, where nothing but NaN would be left
+        x[rng.random(shape) < 0.02] = rng.choice([np.nan, np.inf, -np.inf])
+    return x.astype(numpy_dtype(dtype))
+
+
+def factors(a: Array, a_scale: Array | None) -> tuple[Array, Array]:
+    """Activations and the scale of each as float64; floats have 1."""
+    return (wide(a), np.ones(())) if a_scale is None else (e4m3(a), along(a_scale, a.shape[-1]))
 
 
 def e4m3(code: Array) -> Array:
@@ -119,8 +142,8 @@ def _fp8_blocks(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
 
 @operator(
     tensors={
-        "a": Tensor("... k", CODES, codes=True, draw=codes),
-        "a_scale": Tensor("... kb", SCALES, codes=True, draw=scales),
+        "a_scale": Tensor("... kb", SCALES, optional=True, codes=True, draw=scales),
+        "a": Tensor("... k", _activations, codes=True, draw=_drawn),
         "b": Tensor("n k", CODES, codes=True, draw=codes),
         "b_scale": Tensor("nb kb", SCALES, codes=True, draw=scales),
     },
@@ -131,19 +154,20 @@ def _fp8_blocks(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
         for name, (n, k) in FP8_WEIGHTS.items()
         for rows in (1, 16, 128)
     }
-    | {"v4-flash.wq_a.4096": {"batch": (4096,), "n": 1024, "k": 4096}},
+    | {"v4-flash.wq_a.4096": {"batch": (4096,), "n": 1024, "k": 4096}}
+    | {f"v4-flash.wq_b.float.{rows}": {"batch": (rows,), "n": 32768, "k": 1024, **FLOAT} for rows in (1, 128)},
     flops=_flops,
     sizes={"k": (128, 1, 32, 0, 130, 256, 520, 1030)},
     cases=({"n": 130, "k": 257}, {"n": 259, "k": 64}, {"n": 17, "k": 1536}),
     derived=lambda dims, scalars: {"nb": blocks(dims["n"]), "kb": blocks(dims["k"])},
     check=_fp8_blocks,
 )
-def fp8_matmul(a: Array, a_scale: Array, b: Array, b_scale: Array, dtype: str = "bfloat16") -> Array:
+def fp8_matmul(a: Array, a_scale: Array | None, b: Array, b_scale: Array, dtype: str = "bfloat16") -> Array:
     """``(a * a_scale) @ (b * b_scale).T`` of e4m3 codes, one scale for 128 of a row of a and for 128 x 128 of b.
 
     Args:
-        a: ``[..., k]`` float8_e4m3fn or its bytes, any strides.
-        a_scale: ``[..., ceil(k / 128)]`` float8_e8m0fnu or its bytes, or float32; broadcasts with a.
+        a: ``[..., k]`` float8_e4m3fn or its bytes, or without scales bfloat16, float16 or float32; any strides.
+        a_scale: ``[..., ceil(k / 128)]`` float8_e8m0fnu or its bytes, or float32; broadcasts with a. None for floats.
         b: ``[n, k]`` float8_e4m3fn or its bytes.
         b_scale: ``[ceil(n / 128), ceil(k / 128)]`` float8_e8m0fnu or its bytes, or float32.
         dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``, or the dtype itself.
@@ -160,29 +184,28 @@ def fp8_matmul(a: Array, a_scale: Array, b: Array, b_scale: Array, dtype: str = 
 
     Source: the block-scaled products of the DeepSeek-V3 and V4 reports (arXiv 2412.19437, section 3.3; 2606.19348).
     """
-    k = a.shape[-1]
     with np.errstate(invalid="ignore"):
-        return np.matmul(e4m3(a) * along(a_scale, k), (e4m3(b) * tiled(b_scale, *b.shape)).T)
+        return np.matmul(np.multiply(*factors(a, a_scale)), (e4m3(b) * tiled(b_scale, *b.shape)).T)
 
 
 def fp8_matmul_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
     n, k = arguments["b"].shape
-    a = e4m3(arguments["a"]), along(arguments["a_scale"], k)
+    a = factors(arguments["a"], arguments["a_scale"])
     b = e4m3(arguments["b"]), tiled(arguments["b_scale"], n, k)
     return _bound(exact, a, b, k + blocks(k), dtype)
 
 
 def _fp4_blocks(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
     k, kb = 32 * dims["g"], blocks(32 * dims["g"])
-    if dims["kb"] == kb:
+    if dims.get("kb", kb) == kb:
         return None
     return f"a_scale has {dims['kb']} columns, expected {kb}: one for each 128 of k = {k}"
 
 
 @operator(
     tensors={
-        "a": Tensor("... 32*g", CODES, codes=True, draw=codes),
-        "a_scale": Tensor("... kb", SCALES, codes=True, draw=scales),
+        "a_scale": Tensor("... kb", SCALES, optional=True, codes=True, draw=scales),
+        "a": Tensor("... 32*g", _activations, codes=True, draw=_drawn),
         "b": Tensor("n 16*g", ("uint8", "int8", "float4_e2m1fn_x2"), codes=True),
         "b_scale": Tensor("n g", SCALES[:2], codes=True, draw=scales),
     },
@@ -192,19 +215,21 @@ def _fp4_blocks(dims: Dims, arguments: Mapping[str, Any]) -> str | None:
         f"{name}.{rows}": {"batch": (rows,), "n": n, "g": k // 32}
         for name, (n, k) in EXPERTS.items()
         for rows in (1, 16, 128)
-    },
+    }
+    | {f"{name}.float.1": {"batch": (1,), "n": n, "g": k // 32, **FLOAT} for name, (n, k) in EXPERTS.items()},
     flops=_flops,
     sizes={"g": (4, 1, 2, 0, 5, 16, 33)},
     cases=({"n": 17, "g": 70},),
     derived=lambda dims, scalars: {"kb": blocks(32 * dims["g"])},
     check=_fp4_blocks,
 )
-def fp4_matmul(a: Array, a_scale: Array, b: Array, b_scale: Array, dtype: str = "bfloat16") -> Array:
+def fp4_matmul(a: Array, a_scale: Array | None, b: Array, b_scale: Array, dtype: str = "bfloat16") -> Array:
     """``(a * a_scale) @ (b * b_scale).T`` of e4m3 codes with packed MXFP4 weights, one power of two for 32 of a row.
 
     Args:
-        a: ``[..., k]`` float8_e4m3fn or its bytes, any strides; k is a multiple of 32.
-        a_scale: ``[..., ceil(k / 128)]`` float8_e8m0fnu or its bytes, or float32; broadcasts with a.
+        a: ``[..., k]`` float8_e4m3fn or its bytes, or without scales bfloat16, float16 or float32; any strides; k is a
+            multiple of 32.
+        a_scale: ``[..., ceil(k / 128)]`` float8_e8m0fnu or its bytes, or float32; broadcasts with a. None for floats.
         b: ``[n, k / 2]`` uint8, int8 or float4_e2m1fn_x2; byte j holds element 2j in its low nibble and 2j+1 in its
             high one. It is never expanded as a whole.
         b_scale: ``[n, k / 32]`` float8_e8m0fnu or its bytes.
@@ -223,13 +248,12 @@ def fp4_matmul(a: Array, a_scale: Array, b: Array, b_scale: Array, dtype: str = 
 
     Source: OCP Microscaling Formats 1.0; the expert products of the DeepSeek-V4 report (arXiv 2606.19348).
     """
-    k = a.shape[-1]
     with np.errstate(invalid="ignore"):
-        return np.matmul(e4m3(a) * along(a_scale, k), (e2m1(b) * along(b_scale, k, 32)).T)
+        return np.matmul(np.multiply(*factors(a, a_scale)), (e2m1(b) * along(b_scale, a.shape[-1], 32)).T)
 
 
 def fp4_matmul_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
     k = arguments["a"].shape[-1]
-    a = e4m3(arguments["a"]), along(arguments["a_scale"], k)
+    a = factors(arguments["a"], arguments["a_scale"])
     b = e2m1(arguments["b"]), along(arguments["b_scale"], k, 32)
     return _bound(exact, a, b, k + k // 32, dtype)

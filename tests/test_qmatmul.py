@@ -51,6 +51,29 @@ def test_exact_sums_are_equal_bit_for_bit(kernel, rng):
 
 
 @pytest.mark.operators("fp8_matmul", "fp4_matmul")
+def test_float_activations_lose_nothing_before_they_are_multiplied(kernel, rng):
+    """One in each row, with all the bits of its dtype: a product of few terms is exact in float32."""
+    operator, backend = kernel
+    _, _, b, b_scale = whole(operator, 1, 33, 160, rng)
+    for dtype, bits in (("bfloat16", 8), ("float16", 11), ("float32", 20)):
+        a = np.zeros((5, 160))
+        a[range(5), rng.integers(0, 160, 5)] = 1 + 2.0 ** (1 - bits)
+        a = a.astype(arrays.numpy_dtype(dtype))
+        exact = registry.operator(operator).reference(a, None, b, b_scale)
+        given = [testing.as_kind(x, "torch") for x in (a, b, b_scale)]
+        got = getattr(flagops, operator)(given[0], None, *given[1:], "float32", backend=backend)
+        testing.assert_bits(arrays.as_numpy(got), round_to(exact, "float32"), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "uint8"])
+def test_scales_belong_to_codes_alone(dtype, rng):
+    a, a_scale, b, b_scale = (torch.from_numpy(x) for x in whole("fp8_matmul", 2, 3, 160, rng))
+    given = (a.to(torch.bfloat16), a_scale) if dtype == "bfloat16" else (a, None)
+    with pytest.raises(TypeError, match="a is"):
+        flagops.fp8_matmul(*given, b, b_scale)
+
+
+@pytest.mark.operators("fp8_matmul", "fp4_matmul")
 @pytest.mark.parametrize("name", ["a", "a_scale", "b", "b_scale"])
 def test_columns_may_lie_beyond_what_32_bits_count(kernel, rng, name):
     """Steps from block to block along k, whose stride fits 32 bits where four of them do not."""

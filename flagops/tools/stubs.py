@@ -43,6 +43,7 @@ from flagops.deepseek_v4.layers import (
     sliding_window_attention as sliding_window_attention,
 )
 from flagops.override import enable as enable
+from flagops.packed import load as load
 from flagops.override.coverage import coverage as coverage
 from flagops.registry import kernel as kernel, operators as operators
 from flagops.transformers import patch as patch

@@ -21,11 +21,12 @@ from ._attention import attention_forward
 from ._binding import NAME, Binding
 from ._fit import MODELING, foreign, learn, misfit, stand_in, unknown, unlike
 from ._handle import Handle
-from ._kinds import KINDS, LISTS
+from ._kinds import HOMES, KINDS, LISTS, QUANTISED
 from ._masks import index_mask, visible_indices
 from ._moe import experts_forward
+from ._quantised import EXPERTS
 
-__all__ = ["NAME", "NUMERICS", "OPS", "Handle", "patch", "visible_indices"]
+__all__ = ["NAME", "NUMERICS", "OPS", "PACKED", "Handle", "patch", "visible_indices"]
 
 OPS = (
     "sparse_attention",
@@ -41,12 +42,15 @@ OPS = (
     "moe_experts",
     "swiglu",
 )
+"""The operators of DeepSeek-V4."""
+PACKED = ("fp8_matmul", "fp4_matmul")
+"""Those of quantised layers, of any model; "moe_experts" is of both."""
 NUMERICS = ("transformers", "official")
 
 
 def patch(
     model: Any,
-    ops: str | Sequence[str] = OPS,
+    ops: str | Sequence[str] = (*OPS, *PACKED),
     backend: str | Sequence[str] | None = None,
     numerics: str = "transformers",
     mesh: Any = None,
@@ -54,9 +58,11 @@ def patch(
     scheme: str = "auto",
     timed: bool = False,
 ) -> Handle:
-    """Replace operators of a transformers `DeepseekV4ForCausalLM` (or a model that holds its attention layers).
+    """Replace operators of a transformers `DeepseekV4ForCausalLM` (or a model that holds its attention layers), and of
+    any model its layers on quantised weights: those of `flagops.load`, and `FP8Linear`, `FP8GroupedLinear` and
+    `FP8Experts`, which transformers itself has loaded.
 
-    ops: any of `OPS`; ``"lightning_indexer"`` comes with ``"compress_kv"``.
+    ops: any of `OPS` and `PACKED`; ``"lightning_indexer"`` comes with ``"compress_kv"``.
     backend: as in every operator; None takes the best available one.
     numerics: ``"transformers"`` computes what transformers does, rounding no more than it; ``"official"`` follows
         DeepSeek's inference code where that differs: keys and compressed entries go through FP8 (in blocks of 64
@@ -74,13 +80,13 @@ def patch(
     those that flagops knows is left alone and named. Training works; a deep copy stays patched until the same handle is
     disabled, and what is pickled is the model without the patch.
 
-    Raises TypeError for a model that holds no DeepSeek-V4 attention, ValueError for an unknown operator, backend or
-    numerics, and Unsupported for a backend that cannot run here.
+    Raises TypeError for a model that holds no DeepSeek-V4 attention and no quantised layer, ValueError for an unknown
+    operator, backend or numerics, and Unsupported for a backend that cannot run here.
     """
     chosen = names(ops)
     for op in chosen:
-        if op not in OPS:
-            raise ValueError(f"patch: {op!r} is no operator of DeepSeek-V4 that can be replaced{suggestion(op, OPS)}")
+        if op not in (*OPS, *PACKED):
+            raise ValueError(f"patch: {op!r} is no operator that can be replaced{suggestion(op, (*OPS, *PACKED))}")
     if numerics not in NUMERICS:
         raise ValueError(f"patch: numerics {numerics!r} is unknown{suggestion(numerics, NUMERICS)}")
     if "lightning_indexer" in chosen and "compress_kv" not in chosen:
@@ -90,20 +96,23 @@ def patch(
         raise Unsupported("patch: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
     modeling = sys.modules.get(MODELING)  # not loaded: the model cannot be one of its classes
     modules = list(getattr(model, "modules", tuple)())
-    if not modeling or not any(isinstance(m, modeling.DeepseekV4Attention) for m in modules):
+    layers = [m for m in modules if modeling and isinstance(m, modeling.DeepseekV4Attention)]
+    quantised = any(getattr(_known_class(m), "__name__", None) in QUANTISED for m in modules)
+    if not layers and not quantised:
         raise TypeError(
-            f"patch: a {type(model).__name__} holds no DeepSeek-V4 attention; "
-            "expected a loaded transformers DeepseekV4ForCausalLM or DeepseekV4Model"
+            f"patch: a {type(model).__name__} holds no DeepSeek-V4 attention and no quantised layer; "
+            "expected a loaded transformers DeepseekV4ForCausalLM or DeepseekV4Model, or a model of `flagops.load`"
         )
-    _register()
-    learn()
-    handle = Handle(chosen, backend, numerics, timed)
+    if layers:
+        _register()
+        learn()
+    there = EXPERTS if not layers else {*OPS, *PACKED} if quantised else set(OPS)
+    handle = Handle(tuple(op for op in chosen if op in there), backend, numerics, timed)
     if mesh is not None:
         from ._mesh import NEEDED, divide
 
         if not handle.ops >= NEEDED:
             raise ValueError(f"patch: a mesh needs the operators {', '.join(sorted(NEEDED))}")
-        layers = [m for m in modules if isinstance(m, modeling.DeepseekV4Attention)]
         handle.heads = divide(layers, mesh, mesh_dim, scheme, backend)
     handle.install(list(_bindings(model, modeling, handle)))
     return handle
@@ -113,7 +122,8 @@ def _bindings(model: Any, modeling: Any, handle: Handle) -> Iterator[Binding]:
     """Everything of a model that a handle wants something of."""
     patched: set[Any] = set()
     left: set[Any] = set()  # parts of an attention layer that must run its own code
-    ordered = sorted(model.named_modules(), key=lambda item: not isinstance(item[1], modeling.DeepseekV4Attention))
+    attention = getattr(modeling, "DeepseekV4Attention", ())
+    ordered = sorted(model.named_modules(), key=lambda item: not isinstance(item[1], attention))
     for name, module in ordered:
         cls = _known_class(module)
         if cls is None or module in left:
@@ -132,12 +142,14 @@ def _bindings(model: Any, modeling: Any, handle: Handle) -> Iterator[Binding]:
                 yield Binding.of(module, kind.ops, None, "attn")
         else:
             patched.add(module)
+            if cls.__name__ == "PackedExperts":  # computes what its layers hold
+                left.update(part for part in module.modules() if part is not module)
             yield Binding.of(module, kind.ops, stand_in(kind, cls), kind.implementation)
 
 
 def _known_class(module: Any) -> Any:
-    """The class of transformers' DeepSeek-V4 that a module is of, if there is something for it."""
-    return next((cls for cls in type(module).__mro__ if cls.__name__ in KINDS and cls.__module__ == MODELING), None)
+    """The class that a module is of, if there is something for it."""
+    return next((cls for cls in type(module).__mro__ if HOMES.get(cls.__name__) == cls.__module__), None)
 
 
 def _unfit(module: Any, cls: Any) -> str | None:

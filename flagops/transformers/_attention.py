@@ -16,6 +16,7 @@ from ._fit import MODELING, kept, renamed, shown, unfit
 from ._layers import unweighted
 from ._masks import dense, is_lists, joined, listed, read
 from ._numerics import rotate, stored
+from ._quantised import is_packed, operand
 
 OPS: frozenset[str] = frozenset(
     {"sparse_attention", "grouped_output_projection", "rotary_embedding", "compress_kv", "lightning_indexer"}
@@ -156,14 +157,23 @@ def _project(module: Any, binding: Binding, o: torch.Tensor) -> torch.Tensor:
     first, second = module.o_a_proj, module.o_b_proj
     handle, groups = binding.use("grouped_output_projection"), module.config.o_groups
     if handle:
-        reason = unfit(first, o) or unfit(second, o)
+        given = [_weight(layer, o, layer is second) for layer in (first, second)]
+        reason = next((found for found in given if isinstance(found, str)), None)
         if reason:
             handle.leave("grouped_output_projection", o, reason)
         else:
-            result = handle.call("grouped_output_projection", o, first.weight, second.weight, groups)
+            (wo_a, a_scale), (wo_b, b_scale) = given
+            result = handle.call("grouped_output_projection", o, wo_a, wo_b, groups, a_scale, b_scale)
             if result is not None:
                 return result
     return second(first(o.reshape(*o.shape[:2], groups, -1)).flatten(2))
+
+
+def _weight(layer: Any, o: torch.Tensor, quantised: bool) -> Any:
+    """A projection's weight and its scales, None for a plain one; or why it cannot be used past the layer."""
+    if is_packed(layer):
+        return operand(layer, o, quantised)
+    return unfit(layer, o) or (layer.weight, None)
 
 
 def attention_forward(

@@ -16,6 +16,8 @@ from torch.nn.modules import module as modules
 
 MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
 MASKING = "transformers.masking_utils"
+FINEGRAINED = "transformers.integrations.finegrained_fp8"
+MODULES = "flagops.packed.modules"
 OWN = "_flagops"
 
 _GLOBAL_HOOKS = (
@@ -25,6 +27,7 @@ _GLOBAL_HOOKS = (
     modules._global_backward_pre_hooks,
 )
 _CLASSES: dict[str, Any] = {}
+_FORWARDS: dict[str, tuple[Any, ...]] = {}
 _CSA = f"{MODELING}.DeepseekV4CSACache"
 _HCA = f"{MODELING}.DeepseekV4HCACache"
 
@@ -123,10 +126,19 @@ def misfit(module: Any, kind: Kind) -> str | None:
 
 
 def learn() -> None:
-    """Look up once what calls are compared with."""
+    """Look up once what calls are compared with. A packed layer stands for the plain one."""
     modeling = sys.modules[MODELING]
     _CLASSES.update({name: cls for name, cls in vars(modeling).items() if isinstance(cls, type)})
     _CLASSES.update({name: type(modeling.ACT2FN[name]) for name in ("silu", "sqrtsoftplus")}, Linear=torch.nn.Linear)
+    _FORWARDS.update({name: (cls.forward,) for name, cls in _CLASSES.items() if hasattr(cls, "forward")})
+    for name in ("Linear", "DeepseekV4GroupedLinear"):
+        _FORWARDS[name] += tuple(cls.forward for cls in packed_classes())
+
+
+def packed_classes() -> list[Any]:
+    """The linear layers on packed weights whose modules are loaded."""
+    found = [(MODULES, "PackedLinear"), (FINEGRAINED, "FP8Linear"), (FINEGRAINED, "FP8GroupedLinear")]
+    return [getattr(sys.modules[home], name) for home, name in found if hasattr(sys.modules.get(home), name)]
 
 
 def unlike(module: Any) -> str | None:
@@ -173,7 +185,7 @@ def shown(module: Any) -> bool:
 def kept(module: Any, name: str, cls: str) -> str | None:
     """Why a part's work cannot be done outside of it, or None: what watches it, or stands for it, would not know."""
     part = module._modules.get(name)  # for every token: torch's own look-up takes longer than all of this
-    if getattr(type(part), "forward", None) is not _CLASSES[cls].forward:
+    if getattr(type(part), "forward", None) not in _FORWARDS[cls]:
         return f"its {name} is a {type(part).__name__}"
     if hooked(part):
         return f"a hook watches its {name}"
@@ -189,16 +201,25 @@ def unfit(linear: Any, x: torch.Tensor) -> str | None:
         cls = type(linear)
         name = f"{cls.__module__}.Linear" if cls.__name__ == "Linear" else cls.__name__  # such as peft's
         return f"a {name} is no plain linear layer"
-    weight, own = linear.weight, linear.__dict__
+    return unusable(linear) or mixed(x, linear.weight) or rebound(linear)
+
+
+def unusable(linear: Any) -> str | None:
+    """Why a weight cannot be used as it is, whatever it holds, or None."""
+    weight = linear.weight
     exported = torch.compiler.is_compiling() and isinstance(weight, FakeTensor)
     if not (type(weight) is torch.nn.Parameter or exported) or linear.bias is not None:
         return "a linear layer has a bias, or a weight that is no plain parameter"
-    if hooked(linear):
-        return "a hook watches a linear layer"
-    reason = mixed(x, weight)
-    if reason or type(own.get("_hf_hook")).__name__ == "AlignDevicesHook":  # which moves weights and nothing else
-        return reason
-    if "forward" in own and getattr(own["forward"], "__func__", None) is not type(linear).forward:
+    return "a hook watches a linear layer" if hooked(linear) else None
+
+
+def rebound(linear: Any) -> str | None:
+    """Who else computes a linear layer, or None."""
+    own = linear.__dict__
+    if type(own.get("_hf_hook")).__name__ == "AlignDevicesHook":  # which moves weights and nothing else
+        return None
+    found = own.get("forward") if own.get(OWN) is None else None
+    if found is not None and getattr(found, "__func__", None) is not type(linear).forward:
         return "somebody else has bound the forward of a linear layer"
     return None
 

@@ -148,5 +148,8 @@ class Handle:
     def __exit__(self, *exception: object) -> None:
         self.disable()
 
+    def __reduce__(self) -> Any:
+        return type(None), ()  # as a binding
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         return self

@@ -1,9 +1,9 @@
-"""The classes of transformers' DeepSeek-V4, and what stands for each."""
+"""The classes of transformers' DeepSeek-V4, those of quantised layers of any model, and what stands for each."""
 
 from __future__ import annotations
 
-from . import _attention, _compress, _layers, _moe, _numerics
-from ._fit import EAGER, MASKS, ROTATION, STATES, Kind
+from . import _attention, _compress, _layers, _moe, _numerics, _quantised
+from ._fit import EAGER, FINEGRAINED, MASKS, MODELING, MODULES, ROTATION, STATES, Kind
 
 _COMPRESS = frozenset({"compress_kv", "lightning_indexer"})
 _COMPRESSOR = "kv_proj gate_proj position_bias kv_norm rotary_emb"
@@ -92,6 +92,40 @@ KINDS: dict[str, Kind] = {
         frozenset({"swiglu"}), (_moe.shared_expert,), parts="gate_proj up_proj down_proj act_fn", reads="limit"
     ),
 }
+QUANTISED: dict[str, tuple[str, Kind]] = {
+    "PackedLinear": (MODULES, Kind(_quantised.LINEAR, (_quantised.packed,))),
+    "PackedExperts": (MODULES, Kind(_quantised.EXPERTS, (_quantised.packed_experts,))),
+    "StackedExperts": (MODULES, Kind(_quantised.EXPERTS, (_quantised.packed_experts,))),
+    "FP8Linear": (
+        FINEGRAINED,
+        Kind(
+            _quantised.LINEAR,
+            (_quantised.fp8_linear,),
+            parts="weight weight_scale_inv activation_scale bias",
+            reads="block_size activation_scheme",
+        ),
+    ),
+    "FP8GroupedLinear": (
+        FINEGRAINED,
+        Kind(
+            _quantised.LINEAR,
+            (_quantised.fp8_grouped,),
+            parts="weight weight_scale_inv activation_scale bias",
+            reads="block_size activation_scheme n_groups",
+        ),
+    ),
+    "FP8Experts": (
+        FINEGRAINED,
+        Kind(
+            _quantised.EXPERTS,
+            (_quantised.fp8_experts,),
+            reads="has_gate act_fn limit block_size activation_scheme gate_up_proj down_proj",
+        ),
+    ),
+}
+"""Quantised layers by class: their module, and what is known of them."""
+KINDS |= {name: kind for name, (_, kind) in QUANTISED.items()}
+HOMES = dict.fromkeys(KINDS, MODELING) | {name: home for name, (home, _) in QUANTISED.items()}
 LISTS = {"DeepseekV4Attention", "DeepseekV4HCACompressor", "DeepseekV4CSACompressor", "DeepseekV4Indexer"}
 
 for _kind in KINDS.values():

@@ -34,6 +34,9 @@ def divide(
         sizes = {_sizes(layer) for layer in layers}
         if len(sizes) != 1:
             raise ValueError(f"the layers differ: {', '.join(map(str, sizes))}")
+        packed = next((name for layer in layers for name, x in layer.named_parameters() if x.dtype.itemsize == 1), None)
+        if packed:
+            raise ValueError(f"{packed} is quantised, and only plain weights can be divided over a mesh")
         if any(heads_of(layer) for layer in layers):
             raise ValueError("the model is sharded already; disable() that patch first")
         for indexer in filter(None, map(_indexer, layers)):

@@ -261,14 +261,14 @@ def scales(x: Any) -> Scales:
 
 def product(
     name: str, a: View, a_scale: Scales | None, b: View, b_scale: Scales, result: str, out: View, bounds: Any = None,
-    paired: bool = False,
+    narrow: bool = False,
 ) -> None:  # fmt: skip
     """out[.., n] = (a[.., k] * a_scale) (b[n, ..] * b_scale)^T, rounded once, to the dtype called `result`.
 
     name: the dtype of a: uint8 where it is codes, which have scales, else a float's, which has none. b is packed FP4
     where it is half as wide as a, else FP8. The leading axes of a and a_scale broadcast to those of out. Given bounds,
     b and b_scale have an axis of groups in front; the rows from bounds[g] to bounds[g + 1] are multiplied by b[g].
-    paired: where the processor can and all scales are powers of two; bfloat16 then holds a without scales.
+    narrow: whether bfloat16 holds the activations, times their scales.
     """
     n, k, packed = b.shape[-2], a.shape[-1], 2 * b.shape[-1] == a.shape[-1]
     leads = [a, a_scale.view if a_scale else a, out]
@@ -279,7 +279,7 @@ def product(
         return
     if bounds is None:
         bounds = np.array([0, m])
-    paired = paired and PAIRS and b_scale.coded and (a_scale is None or a_scale.coded)
+    paired = PAIRS and narrow and b_scale.coded
     kind, item = (TAGS["bfloat16"], 2) if paired else (FLOAT32, 4)
     ld = round_up.py_func(k, BLOCK) + 64 // item  # rows a power of two apart would share few sets of a cache
     most = max(_ROWS, config.budget() // 4 // (item * ld) // _ROWS * _ROWS)

@@ -86,4 +86,4 @@ def _project(name: str, x: View, weights: Any, scale: Any, bounds: Any, out: Vie
     if scale is None:
         contract_groups(name, x, view(weights).T, out, bounds)
     else:
-        product("float32", x, None, view(weights), scales(scale), name, out, bounds, paired=True)
+        product("float32", x, None, view(weights), scales(scale), name, out, bounds, narrow=True)

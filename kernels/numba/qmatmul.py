@@ -16,10 +16,17 @@ from ._qmatmul import product, scales
 def fp8_matmul(a: Any, a_scale: Any, b: Any, b_scale: Any, dtype: str, out: Any) -> None:
     """A code shifted by 7 bits is a float16, and the scales of both sides go into the row of activations; or a code is
     looked up among the 128 magnitudes under its scale, which bfloat16 holds."""
-    product(dtype_name(a), view(a), scales(a_scale), view(b), scales(b_scale), dtype_name(out), view(out), paired=True)
+    _product(a, a_scale, b, b_scale, out)
 
 
 @kernel(deterministic=True, batch_invariant=True, paired=PAIRS, note="weights decoded in registers")
 def fp4_matmul(a: Any, a_scale: Any, b: Any, b_scale: Any, dtype: str, out: Any) -> None:
-    """A nibble is looked up among the 16 products of its scale; bfloat16 holds them, unless `a_scale` is float32."""
-    product(dtype_name(a), view(a), scales(a_scale), view(b), scales(b_scale), dtype_name(out), view(out), paired=True)
+    """A nibble is looked up among the 16 products of its scale; bfloat16 holds them, and the activations
+    unless these or `a_scale` are wider."""
+    _product(a, a_scale, b, b_scale, out)
+
+
+def _product(a: Any, a_scale: Any, b: Any, b_scale: Any, out: Any) -> None:
+    factors = None if a_scale is None else scales(a_scale)
+    narrow = dtype_name(a) == "bfloat16" if factors is None else factors.coded
+    product(dtype_name(a), view(a), factors, view(b), scales(b_scale), dtype_name(out), view(out), narrow=narrow)

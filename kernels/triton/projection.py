@@ -69,7 +69,7 @@ def grouped_output_projection(
 def _expanding(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
     """``out = x @ weight.T``; against float32, which has no matrix units, in tiles that are expanded before."""
     if x.dtype != torch.float32:
-        quantized_product(fp8_kernel, x, None, weight, scale, out)
+        quantized_product(fp8_kernel, x, None, weight, scale, out, rounded=True)
         return
     step = max(1, config.budget() // 4 // (4 * 128 * weight.shape[1] + 1)) * 128
     for first in range(0, len(weight), step):

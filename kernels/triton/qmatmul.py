@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""FP8 activations times FP8 and FP4 weights on Triton, decoded on their way into the matrix units.
+"""FP8 or float activations times FP8 and FP4 weights on Triton, decoded on their way into the matrix units.
 
 Codes of e4m3 become float16, which holds them all, and the product of each block of 128 is scaled in float32. Packed
 e2m1 becomes bfloat16 with its scale, which is exact, its even and odd elements against those of the activations.
@@ -76,7 +76,7 @@ def fp8_kernel(
     a, a_scale, b, b_scale, out, M, N, K, span,
     a_m, a_k, a_scale_m, a_scale_k, b_n, b_k, b_scale_n, b_scale_k, out_part, out_m, out_n,
     BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, CONVERT: tl.constexpr,
-    PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    FLOAT: tl.constexpr, ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows, columns = place(M, N, BM, BN, GROUP)
     row, column = (rows % M).to(tl.int64), (columns % N).to(tl.int64)
@@ -99,9 +99,12 @@ def fp8_kernel(
             x, w = tl.load(a_tile, left[None, :], other=0), tl.load(b_tile, left[:, None], other=0)
         scale = factor(tl.load(b_scale))[None, :]
         w = half(w, CONVERT)
-        if PLAIN:  # the weights in the dtype of the activations, which have no scales
+        if ROUNDED:  # weights and scales in the dtype of the activations, which have no scales
             w = narrow(w.to(tl.float32) * shift * scale, x.dtype)
             acc = dot(x, w, acc, PRECISION)
+        elif FLOAT:
+            w = narrow(w.to(tl.float32), x.dtype)
+            acc += dot(x, w, tl.zeros((BM, BN), dtype=tl.float32), PRECISION) * (shift * scale)
         else:
             part = dot(half(x, CONVERT), w, tl.zeros((BM, BN), dtype=tl.float32), "ieee")
             acc += part * (shift * shift) * (factor(tl.load(a_scale))[:, None] * scale)
@@ -124,6 +127,7 @@ def fp4_kernel(
     a, a_scale, b, b_scale, out, M, N, K, span,
     a_m, a_k, a_scale_m, a_scale_k, b_n, b_k, b_scale_n, b_scale_k, out_part, out_m, out_n,
     BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, CONVERT: tl.constexpr,
+    FLOAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows, columns = place(M, N, BM, BN, GROUP)
     row, column = (rows % M).to(tl.int64), (columns % N).to(tl.int64)
@@ -151,9 +155,13 @@ def fp4_kernel(
         packed, scale = packed.to(tl.uint32), power_of_two(scale)[:, :, None]
         low = tl.trans(tl.reshape(weight(packed & 15, scale), (BN, 64)))
         high = tl.trans(tl.reshape(weight(packed >> 4, scale), (BN, 64)))
-        part = dot(brain(even, CONVERT), low, tl.zeros((BM, BN), dtype=tl.float32), "ieee")
-        part = dot(brain(odd, CONVERT), high, part, "ieee")
-        acc += part * shift * factor(tl.load(a_scale))[:, None]
+        if FLOAT:
+            acc = multiplied(even, low, acc, PRECISION)
+            acc = multiplied(odd, high, acc, PRECISION)
+        else:
+            part = dot(brain(even, CONVERT), low, tl.zeros((BM, BN), dtype=tl.float32), "ieee")
+            part = dot(brain(odd, CONVERT), high, part, "ieee")
+            acc += part * shift * factor(tl.load(a_scale))[:, None]
         a_tile += 2 * step * a_k
         b_tile += step * b_k
         a_scale += a_scale_k
@@ -167,10 +175,22 @@ def brain(code, CONVERT: tl.constexpr):
     return narrow(half(code, CONVERT).to(tl.float32), tl.bfloat16)
 
 
+@triton.jit
+def multiplied(x, w, acc, PRECISION: tl.constexpr):
+    """The product of floats with weights of bfloat16, which float16 would not hold."""
+    if x.dtype == tl.bfloat16:
+        acc = dot(x, w, acc, PRECISION)
+    else:
+        acc = dot(x.to(tl.float32), w.to(tl.float32), acc, PRECISION)
+    return acc
+
+
 def quantized_product(
-    run: Any, a: torch.Tensor, a_scale: torch.Tensor | None, b: torch.Tensor, b_scale: torch.Tensor, out: torch.Tensor
-) -> None:
-    """Few tiles split K, and their parts are added in order. Activations without scales are floats."""
+    run: Any, a: torch.Tensor, a_scale: torch.Tensor | None, b: torch.Tensor, b_scale: torch.Tensor, out: torch.Tensor,
+    rounded: bool = False,
+) -> None:  # fmt: skip
+    """Few tiles split K, and their parts are added in order. Activations without scales are floats; FP8 weights may be
+    `rounded` to their dtype, scales included."""
     if not out.numel():
         return
     (*lead, n), k, device = out.shape, a.shape[-1], out.device
@@ -185,7 +205,8 @@ def quantized_product(
     parts = min(chip(device).processors // programs, blocks // 4, 16, config.budget() // 4 // (8 * size))
     span = triton.cdiv(blocks, max(parts, 1))
     parts = triton.cdiv(blocks, span) if blocks else 1
-    kinds = {"PLAIN": a_scale is None, "PRECISION": precision()} if run is fp8_kernel else {}
+    kinds: dict[str, Any] = {"FLOAT": a_scale is None, "PRECISION": precision()}
+    kinds |= {"ROUNDED": rounded} if run is fp8_kernel else {}
     to, part = result, 0
     if parts > 1:
         to, part = torch.empty((parts, m, n), dtype=torch.float32, device=device), size
@@ -205,28 +226,28 @@ def quantized_product(
 
 
 def fp8_matmul_unsupported(
-    a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, dtype: str
+    a: torch.Tensor, a_scale: torch.Tensor | None, b: torch.Tensor, b_scale: torch.Tensor, dtype: str
 ) -> str | None:
     return too_long(a, b)
 
 
 @kernel(deterministic=True)
 def fp8_matmul(
-    a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, dtype: str, out: torch.Tensor
+    a: torch.Tensor, a_scale: torch.Tensor | None, b: torch.Tensor, b_scale: torch.Tensor, dtype: str, out: torch.Tensor
 ) -> None:
     """The product of each block of 128 is scaled by both scales, multiplied first."""
     quantized_product(fp8_kernel, a, a_scale, b, b_scale, out)
 
 
 def fp4_matmul_unsupported(
-    a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, dtype: str
+    a: torch.Tensor, a_scale: torch.Tensor | None, b: torch.Tensor, b_scale: torch.Tensor, dtype: str
 ) -> str | None:
     return too_long(a, b)
 
 
 @kernel(deterministic=True)
 def fp4_matmul(
-    a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, dtype: str, out: torch.Tensor
+    a: torch.Tensor, a_scale: torch.Tensor | None, b: torch.Tensor, b_scale: torch.Tensor, dtype: str, out: torch.Tensor
 ) -> None:
     """The weights take their scales along, the products those of the activations."""
     quantized_product(fp4_kernel, a, a_scale, b, b_scale, out)

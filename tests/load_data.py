@@ -1,0 +1,145 @@
+"""Small quantised checkpoints of several models, and how a loaded model is held to the references."""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parent))
+import checkpoint_data as data
+from test_checkpoint_transformers import QUANTIZATION, official, source, to_fp8
+
+from flagops import testing
+from flagops.transformers._handle import Handle
+
+__all__ = ["data", "floating", "generated", "held", "logits", "quantised_by_transformers", "source"]
+
+_SHAPE = {
+    "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "initializer_range": 0.1, "attn_implementation": "eager",
+}  # fmt: skip
+_EXPERTS = {"moe_intermediate_size": 128, "num_experts_per_tok": 2}
+MODELS = {
+    "v3": lambda: transformers.DeepseekV3Config(
+        **_SHAPE, **_EXPERTS, q_lora_rank=128, kv_lora_rank=128, qk_rope_head_dim=64, qk_nope_head_dim=64,
+        v_head_dim=64, n_routed_experts=4, n_group=2, topk_group=1, first_k_dense_replace=1, tie_word_embeddings=False,
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(**_SHAPE, head_dim=64, tie_word_embeddings=True),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **_SHAPE, **_EXPERTS, head_dim=64, num_experts=4, tie_word_embeddings=False
+    ),
+}  # fmt: skip
+
+
+def logits(model, count=40):
+    ids = torch.randint(2, 64, (1, count), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def floating(folder, name):
+    """A checkpoint in FP8 with float32 scales of 128 x 128 blocks, as V3, R1 and Qwen3 have."""
+    config = MODELS[name]()
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(config).eval()
+    made.save_pretrained(folder / "plain")
+    pairs, rest = [], {}
+    for key, x in data.read_any(folder / "plain").items():
+        if re.search(r"(_proj|_b|_a|_with_mqa)\.weight$", key) and not x.shape[0] % 128 and not x.shape[1] % 128:
+            weight, scale = to_fp8(x, floating=True)
+            pairs.append(((key, weight), (f"{key}_scale_inv", scale)))
+        else:
+            rest[key] = x if "correction_bias" in key else x.bfloat16()
+    said = config.to_dict() | {"architectures": [type(made).__name__], "dtype": "bfloat16"}
+    said["quantization_config"] = {key: value for key, value in QUANTIZATION.items() if key != "scale_fmt"}
+    return data.write(folder / "src", data.spread(pairs, rest, 3, 0), said, others=False)
+
+
+class held:
+    """Within it, each operator on packed weights is held to its reference on the very arguments that a model gives.
+
+    calls: how many of each there were.
+    """
+
+    def __init__(self, monkeypatch):
+        self.calls = {}
+        for name in ("round", "call"):
+            monkeypatch.setattr(Handle, name, self._wrapped(getattr(Handle, name)))
+
+    def _wrapped(self, method):
+        def call(handle, op, *args, **kwargs):
+            result = method(handle, op, *args, **kwargs)
+            if op in ("fp8_matmul", "fp4_matmul", "fp8_quantize", "moe_experts", "grouped_output_projection"):
+                if result is not None:
+                    self.calls[op] = self.calls.get(op, 0) + 1
+                    testing.assert_of(op, result, *args)
+            return result
+
+        return call
+
+
+def quantised_by_transformers(path, state):
+    """The model of a checkpoint on transformers' own quantised modules, which it makes where there is a GPU."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    config = transformers.AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        blank = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+    quantizer._process_model_before_weight_loading(blank)
+    blank.load_state_dict(state, assign=True)
+    for module in blank.modules():
+        if any(x is not None and x.is_meta for x in module._buffers.values()):
+            module._buffers.update(type(module)(module.config)._buffers)
+    return blank.eval()
+
+
+def generated(folder, experts=32, width=1024, layers=3, seed=0):
+    """A random DeepSeek-V4 in the official names, most of it FP4 experts, made packed as it is; and its bytes."""
+    config = transformers.DeepseekV4Config(
+        vocab_size=64, hidden_size=width, moe_intermediate_size=width, num_hidden_layers=layers, num_attention_heads=4,
+        head_dim=128, qk_rope_head_dim=64, q_lora_rank=128, o_lora_rank=128, o_groups=2, n_routed_experts=experts,
+        num_experts_per_tok=4, index_n_heads=16, index_head_dim=128, index_topk=2, sliding_window=4,
+        max_position_embeddings=1024, compress_ratios=[0, 4, 128, 4][:layers], compress_rate_hca=8, num_hash_layers=1,
+        architectures=["DeepseekV4ForCausalLM"],
+    )  # fmt: skip
+    with torch.device("meta"):
+        blank = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    random = torch.Generator().manual_seed(seed)
+    pairs, rest = [], {}
+
+    def pair(stem, made):
+        names = official(f"{stem}.weight"), official(f"{stem}.weight").removesuffix("weight") + "scale"
+        pairs.append(tuple(zip(names, made, strict=True)))
+
+    def fp4(rows, columns):
+        codes = torch.randint(0, 256, (rows, columns // 2), generator=random, dtype=torch.uint8)
+        scale = torch.randint(119, 122, (rows, columns // 32), generator=random, dtype=torch.uint8)
+        return codes.view(torch.int8), scale.view(torch.float8_e8m0fnu)
+
+    def fp8(rows, columns):
+        codes = torch.randn(rows, columns, generator=random).to(torch.float8_e4m3fn)
+        scale = torch.randint(122, 124, (-(-rows // 128), -(-columns // 128)), generator=random, dtype=torch.uint8)
+        return codes, scale.view(torch.float8_e8m0fnu)
+
+    for name, x in blank.state_dict().items():
+        if name.endswith("experts.gate_up_proj"):
+            for i in range(experts):
+                for part in ("w1", "w2", "w3"):
+                    pair(f"{name.removesuffix('.gate_up_proj')}.{i}.{part}", fp4(width, width))
+        elif re.search(r"(self_attn\.(q_a|q_b|kv|o_a|o_b)_proj|indexer\.q_b_proj|shared_experts\.\w+)\.weight$", name):
+            pair(name.removesuffix(".weight"), fp8(*x.shape))
+        elif name.endswith("tid2eid"):
+            rest[official(name)] = (
+                torch.rand(x.shape[0], experts, generator=random).argsort(-1)[:, : x.shape[1]].contiguous()
+            )
+        elif not name.endswith("experts.down_proj"):
+            made = torch.randn(x.shape, generator=random) / (x.shape[-1] ** 0.5 if x.dim() > 1 else 1)
+            wide = re.search(r"_hc\.|hc_head|sinks|position_bias|correction_bias", name)
+            made = made.abs() + 0.5 if "norm" in name else made
+            rest[official(name)] = made if wide else made.bfloat16()
+    said = config.to_dict() | {"expert_dtype": "fp4", "quantization_config": QUANTIZATION, "dtype": "bfloat16"}
+    data.write(folder, data.spread(pairs, rest, 2, seed), said, others=False)
+    return folder, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
