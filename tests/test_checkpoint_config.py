@@ -108,9 +108,9 @@ REFUSED = {
         r"a\[0\]\.quantization_config\.quant_method",
     ),
     "method": ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, r"text_config.*quant_method 'awq'"),
-    "format": ({"text_config": {"quantization_config": {"fmt": "e5m2"}}}, r"text_config.*fmt 'e5m2'.*e4m3"),
+    "format": ({"text_config": {"quantization_config": {"fmt": "e3m4"}}}, r"text_config.*fmt 'e3m4'.*e4m3 or e5m2"),
     "scales": ({"quantization_config": {"scale_fmt": "e4m3"}}, r"scale_fmt 'e4m3'.*ue8m0 or float"),
-    "activations": ({"quantization_config": {"activation_scheme": "static"}}, r"activation_scheme 'static'.*dynamic"),
+    "activations": ({"quantization_config": {"activation_scheme": "lazy"}}, r"activation_scheme 'lazy'.*or static"),
     "experts": ({"text_config": {"expert_dtype": "int4"}}, r"text_config\.expert_dtype 'int4'.*fp4 or fp8"),
     "block": ({"text_config": {"weight_block_size": [32]}}, r"text_config\.weight_block_size is \[32\]"),
     "no object": ({"text_config": {"quantization_config": "fp8"}}, r"text_config\.quantization_config is 'fp8'"),
@@ -199,8 +199,8 @@ def test_what_others_would_believe_beside_the_configuration(tmp_path):
     (src / "encoding" / "config.json").write_text("no JSON")
     notes = checkpoint.convert(src, tmp_path / "dst", dry_run=True).notes
     assert "inference/config.json is copied as it is and still says dtype 'fp8', scale_fmt 'ue8m0'" in notes
-    (src / "hf_quant_config.json").write_text("{}")
-    with pytest.raises(checkpoint.Refused, match=r"hf_quant_config\.json describes a quantisation"):
+    (src / "quantize_config.json").write_text("{}")
+    with pytest.raises(checkpoint.Refused, match=r"quantize_config\.json describes a quantisation"):
         checkpoint.convert(src, tmp_path / "dst")
 
 

@@ -192,7 +192,7 @@ def test_a_pattern_that_matches_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("keep", "to", "config", "said"),
     [
-        (["*"], "bf16", CONFIG, r"no tensor to convert from FP4 to BF16 or FP8 to BF16 beyond --keep \*"),
+        (["*"], "bf16", CONFIG, r"no tensor to convert from four or eight bits to BF16 beyond --keep \*"),
         (["*.experts.0.*"], "bf16", CONFIG, r"layers\.1\.ffn\.experts.*cannot tell apart; keep both or neither"),
         (["*.engram.*"], "bf16", {"torch_dtype": "float32"}, "no quantization_config that describes.*engram"),
         (["*.experts.0.*"], "fp8", CONFIG, r"experts\.0\.w1\.weight.*would stay FP4 beside FP4 made FP8"),

@@ -111,7 +111,7 @@ BAD = {
     "rows: FP4": (scale_to(f"{EXPERT}.scale", e8m0(255, 12)), f"{EXPERT}.weight", "expected F8_E8M0 [256, 12"),
     "dtype: FP4": (scale_to(f"{EXPERT}.scale", torch.ones(256, 12)), f"{EXPERT}.weight", "expected F8_E8M0"),
     "blocks: FP8": (scale_to(f"{FP8}.scale", e8m0(2, 2)), f"{FP8}.weight", "each 128 x 128 block"),
-    "dtype: FP8": (scale_to(f"{FP8}.scale", torch.ones(1, 2).half()), f"{FP8}.weight", "expected F8_E8M0 or F32"),
+    "dtype: FP8": (scale_to(f"{FP8}.scale", torch.ones(1, 2).double()), f"{FP8}.weight", "F32, BF16 or F16"),
     "a vector": (
         edit_tensors(lambda t: t.update({f"{FP8}.weight": t[f"{FP8}.weight"][0], f"{FP8}.scale": e8m0(2)})),
         f"{FP8}.weight", "no matrix",

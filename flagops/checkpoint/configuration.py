@@ -18,13 +18,15 @@ SECTION = "quantization_config"
 _DTYPES = ("torch_dtype", "dtype")
 _SKIPPED = ("modules_to_not_convert", "ignored_layers")
 _STATED: dict[str, tuple[str, ...]] = {
-    "quant_method": ("fp8", "deepseek_v4_fp8"),
-    "fmt": ("e4m3",),
+    "quant_method": ("fp8", "deepseek_v4_fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "mxfp4"),
+    "fmt": ("e4m3", "e5m2"),
     "scale_fmt": ("ue8m0", "float"),
     "scale_dtype": ("fp8", "e8m0", "ue8m0", "fp32", "float32"),
-    "activation_scheme": ("dynamic",),
+    "activation_scheme": ("dynamic", "static"),
     "expert_dtype": ("fp4", "fp8"),
 }
+_NAMING = ("fp8", "deepseek_v4_fp8")  # the methods whose sections can name modules that are not quantised
+_GROUPS = "config_groups"  # where compressed-tensors and ModelOpt describe weights and activations
 _ANYWHERE = ("expert_dtype", "weight_block_size", "scale_fmt", "scale_dtype", "activation_scheme")
 _SPEAKS = re.compile(r"(^|_)(quant|quanti[sz](e|ed|ation))(_|$)|^compression_config$")
 _NARROW = re.compile(r"(mx|nv)?(fp|u?int|float)[48](_e\dm\d\w*)?|u?e\dm\d(fn\w*)?", re.IGNORECASE)
@@ -37,6 +39,7 @@ class Configuration:
     """A parsed ``config.json``, or None; raises Refused for what is not known or contradicts itself.
 
     block: rows and columns that share a scale in FP8, 128 x 128 where nothing is said.
+    bits: of weights in groups, 0 where nothing is said. dtypes: what numbers are said to be.
     """
 
     def __init__(self, config: dict[str, Any] | None) -> None:
@@ -47,6 +50,9 @@ class Configuration:
             self._read(path, holder[path[-1]])
         block = self._found.get("weight_block_size", ("", [128, 128]))[1]
         self.block: tuple[int, int] = (block[0], block[1])
+        self.bits: int = self._found.get("num_bits", ("", 0))[1]
+        said = (holder[path[-1]] for path, holder in _walk(config or {}) if path[-1] in _DTYPES)
+        self.dtypes = {name for name in said if isinstance(name, str)}
 
     def _read(self, path: Path, value: Any) -> None:
         key, place, inside = path[-1], _written(path), SECTION in path[:-1]
@@ -54,6 +60,8 @@ class Configuration:
             if not isinstance(value, dict | None):
                 raise Refused(f"{CONFIG}: {place} is {shown(value)}, expected an object; correct it")
             self.sections += [place] if value is not None else []
+        elif inside and _GROUPS in path[:-1]:
+            self._read_group(path, value)
         elif key == "weight_block_size":
             if not isinstance(value, list) or len(value) != 2 or not all(whole(n, 1, _WIDEST) for n in value):
                 raise Refused(
@@ -80,6 +88,17 @@ class Configuration:
                 f"would leave as it is; say it in {SECTION}, or remove it if it does not concern the weights"
             )
 
+    def _read_group(self, path: Path, value: Any) -> None:
+        key, place = path[-1], _written(path)
+        if path[-2] != "weights" or value is None:
+            return
+        if key == "num_bits":
+            if not whole(value, 1):
+                raise Refused(f"{CONFIG}: {place} is {shown(value)}, expected a number of bits; correct it")
+            self._agree(key, place, value)
+        elif key == "block_structure":
+            self._read((*path[: path.index(_GROUPS)], "weight_block_size"), value)
+
     def _agree(self, key: str, place: str, value: Any) -> None:
         first, said = self._found.setdefault(key, (place, value))
         if said != value:
@@ -98,6 +117,12 @@ class Configuration:
         if left and not self.sections:
             raise Refused(
                 f"{CONFIG} has no {SECTION} that describes what is kept quantised, such as {left[0]}; add one"
+            )
+        place, method = self._found.get("quant_method", ("", _NAMING[0]))
+        if left and method not in _NAMING:
+            raise Refused(
+                f"--keep leaves {left[0]} quantised, and flagops cannot name what is converted beside it where {place} "
+                f"is {method!r}; keep no quantised weights"
             )
         made, changes = copy.deepcopy(self.config), []
         for path, holder in list(_walk(made)):

@@ -91,7 +91,7 @@ class Conversion:
         self.total = self.plan.total  # also makes the texts, before anything is compiled and memory is divided
         self.kernels = Kernels(self.plan, backend)
         self.kernels.warm()
-        self.tasks: list[str | Shard] = [*self.plan.source.others, *self.plan.shards]
+        self.tasks: list[str | Shard] = [*self.plan.copied, *self.plan.shards]
         self.made = [task if isinstance(task, str) else task.name for task in self.tasks]
         self.peak = peak()
         self.share = work.share(self.plan, self.kernels, self.memory, workers, len(self.tasks))
@@ -118,7 +118,7 @@ class Conversion:
             keep=plan.keep,
             kept=plan.kept,
             config_changes=plan.configuration[1],
-            copied=source.others,
+            copied=plan.copied,
             left_out=source.left_out,
             notes=self._notes(),
         )

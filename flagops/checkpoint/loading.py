@@ -58,7 +58,7 @@ def load(
 def _load(plan: Plan, dtype: str, framework: str, kernels: Kernels) -> Iterator[tuple[str, Any]]:
     with Stream(plan, kernels, _SLICE, dtype) as stream:
         for out in plan.outputs:
-            kind = dtype if out.scale else _NUMPY.get(out.dtype) or _numpy_name(out.dtype)
+            kind = dtype if out.made else _NUMPY.get(out.dtype) or _numpy_name(out.dtype)
             array = np.empty(out.shape, arrays.numpy_dtype(kind))
             raw, filled = array.reshape(-1).view(np.uint8), 0
             for piece in stream.output(out):

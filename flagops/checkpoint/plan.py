@@ -1,13 +1,8 @@
-"""What becomes of each tensor, and where it will lie: from the source and the options alone, before anything is read.
-
-A weight of one byte is converted only if name, dtypes and the shape of its scale agree; every other one-byte tensor is
-refused, for a guess would give a model that loads and is wrong.
-"""
+"""What becomes of each tensor and where it will lie: from the source and the options, before anything is read."""
 
 from __future__ import annotations
 
 import difflib
-import glob
 import json
 import re
 from collections import Counter
@@ -17,9 +12,10 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
-from . import documents
+from . import documents, formats
 from .configuration import Configuration, modules, statements
 from .documents import Refused
+from .formats import Format, Parts, blocks
 from .source import BITS, CONFIG, INDEX, Source, Stored
 
 LAYOUT = 1  # raised when the same source and options are laid out otherwise
@@ -28,12 +24,10 @@ COPY, FP4, FP8, RECODE, RECODED_SCALE, KEEP, KEPT_SCALE, STORED = (
     "copied", "FP4 to BF16", "FP8 to BF16", "FP4 to FP8", "scale of FP4 to FP8", "FP8 kept", "scale of FP8 kept",
     "kept as stored",
 )  # fmt: skip
-_FP4_DTYPES = ("I8", "U8", "F4")
 _CODES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _WIDE = ("BF16", "F16", "F32")
-_FP8_SCALES = ("F8_E8M0", "U8", "F32")
-_ROW = (1, 32)  # elements of FP8 that share a scale in the MX formats, as in the Engram tables of DeepSeek-V4.1
-_ELSEWHERE = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
+_MODELOPT = "hf_quant_config.json"  # what ModelOpt writes beside the configuration
+_ELSEWHERE = (_MODELOPT, "quantize_config.json", "quant_config.json", "quantization_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +41,14 @@ class Output:
     weight: Stored
     scale: Stored | None = None
     block: tuple[int, int] = (128, 128)
+    parts: Parts | None = None
+    format: Format | None = None
+    transposed: bool = False
+
+    @property
+    def made(self) -> bool:
+        """Whether the numbers are computed, and not copied."""
+        return self.action not in (COPY, STORED, KEEP, KEPT_SCALE)
 
     @property
     def size(self) -> int:
@@ -55,8 +57,8 @@ class Output:
 
     @property
     def matrix(self) -> tuple[int, int, int]:
-        """Matrices, rows and columns, in elements."""
-        *lead, rows, columns = self.shape
+        """Matrices, rows and columns, in elements; less than a matrix is one row."""
+        *lead, rows, columns = self.shape if len(self.shape) > 1 else (1, _count(self.shape))
         return _count(lead), rows, columns
 
 
@@ -103,41 +105,55 @@ class Plan:
             raise Refused(f"--to {to}: expected {' or '.join(TARGETS)}")
         self.source, self.to, self.shard_size = source, to, shard_size
         self.keep = sorted({keep} if isinstance(keep, str) else set(keep))
-        self.kept = _kept(source.tensors, self.keep)
         self.said = Configuration(source.config)
-        self.outputs = outputs(source.tensors, to, self.said.block, self.kept)
-        wanted = (FP4, FP8) if to == "bf16" else (RECODE,)
-        if not any(out.action in wanted for out in self.outputs):
+        self.kept = _kept(source.tensors, self.keep, self.said)
+        self.outputs = outputs(source.tensors, to, self.said, self.kept)
+        if not any(out.made for out in self.outputs):
+            wanted = "four or eight bits to BF16" if to == "bf16" else RECODE
             beyond = f" beyond --keep {' '.join(self.keep)}" if self.keep else ""
-            raise Refused(
-                f"{source.folder} holds no tensor to convert from {' or '.join(wanted)}{beyond}; use it as it is"
-            )
+            raise Refused(f"{source.folder} holds no tensor to convert from {wanted}{beyond}; use it as it is")
         groups = _groups(self.outputs, shard_size)
         names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
         self.shards = [Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
         self.data = sum(shard.data for shard in self.shards)
         self.counts = dict(Counter(out.action for out in self.outputs))
-        self.dropped = len(source.tensors) - len({out.name for out in self.outputs} & source.tensors.keys())
+        used = {name for out in self.outputs for name in (out.name, out.weight.name)}
+        self.dropped = len(source.tensors.keys() - used)
+
+    @cached_property
+    def copied(self) -> list[str]:
+        """The files that are copied as they are; that of ModelOpt goes when nothing is left that it describes."""
+        narrow = self._narrow()
+        return [name for name in self.source.others if name != _MODELOPT or narrow or self.to != "bf16"]
 
     @cached_property
     def notes(self) -> list[str]:
-        """What copied files go on to say."""
-        return _beside(self.source)
+        """What copied files go on to say, and what is not copied."""
+        gone = sorted(set(self.source.others) - set(self.copied))
+        return [f"{name} describes what is converted, and is left out" for name in gone] + _beside(
+            self.source, self.copied
+        )
+
+    def _narrow(self) -> list[str]:
+        """Tensors that are kept and narrow."""
+        tensors = {name: self.source.tensors[name] for name in self.kept}
+        return [t.name for t in tensors.values() if t.dtype in _CODES or formats.parts(t, tensors, self.said)]
 
     @cached_property
     def configuration(self) -> tuple[dict[str, Any] | None, list[str]]:
         """That of the output, and what was changed in it, in words."""
         tensors = {name: self.source.tensors[name] for name in self.kept}
-        packed = [t for t in tensors.values() if t.dtype in _FP4_DTYPES and _scales(t, tensors)]
+        narrow = [part for t in tensors.values() if (part := formats.parts(t, tensors, self.said))]
+        packed = [part.weight for part in narrow if part.weight.dtype not in _CODES or part.weight.dtype == "F4"]
         if self.to == "fp8":
             if packed:
                 raise Refused(f"--keep: {packed[0]} would stay FP4 beside FP4 made FP8; use --to bf16")
-            scales = {scale.name for t in tensors.values() for scale in _scales(t, tensors)}
+            scales = {part.scale.name for part in narrow if part.scale}
             scales |= {out.name for out in self.outputs if out.action == KEPT_SCALE}
             wide = (name for name in sorted(scales) if self.source.tensors[name].dtype == "F32")
             return self.said.in_fp8(next(wide, None))
-        left = {t.name for t in packed} | {t.name for t in tensors.values() if t.dtype in _CODES}
-        converted = [out.name for out in self.outputs if out.action in (FP4, FP8)]
+        left = set(self._narrow())
+        converted = [out.name for out in self.outputs if out.made]
         plain = [
             out.name
             for out in self.outputs
@@ -168,7 +184,7 @@ class Plan:
     @cached_property
     def total(self) -> int:
         """Bytes of all files of the output, but for the manifest."""
-        copied = sum(self.source.stamps[name].size for name in self.source.others)
+        copied = sum(self.source.stamps[name].size for name in self.copied)
         return sum(shard.size for shard in self.shards) + copied + sum(map(len, self.texts.values()))
 
     def _places(self) -> Iterator[tuple[str, Shard]]:
@@ -177,39 +193,38 @@ class Plan:
                 yield out.name, shard
 
 
-def outputs(
-    tensors: dict[str, Stored], to: str, block: tuple[int, int] = (128, 128), kept: Iterable[str] = ()
-) -> list[Output]:
+def outputs(tensors: dict[str, Stored], to: str, said: Configuration, kept: Iterable[str] = ()) -> list[Output]:
     """What becomes of each tensor, in the order of the source; a scale that is kept follows its weight."""
     kept = set(kept)
-    rest = [tensor for tensor in tensors.values() if tensor.name not in kept]
-    scales = {t.name: scale for t in rest if (scale := _scale(t, tensors)) is not None}
+    found = {
+        t.name: parts
+        for t in tensors.values()
+        if t.name not in kept and (parts := formats.parts(t, tensors, said)) is not None
+    }
     claimed: dict[str, str] = {}
-    for weight, scale in scales.items():
-        if scale.name in claimed or scale.name in scales:
-            raise Refused(f"{scale} would scale {weight!r} and {claimed.get(scale.name, 'be scaled itself')!r}")
-        claimed[scale.name] = weight
+    for weight, parts in found.items():
+        for part in parts.beside():
+            shared = part.name in claimed and part not in parts.activations
+            if shared or part.name in found:
+                raise Refused(f"{part} would scale {weight!r} and {claimed.get(part.name, 'be scaled itself')!r}")
+            claimed[part.name] = weight
+        if parts.name != weight and parts.name in tensors:
+            raise Refused(f"{parts.weight} would become {tensors[parts.name]}; keep one of the two")
     made: list[Output] = []
     for tensor in tensors.values():
         if tensor.name in claimed:
             continue
         if tensor.name in kept:
             made.append(Output(tensor.name, tensor.dtype, tensor.shape, STORED, tensor))
-        elif tensor.name in scales:
-            made += _converted(tensor, scales[tensor.name], to, block)
-        elif BITS[tensor.dtype] <= 8 and tensor.dtype != "BOOL":
-            missing = "no weight of one byte" if tensor.dtype == "F8_E8M0" else "no scale"
-            raise Refused(
-                f"{tensor} has one byte for an element or less, and {missing} belongs to it; {_remedy(tensor)}"
-            )
-        elif tensor.name.endswith("_scale_inv"):
-            raise Refused(f"{tensor} is a scale, but {tensor.name.removesuffix('_scale_inv')!r} is not of one byte")
+        elif tensor.name in found:
+            made += _converted(found[tensor.name], to, said)
         else:
+            formats.unscaled(tensor)
             made.append(Output(tensor.name, tensor.dtype, tensor.shape, COPY, tensor))
     return made
 
 
-def _kept(tensors: dict[str, Stored], patterns: Sequence[str]) -> list[str]:
+def _kept(tensors: dict[str, Stored], patterns: Sequence[str], said: Configuration) -> list[str]:
     """The names that patterns match, a weight and its scale together, in the order of the files."""
     found = set()
     for pattern in patterns:
@@ -218,8 +233,9 @@ def _kept(tensors: dict[str, Stored], patterns: Sequence[str]) -> list[str]:
             raise Refused(f"--keep {pattern}: no tensor has such a name; did you mean {_nearest(pattern, tensors)!r}?")
         found |= matched
     for tensor in tensors.values() if found else ():
-        pair = {tensor.name, *(scale.name for scale in _scales(tensor, tensors))}
-        found |= pair if pair & found else set()
+        parts = formats.parts(tensor, tensors, said)
+        group = {tensor.name, *(part.name for part in parts.beside())} if parts else set()
+        found |= group if group & found else set()
     return [name for name in tensors if name in found]
 
 
@@ -231,10 +247,10 @@ def _nearest(pattern: str, names: Iterable[str]) -> str:
     return difflib.get_close_matches(pattern, holding, n=1, cutoff=0)[0]
 
 
-def _beside(source: Source) -> list[str]:
+def _beside(source: Source, copied: Sequence[str]) -> list[str]:
     """Notes on copied files that still describe the formats of the source; refuses one that others would believe."""
     notes = []
-    for name in source.others:
+    for name in copied:
         last = name.rpartition("/")[2]
         if name in _ELSEWHERE:
             raise Refused(
@@ -248,13 +264,6 @@ def _beside(source: Source) -> list[str]:
             else:
                 notes += [f"{name} is copied as it is and still says {', '.join(found[:4])}"] if found else []
     return notes
-
-
-def _remedy(tensor: Stored) -> str:
-    return (
-        f"flagops knows FP4 and FP8 blocks of DeepSeek checkpoints: leave the tensor as it is stored with "
-        f"--keep '{glob.escape(tensor.name)}', or convert it by other means"
-    )
 
 
 def slices(rows: int, columns: int, unit: tuple[int, int], limit: int) -> Iterator[tuple[int, int, int, int]]:
@@ -283,60 +292,38 @@ def slices(rows: int, columns: int, unit: tuple[int, int], limit: int) -> Iterat
                 yield row, row + 1, column, min(column + step, columns)
 
 
-def _scales(tensor: Stored, tensors: dict[str, Stored]) -> list[Stored]:
-    """What scales a tensor by its name, for `X.weight` in either naming and for stacked experts."""
-    if tensor.dtype not in (*_FP4_DTYPES, "F8_E4M3"):
-        return []
-    names = [f"{tensor.name}_scale_inv"]
-    if tensor.name.endswith(".weight"):
-        names.append(f"{tensor.name.removesuffix('.weight')}.scale")
-    return [tensors[name] for name in names if name in tensors]
-
-
-def _scale(tensor: Stored, tensors: dict[str, Stored]) -> Stored | None:
-    found = _scales(tensor, tensors)
-    if len(found) > 1:
-        raise Refused(f"{tensor} has two scales, {found[0]} and {found[1]}; keep one of them")
-    return found[0] if found else None
-
-
-def _converted(weight: Stored, scale: Stored, to: str, block: tuple[int, int]) -> list[Output]:
-    if len(weight.shape) < 2:
-        raise Refused(f"{weight} is no matrix, scaled by {scale}; {_remedy(weight)}")
-    if weight.dtype == "F8_E4M3":
-        return _fp8(weight, scale, to, block)
-    *lead, rows, last = weight.shape
-    columns = last if weight.dtype == "F4" else 2 * last
-    if scale.dtype not in ("F8_E8M0", "U8") or columns % 32 or scale.shape != (*lead, rows, columns // 32):
+def _converted(parts: Parts, to: str, said: Configuration) -> list[Output]:
+    weight, scale = parts.weight, parts.scale
+    lies = formats.layout(parts, said)
+    if to == "bf16":
+        action = f"{lies.format.name} to BF16"
+        return [
+            Output(
+                parts.name, "BF16", lies.shape, action, weight, scale, lies.block, parts, lies.format, lies.transposed
+            )
+        ]
+    if (
+        lies.format is formats.FP8
+        and scale
+        and scale.dtype in formats.BLOCK_SCALES
+        and lies.block in (said.block, formats.ROW)
+    ):
+        return [
+            Output(weight.name, weight.dtype, weight.shape, KEEP, weight, scale),
+            Output(scale.name, scale.dtype, scale.shape, KEPT_SCALE, scale),
+        ]
+    if lies.format is not formats.FP4 or scale is None or parts.name != weight.name:
         raise Refused(
-            f"{weight} is scaled by {scale}, expected F8_E8M0 {[*lead, rows, columns / 32]}: "
-            f"one scale for 32 of K = {columns}; {_remedy(weight)}"
+            f"{weight}, scaled by {scale}, is {lies.format.name} of a kind that --to fp8 leaves; use --to bf16"
         )
-    shape = (*lead, rows, columns)
-    if to == "bf16":
-        return [Output(weight.name, "BF16", shape, FP4, weight, scale)]
-    if rows % 128 or columns % 128 or block != (128, 128):
-        raise Refused(f"{weight} does not divide into 128 x 128 blocks of FP8 ({block} in {CONFIG}); use --to bf16")
+    *_, rows, columns = lies.shape
+    if rows % 128 or columns % 128 or said.block != (128, 128):
+        raise Refused(
+            f"{weight} does not divide into 128 x 128 blocks of FP8 ({said.block} in {CONFIG}); use --to bf16"
+        )
     return [
-        Output(weight.name, "F8_E4M3", shape, RECODE, weight, scale),
-        Output(scale.name, "F8_E8M0", _blocks(shape, block), RECODED_SCALE, weight, scale),
-    ]
-
-
-def _fp8(weight: Stored, scale: Stored, to: str, block: tuple[int, int]) -> list[Output]:
-    """FP8 in the blocks of the configuration, or in rows of 32 where the shape of the scale says so."""
-    fitting = (each for each in (block, _ROW) if scale.shape == _blocks(weight.shape, each))
-    found = next(fitting, None)
-    if found is None or scale.dtype not in _FP8_SCALES:
-        height, width = block
-        shapes = f"{list(_blocks(weight.shape, block))}: one scale for each {height} x {width} block"
-        shapes += f", or {list(_blocks(weight.shape, _ROW))}: one for each 1 x 32"
-        raise Refused(f"{weight} is scaled by {scale}, expected F8_E8M0 or F32 {shapes}; {_remedy(weight)}")
-    if to == "bf16":
-        return [Output(weight.name, "BF16", weight.shape, FP8, weight, scale, found)]
-    return [
-        Output(weight.name, weight.dtype, weight.shape, KEEP, weight, scale),
-        Output(scale.name, scale.dtype, scale.shape, KEPT_SCALE, scale),
+        Output(weight.name, "F8_E4M3", lies.shape, RECODE, weight, scale),
+        Output(scale.name, "F8_E8M0", blocks(lies.shape, said.block), RECODED_SCALE, weight, scale),
     ]
 
 
@@ -363,11 +350,6 @@ def _pairs(outputs: Iterable[Output]) -> Iterator[list[Output]]:
         group.append(out)
     if group:
         yield group
-
-
-def _blocks(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    *lead, rows, columns = shape
-    return (*lead, -(-rows // block[0]), -(-columns // block[1]))
 
 
 def _count(shape: Iterable[int]) -> int:

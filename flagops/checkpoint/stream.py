@@ -12,19 +12,23 @@ from flagops import arrays, config, registry
 from flagops.call import of
 from flagops.errors import Unsupported
 
+from . import formats
 from .documents import Refused
 from .plan import COPY, FP4, FP8, KEEP, KEPT_SCALE, RECODE, RECODED_SCALE, STORED, Output, Plan, Shard, slices
 from .source import Reader
 
+BAND = 32  # elements of FP4 that share a scale
 BLOCK = 128  # rows and columns that share a scale in FP8 recoded from FP4
 LARGEST = 1 << 20  # elements of a slice: their bytes stay in a processor's cache from the read to the write
 SMALLEST = 64 << 10
+_ALIGNED = 32  # elements that slices of one row begin at, in whole bytes of every format
 _CHUNK = 1 << 17  # elements that a check looks at together
 _FINITE = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
 _FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _DAMAGED = "the checkpoint is damaged: copy or download it again"
 
 
+_WIDTH = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
 _OPERATORS = {FP4: "fp4_dequantize", FP8: "fp8_dequantize", RECODE: "fp4_to_fp8"}
 
 
@@ -67,8 +71,8 @@ class Kernels:
                 self.fp4(codes[:, :64], np.zeros((BLOCK, 4), np.uint8), out)
             elif action == RECODE:
                 self.recode(codes[:, :64], np.zeros((BLOCK, 4), np.uint8), np.empty_like(codes))
-        for kind in {out.scale.dtype for out in self._plan.outputs if out.action == FP8 and out.scale}:
-            self.fp8(codes, np.zeros((1, 1), np.float32 if kind == "F32" else np.uint8), (BLOCK, BLOCK), out)
+        for kind in {out.scale.dtype in _WIDTH for out in self._plan.outputs if out.action == FP8 and out.scale}:
+            self.fp8(codes, np.zeros((1, 1), np.float32 if kind else np.uint8), (BLOCK, BLOCK), out)
 
     def fp4(self, packed: Any, scale: Any, out: Any) -> None:
         """`flagops.fp4_dequantize` into `out`."""
@@ -155,10 +159,11 @@ class Stream:
         """
         made: dict[str, Callable[[Output], Iterator[Any]]] = {
             COPY: self._watched, STORED: self._copy, KEPT_SCALE: self._kept_scale, KEEP: self._keep,
-            FP4: self._fp4, FP8: self._fp8, RECODE: self._recode, RECODED_SCALE: self._recoded_scale,
+            FP4: self._transposed if out.transposed else self._fp4, FP8: self._fp8 if out.scale else self._coded,
+            RECODE: self._recode, RECODED_SCALE: self._recoded_scale,
         }  # fmt: skip
         try:
-            yield from made[out.action](out)
+            yield from made.get(out.action, self._coded)(out)
         except Refused:
             self.reader.check()  # of a file that is written to anything may be wrong
             raise
@@ -206,29 +211,87 @@ class Stream:
             yield self._bytes(made)
 
     def _fp8(self, out: Output) -> Iterator[Any]:
-        assert out.scale is not None
+        for start, shape, _, scale in self._tiles(out, self._limit):
+            codes = self._read(out.weight, start, shape[0] * shape[1], self._input)
+            largest = self._finite_scale(out, scale)
+            self._numbers(out, codes)
+            made = self._made(shape)
+            self._kernels.fp8(codes.reshape(shape), scale, out.block, made)
+            if largest > (246 if scale.dtype == np.uint8 else 1e35) or self._dtype == "float16":
+                self._in_range(out, made)
+            yield self._bytes(made)
+
+    def _coded(self, out: Output) -> Iterator[Any]:
+        """Formats that no kernel is written for, in slices that stay in a processor's cache."""
+        assert out.format is not None
+        self._size(out)
+        factor = self._factor(out)
+        for start, shape, row, scale in self._tiles(out, min(self._limit, _CHUNK)):
+            codes = self._read(out.weight, start * out.format.bits // 8, shape[0] * shape[1] * out.format.bits // 8)
+            with np.errstate(all="ignore"):
+                scale = scale / factor if out.format.divides else scale * factor
+            largest = self._finite_scale(out, scale)
+            self._numbers(out, codes, out.format.invalid)
+            made = self._made(shape)
+            out.format.expand(codes, scale, out.block, row, made)
+            if largest > 1e30 or self._dtype == "float16":
+                self._in_range(out, made)
+            yield self._bytes(made)
+
+    def _tiles(self, out: Output, limit: int) -> Iterator[tuple[int, tuple[int, int], int, Any]]:
+        """Slices of a weight: the first element, rows and columns, the rows above it in its block, and its scales."""
         matrices, rows, columns = out.matrix
         height, width = out.block
         across = -(-columns // width)
-        coded = out.scale.dtype != "F32"
+        unit = height, width if width < columns else _ALIGNED
         for matrix in range(matrices if out.size else 0):  # a shape may have 2^55 of no rows
             base = matrix * -(-rows // height) * across
-            for r0, r1, c0, c1 in slices(rows, columns, (height, width), self._limit):
-                shape = r1 - r0, c1 - c0
-                start = (matrix * rows + r0) * columns + c0
-                codes = self._read(out.weight, start, shape[0] * shape[1], self._input)
+            for r0, r1, c0, c1 in slices(rows, columns, unit, limit):
                 grid = -(-r1 // height) - r0 // height, -(-c1 // width) - c0 // width
-                first = base + r0 // height * across + c0 // width
-                wide = 1 if coded else 4
-                scale = self._read(out.scale, wide * first, wide * grid[0] * grid[1])
-                scale = (scale if coded else scale.view(np.float32)).reshape(grid)
-                largest = self._finite_scale(out, scale)
-                self._numbers(out, codes)
-                made = self._made(shape)
-                self._kernels.fp8(codes.reshape(shape), scale, (height, width), made)
-                if largest > (246 if coded else 1e35) or self._dtype == "float16":
+                scale = self._scale(out, base + r0 // height * across + c0 // width, grid)
+                yield (matrix * rows + r0) * columns + c0, (r1 - r0, c1 - c0), r0 % height, scale
+
+    def _scale(self, out: Output, first: int, grid: tuple[int, int]) -> Any:
+        """Scales of a slice, as bytes of e8m0 or as float32."""
+        if out.scale is None:
+            return np.ones((1, 1), np.float32)
+        kind = np.dtype(_WIDTH.get(out.scale.dtype, np.uint8))
+        scale = self._read(out.scale, kind.itemsize * first, kind.itemsize * grid[0] * grid[1]).view(kind)
+        return (scale if kind == np.uint8 else scale.astype(np.float32)).reshape(grid)
+
+    def _factor(self, out: Output) -> Any:
+        """What scales the scales of a whole tensor."""
+        factor = out.parts and out.parts.factor
+        if not factor:
+            return np.float32(1)
+        value = self._read(factor, 0, 4).view(np.float32)[0]
+        if not np.isfinite(value) or value == 0:
+            raise Refused(f"{factor} is {value}, expected a finite number other than 0; {_DAMAGED}")
+        return value
+
+    def _size(self, out: Output) -> None:
+        """Hold what a packed tensor says of its size to the size that its bytes and scales have."""
+        size = out.parts and out.parts.size
+        if size:
+            said = self._read(size, 0, size.size).view({"I64": np.int64, "I32": np.int32}[size.dtype]).tolist()
+            if said != [*out.shape]:
+                raise Refused(f"{size} is {said}, but {out.weight} and its scales are {[*out.shape]}; {_DAMAGED}")
+
+    def _transposed(self, out: Output) -> Iterator[Any]:
+        """FP4 in matrices that become their transposes, each held packed and made in bands."""
+        matrices, depth, rows = out.matrix
+        step = max(BAND, self._limit // max(1, rows) // BAND * BAND)
+        for matrix in range(matrices if out.size else 0):
+            packed = self._read(out.weight, matrix * rows * depth // 2, rows * depth // 2).reshape(rows, -1)
+            scale = self._read(out.scale, matrix * rows * depth // BAND, rows * depth // BAND).reshape(rows, -1)
+            largest = self._finite_scale(out, scale)
+            for k in range(0, depth, step):
+                end = min(k + step, depth)
+                made = self._made((rows, end - k))
+                self._kernels.fp4(packed[:, k // 2 : end // 2], scale[:, k // BAND : end // BAND], made)
+                if largest > 252 or self._dtype != "bfloat16":
                     self._in_range(out, made)
-                yield self._bytes(made)
+                yield self._bytes(np.ascontiguousarray(made.T))
 
     def _recode(self, out: Output) -> Iterator[Any]:
         matrices, rows, columns = out.matrix
@@ -270,12 +333,13 @@ class Stream:
             raise Refused(f"{stored or out.scale} has a {what}; {_DAMAGED}")
         return float(largest)
 
-    def _numbers(self, out: Output, codes: Any) -> None:
-        """Refuse the two codes of e4m3 that are no numbers."""
-        for start in range(0, len(codes), _CHUNK):
+    def _numbers(self, out: Output, codes: Any, invalid: int = formats.FP8.invalid) -> None:
+        """Refuse the codes that are no numbers, which have all bits of `invalid`."""
+        for start in range(0, len(codes) if invalid else 0, _CHUNK):
             chunk = codes[start : start + _CHUNK]
-            if np.bitwise_and(chunk, 127, out=self._test[: len(chunk)]).max() == 127:
-                raise Refused(f"{out.weight} has a code 0x7F or 0xFF (NaN); {_DAMAGED}")
+            if np.bitwise_and(chunk, invalid, out=self._test[: len(chunk)]).max() == invalid:
+                least = "code 0x7F or 0xFF (NaN)" if invalid == 0x7F else "code of an infinity or NaN"
+                raise Refused(f"{out.weight} has a {least}; {_DAMAGED}")
 
     def _in_range(self, out: Output, made: Any) -> None:
         if _infinite(made.reshape(-1), self._dtype):

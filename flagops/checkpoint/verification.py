@@ -58,7 +58,7 @@ def _expected(conversion: Conversion, identity: dict[str, Any], entries: dict[st
                 f"{dst} was not made of {plan.source.folder}: its manifest has another {name}",
                 "give the SRC it was made of, or empty DST and convert again",
             )
-    expected = {*plan.source.others, *plan.texts, *(shard.name for shard in plan.shards)}
+    expected = {*plan.copied, *plan.texts, *(shard.name for shard in plan.shards)}
     for name in sorted(expected ^ set(entries)):
         raise Difference(f"{dst / MANIFEST}: {name} is {'missing' if name in expected else 'not of SRC'}")
     for name, text in plan.texts.items():

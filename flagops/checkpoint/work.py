@@ -16,7 +16,7 @@ from ..backends import numba
 from .documents import Refused
 from .memory import resident
 from .plan import RECODE, Plan
-from .stream import BLOCK, LARGEST, SMALLEST, Kernels, Stream
+from .stream import BAND, BLOCK, LARGEST, SMALLEST, Kernels, Stream
 
 _WORKER = 6 << 20  # bytes: a thread's stack, its allocator and what checks and comparisons take
 _MARGIN = 16 << 20
@@ -75,12 +75,13 @@ def share(plan: Plan, kernels: Kernels, memory: int, workers: int | None, tasks:
     workers: how many, or None for one a processor as far as tasks and memory go.
     Raises Refused if it is too little, saying how much is needed.
     """
-    each = 3 + kernels.temporaries  # a byte in, two out
-    smallest = max(
-        SMALLEST, max((BLOCK * out.shape[-1] for out in plan.outputs if out.action == RECODE and out.size), default=0)
-    )
+    turned = [out.matrix for out in plan.outputs if out.transposed and out.size]
+    each = 3 + kernels.temporaries + (2 if turned else 0)  # a byte in, two out, and two turned
+    recoded = [BLOCK * out.shape[-1] for out in plan.outputs if out.action == RECODE and out.size]
+    smallest = max([SMALLEST, *recoded, *(BAND * rows for _, _, rows in turned)])
+    worker = _WORKER + max((depth * rows * 17 // 32 for _, depth, rows in turned), default=0)  # a matrix and its scales
     base = resident() + _MARGIN
-    need = _WORKER + each * smallest
+    need = worker + each * smallest
     wanted = workers or max(1, min(processors(), tasks))
     count = wanted if workers else max(1, min(wanted, (memory - base) // need))
     if memory < base + count * need:
@@ -88,8 +89,8 @@ def share(plan: Plan, kernels: Kernels, memory: int, workers: int | None, tasks:
             f"--memory of {memory >> 20} MiB is too little: the process takes {base >> 20} MiB and each of {count} "
             f"workers {-(-need >> 20)} MiB; give at least {-(-(base + count * need) >> 20)}MiB"
         )
-    limit = max(smallest, min(LARGEST, ((memory - base) // count - _WORKER) // each))
-    return Share(count, limit, base, base + count * (_WORKER + each * limit))
+    limit = max(smallest, min(LARGEST, ((memory - base) // count - worker) // each))
+    return Share(count, limit, base, base + count * (worker + each * limit))
 
 
 class Team:
