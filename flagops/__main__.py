@@ -1,4 +1,4 @@
-"""The command line: ``flagops doctor | ops | check | coverage | demo | warmup | bisect | bench | convert | ...``."""
+"""The command line: ``flagops doctor | chips | ops | check | coverage | demo | warmup | bench | convert | ...``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
-from flagops import __version__, config, contract, registry, tables
+from flagops import __version__, chips, config, contract, registry, tables
 from flagops.errors import Unsupported, said
 
 LIBRARIES = ("numpy", "ml_dtypes", "torch", "numba", "triton", "transformers", "safetensors", "rich")
@@ -48,6 +48,7 @@ def doctor(args: argparse.Namespace) -> int:
         "platform": platform.platform(),
         "cpu": _cpu(),
         "libraries": {name: _version(name) for name in LIBRARIES},
+        "devices": dict(chips.here()),
         "cache": config.cache_folder(),
         "settings": settings,
         "backends": backends,
@@ -61,6 +62,7 @@ def doctor(args: argparse.Namespace) -> int:
         return int(failed)
     print(f"flagops {__version__}, Python {report['python']}, {report['platform']}, {report['cpu']}")
     print("libraries: " + ", ".join(f"{n} {v or 'missing'}" for n, v in report["libraries"].items()))
+    print("devices: " + ", ".join(f"{device}, see {page}" for device, page in report["devices"].items()))
     print(f"compiled kernels are kept in {report['cache']}")
     print("settings: " + (", ".join(f"{n}={v}" for n, v in settings.items()) or "none in the environment"))
     rows = [
@@ -252,13 +254,14 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"flagops {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(function: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    def command(function: Callable[[argparse.Namespace], int], name: str = "") -> argparse.ArgumentParser:
         text = function.__doc__ or ""
-        added = commands.add_parser(function.__name__, help=text, description=text)
+        added = commands.add_parser(name or function.__name__, help=text, description=text)
         added.set_defaults(run=function)
         return added
 
     command(doctor).add_argument("--json", action="store_true", help="machine-readable")
+    _chips_words(command(chips.command, "chips"))
     listing = command(ops)
     group = listing.add_mutually_exclusive_group()
     group.add_argument("--json", action="store_true", help="machine-readable")
@@ -283,6 +286,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 _OPERATORS = "operators, such as matmul or aten.add; aten or a family of it, such as reductions (default: models')"
+
+
+def _chips_words(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "names", nargs="*", metavar="CHIP", help="chips, vendors, torch's devices or Triton's targets (default: all)"
+    )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="machine-readable, with sources, dtypes and notes")
+    group.add_argument("--markdown", action="store_true", help="the table of docs/chips.md")
 
 
 def _check_words(parser: argparse.ArgumentParser) -> None:

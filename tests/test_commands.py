@@ -21,13 +21,14 @@ COMMANDS = tuple(next(a for a in parser()._actions if isinstance(a, argparse._Su
 # Words that ask for what is not there, by command: a file or folder, a device or backend, a place to write to; of a
 # command without such an argument none. {absent} is no file, {file} is one, {tmp} a folder.
 MISSING = {
-    "doctor": [], "warmup": [], "demo": [], "bench": [], "plan": [],
+    "doctor": [], "chips": [], "warmup": [], "demo": [], "bench": [], "plan": [],
     "ops": ["--report {absent}"], "check": ["{absent}.py"], "run": ["{absent}", "{tmp}"],
     "tune": [], "bisect": ["{absent}", "--within 0 {absent}"], "coverage": ["{absent}.py", "NoSuchModel"],
     "convert": ["{absent} {tmp}/dst", "{file} {tmp}/dst"], "verify": ["{absent} {tmp}", "{tmp} {absent}"],
     "train": ["{tmp} --text {absent}", "{tmp} --text {tmp}"],
 }  # fmt: skip
 DEVICE = {
+    "chips": ["mps", "gfx943"],
     "doctor": [], "ops": [], "run": [], "bisect": [], "plan": [], "tune": ["--device nope", "--backend nunba"],
     "check": ["matmul --backend nunba"], "warmup": ["--backend nunba"], "demo": ["--backend nunba"],
     "bench": ["matmul --device nope", "matmul --device cuda:77", "matmul --device cpu --backend nunba"],
@@ -35,13 +36,14 @@ DEVICE = {
     "verify": ["{tmp} {tmp}/dst --backend nunba"], "train": [],
 }  # fmt: skip
 OUTPUT = {
-    "doctor": [], "ops": [], "run": [], "bisect": [], "plan": [], "warmup": [], "demo": [], "coverage": [],
+    "doctor": [], "ops": [], "chips": [], "run": [], "bisect": [], "plan": [], "warmup": [], "demo": [], "coverage": [],
     "check": [f"matmul --{kind} {where}" for kind in ("report", "junit") for where in ("{absent}/x", "{tmp}")],
     "bench": [f"--{kind} {where}" for kind in ("json", "markdown", "plot") for where in ("{absent}/x", "{file}/x")],
     "convert": ["{tmp} {file}", "{tmp} {file}/dst"], "verify": [], "tune": ["--out {absent}/x", "--out {tmp}"],
     "train": ["{absent}/x", "{file}", "{file}/x"],
 }  # fmt: skip
 WORDS = {
+    "chips": "h101",
     "doctor": "--jsn", "ops": "--jsn", "check": "matmull", "warmup": "matmull", "demo": "--tokens 0", "run": "",
     "bisect": "--within 2 {file}", "bench": "--workload no-such-load", "plan": "--model v4-flash --tp 8 --memory 32",
     "tune": "--jsn", "coverage": "", "convert": "{tmp} {tmp}/dst --memory lots", "verify": "{tmp} {tmp}/dst --sample 2",

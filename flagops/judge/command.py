@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -13,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -212,15 +214,40 @@ def report(outcome: Outcome, wish: dict[str, Any]) -> dict[str, Any]:
     for name in ("numpy", "ml_dtypes", "torch", "numba", "triton"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             libraries[name] = metadata.version(name)
+    sources = {name: _digest(modules) for name, modules in _homes(outcome).items()}
+    for path in wish["files"]:
+        sources[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     for record in outcome.records:
         shares = {w: round(record["ran"].get(w, 0) / n, 4) for w, n in sorted(record["asked"].items())}
         missed = {f"1 in {n}": (1 - 1 / n) ** record["calls"] for n in (20, 200, 1000, 10000)}
         record |= {"share that ran": shares, "probability of missing an error of": missed}
     return {
         "flagops": __version__, "python": platform.python_version(), "platform": platform.platform(),
-        "libraries": libraries, "date": time.strftime("%Y-%m-%d"), "seed": wish["seed"], "seconds": wish["seconds"],
+        "libraries": libraries, "devices": {name: registry.backend(name).facts() for name in wish["backends"]},
+        "sources": sources, "date": time.strftime("%Y-%m-%d"), "seed": wish["seed"], "seconds": wish["seconds"],
         "kernels": outcome.records, "problems": outcome.problems,
     }  # fmt: skip
+
+
+def _homes(outcome: Outcome) -> dict[str, set[str]]:
+    """The modules in which the judged kernels of each backend lie, and the references that they were held to."""
+    homes: dict[str, set[str]] = {}
+    for r in outcome.records:
+        if r["operator"] in registry.cards():
+            homes.setdefault("references", set()).add(registry.operator(r["operator"]).reference.__module__)
+            if r["backend"] in registry.backend_names():
+                homes.setdefault(r["backend"], set()).add(registry.home(r["operator"], r["backend"]))
+    return homes
+
+
+def _digest(modules: Iterable[str]) -> str:
+    """Of the files of modules and of all that lies beside them, which they may share."""
+    specs = [importlib.util.find_spec(module) for module in modules if module]
+    folders = {Path(spec.origin).parent for spec in specs if spec and spec.origin}
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def junit(outcome: Outcome, wish: dict[str, Any]) -> str:

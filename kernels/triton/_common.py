@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from flagops import chips
+
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """The interpreter multiplies raw bits of bfloat16 in ``dot`` and truncates float32 to bfloat16; the helpers do not."""
 
@@ -103,13 +105,17 @@ def chip(device: torch.device) -> Chip:
 
 @cache
 def _measured(device: torch.device) -> Chip:
-    if device.type != "cuda":
+    if device.type == "cpu":
         return Chip("cuda", 1, 227 << 10, False)
+    if device.type != "cuda":
+        return Chip("cuda", 1, chips.shared(device.type), False)
     properties = torch.cuda.get_device_properties(device)
-    kind = "hip" if torch.version.hip else "cuda"
-    converts = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    shared = int(getattr(properties, "shared_memory_per_block_optin", 64 << 10))
-    return Chip(kind, int(properties.multi_processor_count), shared, converts)
+    processors = int(properties.multi_processor_count)
+    if torch.version.hip:
+        known = chips.by_target(properties.gcnArchName.partition(":")[0])
+        return Chip("hip", processors, known.shared if known and known.shared else chips.LEAST_SHARED, False)
+    shared = int(getattr(properties, "shared_memory_per_block_optin", chips.LEAST_SHARED))
+    return Chip("cuda", processors, shared, torch.cuda.get_device_capability(device) >= (8, 9))
 
 
 def keeping_subnormals(device: torch.device) -> dict[str, Any]:
