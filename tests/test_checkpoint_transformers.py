@@ -16,43 +16,10 @@ import checkpoint_data as data  # noqa: E402
 
 from flagops import checkpoint  # noqa: E402
 from flagops.deepseek_v4.examples import random_deepseek_v4  # noqa: E402
+from flagops.train.export import official  # noqa: E402
 
 CODES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 QUANTIZATION = data.CONFIG["quantization_config"]
-OFFICIAL = [  # transformers' names to those of the published checkpoints
-    (r"^model\.", ""),
-    (r"^embed_tokens\.", "embed."),
-    (r"^lm_head\.", "head."),
-    (r"^hc_head\.hc_", "hc_head_"),
-    (r"\.(attn|ffn)_hc\.", r".hc_\1_"),
-    (r"\.input_layernorm\.", ".attn_norm."),
-    (r"\.post_attention_layernorm\.", ".ffn_norm."),
-    (r"\.self_attn\.", ".attn."),
-    (r"\.mlp\.", ".ffn."),
-    (r"\.gate\.e_score_correction_bias", ".gate.bias"),
-    (r"\.shared_experts\.gate_proj\.", ".shared_experts.w1."),
-    (r"\.shared_experts\.down_proj\.", ".shared_experts.w2."),
-    (r"\.shared_experts\.up_proj\.", ".shared_experts.w3."),
-    (r"\.compressor\.indexer\.q_b_proj\.", ".indexer.wq_b."),
-    (r"\.compressor\.indexer\.scorer\.", ".indexer."),
-    (r"\.compressor\.indexer\.", ".indexer.compressor."),
-    (r"\.compressor\.kv_norm\.", ".compressor.norm."),
-    (r"\.sinks$", ".attn_sink"),
-    (r"\.q_a_norm\.", ".q_norm."),
-    (r"\.q_a_proj\.", ".wq_a."),
-    (r"\.q_b_proj\.", ".wq_b."),
-    (r"\.kv_proj\.", ".wkv."),
-    (r"\.gate_proj\.", ".wgate."),
-    (r"\.position_bias", ".ape"),
-    (r"\.o_a_proj\.", ".wo_a."),
-    (r"\.o_b_proj\.", ".wo_b."),
-]
-
-
-def official(name):
-    for pattern, replacement in OFFICIAL:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def model():

@@ -8,12 +8,26 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flagops import contract
+from flagops import contract, tables
 
-LOG, CURVE = "log.jsonl", "curve.png"
+if TYPE_CHECKING:
+    from .corpus import Corpus
+    from .loop import Training
+
+LOG, CURVE, MODEL = "log.jsonl", "curve.png", "model"
+ABOUT = """# A small trained DeepSeek-V4
+
+Made by `flagops train` in {steps} steps of {tokens} tokens (this is step {step}; seed {seed}, {optimizer} at {rate}),
+in the published checkpoints' names and formats: routed experts in FP4, projections in FP8 blocks, e8m0 scales, the rest
+in BF16 and float32. Token 0 to 255 is a byte, 256 begins a document.
+
+It was trained on generated tasks and on the reference of the Python language as `pydoc_data.topics` of Python 3.11.7
+has it, copyright of the Python Software Foundation, PSF License Version 2.
+"""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -28,25 +42,82 @@ def run(argv: Sequence[str]) -> int:
     if options.tokens % LENGTH or not options.rate > 0:
         raise ValueError(f"--tokens must be a multiple of {LENGTH} and --rate above 0")
     corpus = Corpus(options.text.read_bytes() if options.text else shipped())
+    if options.grid:
+        return _grid(options, corpus)
     chosen = Options(options.steps, options.seed, options.tokens, options.rate, options.optimizer)
     training = Training(corpus, chosen)
-    options.folder.mkdir(exist_ok=True)
     found = checkpoints(options.folder)
     if found:
         training.load(found[-1])
-        print(f"going on after step {training.step} of {chosen.steps}", flush=True)
+        print(f"{options.folder} has taken {training.step} of {chosen.steps} steps", flush=True)
+    elif options.export or options.ablate:
+        raise ValueError(f"there is no checkpoint in {options.folder}")
+    if options.ablate:
+        return _ablate(training)
+    if not options.export:
+        _train(options, training)
+    _export(options.export or options.folder / MODEL, training)
+    return 0
+
+
+def _train(options: argparse.Namespace, training: Training) -> None:
+    last = training.options.steps
+    options.folder.mkdir(exist_ok=True)
     log = Log(options.folder / LOG, training.step)
-    with contract.Progress(chosen.steps - training.step) as begin:
+    with contract.Progress(last - training.step) as begin:
         begin("the first step")
         for facts in training.run():
             log.append(facts)
             begin(f"step {training.step}, loss {facts['loss']:.3f}")
-            if training.step % options.every == 0 or training.step == chosen.steps:
+            if training.step % options.every == 0 or training.step == last:
                 log.append({"step": training.step, "judged": training.judge()})
                 log.save()
                 training.save(options.folder)
                 draw(options.folder / CURVE, log.lines)
                 print(said(log.lines[-1]), flush=True)
+
+
+def _export(target: Path, training: Training) -> None:
+    from .export import export
+
+    size = export(training.model, target, ABOUT.format(step=training.step, **asdict(training.options)))
+    print(f"{target}: {size / 1e6:.2f} MB in FP4, FP8 and BF16, after step {training.step}")
+
+
+def _ablate(training: Training) -> int:
+    """Each part's worth, and how evenly experts are used."""
+    import flagops
+
+    from .ablation import PARTS, ablated, entropies
+    from .narrow import straight_through
+
+    rows: list[tuple[object, ...]] = []
+    whole: dict[str, dict[str, float]] = {}
+    with contract.Progress(len(PARTS) + 1) as begin, straight_through(training.model), flagops.patch(training.model):
+        for part, found in ablated(training.model, training.corpus, 2):
+            begin(part)
+            whole = whole or found
+            worse = [x["loss"] - (0 if found is whole else whole[kind]["loss"]) for kind, x in found.items()]
+            rows.append((part, *(f"{x:.3f}" if found is whole else f"{x:+.3f}" for x in worse)))
+        even = entropies(training.model, training.corpus, 2)
+    tables.show("held-out nats a token, and how many more without a part", ("without", *whole), rows)
+    print("entropy of the experts' shares, of the largest: " + ", ".join(f"{x:.3f}" for x in even))
+    return 0
+
+
+def _grid(options: argparse.Namespace, corpus: Corpus) -> int:
+    """Both optimisers at every rate."""
+    from . import grid
+
+    options.folder.mkdir(exist_ok=True)
+    found = []
+    with contract.Progress(len(grid.cells()) * options.steps) as begin:
+        for run in grid.runs(corpus, options.folder, options.steps, options.seed, options.tokens, begin):
+            found.append(run)
+            grid.draw(options.folder / grid.PICTURE, found)
+    found.sort(key=grid.held_out)
+    columns = ("optimizer", "rate", "held-out nats a token")
+    tables.show("best first", columns, [(x["optimizer"], f"{x['rate']:g}", f"{grid.held_out(x):.3f}") for x in found])
     return 0
 
 
@@ -65,6 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--text", type=contract.existing, metavar="FILE", help=f"in place of the Python reference; 1/{HELD} is held out"
     )
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--export", type=folder, metavar="DST", help="write the newest checkpoint's model, as it is")
+    other.add_argument("--ablate", action="store_true", help="what each part of the newest checkpoint's model is worth")
+    other.add_argument("--grid", action="store_true", help="compare optimisers and rates, in runs of --steps each")
     return parser
 
 

@@ -163,11 +163,11 @@ def losses(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def judged(model: Any, corpus: Corpus, rows: int, seed: int = 0) -> dict[str, dict[str, float]]:
+def judged(model: Any, corpus: Corpus, rows: int) -> dict[str, dict[str, float]]:
     """What `Training.judge` says, of a model as it is, over so many documents of each kind."""
     found: dict[str, dict[str, float]] = {}
     for kind in KINDS:
-        ids, known = (torch.from_numpy(x) for x in corpus.batch(seed, 0, rows, LENGTH, (kind,), held=True))
+        ids, known = (torch.from_numpy(x) for x in corpus.batch(0, 0, rows, LENGTH, (kind,), held=True))
         nats, right = losses(model, ids)
         found[kind] = {"loss": nats.mean().item()}
         if known.any():

@@ -56,32 +56,50 @@ def entries(module: Any, x: Tensor) -> Tensor:
     return rotated(module, module.kv_norm(pooled)[:, :, None], positions)[:, :, 0]
 
 
-def index_loss(attention: Any, x: Tensor, positions: Tensor) -> Tensor:
-    """The cross-entropy, in nats above the least, of an indexer's scores for the queries at `positions`."""
-    compressor = attention.compressor
-    indexer = compressor.indexer
-    batch, length = x.shape[:2]
-    with torch.no_grad():
-        latent = attention.q_a_norm(attention.q_a_proj(x[:, positions]))
-        q = attention.q_b_norm(attention.q_b_proj(latent).view(batch, len(positions), -1, attention.head_dim))
-        q = rotated(compressor, q, positions)
-        near = attention.kv_norm(attention.kv_proj(x))[:, :, None]
-        near = rotated(compressor, near, torch.arange(length))[:, :, 0]
-        far = entries(compressor, x)
-        back = positions[:, None] - torch.arange(length)
-        visible = (back >= 0) & (back < attention.sliding_window)
-        closed = torch.arange(far.shape[1]) < ((positions + 1) // compressor.compress_rate)[:, None]
-        logits = torch.einsum("bqhd,bkd->bqhk", q, torch.cat([near, far], 1)) * attention.scaling
-        logits = logits.masked_fill(~torch.cat([visible, closed], 1)[None, :, None], float("-inf"))
-        sinks = attention.sinks.view(1, 1, -1, 1).expand(*logits.shape[:-1], 1)
-        weights = torch.cat([logits, sinks], -1).softmax(-1)[..., length:-1].sum(2)
-        weights /= weights.sum(-1, keepdim=True).clamp(min=1e-20)
+@torch.no_grad()
+def attended(attention: Any, x: Tensor, positions: Tensor) -> Tensor:
+    """How a CSA layer's queries at `positions` attend to its entries, all heads together: shares ``[b, q, n]``."""
+    length, compressor = x.shape[1], attention.compressor
+    q = attention.q_b_proj(latents(attention, x, positions)).view(len(x), len(positions), -1, attention.head_dim)
+    q = rotated(compressor, attention.q_b_norm(q), positions)
+    near = attention.kv_norm(attention.kv_proj(x))[:, :, None]
+    near = rotated(compressor, near, torch.arange(length))[:, :, 0]
+    far = entries(compressor, x)
+    back = positions[:, None] - torch.arange(length)
+    visible = torch.cat([(back >= 0) & (back < attention.sliding_window), closed(compressor, far, positions)], 1)
+    logits = torch.einsum("bqhd,bkd->bqhk", q, torch.cat([near, far], 1)) * attention.scaling
+    logits = logits.masked_fill(~visible[None, :, None], float("-inf"))
+    sinks = attention.sinks.view(1, 1, -1, 1).expand(*logits.shape[:-1], 1)
+    weights = torch.cat([logits, sinks], -1).softmax(-1)[..., length:-1].sum(2)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+
+
+def scored(attention: Any, x: Tensor, positions: Tensor) -> Tensor:
+    """The logarithms of the shares that its indexer's scores give to the entries."""
+    indexer = attention.compressor.indexer
     keys = entries(indexer, x)
-    q = indexer.q_b_proj(latent).view(batch, len(positions), -1, indexer.head_dim)
+    q = indexer.q_b_proj(latents(attention, x, positions)).view(len(x), len(positions), -1, indexer.head_dim)
     scores = indexer.scorer(rotated(indexer, q, positions), keys, x[:, positions])
-    scores = scores.masked_fill(~closed, -1e30).log_softmax(-1)
-    known = torch.special.xlogy(weights, weights) - weights * scores
-    return known.sum(-1).mean()
+    return scores.masked_fill(~closed(indexer, keys, positions), -1e30).log_softmax(-1)
+
+
+@torch.no_grad()
+def latents(attention: Any, x: Tensor, positions: Tensor) -> Tensor:
+    return attention.q_a_norm(attention.q_a_proj(x[:, positions]))
+
+
+def closed(module: Any, found: Tensor, positions: Tensor) -> Tensor:
+    """Which entries each position sees, ``[q, n]``: those whose windows end no later."""
+    return torch.arange(found.shape[1]) < ((positions + 1) // module.compress_rate)[:, None]
+
+
+def index_loss(attention: Any, x: Tensor, positions: Tensor) -> Tensor:
+    """The divergence of an indexer's shares from those of its layer's attention, in nats, for queries at `positions`.
+
+    A position before the first entry has none to attend to and must not be asked for.
+    """
+    weights = attended(attention, x, positions)
+    return (torch.special.xlogy(weights, weights) - weights * scored(attention, x, positions)).sum(-1).mean()
 
 
 @torch.no_grad()
