@@ -71,10 +71,10 @@ class held:
     def _wrapped(self, method):
         def call(handle, op, *args, **kwargs):
             result = method(handle, op, *args, **kwargs)
-            if op in ("fp8_matmul", "fp4_matmul", "fp8_quantize", "moe_experts", "grouped_output_projection"):
-                if result is not None:
-                    self.calls[op] = self.calls.get(op, 0) + 1
-                    testing.assert_of(op, result, *args)
+            watched = ("fp8_matmul", "fp4_matmul", "fp8_quantize", "moe_experts", "grouped_output_projection")
+            if op in watched and result is not None:
+                self.calls[op] = self.calls.get(op, 0) + 1
+                testing.assert_of(op, result, *args)
             return result
 
         return call
