@@ -24,24 +24,27 @@ MISSING = {
     "ops": ["--report {absent}"], "check": ["{absent}.py"], "run": ["{absent}", "{tmp}"],
     "tune": [], "bisect": ["{absent}", "--within 0 {absent}"], "coverage": ["{absent}.py", "NoSuchModel"],
     "convert": ["{absent} {tmp}/dst", "{file} {tmp}/dst"], "verify": ["{absent} {tmp}", "{tmp} {absent}"],
+    "generate": ["{absent} --prompt x", "{tmp} --prompt x", "{tmp} --ids 3", "{file} --ids 3"],
 }  # fmt: skip
 DEVICE = {
     "doctor": [], "ops": [], "run": [], "bisect": [], "plan": [], "tune": ["--device nope", "--backend nunba"],
     "check": ["matmul --backend nunba"], "warmup": ["--backend nunba"], "demo": ["--backend nunba"],
     "bench": ["matmul --device nope", "matmul --device cuda:77", "matmul --device cpu --backend nunba"],
     "coverage": ["{file} --backend nunba"], "convert": ["{tmp} {tmp}/dst --backend nunba"],
-    "verify": ["{tmp} {tmp}/dst --backend nunba"],
+    "verify": ["{tmp} {tmp}/dst --backend nunba"], "generate": ["{tmp} --ids 3 --backend nunba"],
 }  # fmt: skip
 OUTPUT = {
     "doctor": [], "ops": [], "run": [], "bisect": [], "plan": [], "warmup": [], "demo": [], "coverage": [],
     "check": [f"matmul --{kind} {where}" for kind in ("report", "junit") for where in ("{absent}/x", "{tmp}")],
     "bench": [f"--{kind} {where}" for kind in ("json", "markdown", "plot") for where in ("{absent}/x", "{file}/x")],
     "convert": ["{tmp} {file}", "{tmp} {file}/dst"], "verify": [], "tune": ["--out {absent}/x", "--out {tmp}"],
+    "generate": [],
 }  # fmt: skip
 WORDS = {
     "doctor": "--jsn", "ops": "--jsn", "check": "matmull", "warmup": "matmull", "demo": "--tokens 0", "run": "",
     "bisect": "--within 2 {file}", "bench": "--workload no-such-load", "plan": "--model v4-flash --tp 8 --memory 32",
     "tune": "--jsn", "coverage": "", "convert": "{tmp} {tmp}/dst --memory lots", "verify": "{tmp} {tmp}/dst --sample 2",
+    "generate": "{tmp} --ids 3 --memory lots",
 }  # fmt: skip
 ROWS = [
     pytest.param(f"{name} {words}", id=f"{name} {words}")
