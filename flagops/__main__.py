@@ -245,6 +245,7 @@ FORWARDED = {
     "run": ("tools.bisect", "run", "run a script with torch's operators replaced, FLAGOPS_OPS of them"),
     "convert": ("checkpoint.command", "convert", "write a checkpoint of FP4 and FP8 weights in BF16 or FP8"),
     "verify": ("checkpoint.command", "verify", "make a conversion again and compare it, bit by bit"),
+    "generate": ("packed.command", "generate", "text from a checkpoint of FP4 and FP8 weights as it is stored"),
     "bisect": ("tools.bisect", "bisect", "name the replacement that changed a script's result"),
 }
 

@@ -9,9 +9,10 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent))
 import checkpoint_data as data
-from test_checkpoint_transformers import QUANTIZATION, official, source, to_fp8
+from test_checkpoint_transformers import QUANTIZATION, source, to_fp8
 
 from flagops import testing
+from flagops.deepseek_v4.examples import packed_deepseek_v4
 from flagops.transformers._handle import Handle
 
 __all__ = ["data", "floating", "generated", "held", "logits", "quantised_by_transformers", "source"]
@@ -96,50 +97,6 @@ def quantised_by_transformers(path, state):
     return blank.eval()
 
 
-def generated(folder, experts=32, width=1024, layers=3, seed=0):
-    """A random DeepSeek-V4 in the official names, most of it FP4 experts, made packed as it is; and its bytes."""
-    config = transformers.DeepseekV4Config(
-        vocab_size=64, hidden_size=width, moe_intermediate_size=width, num_hidden_layers=layers, num_attention_heads=4,
-        head_dim=128, qk_rope_head_dim=64, q_lora_rank=128, o_lora_rank=128, o_groups=2, n_routed_experts=experts,
-        num_experts_per_tok=4, index_n_heads=16, index_head_dim=128, index_topk=2, sliding_window=4,
-        max_position_embeddings=1024, compress_ratios=[0, 4, 128, 4][:layers], compress_rate_hca=8, num_hash_layers=1,
-        architectures=["DeepseekV4ForCausalLM"],
-    )  # fmt: skip
-    with torch.device("meta"):
-        blank = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    random = torch.Generator().manual_seed(seed)
-    pairs, rest = [], {}
-
-    def pair(stem, made):
-        names = official(f"{stem}.weight"), official(f"{stem}.weight").removesuffix("weight") + "scale"
-        pairs.append(tuple(zip(names, made, strict=True)))
-
-    def fp4(rows, columns):
-        codes = torch.randint(0, 256, (rows, columns // 2), generator=random, dtype=torch.uint8)
-        scale = torch.randint(119, 122, (rows, columns // 32), generator=random, dtype=torch.uint8)
-        return codes.view(torch.int8), scale.view(torch.float8_e8m0fnu)
-
-    def fp8(rows, columns):
-        codes = torch.randn(rows, columns, generator=random).to(torch.float8_e4m3fn)
-        scale = torch.randint(122, 124, (-(-rows // 128), -(-columns // 128)), generator=random, dtype=torch.uint8)
-        return codes, scale.view(torch.float8_e8m0fnu)
-
-    for name, x in blank.state_dict().items():
-        if name.endswith("experts.gate_up_proj"):
-            for i in range(experts):
-                for part in ("w1", "w2", "w3"):
-                    pair(f"{name.removesuffix('.gate_up_proj')}.{i}.{part}", fp4(width, width))
-        elif re.search(r"(self_attn\.(q_a|q_b|kv|o_a|o_b)_proj|indexer\.q_b_proj|shared_experts\.\w+)\.weight$", name):
-            pair(name.removesuffix(".weight"), fp8(*x.shape))
-        elif name.endswith("tid2eid"):
-            rest[official(name)] = (
-                torch.rand(x.shape[0], experts, generator=random).argsort(-1)[:, : x.shape[1]].contiguous()
-            )
-        elif not name.endswith("experts.down_proj"):
-            made = torch.randn(x.shape, generator=random) / (x.shape[-1] ** 0.5 if x.dim() > 1 else 1)
-            wide = re.search(r"_hc\.|hc_head|sinks|position_bias|correction_bias", name)
-            made = made.abs() + 0.5 if "norm" in name else made
-            rest[official(name)] = made if wide else made.bfloat16()
-    said = config.to_dict() | {"expert_dtype": "fp4", "quantization_config": QUANTIZATION, "dtype": "bfloat16"}
-    data.write(folder, data.spread(pairs, rest, 2, seed), said, others=False)
-    return folder, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def generated(folder, **sizes):
+    """A checkpoint most of which is FP4 experts, and the bytes of its tensors."""
+    return folder, packed_deepseek_v4(folder, **sizes)

@@ -26,6 +26,7 @@ MISSING = {
     "tune": [], "bisect": ["{absent}", "--within 0 {absent}"], "coverage": ["{absent}.py", "NoSuchModel"],
     "convert": ["{absent} {tmp}/dst", "{file} {tmp}/dst"], "verify": ["{absent} {tmp}", "{tmp} {absent}"],
     "train": ["{tmp} --text {absent}", "{tmp} --text {tmp}"],
+    "generate": ["{absent} --prompt x", "{tmp} --prompt x", "{tmp} --ids 3", "{file} --ids 3"],
 }  # fmt: skip
 DEVICE = {
     "chips": ["mps", "gfx943"],
@@ -34,6 +35,7 @@ DEVICE = {
     "bench": ["matmul --device nope", "matmul --device cuda:77", "matmul --device cpu --backend nunba"],
     "coverage": ["{file} --backend nunba"], "convert": ["{tmp} {tmp}/dst --backend nunba"],
     "verify": ["{tmp} {tmp}/dst --backend nunba"], "train": [],
+    "generate": ["{tmp} --ids 3 --backend nunba"],
 }  # fmt: skip
 OUTPUT = {
     "doctor": [], "ops": [], "chips": [], "run": [], "bisect": [], "plan": [], "warmup": [], "demo": [], "coverage": [],
@@ -41,6 +43,7 @@ OUTPUT = {
     "bench": [f"--{kind} {where}" for kind in ("json", "markdown", "plot") for where in ("{absent}/x", "{file}/x")],
     "convert": ["{tmp} {file}", "{tmp} {file}/dst"], "verify": [], "tune": ["--out {absent}/x", "--out {tmp}"],
     "train": ["{absent}/x", "{file}", "{file}/x"],
+    "generate": [],
 }  # fmt: skip
 WORDS = {
     "chips": "h101",
@@ -48,6 +51,7 @@ WORDS = {
     "bisect": "--within 2 {file}", "bench": "--workload no-such-load", "plan": "--model v4-flash --tp 8 --memory 32",
     "tune": "--jsn", "coverage": "", "convert": "{tmp} {tmp}/dst --memory lots", "verify": "{tmp} {tmp}/dst --sample 2",
     "train": "{tmp} --text {file}",
+    "generate": "{tmp} --ids 3 --memory lots",
 }  # fmt: skip
 ROWS = [
     pytest.param(f"{name} {words}", id=f"{name} {words}")

@@ -1,6 +1,8 @@
 """A checkpoint that runs as it is stored: its packed products are those of the references, the whole is the model."""
 
 import copy
+import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,6 +18,7 @@ from load_data import MODELS, data, floating, generated, held, logits, quantised
 
 import flagops  # noqa: E402
 from flagops import checkpoint, testing  # noqa: E402
+from flagops.__main__ import main  # noqa: E402
 from flagops.packed import PackedExperts, PackedLinear, StackedExperts  # noqa: E402
 
 
@@ -123,6 +126,31 @@ def test_a_model_generates(official):
     assert torch.equal(once, flagops.load(official).generate(ids, max_new_tokens=6, do_sample=False))
 
 
+def test_the_command_generates_the_models_own_tokens(official, tmp_path, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    src = tmp_path / "src"
+    shutil.copytree(official, src)
+    words = {f"w{i}": i for i in range(64)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "w0"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(src / "tokenizer.json"))
+    (src / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    ids = torch.tensor([[5, 9, 33, 2]])
+    expected = flagops.load(src).generate(ids, max_new_tokens=5, do_sample=False)[0, 4:].tolist()
+    found = []
+    for words in (["--prompt", "w5 w9 w33 w2"], ["--ids", "5 9 33 2", "--memory", "1GiB"]):
+        assert main(["generate", str(src), "--max-new-tokens", "5", "--json", *words]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+        assert found[-1]["ids"] == expected
+    assert found[0]["text"].split() == [f"w{i}" for i in expected]
+    assert found[0]["experts"] is None
+    assert found[1]["experts"]["reads"] > 0
+    assert main(["generate", str(src), "--prompt", "w5 w9", "--memory", "1GiB", "--max-new-tokens", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "loaded in" in said
+    assert "were in the arena" in said
+
+
 def test_disabling_leaves_packed_layers(official, expanded):
     """What remains is transformers' own code around them: as near as in the model that is expanded."""
     exact = logits(wide(expanded, torch.float64))
@@ -187,7 +215,7 @@ BUDGET = 64 << 20
 
 def test_a_process_stays_within_the_checkpoint_and_a_budget(official, tmp_path):
     """Loading takes next to nothing, a forward through every expert what is stored; expanded it would be four times."""
-    src, size = generated(tmp_path / "src")
+    src, size = generated(tmp_path / "src", n_routed_experts=32, hidden_size=1024, moe_intermediate_size=1024)
     assert size > 2 * BUDGET
     command = [sys.executable, "-c", textwrap.dedent(CHILD), str(official), str(src)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

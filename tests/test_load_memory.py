@@ -23,7 +23,7 @@ from flagops.packed.arena import Arena  # noqa: E402
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return generated(tmp_path_factory.mktemp("made") / "src", experts=16, width=512)[0]
+    return generated(tmp_path_factory.mktemp("made") / "src")[0]
 
 
 def cold(folder):
@@ -108,7 +108,7 @@ def test_a_budget_that_is_too_small(made):
 
 
 def test_a_file_that_ends_while_a_model_runs(tmp_path):
-    src, _ = generated(tmp_path / "src", experts=4, width=256)
+    src, _ = generated(tmp_path / "src", n_routed_experts=4, hidden_size=256, moe_intermediate_size=256)
     model = with_room(flagops.load(src), 2)
     expected = steps(model, 1)
     stored = model.save_pretrained._mapped.source.tensors
@@ -118,7 +118,7 @@ def test_a_file_that_ends_while_a_model_runs(tmp_path):
     path, whole = src / last.file, (src / last.file).read_bytes()
     os.truncate(path, last.offset + 1)  # what is mapped lies before
     every = torch.arange(4).repeat(2, 1)
-    layer = experts(model)[0][int(last.name.split(".")[1])]
+    layer = experts(model)[0][int(last.name.split(".")[2])]
     with pytest.raises(checkpoint.Refused, match=f"{last.name}.*{last.file}.*(ends at byte|has changed)"):
         layer(torch.ones(2, 256, dtype=torch.bfloat16), every, torch.ones(2, 4))
     path.write_bytes(whole)
@@ -144,7 +144,7 @@ CHILD = """
 
 def test_a_process_stays_within_a_budget_that_is_smaller_than_the_checkpoint(made, tmp_path):
     """Beside the weights it takes what a forward takes of any model."""
-    src, size = generated(tmp_path / "src")
+    src, size = generated(tmp_path / "src", n_routed_experts=32, hidden_size=1024, moe_intermediate_size=1024)
     budget, margin = 32 << 20, 48 << 20
     command = [sys.executable, "-c", textwrap.dedent(CHILD), str(made), str(src), str(budget)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,8 +1,9 @@
 """`flagops demo`: language models answer with torch alone and with their operators replaced, and must agree.
 
 SmolLM2-135M-Instruct is a real pretrained model, run under `flagops.enable`. Random DeepSeek-V4 models run under
-`flagops.patch`: a small one on every backend usable here, one with V4's own window and ratios on a long prompt. All
-decode greedily; a row passes when the tokens are the same and no logit moved by more than the stated bound.
+`flagops.patch`: a small one on every backend usable here, one with V4's own window and ratios on a long prompt; a third
+runs on packed weights by `flagops.load`. All decode greedily; a row passes when the tokens are the same and no logit
+moved by more than the stated bound.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -34,13 +36,13 @@ if TYPE_CHECKING:
 
     from flagops.override.report import Report
 
-PARTS = ("smollm2", "deepseek-v4", "deepseek-v4-long")
+PARTS = ("smollm2", "deepseek-v4", "deepseek-v4-long", "deepseek-v4-packed")
 PROMPT = "Describe the sea in one sentence."
 BOUND = 1e-3
 """Largest accepted change of a float32 logit of SmolLM2. Its logits reach 38, and two correct orders of summation move
 one by 1e-4."""
 BOUND_DEEPSEEK = 1e-4
-TOKENS = {"float32": 40, "bfloat16": 8, "deepseek-v4": 20}
+TOKENS = {"float32": 40, "bfloat16": 8, "deepseek-v4": 20, "deepseek-v4-packed": 8}
 LONG_PROMPT = 2048
 EXTRA = "pip install 'flagops[transformers]'"
 WARM_UP = 2
@@ -194,7 +196,57 @@ def _patched(run: _Run, tokens: int, backends: Sequence[str]) -> None:
     run.part.text = " ".join(map(str, answer.tokens))
 
 
-_MAKE = {"smollm2": smollm2, "deepseek-v4": deepseek_v4, "deepseek-v4-long": deepseek_v4_long}
+def deepseek_v4_packed(options: argparse.Namespace, show: Progress) -> Part:
+    """A checkpoint of FP4 and FP8 weights as it is stored (`flagops.load`), beside the model that it expands to."""
+    _require("transformers", EXTRA)
+    with tempfile.TemporaryDirectory(prefix="flagops-demo-") as place, _packed(Path(place), show) as (run, stored):
+        backends = _usable(run.part, options.backend, "cpu")
+        for name in {"numpy", "triton"} & set(backends):
+            backends.remove(name)
+            run.part.left_out[name] = "too slow for this model on a CPU"
+        run.compare(options.tokens or TOKENS["deepseek-v4-packed"], "float32", BOUND_DEEPSEEK, backends)
+        wide = sum(x.nbytes for x in run.model.parameters()) // 2
+        run.part.text = f"weights of {stored >> 20} MiB as they are stored, {wide >> 20} MiB expanded to bfloat16"
+    return run.part
+
+
+@contextmanager
+def _packed(place: Path, show: Progress) -> Iterator[tuple[_Run, int]]:
+    """A run whose model is the expanded one, and inside `replace` the packed one; and the bytes that are stored."""
+    import torch
+    import transformers
+
+    from flagops import checkpoint
+    from flagops.deepseek_v4.examples import packed_deepseek_v4
+    from flagops.packed import load
+    from flagops.transformers import OPS
+
+    with show.step("building a small packed DeepSeek-V4"):
+        transformers.logging.set_verbosity_error()
+        stored = packed_deepseek_v4(place / "packed", hidden_size=256, moe_intermediate_size=256, n_routed_experts=8)
+        checkpoint.convert(place / "packed", place / "expanded")
+        model = transformers.AutoModelForCausalLM.from_pretrained(place / "expanded", dtype=torch.float32).eval()
+    prompt = torch.randint(2, model.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(3))
+    part = Part("small packed DeepSeek-V4", "32 random tokens")
+
+    @contextmanager
+    def replace(name: str) -> Iterator[Any]:
+        found.model = load(place / "packed", dtype="float32", activations="none", backend=name)
+        try:
+            yield found.model.flagops
+        finally:
+            found.model = model
+
+    found = _Run(part, model, prompt, show, replace, (*OPS, "fp8_matmul", "fp4_matmul"))
+    yield found, stored
+
+
+_MAKE = {
+    "smollm2": smollm2,
+    "deepseek-v4": deepseek_v4,
+    "deepseek-v4-long": deepseek_v4_long,
+    "deepseek-v4-packed": deepseek_v4_packed,
+}
 
 
 def _weights() -> Path:

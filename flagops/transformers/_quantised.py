@@ -75,7 +75,8 @@ def operand(layer: Any, x: torch.Tensor, quantised: bool) -> tuple[Any, Any] | s
         return "a projection is FP4"
     scales = layer.scales if type(layer).__module__ == MODULES else _scales(scale)
     if quantised and scales != POWERS:
-        return "its activations are not quantised by powers of two"
+        how = "left as they are" if scales is None else "quantised by float32 scales"
+        return f"activations are {how}: the two layers are multiplied one by one"
     if weight.device != x.device:
         return f"weights are on {weight.device}"
     return unusable(layer) or rebound(layer) or (weight, scale)
