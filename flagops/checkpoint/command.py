@@ -35,9 +35,8 @@ _VERIFY = """examples:
 _CODES = """exit codes:
   0    done; or finished before, which is said after every bit was made again and compared
   1    verify: a difference; the first tensor or file is named
-  2    refused: the source, the destination or an option; named with the remedy
+  2    refused: the source, the destination or an option; named with the remedy. Interrupted; the same command goes on
   3    reading or writing failed, or the disk is full or too small; the same command goes on
-  130  interrupted; the same command goes on
 """
 
 
@@ -118,7 +117,7 @@ def _guarded(args: argparse.Namespace, run: Callable[[], Summary]) -> int:
     try:
         summary = run()
     except KeyboardInterrupt:
-        return _failed(args, 130, "interrupted; repeat the same command to go on")
+        return _failed(args, 2, "interrupted; repeat the same command to go on")
     except Difference as error:
         return _failed(args, 1, str(error))
     except (ValueError, Unsupported, ModuleNotFoundError) as error:

@@ -151,10 +151,17 @@ class Progress:
             yield lambda: None
         else:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                SpinnerColumn,
+                TextColumn,
+                TimeRemainingColumn,
+            )
 
             columns = [SpinnerColumn(), TextColumn("{task.description}")]
-            columns += [BarColumn(), MofNCompleteColumn(), TextColumn("tokens")] if total else []
+            columns += [BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn()] if total else []
             with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
                 task = bar.add_task(label, total=total)
                 yield lambda: bar.advance(task)
