@@ -14,7 +14,7 @@ import flagops  # noqa: E402
 from flagops import checkpoint  # noqa: E402
 from flagops.deepseek_v4.examples import random_deepseek_v4  # noqa: E402
 from flagops.train import ablation, loop, narrow, objective  # noqa: E402
-from flagops.train.corpus import HELD, Corpus, shipped  # noqa: E402
+from flagops.train.corpus import HELD, KNOWN, Corpus, shipped  # noqa: E402
 from flagops.train.export import configuration, export  # noqa: E402
 from flagops.train.model import SIZES, build, csa_layers  # noqa: E402
 
@@ -41,9 +41,9 @@ def tokens(corpus, kind="text", seed=0, count=2):
 
 
 def document(corpus, kind, seed):
-    ids, known = corpus.batch(seed, 0, 1, 2048, (kind,))
+    ids, sayable = corpus.batch(seed, 0, 1, 2048, (kind,))
     assert ids[0, 0] == 256
-    return bytes(ids[0, 1:].tolist()), known[0, 1:]
+    return bytes(ids[0, 1:].tolist()), sayable[0, 1:] == KNOWN
 
 
 @pytest.mark.parametrize("kind", ["recall", "table", "facts"])
