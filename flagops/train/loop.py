@@ -115,7 +115,7 @@ class Training:
                     tensors[f"{part}/{name}"] = x
         path = folder / f"checkpoint-{self.step:07d}.safetensors"
         partial = path.with_suffix(".partial")
-        save_file(tensors, partial, {"step": str(self.step), "identity": self.identity})
+        save_file(tensors, partial, {"run": json.dumps([self.step, self.identity])})
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -126,11 +126,11 @@ class Training:
     def load(self, path: Path) -> None:
         """Go on from a checkpoint. Raises ValueError for one of another run."""
         with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-            if facts.get("identity") != self.identity:
-                raise ValueError(f"{path} is of another run: {differences(facts.get('identity'), self.identity)}")
+            step, identity = json.loads((file.metadata() or {}).get("run", "[0, null]"))
+            if identity != self.identity:
+                raise ValueError(f"{path} is of another run: {differences(identity, self.identity)}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        self.step = int(facts["step"])
+        self.step = step
         self.model.load_state_dict({name[6:]: x for name, x in tensors.items() if name.startswith("model/")})
         of_name = {p: name for name, p in self.model.named_parameters()}
         for optimizer in self._optimizers:
