@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import re
 
 import numpy as np
@@ -12,9 +13,10 @@ transformers = pytest.importorskip("transformers")
 
 import flagops  # noqa: E402
 from flagops import checkpoint  # noqa: E402
+from flagops.__main__ import main  # noqa: E402
 from flagops.deepseek_v4.examples import random_deepseek_v4  # noqa: E402
-from flagops.train import ablation, loop, narrow, objective  # noqa: E402
-from flagops.train.corpus import HELD, Corpus, shipped  # noqa: E402
+from flagops.train import ablation, grid, loop, narrow, objective  # noqa: E402
+from flagops.train.corpus import HELD, KNOWN, Corpus, shipped  # noqa: E402
 from flagops.train.export import configuration, export  # noqa: E402
 from flagops.train.model import SIZES, build, csa_layers  # noqa: E402
 
@@ -41,9 +43,9 @@ def tokens(corpus, kind="text", seed=0, count=2):
 
 
 def document(corpus, kind, seed):
-    ids, known = corpus.batch(seed, 0, 1, 2048, (kind,))
+    ids, sayable = corpus.batch(seed, 0, 1, 2048, (kind,))
     assert ids[0, 0] == 256
-    return bytes(ids[0, 1:].tolist()), known[0, 1:]
+    return bytes(ids[0, 1:].tolist()), sayable[0, 1:] == KNOWN
 
 
 @pytest.mark.parametrize("kind", ["recall", "table", "facts"])
@@ -250,6 +252,78 @@ def test_the_entropy_of_experts(corpus, monkeypatch):
     for layer in model.model.layers[1:]:
         layer.mlp.gate.e_score_correction_bias.copy_(torch.tensor([100.0, 100.0, 0.0, 0.0]))
     assert all(abs(x - 0.5) < 2**-20 for x in ablation.entropies(model, corpus, 1)[1:]), "two of four, in float32"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The command at sizes of a test, with one length of documents."""
+    for name, value in SMALL.items():
+        monkeypatch.setitem(SIZES, name, value)
+    for module in (loop, ablation):
+        monkeypatch.setattr(module, "LENGTH", LENGTH)
+    monkeypatch.setattr(loop, "STAGES", ((0.0, LENGTH, True),))
+    monkeypatch.setattr(grid, "RATES", (1e-3,))
+
+
+def train(*words):
+    return main(["train", *map(str, words), "--steps", "3", "--tokens", str(LENGTH)])
+
+
+def log(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in line.items() if name != "seconds"} for line in lines]
+
+
+def test_the_command_goes_on_where_it_was_interrupted(small, tmp_path, monkeypatch, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(whole, "--every", 2) == 0
+    once, taken = loop.Training._once, itertools.count(1)
+
+    def interrupted(self, seen):
+        if next(taken) == 3:
+            raise KeyboardInterrupt
+        return once(self, seen)
+
+    monkeypatch.setattr(loop.Training, "_once", interrupted)
+    capsys.readouterr()
+    assert train(parts, "--every", 2) == 2
+    assert capsys.readouterr().err.endswith("flagops: interrupted\n")
+    assert len(log(parts)) == 3
+    assert train(parts, "--every", 2) == 0
+    assert "has taken 2 of 3 steps" in capsys.readouterr().out
+    assert log(parts) == log(whole)
+    assert [line["step"] for line in log(whole)] == [1, 2, 2, 3, 3]
+    for name in ("checkpoint-0000003.safetensors", "model/model-00001-of-00001.safetensors", "model/config.json"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+    assert (parts / "curve.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_what_a_run_is_asked_for_afterwards(small, tmp_path, capsys):
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert train(run, "--ablate") == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    assert train(run) == 0
+    assert train(run, "--export", other) == 0
+    for path in (run / "model").iterdir():
+        assert (other / path.name).read_bytes() == path.read_bytes()
+    assert train(run, "--ablate") == 0
+    said = capsys.readouterr().out
+    assert all(part.partition(":")[0] in said for part in ablation.PARTS)
+    assert "entropy of the experts' shares" in said
+    assert train(run, "--seed", 5) == 2
+    assert "another run: seed 0 instead of 5" in capsys.readouterr().err
+
+
+def test_a_grid_runs_each_cell_once(small, tmp_path, monkeypatch, capsys):
+    assert train(tmp_path, "--grid") == 0
+    table = capsys.readouterr().out
+    assert "muon" in table
+    assert "adamw" in table
+    monkeypatch.delattr(loop.Training, "_once")
+    assert train(tmp_path, "--grid") == 0
+    assert capsys.readouterr().out == table
+    assert train(tmp_path, "--grid", "--seed", 1) == 2
+    assert "of another grid" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -20,8 +20,10 @@ START = 256
 VOCABULARY = 264
 BLOCK, HELD = 4096, 10
 LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
-Piece = tuple[bytes, bool]
-"""Bytes, and whether what stands before them in the document determines them."""
+RANDOM, LANGUAGE, KNOWN = range(3)
+"""What can be said of a token before it is read: nothing, what its language says, or all, by a perfect memory. A model
+is trained and judged by the latter two: letters drawn at random teach nothing, and their gradient is noise."""
+Piece = tuple[bytes, int]
 
 
 def shipped() -> bytes:
@@ -46,22 +48,22 @@ class Corpus:
 
     def batch(
         self, seed: int, step: int, count: int, length: int, kinds: tuple[str, ...] = (), held: bool = False
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Tokens ``[count, length]``, and which of them a perfect memory knows; of `kinds` in turn, or drawn."""
+    ) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+        """Tokens ``[count, length]`` and what can be said of each, of `kinds` in turn, or drawn."""
         rng = np.random.default_rng([seed, step, held])
         names = kinds or tuple(rng.choice([*KINDS], count, p=[share for _, share in KINDS.values()]))
         tokens = np.full((count, length), START, np.int64)
-        known = np.zeros((count, length), bool)
+        sayable = np.full((count, length), RANDOM, np.int8)
         for row in range(count):
             at = 1
             make = KINDS[names[row % len(names)]][0]
-            for piece, answer in make(self, rng, length, held):
+            for piece, what in make(self, rng, length, held):
                 codes = np.frombuffer(piece, np.uint8)[: length - at]
-                tokens[row, at : at + len(codes)], known[row, at : at + len(codes)] = codes, answer
+                tokens[row, at : at + len(codes)], sayable[row, at : at + len(codes)] = codes, what
                 at += len(codes)
                 if at == length:
                     break
-        return tokens, known
+        return tokens, sayable
 
     def span(self, rng: np.random.Generator, count: int, held: bool) -> bytes:
         """Consecutive bytes of the text, or all of a part that is shorter."""
@@ -87,7 +89,7 @@ def words(rng: np.random.Generator, count: int, least: int, most: int) -> list[b
 def text(corpus: Corpus, rng: np.random.Generator, length: int, held: bool) -> Iterator[Piece]:
     """The natural text."""
     while True:
-        yield corpus.span(rng, length, held), False
+        yield corpus.span(rng, length, held), LANGUAGE
 
 
 def facts(corpus: Corpus, rng: np.random.Generator, length: int, held: bool) -> Iterator[Piece]:
@@ -95,10 +97,12 @@ def facts(corpus: Corpus, rng: np.random.Generator, length: int, held: bool) -> 
     codes = [(name, word(rng, 3, 5)) for name in words(rng, int(rng.integers(2, 9)), 3, 6)]
     said: set[bytes] = set()
     while True:
-        yield corpus.span(rng, int(rng.integers(20, max(21, length // 8))), held), False
+        yield corpus.span(rng, int(rng.integers(20, max(21, length // 8))), held), LANGUAGE
         name, code = codes[rng.integers(len(codes))]
-        yield b"\nThe code of " + name + b" is ", False
-        yield code + b".\n", name in said
+        yield b"\nThe code of ", LANGUAGE
+        yield name, RANDOM
+        yield b" is ", LANGUAGE
+        yield code + b".\n", KNOWN if name in said else RANDOM
         said.add(name)
 
 
@@ -109,8 +113,8 @@ def recall(corpus: Corpus, rng: np.random.Generator, length: int, held: bool) ->
     said: set[int] = set()
     while True:
         at = int(rng.integers(len(keys)))
-        yield keys[at] + b"=", False
-        yield values[at] + b"\n", at in said
+        yield keys[at] + b"=", RANDOM
+        yield values[at] + b"\n", KNOWN if at in said else RANDOM
         said.add(at)
 
 
@@ -118,19 +122,19 @@ def table(corpus: Corpus, rng: np.random.Generator, length: int, held: bool) -> 
     """Numbered rows, and then questions for them: what is asked lies half a document back."""
     rows = [word(rng, 3, 5) for _ in range(max(2, min(100, length // 20)))]
     for at, row in enumerate(rows):
-        yield b"%02d: " % at + row + b"\n", False
+        yield b"%02d: " % at + row + b"\n", RANDOM
     while True:
         at = int(rng.integers(len(rows)))
-        yield b"%02d? " % at, False
-        yield rows[at] + b"\n", True
+        yield b"%02d? " % at, RANDOM
+        yield rows[at] + b"\n", KNOWN
 
 
 def copy(corpus: Corpus, rng: np.random.Generator, length: int, held: bool) -> Iterator[Piece]:
     """Random letters, and the same again."""
     block = word(rng, 16, max(17, length // 2)) + b"|"
-    yield block, False
+    yield block, RANDOM
     while True:
-        yield block, True
+        yield block, KNOWN
 
 
 def lexicon(corpus: Corpus, rng: np.random.Generator, length: int, held: bool) -> Iterator[Piece]:
@@ -139,11 +143,11 @@ def lexicon(corpus: Corpus, rng: np.random.Generator, length: int, held: bool) -
     share = 1 / np.arange(1, len(known) + 1)
     share /= share.sum()
     while True:
-        yield known[rng.choice(len(known), p=share)] + b" ", False
+        yield known[rng.choice(len(known), p=share)] + b" ", LANGUAGE
 
 
 KINDS = {
-    "text": (text, 0.3), "facts": (facts, 0.1), "recall": (recall, 0.2), "table": (table, 0.1), "copy": (copy, 0.15),
-    "lexicon": (lexicon, 0.15),
+    "text": (text, 0.25), "facts": (facts, 0.1), "recall": (recall, 0.25), "table": (table, 0.1), "copy": (copy, 0.2),
+    "lexicon": (lexicon, 0.1),
 }  # fmt: skip
 """What documents are made by, and their share of a batch."""

@@ -20,12 +20,12 @@ from torch.nn import functional
 import flagops
 from flagops.optim import Muon, split_parameters
 
-from .corpus import KINDS, Corpus
+from .corpus import KINDS, KNOWN, RANDOM, Corpus
 from .model import build, csa_layers
 from .narrow import straight_through
 from .objective import balance, index_loss, watching
 
-STAGES = ((0.0, 512, False), (0.3, 1024, False), (0.55, 2048, True))
+STAGES = ((0.0, 256, False), (0.15, 512, False), (0.35, 1024, False), (0.55, 2048, True))
 """From which share of all steps on: the length of documents, and whether the indexer selects or all is visible."""
 DECAY, NARROW, WARMUP = 0.7, 0.8, 50
 """From which share of all steps on the rate falls, to a tenth, and weights are those of the checkpoint; steps in which
@@ -78,11 +78,12 @@ class Training:
         length, sparse = [(length, sparse) for start, length, sparse in STAGES if done >= start][-1]
         for layer in csa_layers(self.model):
             layer.compressor.indexer.index_topk = self._selected if sparse else length
-        ids = torch.from_numpy(self.corpus.batch(options.seed, self.step, options.tokens // length, length)[0])
+        drawn = self.corpus.batch(options.seed, self.step, options.tokens // length, length)
+        ids, sayable = (torch.from_numpy(x) for x in drawn)
         rng = np.random.default_rng([options.seed, self.step, 2])
         queries = torch.from_numpy(rng.choice(np.arange(4, length), length // 16, replace=False))
         with straight_through(self.model) if done >= NARROW else nullcontext():
-            loss = losses(self.model, ids)[0].mean()
+            loss = losses(self.model, ids)[0][sayable[:, 1:] > RANDOM].mean()
             index = torch.stack([index_loss(layer, seen[layer], queries) for layer in csa_layers(self.model)]).mean()
             torch.autograd.backward(loss + index)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -99,7 +100,8 @@ class Training:
         return {"step": self.step, "loss": loss.item(), "index": index.item(), "norm": norm.item(), "rate": rate}
 
     def judge(self, rows: int = 1) -> dict[str, dict[str, float]]:
-        """On held-out documents, for each kind: nats a token, and what share of the tokens that are known is right."""
+        """On held-out documents of each kind: nats of a token of which something can be said, and of those known alone,
+        and what share of these is right."""
         narrow = self.step > NARROW * self.options.steps
         with straight_through(self.model) if narrow else nullcontext(), flagops.patch(self.model):
             return judged(self.model, self.corpus, rows)
@@ -113,7 +115,7 @@ class Training:
                     tensors[f"{part}/{name}"] = x
         path = folder / f"checkpoint-{self.step:07d}.safetensors"
         partial = path.with_suffix(".partial")
-        save_file(tensors, partial, {"step": str(self.step), "identity": self.identity})
+        save_file(tensors, partial, {"run": json.dumps([self.step, self.identity])})
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -124,11 +126,11 @@ class Training:
     def load(self, path: Path) -> None:
         """Go on from a checkpoint. Raises ValueError for one of another run."""
         with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-            if facts.get("identity") != self.identity:
-                raise ValueError(f"{path} is of another run: {differences(facts.get('identity'), self.identity)}")
+            step, identity = json.loads((file.metadata() or {}).get("run", "[0, null]"))
+            if identity != self.identity:
+                raise ValueError(f"{path} is of another run: {differences(identity, self.identity)}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        self.step = int(facts["step"])
+        self.step = step
         self.model.load_state_dict({name[6:]: x for name, x in tensors.items() if name.startswith("model/")})
         of_name = {p: name for name, p in self.model.named_parameters()}
         for optimizer in self._optimizers:
@@ -167,12 +169,10 @@ def judged(model: Any, corpus: Corpus, rows: int) -> dict[str, dict[str, float]]
     """What `Training.judge` says, of a model as it is, over so many documents of each kind."""
     found: dict[str, dict[str, float]] = {}
     for kind in KINDS:
-        ids, known = (torch.from_numpy(x) for x in corpus.batch(0, 0, rows, LENGTH, (kind,), held=True))
+        ids, sayable = (torch.from_numpy(x) for x in corpus.batch(0, 0, rows, LENGTH, (kind,), held=True))
         nats, right = losses(model, ids)
-        found[kind] = {"loss": nats.mean().item()}
+        known = sayable[:, 1:] == KNOWN
+        found[kind] = {"loss": nats[sayable[:, 1:] > RANDOM].mean().item()}
         if known.any():
-            found[kind] |= {
-                "known": nats[known[:, 1:]].mean().item(),
-                "right": right[known[:, 1:]].float().mean().item(),
-            }
+            found[kind] |= {"known": nats[known].mean().item(), "right": right[known].float().mean().item()}
     return found
