@@ -69,6 +69,8 @@ def test_the_bits_are_the_same_for_every_budget(made, activations):
         cold(made)
         assert torch.equal(steps(model), expected), slots
         report = model.flagops_arena.report()
+        called = {row.op for row in model.flagops.report().rows}
+        assert ("moe_experts" in called) == (activations == "fp8")
         assert report.tokens == 24 + 3
         assert report.read == report.reads * report.size // min(slots, 48)
         if slots >= 48:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,10 +22,11 @@ from flagops.checkpoint import Refused
 from flagops.checkpoint.progress import amount
 from flagops.checkpoint.source import Reader
 
-from .products import Weight
+from .products import BLOCK, Call, Weight
 from .storage import Mapped
 
 THREADS = 4
+_MOST = 64  # experts of a group, the next of which is read meanwhile
 _ALIGNED = 64
 Expert = tuple[Weight, Weight, Weight]
 Key = tuple[int, int]
@@ -85,6 +86,7 @@ class Arena:
         first = -memory.data_ptr() % _ALIGNED
         self._slots = memory[first : first + slots * record].view(slots, record)
         self._free = list(range(slots))
+        self._half = min(slots // 2, _MOST)
         self._held: OrderedDict[Key, tuple[int, Future[Expert]]] = OrderedDict()  # the longest unused first
         self._lock, self._local = threading.Lock(), threading.local()
         self._pool = ThreadPoolExecutor(THREADS, "flagops-experts")
@@ -95,30 +97,65 @@ class Arena:
         return ArenaReport(self._slots.numel(), self._hits, self._reads, self._read, self._waited, self._tokens)
 
     def take(self, layer: int, wanted: Sequence[int], tokens: int) -> Iterator[Expert]:
-        """The wanted experts of a layer one after the other, each valid until the next; by one thread at a time.
+        """The wanted experts of a layer one after the other, each valid until the next."""
+        for group in self._served(layer, _cut(wanted, self._half), tokens):
+            yield from group.values()
+
+    def routed(
+        self, layer: int, x: Tensor, indices: Tensor, weights: Tensor, limit: float | None, call: Call
+    ) -> Tensor | None:
+        """`flagops.moe_experts` on the slots; None where the experts of a layer do not lie there as it takes them.
+
+        Each pair of a token and an expert is a row of its own, and the rows of a token are added in the order of their
+        ids, as the operator adds them: so it does not matter in which slots experts lie, and how many fit.
+        """
+        stacked = self._stacked(layer)
+        if stacked is None:
+            return None
+        count, slots = indices.shape
+        order = indices.argsort(dim=-1, stable=True)
+        ids, factors = (y.gather(-1, order).flatten() for y in (indices, weights.to(torch.float32)))
+        wanted = sorted(set(ids.tolist()))
+        there = [index for index in wanted if (layer, index) in self._held]
+        missing = [index for index in wanted if (layer, index) not in self._held]
+        y = x.new_empty(count * slots, x.shape[1])
+        for group in self._served(layer, [*_cut(there, self._half), *_cut(missing, self._half)], count):
+            table = torch.full((len(self._experts[layer]),), -1, dtype=torch.int32)
+            for index in group:
+                table[index] = self._held[layer, index][0]
+            slot = table[ids]
+            rows = (slot >= 0).nonzero()[:, 0]
+            given = x[rows // slots], factors[rows, None], slot[rows, None]
+            y[rows] = call("moe_experts", *given, *stacked, limit)
+        total = torch.zeros(x.shape, dtype=torch.float32)
+        for part in y.view(count, slots, -1).unbind(1):
+            total += part
+        return total.to(x.dtype)
+
+    def _served(self, layer: int, groups: Sequence[Sequence[int]], tokens: int) -> Iterator[dict[int, Expert]]:
+        """Groups of experts, each valid until the next, which is read meanwhile; by one thread at a time.
 
         Raises Refused that names tensor and file where one cannot be read.
         """
         with self._lock:
             self._tokens += 0 if layer else tokens
-            for index in reversed(wanted):  # what is wanted last goes first
+            for index in (index for group in reversed(groups) for index in group):  # what is wanted last goes first
                 if (layer, index) in self._held:
                     self._held.move_to_end((layer, index))
-            ahead: deque[tuple[Key, Future[Expert]]] = deque()
-            rest = deque((layer, index) for index in wanted)
+            current: dict[int, Future[Expert]] = {}
+            following: dict[int, Future[Expert]] = {}
             try:
-                while rest or ahead:
-                    while rest and len(ahead) < min(len(self._slots), 2 * THREADS):
-                        key = rest.popleft()
-                        ahead.append((key, self._begun(key, {key for key, _ in ahead})))
-                    yield self._waited_for(ahead[0][1])
-                    ahead.popleft()
+                for group in (*groups, ()):
+                    for index in group:
+                        busy = {(layer, old) for old in (*current, *group)}
+                        following[index] = self._begun((layer, index), busy)
+                    if current:
+                        yield {index: self._waited_for(future) for index, future in current.items()}
+                    current, following = following, {}
             finally:
-                for key, future in ahead:  # what failed, or was not asked for any more
-                    if not future.cancel():
-                        future.exception()
-                    if future.cancelled() or future.exception():
-                        self._free.append(self._held.pop(key)[0])
+                for index, future in (current | following).items():  # what failed, or is not asked for any more
+                    if future.cancel() or future.exception():
+                        self._free.append(self._held.pop((layer, index))[0])
 
     def _begun(self, key: Key, busy: set[Key]) -> Future[Expert]:
         """An expert that is there or being read."""
@@ -147,22 +184,47 @@ class Arena:
             self._waited += time.perf_counter() - start
 
     def _laid(self, layer: int, index: int) -> int:
-        """Note where the tensors of an expert lie; the bytes of its slot. What is not in a file stays where it is."""
-        spans: list[Span | None] = []
+        """Note where the tensors of an expert lie; the bytes of its slot. What is not in a file stays where it is.
+
+        Those of gate and up lie end to end, as `flagops.moe_experts` takes them.
+        """
+        gate, up, down = self._experts[layer][index]
+        spans: dict[int, Span] = {}
         end = 0
-        for x in (x for weight in self._experts[layer][index] for x in weight):
-            found = self._mapped.where(x)
-            spans.append(found and Span(x, *found, end))
-            end += -(-x.nbytes // _ALIGNED) * _ALIGNED if found else 0
-        self._spans[layer, index] = spans
-        return end
+        for pair in ((gate.codes, up.codes), (gate.scale, up.scale), (down.codes,), (down.scale,)):
+            end = -(-end // _ALIGNED) * _ALIGNED
+            for x in pair:
+                found = self._mapped.where(x)
+                if found:
+                    spans[id(x)] = Span(x, *found, end)
+                    end += x.nbytes
+        self._spans[layer, index] = [spans.get(id(x)) for x in _flat((gate, up, down))]
+        return -(-end // _ALIGNED) * _ALIGNED
+
+    def _stacked(self, layer: int) -> tuple[Tensor, ...] | None:
+        """Codes and scales of all slots, as the experts of a layer lie there."""
+        spans = self._spans[layer, 0]
+        gate, _, down = self._experts[layer][0]
+        fp8 = gate.codes.dtype is torch.float8_e4m3fn
+        if not all(spans) or (fp8 and gate.codes.shape[0] % BLOCK):
+            return None
+
+        def all_of(span: Any, rows: int) -> Tensor:
+            size = span.like.nbytes // span.like.shape[0] * rows
+            part = self._slots[:, span.place : span.place + size].view(span.like.dtype)
+            return part.view(len(part), rows, span.like.shape[1])
+
+        return (
+            all_of(spans[0], 2 * gate.codes.shape[0]), all_of(spans[4], down.codes.shape[0]),
+            all_of(spans[1], 2 * gate.scale.shape[0]), all_of(spans[5], down.scale.shape[0]),
+        )  # fmt: skip
 
     def _filled(self, key: Key, slot: int) -> Expert:
         reader: Reader | None = getattr(self._local, "reader", None)
         if reader is None:
             reader = self._local.reader = Reader(self._mapped.source)
         memory, made = self._slots[slot], []
-        for span, x in zip(self._spans[key], (x for w in self._experts[key[0]][key[1]] for x in w), strict=True):
+        for span, x in zip(self._spans[key], _flat(self._experts[key[0]][key[1]]), strict=True):
             if span is not None:
                 raw = memory[span.place : span.place + x.nbytes]
                 try:
@@ -176,3 +238,11 @@ class Arena:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Arena:
         return self
+
+
+def _flat(expert: Expert) -> list[Tensor]:
+    return [x for weight in expert for x in weight]
+
+
+def _cut(wanted: Sequence[int], most: int) -> list[Sequence[int]]:
+    return [wanted[first : first + most] for first in range(0, len(wanted), most)]
