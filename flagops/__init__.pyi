@@ -145,6 +145,22 @@ def lightning_indexer(
     *,
     backend: str | Sequence[str] | None = ...,
 ) -> Array: ...
+def int8_quantize(
+    x: Array,
+    out: tuple[Array, Array] | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> tuple[Array, Array]: ...
+def int8_matmul(
+    a: Array,
+    a_scale: Array,
+    b: Array,
+    b_scale: Array,
+    dtype: DType = ...,
+    out: Array | None = ...,
+    *,
+    backend: str | Sequence[str] | None = ...,
+) -> Array: ...
 def matmul(
     a: Array,
     b: Array,

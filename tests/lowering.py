@@ -19,6 +19,7 @@ FEATURES = {"neon": True, "fp-armv8": True, "fullfp16": True, "dotprod": True, "
 KINDS = {
     "fused vectors": r"\tfmla\tv\d+\.[24][sd]",
     "fused scalars": r"\tfmadd\t",
+    "dot products": r"\tsdot\tv\d+",
     "vectors": r"\tv\d+\.(16b|8h|4s|2d)",
     "calls for an fma": r"\tbl\tfmaf?\b",
 }

@@ -22,6 +22,10 @@ X86 = "+sse2" in features()
 FUSED = not X86 or "+fma" in features()
 MANY = not X86 or "+avx512f" in features()
 """Whether there are 32 registers of vectors rather than 16."""
+WORDS = "+avx512vnni" in features()
+"""Whether one instruction adds the products of two int16s to an int32 of 512 bits. Unset as `PAIRS`."""
+QUADS = "+dotprod" in features()
+"""Whether one adds the products of four int8s, on an aarch64."""
 LANES = 16 if "+avx512f" in features() else 8 if "+avx" in features() else 4
 """Elements of 32 bits in a register."""
 PAIRS = "+avx512bf16" in features()
@@ -224,6 +228,20 @@ def dot_pairs(builder: Builder, a: Value, b: Value, c: Value) -> Value:
     kind = ir.VectorType(_Brain(), a.type.count)
     values = (builder.bitcast(value, kind) for value in (a, b))
     return call(builder, "x86.avx512bf16.dpbf16ps.512", c, *values)
+
+
+def dot_words(builder: Builder, a: Value, b: Value, c: Value) -> Value:
+    """To each int32 of c the products of two neighbours among the int16s of a and b; what passes 32 bits is cut."""
+    if WORDS:
+        return call(builder, "x86.avx512.vpdpwssd.512", c, *(builder.bitcast(value, c.type) for value in (a, b)))
+    product = builder.mul(*(builder.sext(value, like(value.type, i32)) for value in (a, b)))
+    even, odd = (shuffle(builder, product, product, range(i, product.type.count, 2)) for i in (0, 1))
+    return builder.add(c, builder.add(even, odd))
+
+
+def dot_quads(builder: Builder, a: Value, b: Value, c: Value) -> Value:
+    """To each int32 of c the products of four neighbours among the int8s of a and b."""
+    return call(builder, f"aarch64.neon.sdot.{name_of(c.type)}.{name_of(a.type)}", c, a, b)
 
 
 def fma(builder: Builder, a: Value, b: Value, c: Value) -> Value:

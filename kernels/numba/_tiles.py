@@ -9,6 +9,8 @@ registers.
 
 Where A or X is bfloat16 itself (`PAIRS`), so is the other factor, products are added in pairs along k, in float32, a
 vector along K has twice as many elements, and row k / 2 of B holds rows k and k + 1, column by column (`zip_rows`).
+In `dot_tile` and `dot_row` X may be int16, or int8 where there is an instruction for four of them (`QUADS`), W is then
+int8, and C int32: the sums are exact.
 """
 
 from typing import Any, NamedTuple
@@ -23,12 +25,16 @@ from ._ir import (
     SIZE,
     constant,
     dot_pairs,
+    dot_quads,
+    dot_words,
     f32,
     fma,
+    i8,
     i16,
     i32,
     i64,
     lanes_of,
+    like,
     load,
     loop,
     pointer,
@@ -36,6 +42,7 @@ from ._ir import (
     register,
     shuffle,
     splat,
+    storage,
     store,
 )
 
@@ -58,7 +65,22 @@ class Product(NamedTuple):
     add: Any
 
 
+def _integers(tag):
+    """Codes of eight bits: four of them side by side as they are, or two widened to 16 bits."""
+    pair, add, element = (4, dot_quads, i8) if tag.name == "int8" else (2, dot_words, i16)
+
+    def take(builder, tag, base, index):
+        stored = storage(tag)
+        place = pointer(builder, base, index, stored.size)
+        value = builder.load(place, align=1, typ=ir.VectorType(stored.memory, pair * LANES))
+        return value if stored.memory == element else builder.sext(value, like(value.type, element))
+
+    return Product(pair, ir.VectorType(i32, LANES), take, None, add)
+
+
 def _product(tag):
+    if tag.name in ("int8", "int16"):
+        return _integers(tag)
     if tag.name != "bfloat16":
         kind = ir.VectorType(register(tag), lanes_of(tag))
 
@@ -85,7 +107,15 @@ def initial(builder, kind, base, index, add):
     """What a tile's sums start with: those in memory if add, else zeros."""
     element = kind.element
     old = builder.load(pointer(builder, base, index, SIZE[element]), align=SIZE[element], typ=kind)
-    return builder.select(add, old, constant(kind, 0.0))
+    return builder.select(add, old, _zero(kind))
+
+
+def _zero(kind):
+    return constant(kind, 0 if kind.element == i32 else 0.0)
+
+
+def _added(builder, a, b):
+    return builder.add(a, b) if a.type.element == i32 else builder.fadd(a, b)
 
 
 def _outer(rows, vectors):
@@ -132,7 +162,7 @@ def fold(builder, vectors):
     """DOT_WIDTH vectors to one vector of their sums: halves down to DOT_WIDTH lanes, then pairs in a tree."""
     while vectors[0].type.count > DOT_WIDTH:
         half = vectors[0].type.count // 2
-        vectors = [builder.fadd(*(shuffle(builder, v, v, range(i, i + half)) for i in (0, half))) for v in vectors]
+        vectors = [_added(builder, *(shuffle(builder, v, v, range(i, i + half)) for i in (0, half))) for v in vectors]
     lanes, unit = vectors[0].type.count, 16 // SIZE[vectors[0].type.element]
     inside, across = (unit, 1, unit.bit_length() - 1), (lanes, unit, (lanes // unit).bit_length() - 1)
     sums = []
@@ -149,7 +179,7 @@ def fold(builder, vectors):
             odd = [lane + step for lane in even]
             for _ in range(times):
                 pairs = zip(level[::2], level[1::2], strict=True)
-                level = [builder.fadd(shuffle(builder, p, q, even), shuffle(builder, p, q, odd)) for p, q in pairs]
+                level = [_added(builder, shuffle(builder, p, q, even), shuffle(builder, p, q, odd)) for p, q in pairs]
         sums += level
     while len(sums) > 1:
         sums = [shuffle(builder, p, q, range(2 * p.type.count)) for p, q in zip(sums[::2], sums[1::2], strict=True)]
@@ -159,7 +189,7 @@ def fold(builder, vectors):
 def _dot(rows, columns):
     def typed(typingctx, x, w, valid, k, c, add):
         tag, tag_x, tag_c, product = w[0], x[0], c[0], _product(x[0])
-        lanes, zero = product.kind.count * product.pair, constant(product.kind, 0.0)
+        lanes, zero = product.kind.count * product.pair, _zero(product.kind)
 
         def generate(context, builder, signature, arguments):
             (x, ldx), (w, ldw), (c, ldc) = (places(builder, arguments[i]) for i in (0, 1, 4))
@@ -185,7 +215,7 @@ def _dot(rows, columns):
             for i in range(rows):
                 row = sums[i * columns : (i + 1) * columns] + [zero] * (DOT_WIDTH - columns)
                 folded, at = fold(builder, row), builder.mul(ldc, i64(i))
-                store(builder, tag_c, builder.fadd(folded, initial(builder, folded.type, c, at, add)), c, at)
+                store(builder, tag_c, _added(builder, folded, initial(builder, folded.type, c, at, add)), c, at)
             return context.get_dummy_value()
 
         return types.none(x, w, types.int64, types.int64, c, types.boolean), generate

@@ -21,7 +21,7 @@ _LOST = 13  # 6 * 2^-13 rounds to 0 in e4m3, and all that is smaller
 def fp8_quantize(x: Tensor, block: int, power_of_two: bool, scale_dtype: str, out: tuple[Tensor, Tensor]) -> None:
     """Clamped before the conversion: not every torch saturates."""
     codes, scale = out
-    for source, (target, factors) in _chunks(x, codes, scale):
+    for source, (target, factors) in chunks(x, codes, scale):
         blocks = source.float().unflatten(-1, (-1, block))
         s, byte = _scale(blocks, _E4M3, power_of_two)
         quotient = blocks.div(s).clamp_(-448, 448).to(torch.float8_e4m3fn)
@@ -32,7 +32,7 @@ def fp8_quantize(x: Tensor, block: int, power_of_two: bool, scale_dtype: str, ou
 @kernel(deterministic=True, batch_invariant=True)
 def fp8_fake_quantize(x: Tensor, block: int, power_of_two: bool, out: Tensor) -> None:
     """To e4m3 and back."""
-    for source, (target,) in _chunks(x, out):
+    for source, (target,) in chunks(x, out):
         blocks = source.float().unflatten(-1, (-1, block))
         s, _ = _scale(blocks, _E4M3, power_of_two)
         quotient = blocks.div(s).clamp_(-448, 448).to(torch.float8_e4m3fn)
@@ -43,7 +43,7 @@ def fp8_fake_quantize(x: Tensor, block: int, power_of_two: bool, out: Tensor) ->
 def fp4_quantize(x: Tensor, block: int, out: tuple[Tensor, Tensor]) -> None:
     """A code is a multiple of the step at its magnitude, counted on from the codes of smaller steps."""
     packed, scale = out
-    for source, (target, factors) in _chunks(x, packed, scale):
+    for source, (target, factors) in chunks(x, packed, scale):
         blocks = source.float().unflatten(-1, (-1, block))
         s, byte = _scale(blocks, _E2M1, True)
         quotient = blocks.div(s)
@@ -58,7 +58,7 @@ def fp4_quantize(x: Tensor, block: int, out: tuple[Tensor, Tensor]) -> None:
 @kernel(deterministic=True, batch_invariant=True)
 def fp4_fake_quantize(x: Tensor, block: int, out: Tensor) -> None:
     """Rounded to multiples of the step that e2m1 has at each magnitude."""
-    for source, (target,) in _chunks(x, out):
+    for source, (target,) in chunks(x, out):
         blocks = source.float().unflatten(-1, (-1, block))
         s, _ = _scale(blocks, _E2M1, True)
         quotient = blocks.div(s)
@@ -93,7 +93,7 @@ def fp4_to_fp8(packed: Tensor, scale: Tensor, out: tuple[Tensor, Tensor, Tensor]
 def hadamard(x: Tensor, scale: float | None, out: Tensor) -> None:
     """Sums and differences of neighbours, then at twice the distance, up to half the row."""
     width = x.shape[-1]
-    for source, (target,) in _chunks(x, out):
+    for source, (target,) in chunks(x, out):
         y = source.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         step = 1
         while step < width:
@@ -130,7 +130,7 @@ def _steps(size: Tensor) -> tuple[Tensor, Tensor]:
     return (0.5 + 0.5 * upper).add_(top), upper.add_(top)
 
 
-def _chunks(x: Tensor, *outs: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
+def chunks(x: Tensor, *outs: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Rows of an input and of the results, few enough for their temporaries to stay under the byte budget."""
     if not x.numel():
         return

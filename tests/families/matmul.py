@@ -56,7 +56,7 @@ MUTANTS = {
         ("sparse_attention", "x.fma(factor, magic)", "x.fma(factor * 2, magic)", 0),
     ],
     "numba/_tiles.py": [
-        ("matmul", "builder.select(add, old, constant(kind, 0.0))", "old", 0),
+        ("matmul", "builder.select(add, old, _zero(kind))", "old", 0),
         ("linear", "builder.select(inside, i64(j), last)", "i64(0)", 0),
         ("linear", "odd = [lane + step for lane in even]", "odd = even", 0),
         ("matmul", "builder.add(first, i64(v * lanes * product.pair))", "first", 0),

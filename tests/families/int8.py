@@ -1,0 +1,43 @@
+"""The int8 family: edits of its kernels that the suite must notice."""
+
+MUTANTS = {
+    "numba/int8.py": [
+        ("int8_quantize", "highest = maximum(highest", "highest = minimum(highest", 0),
+        ("int8_quantize", "if top >= INFINITY:", "if top > INFINITY:", 0),
+        ("int8_quantize", "clear(BYTE, made.base, padded)", "pass", 0),
+        ("int8_quantize", "from_bits(FLOAT32, top) / _LARGEST, _LEAST", "from_bits(FLOAT32, top) / _LARGEST, _LARGEST", 0),
+        ("int8_quantize", "round_even(vget(values, 0, i) / scale)", "vget(values, 0, i) / scale", 0),
+        ("int8_quantize", "target.base, (0, codes_column)", "target.base, (0, 1)", 0),
+        ("int8_quantize", "source.base, (0, column)", "source.base, (0, 1)", 0),
+        ("int8_matmul", "part * PAIR_DEPTH * a[1]", "0 * a[1]", 0),
+        ("int8_matmul", "part * PAIR_DEPTH * column_step", "0 * column_step", 0),
+        ("int8_matmul", "valid, padded, shifted(sums, 0, j), part > 0", "valid, padded, shifted(sums, 0, j), False", 0),
+        ("int8_matmul", "offsets[i, _A_SCALE] *", "i *", 0),
+        ("int8_matmul", "value * vget(other, 0, 0)", "value", 0),
+        ("int8_matmul", "if step == 1 and scale_step == 1 else 0", "", 0),
+    ],
+    "torch/int8.py": [
+        ("int8_quantize", ".clamp_min_(_LEAST)", "", 0),
+        ("int8_quantize", "scale.fill_(_LEAST)", "pass", 0),
+        ("int8_quantize", "own.masked_fill(lost, torch.nan)", "own", 0),
+        ("int8_quantize", ".round_()", ".add_(0.5).floor_()", 0),
+        ("int8_quantize", "made.masked_fill_(lost, 0)", "made.masked_fill_(lost, 1)", 0),
+        ("int8_matmul", "return k > 1", "return k > 0", 0),
+        ("int8_matmul", "mul_(factors[rows])", "mul_(factors[: len(sums)])", 0),
+        ("int8_matmul", "_dense(x), _dense(b).mT", "_dense(x), b.mT", 0),
+        ("int8_matmul", "sums += torch.mm", "sums -= torch.mm", 0),
+    ],
+    "triton/int8.py": [
+        ("int8_quantize", "highest = tl.maximum(highest", "highest = tl.minimum(highest", 0),
+        ("int8_quantize", "finite = top < NAN", "finite = top <= NAN", 0),
+        ("int8_quantize", "1.1754943508222875e-38", "1e-30", 0),
+        ("int8_quantize", "tl.where(finite, value, 0.0)", "value", 0),
+        ("int8_quantize", "codes + target + at * codes_k", "codes + target + at", 0),
+        ("int8_quantize", "scales + beside", "scales + row", 0),
+        ("int8_matmul", "a_tile += step * a_k", "a_tile += step", 0),
+        ("int8_matmul", "w = tl.load(b_tile, (depth < K - k)[:, None], other=0)", "w = tl.load(b_tile)", 0),
+        ("int8_matmul", "tl.load(a_scale + row * a_scale_m)", "tl.load(a_scale + row)", 0),
+        ("int8_matmul", "column * b_scale_n", "column", 0),
+        ("int8_matmul", "(rows % M)", "rows", 0),
+    ],
+}  # fmt: skip
