@@ -131,6 +131,15 @@ def test_sums_of_one_product(rng):
     assert (got.numpy() == a.astype(float) @ b.T).all()
 
 
+def test_a_row_of_any_stride(rng):
+    """torch's own product goes by the stride of an axis of one element."""
+    a, b = rng.integers(-128, 128, (257, 1), np.int8), rng.integers(-128, 128, (130, 257), np.int8)
+    row, one = torch.from_numpy(a).mT, torch.ones(130, 1)
+    got = flagops.int8_matmul(row, one[:1], torch.from_numpy(b), one, "float32", backend="torch")
+    assert row.stride() == (1, 1)
+    assert (got.numpy() == a.T.astype(float) @ b.T).all()
+
+
 def test_the_bound_allows_three_roundings_and_the_result(rng):
     operator = registry.operator("int8_matmul")
     a, _, b, _ = drawn(rng, 5, 7, 300)

@@ -259,7 +259,7 @@ def excerpt(
     words = op.result.axes.split()
     first = next(iter(op.tensors))
     rows = [word for word in words[:-1] if out.ndim >= len(words) or word != "..."]
-    coded = {n for n, x in named.items() if not op.aten and arrays.is_torch(x)}  # torch selects no rows of FP8
+    coded = {n for n, t in op.tensors.items() if t.codes and arrays.is_torch(named[n])}  # torch selects no rows of FP8
     part = {n: arrays.codes(x) if n in coded else x for n, x in named.items()}
     for word in (*rows, words[-1]):
         if isinstance(op.separable, tuple) and word not in op.separable:

@@ -50,11 +50,16 @@ def int8_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: s
 
 def _sums(x: Tensor, b: Tensor) -> Tensor:
     if _served(x, len(b)):
-        return torch._int_mm(x.contiguous(), b.contiguous().mT)
+        return torch._int_mm(_dense(x), _dense(b).mT)
     sums = torch.zeros(len(x), len(b), dtype=torch.int32, device=x.device)
     for left, right in zip(x.split(_EXACT, 1), b.split(_EXACT, 1), strict=True):
         sums += torch.mm(left.float(), right.float().mT).to(torch.int32)
     return sums
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Row by row: torch's product goes by the strides of axes of one element too, which `contiguous` leaves."""
+    return x.contiguous().view(-1).view(x.shape)
 
 
 def _served(x: Tensor, n: int) -> bool:

@@ -24,7 +24,7 @@ MUTANTS = {
         ("int8_quantize", "made.masked_fill_(lost, 0)", "made.masked_fill_(lost, 1)", 0),
         ("int8_matmul", "return k > 1", "return k > 0", 0),
         ("int8_matmul", "mul_(factors[rows])", "mul_(factors[: len(sums)])", 0),
-        ("int8_matmul", "x.contiguous(), b.contiguous().mT", "x.contiguous(), b.mT", 0),
+        ("int8_matmul", "_dense(x), _dense(b).mT", "_dense(x), b.mT", 0),
         ("int8_matmul", "sums += torch.mm", "sums -= torch.mm", 0),
     ],
     "triton/int8.py": [
