@@ -240,7 +240,11 @@ FORWARDED = {
     "plan": ("distributed.plan", "run", "what tensor parallelism of the output projection costs, and whether it fits"),
     "coverage": ("override.coverage", "command", "which calls of a model or script flagops serves, and why not others"),
     "run": ("tools.bisect", "run", "run a script with torch's operators replaced, FLAGOPS_OPS of them"),
-    "convert": ("checkpoint.command", "convert", "write a checkpoint of FP4 and FP8 weights in BF16 or FP8"),
+    "convert": (
+        "checkpoint.command",
+        "convert",
+        "write a checkpoint of narrow weights in BF16 or FP8, or any in integers",
+    ),
     "verify": ("checkpoint.command", "verify", "make a conversion again and compare it, bit by bit"),
     "bisect": ("tools.bisect", "bisect", "name the replacement that changed a script's result"),
 }

@@ -312,7 +312,7 @@ def test_links_of_the_hub_cache(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"to": "int8"}, "expected bf16 or fp8"),
+        ({"to": "int4"}, "expected bf16 or fp8 or int8 or w4a8"),
         ({"shard_size": "5 bananas"}, "5 bananas"),
         ({"memory": "1MiB"}, "give at least"),
         ({"memory": "lots"}, "lots"),

@@ -1,4 +1,4 @@
-"""Checkpoints of FP4 and FP8 weights converted to BF16 (or FP8), verified, or loaded tensor by tensor.
+"""Checkpoints of narrow weights converted to BF16 (or FP8), or any to integers; verified, or loaded tensor by tensor.
 
 `convert` writes a folder that transformers and others load as it is, within a bound of memory, and goes on after any
 interruption; `verify` makes it again and compares; `load` yields named tensors. What is not safetensors is not read,

@@ -24,6 +24,7 @@ _CONVERT = """examples:
   flagops convert DeepSeek-V4-Flash V4-Flash-BF16                  the same command goes on after an interruption
   flagops convert DeepSeek-V4-Flash V4-Flash-FP8 --to fp8          FP4 experts to FP8, without loss or not at all
   flagops convert DeepSeek-V4.1-Flash V41-BF16 --keep '*.engram.embed.*'   the tables as they are stored, and said so
+  flagops convert Qwen3-8B Qwen3-8B-W8A8 --to int8 --keep '*.down_proj.*'     the worst layers stay wide
   flagops convert DeepSeek-V3 V3-BF16 --memory 2GiB --workers 4 --json > summary.json
 """
 _VERIFY = """examples:
@@ -42,8 +43,10 @@ _CODES = """exit codes:
 
 def convert(argv: Sequence[str]) -> int:
     """The sub-command; returns the exit code."""
-    parser = _parser("convert", "Write FP4 and FP8 weights of safetensors in BF16 or FP8.", _CONVERT)
-    parser.add_argument("--to", choices=TARGETS, default="bf16", help="bf16 (default), or FP4 to fp8 without loss")
+    parser = _parser("convert", "Write narrow weights of safetensors in BF16 or FP8, or any in INT8 or W4A8.", _CONVERT)
+    parser.add_argument(
+        "--to", choices=TARGETS, default="bf16", help="bf16 (default), FP4 to fp8 without loss, int8 or w4a8"
+    )
     parser.add_argument(
         "--keep", action="append", default=[], metavar="PATTERN",
         help="leave tensors of such names as they are stored, a weight with its scale (repeatable)",
@@ -147,6 +150,7 @@ def report(summary: Summary) -> str:
         f"{summary.source} -> {summary.destination}: {summary.state}",
         f"tensors: {tensors}; {summary.dropped_scales} scales dropped",
         *_kept(summary),
+        *_errors(summary),
         f"output: {amount(summary.output_bytes)} in {summary.shards} shards and {len(summary.copied)} copied files",
         f"index: {declared} -> {total['output']:,} bytes",
         f"config.json: {'; '.join(summary.config_changes) or 'unchanged'}",
@@ -165,6 +169,13 @@ def report(summary: Summary) -> str:
     if summary.resumed_shards:
         lines.append(f"{summary.resumed_shards} shards were finished before")
     return "\n".join(map(line, lines + summary.notes))
+
+
+def _errors(summary: Summary) -> list[str]:
+    if not summary.errors:
+        return []
+    listed = ", ".join(f"{name} {error:.2%}" for name, error in list(summary.errors.items())[:8])
+    return [f"relative error, {len(summary.errors)} weights, the worst: {listed}"]
 
 
 def _kept(summary: Summary) -> list[str]:

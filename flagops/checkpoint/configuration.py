@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .documents import Refused, shown, whole
+from .integers import Integers
 from .source import CONFIG
 
 SECTION = "quantization_config"
@@ -140,6 +141,24 @@ class Configuration:
             made[_DTYPES[0]] = "bfloat16"
             changes.append(f"set {_DTYPES[0]} to 'bfloat16'")
         return made, changes
+
+    def in_integers(
+        self, to: Integers, left: Sequence[str], wide: Sequence[str]
+    ) -> tuple[dict[str, Any] | None, list[str]]:
+        """The configuration after linear layers have become integers, and what was changed, in words.
+
+        left: tensors that are kept in formats of the source. wide: modules that are not quantised.
+        """
+        if left:
+            raise Refused(
+                f"--keep leaves {left[0]} in a format that cannot stand beside {to.name}; keep wide ones only"
+            )
+        if self.config is None:
+            raise Refused(f"SRC has no {CONFIG}, where loaders look for what the codes mean; add it, or use --to bf16")
+        made, changes = self.in_bf16()
+        assert made is not None
+        made[SECTION] = to.section(wide)
+        return made, [*changes, f"describe {to.name} in {SECTION}, and name {len(wide)} modules that are not"]
 
     def in_fp8(self, floating: str | None = None) -> tuple[dict[str, Any] | None, list[str]]:
         """The configuration after FP4 weights have become FP8 with e8m0 scales, and what was changed, in words.

@@ -62,6 +62,7 @@ class Summary:
     seconds: float = 0.0
     rate: float = 0.0
     peak_memory: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -133,8 +134,9 @@ class Conversion:
     def convert(self, dry_run: bool) -> Summary:
         """Plan and, unless it is a dry run or `FINISHED`, write."""
         plan, summary = self.plan, self.summary()
-        if self.finished() is not None:
+        if (found := self.finished()) is not None:
             summary.state, summary.needed_disk = FINISHED, 0
+            summary.errors = worst(found[1])
             return summary
         strangers = store.foreign(self.dst)
         if strangers:
@@ -150,8 +152,8 @@ class Conversion:
         self.dst.mkdir(parents=True, exist_ok=True)
         store.sync_folder(self.dst.parent)
         with Journal(self.dst, identity, plan.source.seen(), set(self.made), self.memory) as journal:
-            if not journal.resumed and (found := store.read_manifest(self.dst, self.memory)):
-                store.same_made(self.dst, found[0], plan.identity)  # another conversion has just finished here
+            if not journal.resumed and (other := store.read_manifest(self.dst, self.memory)):
+                store.same_made(self.dst, other[0], plan.identity)  # another conversion has just finished here
             for partial in self._partials():
                 partial.unlink()
             before = set(journal.done)
@@ -161,7 +163,7 @@ class Conversion:
                 self._finish(journal)
             finally:
                 self.progress.end()
-        summary.state = "converted"
+        summary.state, summary.errors = "converted", worst(journal.done)
         summary.resumed_shards = sum(shard.name in before for shard in plan.shards)
         return self.measured(summary, self.total)
 
@@ -218,8 +220,14 @@ class Conversion:
                 writer.write(piece)
             stream.reader.check()
             made = writer.finish()
+        made = dataclasses.replace(made, errors=self._errors(task, stream))
         journal.record(name, made)
         self.team.note(f"{name} written, {made.bytes:,} bytes")
+
+    def _errors(self, task: str | Shard, stream: Stream) -> dict[str, float]:
+        """Of the tensors of a file that became integers, as the stream has found them."""
+        names = [] if isinstance(task, str) else [out.of.name for out in task.outputs if out.of and out.part == "codes"]
+        return {name: stream.errors.pop(name) for name in names}
 
     def _still(self, task: str | Shard, stream: Stream, entry: Entry) -> None:
         """Hold a finished file to a source that was written to since, though its sizes and times are the same."""
@@ -299,6 +307,12 @@ class Conversion:
 def entry_of(text: bytes) -> Entry:
     """Size and hash of a small file."""
     return Entry(len(text), hashlib.sha256(text).hexdigest())
+
+
+def worst(entries: dict[str, Entry]) -> dict[str, float]:
+    """The relative errors of all tensors that became integers, the largest first."""
+    errors = [item for entry in entries.values() for item in entry.errors.items()]
+    return dict(sorted(errors, key=lambda item: (-item[1], item[0])))
 
 
 def _free(folder: Path) -> int:

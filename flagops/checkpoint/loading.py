@@ -28,11 +28,11 @@ def load(
     framework: str = "torch",
     backend: str | None = None,
 ) -> Iterator[tuple[str, Any]]:
-    """Named tensors of a checkpoint one by one, FP4 and FP8 weights dequantised, in the order of its files.
+    """Named tensors of a checkpoint one by one, narrow weights dequantised, in the order of its files.
 
     Args:
         src: a folder with safetensors and their index.
-        dtype: what FP4 and FP8 weights become, ``"bfloat16"``, ``"float16"`` or ``"float32"``; others stay as they are.
+        dtype: what narrow weights become, ``"bfloat16"``, ``"float16"`` or ``"float32"``; others stay as they are.
         keep: patterns of the names of tensors to yield as they are stored, scales included, as in `convert`.
         framework: ``"torch"`` for tensors on the CPU, ``"numpy"`` for arrays (of ml_dtypes where NumPy has no dtype).
         backend: of the kernels; None for the fastest.

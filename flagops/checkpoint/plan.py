@@ -16,10 +16,11 @@ from . import documents, formats
 from .configuration import Configuration, modules, statements
 from .documents import Refused
 from .formats import Format, Parts, blocks
+from .integers import INTEGERS, Integers, fitting, linear
 from .source import BITS, CONFIG, INDEX, Source, Stored
 
 LAYOUT = 1  # raised when the same source and options are laid out otherwise
-TARGETS = ("bf16", "fp8")
+TARGETS = ("bf16", "fp8", *INTEGERS)
 COPY, FP4, FP8, RECODE, RECODED_SCALE, KEEP, KEPT_SCALE, STORED = (
     "copied", "FP4 to BF16", "FP8 to BF16", "FP4 to FP8", "scale of FP4 to FP8", "FP8 kept", "scale of FP8 kept",
     "kept as stored",
@@ -32,7 +33,10 @@ _ELSEWHERE = (_MODELOPT, "quantize_config.json", "quant_config.json", "quantizat
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A tensor to write, and what it is made of."""
+    """A tensor to write, and what it is made of.
+
+    of: the numbers whose codes, scale or size it is, as `part` says, where they become integers.
+    """
 
     name: str
     dtype: str
@@ -44,6 +48,8 @@ class Output:
     parts: Parts | None = None
     format: Format | None = None
     transposed: bool = False
+    of: Output | None = None
+    part: str = ""
 
     @property
     def made(self) -> bool:
@@ -104,12 +110,13 @@ class Plan:
         if to not in TARGETS:
             raise Refused(f"--to {to}: expected {' or '.join(TARGETS)}")
         self.source, self.to, self.shard_size = source, to, shard_size
+        self.integers = INTEGERS.get(to)
         self.keep = sorted({keep} if isinstance(keep, str) else set(keep))
         self.said = Configuration(source.config)
         self.kept = _kept(source.tensors, self.keep, self.said)
         self.outputs = outputs(source.tensors, to, self.said, self.kept)
         if not any(out.made for out in self.outputs):
-            wanted = "four or eight bits to BF16" if to == "bf16" else RECODE
+            wanted = {"bf16": "four or eight bits to BF16", "fp8": RECODE}.get(to, f"a linear layer to {to}")
             beyond = f" beyond --keep {' '.join(self.keep)}" if self.keep else ""
             raise Refused(f"{source.folder} holds no tensor to convert from {wanted}{beyond}; use it as it is")
         groups = _groups(self.outputs, shard_size)
@@ -124,7 +131,7 @@ class Plan:
     def copied(self) -> list[str]:
         """The files that are copied as they are; that of ModelOpt goes when nothing is left that it describes."""
         narrow = self._narrow()
-        return [name for name in self.source.others if name != _MODELOPT or narrow or self.to != "bf16"]
+        return [name for name in self.source.others if name != _MODELOPT or narrow or self.to == "fp8"]
 
     @cached_property
     def notes(self) -> list[str]:
@@ -133,6 +140,11 @@ class Plan:
         return [f"{name} describes what is converted, and is left out" for name in gone] + _beside(
             self.source, self.copied
         )
+
+    def _wide(self) -> list[str]:
+        """Modules whose matrices stay as they are beside integers."""
+        names = (out.name for out in self.outputs if not out.made and out.dtype in _WIDE and len(out.shape) > 1)
+        return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
 
     def _narrow(self) -> list[str]:
         """Tensors that are kept and narrow."""
@@ -153,6 +165,8 @@ class Plan:
             wide = (name for name in sorted(scales) if self.source.tensors[name].dtype == "F32")
             return self.said.in_fp8(next(wide, None))
         left = set(self._narrow())
+        if self.integers:
+            return self.said.in_integers(self.integers, sorted(left), self._wide())
         converted = [out.name for out in self.outputs if out.made]
         plain = [
             out.name
@@ -211,6 +225,7 @@ def outputs(tensors: dict[str, Stored], to: str, said: Configuration, kept: Iter
         if parts.name != weight and parts.name in tensors:
             raise Refused(f"{parts.weight} would become {tensors[parts.name]}; keep one of the two")
     made: list[Output] = []
+    integers = INTEGERS.get(to)
     for tensor in tensors.values():
         if tensor.name in claimed:
             continue
@@ -218,6 +233,8 @@ def outputs(tensors: dict[str, Stored], to: str, said: Configuration, kept: Iter
             made.append(Output(tensor.name, tensor.dtype, tensor.shape, STORED, tensor))
         elif tensor.name in found:
             made += _converted(found[tensor.name], to, said)
+        elif integers and not found and tensor.dtype in _WIDE and linear(tensor.name, tensor.shape):
+            made += _integers(Output(tensor.name, tensor.dtype, tensor.shape, COPY, tensor), integers)
         else:
             formats.unscaled(tensor)
             made.append(Output(tensor.name, tensor.dtype, tensor.shape, COPY, tensor))
@@ -295,13 +312,12 @@ def slices(rows: int, columns: int, unit: tuple[int, int], limit: int) -> Iterat
 def _converted(parts: Parts, to: str, said: Configuration) -> list[Output]:
     weight, scale = parts.weight, parts.scale
     lies = formats.layout(parts, said)
-    if to == "bf16":
+    if to != "fp8":
         action = f"{lies.format.name} to BF16"
-        return [
-            Output(
-                parts.name, "BF16", lies.shape, action, weight, scale, lies.block, parts, lies.format, lies.transposed
-            )
-        ]
+        wide = Output(
+            parts.name, "BF16", lies.shape, action, weight, scale, lies.block, parts, lies.format, lies.transposed
+        )  # fmt: skip
+        return _integers(wide, INTEGERS[to]) if to in INTEGERS else [wide]
     if (
         lies.format is formats.FP8
         and scale
@@ -327,6 +343,16 @@ def _converted(parts: Parts, to: str, said: Configuration) -> list[Output]:
     ]
 
 
+def _integers(of: Output, to: Integers) -> list[Output]:
+    """The tensors of a weight in integers; each is made without the others."""
+    action = f"{of.action.removesuffix(' to BF16') if of.made else of.dtype} to {to.name}"
+    stored = to.stored(of.name, fitting(to, of.weight, of.shape))
+    return [
+        Output(name, dtype, shape, action if part == "codes" else f"{part} of {to.name}", of.weight, of=of, part=part)
+        for part, name, shape, dtype in stored
+    ]
+
+
 def _groups(outputs: list[Output], shard_size: int) -> list[list[Output]]:
     """Shards filled in order, a kept scale with its weight; in each, wide elements first, which keeps all aligned."""
     groups: list[list[Output]] = []
@@ -344,7 +370,7 @@ def _groups(outputs: list[Output], shard_size: int) -> list[list[Output]]:
 def _pairs(outputs: Iterable[Output]) -> Iterator[list[Output]]:
     group: list[Output] = []
     for out in outputs:
-        if group and out.action not in (RECODED_SCALE, KEPT_SCALE):
+        if group and out.action not in (RECODED_SCALE, KEPT_SCALE) and out.part in ("", "codes"):
             yield group
             group = []
         group.append(out)

@@ -9,7 +9,7 @@ from typing import Any
 from flagops.config import size as parse_size
 
 from . import store
-from .conversion import FINISHED, Conversion, Summary
+from .conversion import FINISHED, Conversion, Summary, worst
 from .documents import Refused, whole
 from .plan import RECODED_SCALE, TARGETS, Plan
 from .source import JOURNAL, MANIFEST, OURS, resolved
@@ -32,16 +32,17 @@ def convert(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
-    """Write a checkpoint of FP4 and FP8 weights in BF16, or its FP4 weights in FP8, into another folder.
+    """Write a checkpoint of narrow weights in BF16, its FP4 weights in FP8, or linear layers as integers, elsewhere.
 
     Calling it again with the same arguments goes on after an interruption of any kind; what is finished is compared,
-    bit by bit. The files depend on `src`, `to`, `keep` and `shard_size` alone. Tensors that are neither FP4 nor FP8 are
+    bit by bit. The files depend on `src`, `to`, `keep` and `shard_size` alone. Tensors that are not narrow are
     copied bit by bit, draft layers (``mtp.*``) are converted like all others.
 
     Args:
         src: a folder with safetensors and their index.
         dst: the folder to write; missing, empty, or left by the same conversion.
-        to: ``"bf16"``, or ``"fp8"`` for FP4 weights to FP8 in 128 x 128 blocks without loss.
+        to: ``"bf16"``; ``"fp8"`` for FP4 weights to FP8 in 128 x 128 blocks without loss; ``"int8"`` for W8A8, a scale
+            for each output channel, or ``"w4a8"`` for INT4, one for 32 of a row, both as compressed-tensors.
         keep: patterns (as of `fnmatch`) of the names of tensors to leave as they are stored, a weight and its scale
             together; the configuration then goes on to describe them, and names the modules that were converted.
         shard_size: bytes of tensors in a file, such as ``"5GiB"``; a larger tensor has a file of its own.
@@ -130,7 +131,7 @@ def verify(
     files = hold(conversion, identity, entries, chosen)
     extra = sorted(p.name for p in dst.iterdir() if p.name not in files | OURS)
     summary.notes += [f"not of this conversion: {', '.join(extra)}"] if extra else []
-    summary.state, summary.compared_tensors = "verified", len(chosen)
+    summary.state, summary.compared_tensors, summary.errors = "verified", len(chosen), worst(entries)
     return conversion.measured(summary, conversion.total)
 
 

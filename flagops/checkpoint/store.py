@@ -9,7 +9,7 @@ import re
 import stat
 import threading
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,10 +24,19 @@ _ANEW = "empty DST and convert again"
 
 @dataclass(frozen=True)
 class Entry:
-    """A finished file."""
+    """A finished file.
+
+    errors: relative, of the tensors in it that became integers.
+    """
 
     bytes: int
     sha256: str
+    errors: dict[str, float] = field(default_factory=dict, compare=False)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As a journal or manifest has them."""
+        return {"bytes": self.bytes, "sha256": self.sha256} | ({"errors": self.errors} if self.errors else {})
 
 
 def place(folder: Path, name: str, make: bool = False) -> Path:
@@ -134,7 +143,7 @@ class Journal:
     def record(self, name: str, entry: Entry) -> None:
         """Note a file as finished, once it has its own name."""
         with self._lock:
-            self._append({"file": name, "bytes": entry.bytes, "sha256": entry.sha256, "seen": self._seen})
+            self._append({"file": name, "seen": self._seen} | entry.facts)
             self.done[name] = entry
 
     def remove(self) -> None:
@@ -193,7 +202,8 @@ def _finished(
     folder: Path, records: list[dict[str, Any]], identity: dict[str, Any], names: Collection[str]
 ) -> dict[str, Entry]:
     same_made(folder, records[0].get("identity"), identity)
-    return {r["file"]: Entry(r["bytes"], r["sha256"]) for r in records[1:] if r["file"] in names}
+    entries = {r["file"]: _entry(r) for r in records[1:] if r["file"] in names}
+    return {name: entry for name, entry in entries.items() if entry}
 
 
 def _records(path: Path, raw: bytes) -> tuple[list[dict[str, Any]], int]:
@@ -217,7 +227,11 @@ def _entry(facts: Any) -> Entry | None:
     if not isinstance(facts, dict) or not whole(facts.get("bytes")):
         return None
     digest = facts.get("sha256")
-    return Entry(facts["bytes"], digest) if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) else None
+    errors = facts.get("errors", {})
+    right = isinstance(errors, dict) and all(isinstance(error, float | int) for error in errors.values())
+    if not (right and isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
+        return None
+    return Entry(facts["bytes"], digest, errors)
 
 
 def same_made(folder: Path, found: Any, identity: dict[str, Any]) -> None:
@@ -237,7 +251,7 @@ def same_made(folder: Path, found: Any, identity: dict[str, Any]) -> None:
 
 def manifest(identity: dict[str, Any], files: dict[str, Entry]) -> bytes:
     """The text of a manifest: what the output is made of, and size and hash of every file but itself."""
-    entries = {name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in sorted(files.items())}
+    entries = {name: entry.facts for name, entry in sorted(files.items())}
     return (json.dumps({"identity": identity, "files": entries}, indent=1, sort_keys=True) + "\n").encode()
 
 

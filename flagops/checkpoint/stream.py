@@ -14,6 +14,7 @@ from flagops.errors import Unsupported
 
 from . import formats
 from .documents import Refused
+from .integers import Errors
 from .plan import COPY, FP4, FP8, KEEP, KEPT_SCALE, RECODE, RECODED_SCALE, STORED, Output, Plan, Shard, slices
 from .source import Reader
 
@@ -29,7 +30,7 @@ _DAMAGED = "the checkpoint is damaged: copy or download it again"
 
 
 _WIDTH = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
-_OPERATORS = {FP4: "fp4_dequantize", FP8: "fp8_dequantize", RECODE: "fp4_to_fp8"}
+_OPERATORS = {FP4: "fp4_dequantize", FP8: "fp8_dequantize", RECODE: "fp4_to_fp8", "int8": "int8_quantize"}
 
 
 class Kernels:
@@ -54,9 +55,15 @@ class Kernels:
             raise Unsupported("no backend can run here: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
 
     def _lacks(self, name: str) -> str | None:
-        needed = {_OPERATORS[action] for action in self._plan.counts if action in _OPERATORS}
+        needed = {_OPERATORS[action] for action in self._actions() if action in _OPERATORS}
         absent = [op for op in sorted(needed) if not registry.written(op, name)]
         return f"has no kernel of {', '.join(absent)}" if absent else None
+
+    def _actions(self) -> set[str]:
+        """What is done to tensors, and to the numbers that they are codes of."""
+        return {action for out in self._plan.outputs for action in (out.action, out.of and out.of.action) if action} | {
+            self._plan.to
+        }
 
     @property
     def temporaries(self) -> int:
@@ -65,13 +72,16 @@ class Kernels:
 
     def warm(self) -> None:
         """Load and compile what the plan needs, so that the memory it takes is seen before buffers are made."""
-        codes, out = np.zeros((BLOCK, BLOCK), np.uint8), np.empty((BLOCK, BLOCK), ml_dtypes.bfloat16)
-        for action in self._plan.counts:
+        codes, out = np.zeros((BLOCK, BLOCK), np.uint8), np.empty((BLOCK, BLOCK), arrays.numpy_dtype(wide(self._plan)))
+        for action in self._actions():
             if action == FP4:
                 self.fp4(codes[:, :64], np.zeros((BLOCK, 4), np.uint8), out)
             elif action == RECODE:
                 self.recode(codes[:, :64], np.zeros((BLOCK, 4), np.uint8), np.empty_like(codes))
-        for kind in {out.scale.dtype in _WIDTH for out in self._plan.outputs if out.action == FP8 and out.scale}:
+            elif action == "int8":
+                self.int8(out, np.empty((BLOCK, BLOCK), np.int8), np.empty((BLOCK, 1), np.float32))
+        made = (out.of or out for out in self._plan.outputs)
+        for kind in {each.scale.dtype in _WIDTH for each in made if each.action == FP8 and each.scale}:
             self.fp8(codes, np.zeros((1, 1), np.float32 if kind else np.uint8), (BLOCK, BLOCK), out)
 
     def fp4(self, packed: Any, scale: Any, out: Any) -> None:
@@ -89,6 +99,10 @@ class Kernels:
         codes = out.view(ml_dtypes.float8_e4m3fn), scales.view(ml_dtypes.float8_e8m0fnu), lossless
         self._call("fp4_to_fp8", (packed, scale), codes)
         return scales, lossless
+
+    def int8(self, values: Any, codes: Any, scale: Any) -> None:
+        """`flagops.int8_quantize` into `codes` and `scale`."""
+        self._call("int8_quantize", (values,), (codes, scale))
 
     def _call(self, name: str, inputs: tuple[Any, ...], out: Any, **options: Any) -> None:
         call = of(registry.operator(name))
@@ -121,23 +135,30 @@ class Kernels:
         raise Unsupported(f"{name}: {refuses(tensor)}")
 
 
+def wide(plan: Plan) -> str:
+    """The dtype that narrow weights become on their way into files."""
+    return "float32" if plan.integers else "bfloat16"
+
+
 class Stream:
     """Makes the bytes of outputs for one thread. Use as a context manager.
 
     limit: elements of a slice; no buffer is larger than that many elements of the output.
     dtype: what quantised tensors become.
     not_finite: copied tensors in which an infinity or a NaN was seen; they are copied all the same.
+    errors: relative, of the tensors that have become integers.
     """
 
-    def __init__(self, plan: Plan, kernels: Kernels, limit: int = LARGEST, dtype: str = "bfloat16") -> None:
-        self._plan, self._kernels, self._limit, self._dtype = plan, kernels, limit, dtype
-        self._wide = arrays.numpy_dtype(dtype).itemsize
+    def __init__(self, plan: Plan, kernels: Kernels, limit: int = LARGEST, dtype: str | None = None) -> None:
+        self._plan, self._kernels, self._limit, self._dtype = plan, kernels, limit, dtype or wide(plan)
+        self._wide = arrays.numpy_dtype(self._dtype).itemsize
         self._input = np.empty(limit, np.uint8)
         self._output = np.empty(limit * self._wide, np.uint8)
         self._test = np.empty(_CHUNK, np.uint8)
         self._scales: dict[str, list[Any]] = {}
         self.reader = Reader(plan.source)
         self.not_finite: set[str] = set()
+        self.errors: dict[str, float] = {}
 
     def __enter__(self) -> Stream:
         return self
@@ -163,7 +184,7 @@ class Stream:
             RECODE: self._recode, RECODED_SCALE: self._recoded_scale,
         }  # fmt: skip
         try:
-            yield from made.get(out.action, self._coded)(out)
+            yield from self._integers(out) if out.of else made.get(out.action, self._coded)(out)
         except Refused:
             self.reader.check()  # of a file that is written to anything may be wrong
             raise
@@ -237,6 +258,49 @@ class Stream:
             if largest > 1e30 or self._dtype == "float16":
                 self._in_range(out, made)
             yield self._bytes(made)
+
+    def _integers(self, out: Output) -> Iterator[Any]:
+        """Codes, scales or the size of a weight; those of the scales are made again, and no state is kept for them."""
+        to, of, lost = self._plan.integers, out.of, Errors()
+        assert to is not None
+        assert of is not None
+        if out.part == "size":
+            yield self._bytes(np.array(of.shape))
+            return
+        for values in self._rows(of):
+            if out.part == "scale":
+                made = scale = to.scales(values, self._kernels.int8)
+            else:
+                codes, scale = to.quantize(values, self._kernels.int8)
+                made = to.packed(codes)
+            if not np.isfinite(scale.astype(np.float32)).all():
+                raise Refused(f"{out.weight} has an infinity or NaN; leave it as it is with --keep, or repair it")
+            if out.part == "codes":
+                lost.add(values, to.restored(codes, scale))
+            yield self._bytes(np.ascontiguousarray(made))
+        if out.part == "codes":
+            self.errors[of.name] = lost.relative
+
+    def _rows(self, of: Output) -> Iterator[Any]:
+        """Whole rows of a weight as float32, few enough that what is made of them stays in a processor's cache."""
+        columns = of.shape[-1]
+        step = max(1, _CHUNK // columns)
+        for piece in self._plain(of) if not of.made else self._narrow(of):
+            band = piece.view(np.float32).reshape(-1, columns)
+            for first in range(0, len(band), step):
+                yield band[first : first + step]
+
+    def _plain(self, of: Output) -> Iterator[Any]:
+        rows, columns = of.shape
+        kind = np.dtype(_WIDTH[of.dtype])
+        for r0, r1, _, _ in slices(rows, columns, (1, columns), self._limit):
+            size = (r1 - r0) * columns
+            yield (
+                self._read(of.weight, r0 * columns * kind.itemsize, size * kind.itemsize).view(kind).astype(np.float32)
+            )
+
+    def _narrow(self, of: Output) -> Iterator[Any]:
+        return {FP4: self._fp4, FP8: self._fp8 if of.scale else self._coded}.get(of.action, self._coded)(of)
 
     def _tiles(self, out: Output, limit: int) -> Iterator[tuple[int, tuple[int, int], int, Any]]:
         """Slices of a weight: the first element, rows and columns, the rows above it in its block, and its scales."""

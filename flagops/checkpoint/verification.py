@@ -128,7 +128,12 @@ class _Compare:
                     conversion.team.advance(len(piece), out.name)
             if file.read(1):
                 raise Difference(f"{path} has bytes after its last tensor {shard.outputs[-1].name!r}")
-        if Entry(shard.size, digest.hexdigest()) == self._entries[shard.name]:
+        entry = self._entries[shard.name]
+        for out in shard.outputs:
+            name = out.of.name if out.of and out.part == "codes" else ""
+            if name and out.name in chosen and stream.errors.pop(name) != entry.errors.get(name):
+                raise Difference(f"{MANIFEST} has another error for tensor {name!r} than SRC gives")
+        if Entry(shard.size, digest.hexdigest()) == entry:
             return
         everything = {out.name for out in shard.outputs}
         if chosen & everything != everything:

@@ -78,6 +78,9 @@ def share(plan: Plan, kernels: Kernels, memory: int, workers: int | None, tasks:
     turned = [out.matrix for out in plan.outputs if out.transposed and out.size]
     each = 3 + kernels.temporaries + (2 if turned else 0)  # a byte in, two out, and two turned
     recoded = [BLOCK * out.shape[-1] for out in plan.outputs if out.action == RECODE and out.size]
+    if plan.integers:  # four bytes in, four that they become
+        each, longest = 8 + kernels.temporaries, max((out.of.shape[-1] for out in plan.outputs if out.of), default=0)
+        recoded.append(longest)
     smallest = max([SMALLEST, *recoded, *(BAND * rows for _, _, rows in turned)])
     worker = _WORKER + max((depth * rows * 17 // 32 for _, depth, rows in turned), default=0)  # a matrix and its scales
     base = resident() + _MARGIN
