@@ -85,6 +85,15 @@ def fp8(rng, shape, scale_shape, dtype="F32", name="weight_scale", bits=(4, 3), 
     return tensors, {f"{LAYER}.weight": once(minifloat(code, *bits) * wide)}, config or section("fp8")
 
 
+def blocks_of_groups(rng):
+    tensors, expected, _ = fp8(rng, (128, 96), (2, 3), "BF16")
+    return (
+        tensors,
+        expected,
+        compressed(_FLOAT8 | {"strategy": "block", "block_structure": [64, 32]}, "float-quantized"),
+    )
+
+
 def static(rng):
     tensors, expected, _ = fp8(rng, (130, 70), ())
     tensors[f"{LAYER}.input_scale"] = torch.tensor(0.5)
@@ -187,6 +196,7 @@ FORMATS = {
     "Qwen3-FP8": lambda rng: fp8(rng, (300, 200), (3, 2), "BF16", "weight_scale_inv", config=_BLOCKS),
     "Qwen3-FP8, F16": lambda rng: fp8(rng, (300, 200), (3, 2), "F16", "weight_scale_inv", config=_BLOCKS),
     "a stack of blocks": lambda rng: fp8(rng, (130, 70), (2, 2, 1), "BF16", "weight_scale_inv", lead=(2,)),
+    "FP8 in blocks, compressed-tensors": blocks_of_groups,
     "FP8 of a tensor": lambda rng: fp8(rng, (130, 70), (1,)),
     "FP8, static": static,
     "FP8 of channels": lambda rng: fp8(rng, (130, 70), (130, 1), "BF16", config=_CHANNELS),
@@ -310,6 +320,10 @@ BAD = {
     "INT4: size": (
         changed_in("INT4 of 32", weight_shape=torch.tensor([70, 190])), "weight_shape", "is [70, 190], but",
     ),
+    "INT4: size of another kind": (
+        changed_in("INT4 of 32", weight_shape=torch.tensor([70.0, 192.0])), "weight_shape", "expected two I64",
+    ),
+    "E4M3: no scale": (configured("E4M3 without scales", section("fp8")), "a.weight", "no scale"),
     "INT4: zeros": (
         changed_in("INT4 of 32", weight_zero_point=torch.zeros(9, 6, dtype=torch.int32)), "weight_zero_point",
         "does not read",
@@ -366,6 +380,36 @@ def test_what_fp8_cannot_keep(tmp_path, rng, case):
     src, _ = written(tmp_path / "src", FORMATS[case](rng))
     with pytest.raises(checkpoint.Refused, match=r"--to bf16"):
         checkpoint.convert(src, tmp_path / "dst", to="fp8")
+
+
+def test_fp8_keeps_the_scales_of_activations(tmp_path, rng):
+    packed, scale, _ = data.fp4(rng, 128, 128, low=120, high=121)
+    weight, factor, _ = data.fp8(rng, 128, 128)
+    tensors = {"e.weight": packed, "e.scale": scale, "a.weight": weight, "a.scale": factor}
+    tensors |= {"a.input_scale": torch.tensor(0.5)}
+    src, _ = written(tmp_path / "src", (tensors, {}, data.CONFIG))
+    checkpoint.convert(src, tmp_path / "dst", to="fp8")
+    found = data.read(tmp_path / "dst")[0]
+    data.same(
+        {name: found[name] for name in tensors if name[0] == "a"}, {n: x for n, x in tensors.items() if n[0] == "a"}
+    )
+
+
+def test_what_a_kept_weight_shares_is_kept(tmp_path, rng):
+    tensors = {}
+    for name in ("up", "down"):
+        weight, scale, _ = data.fp8(rng, 130, 70, floating=True)
+        tensors |= {f"experts.{name}": weight, f"experts.{name}_scale_inv": scale}
+    tensors["experts.input_scale"] = torch.tensor(0.5)
+    src, _ = written(tmp_path / "src", (tensors, {}, _BLOCKS))
+    found = data.read(checkpointed(src, tmp_path / "dst"))[0]
+    assert "experts.input_scale" not in found
+    assert "experts.input_scale" in dict(checkpoint.load(src, keep="experts.up"))
+
+
+def checkpointed(src, dst):
+    checkpoint.convert(src, dst)
+    return dst
 
 
 def test_keep_beside_groups_is_refused(tmp_path, rng):

@@ -172,6 +172,24 @@ def test_a_narrow_source_says_which_layers_are_linear(tmp_path, to):
 
 
 @pytest.mark.parametrize("to", ["int8", "w4a8"])
+def test_narrow_weights_that_stay_floats(tmp_path, rng, to):
+    """Tables, and a grouped projection, become BF16 beside integers, and are named as such."""
+    made = {
+        name: data.fp8(rng, 128, 64) for name in ("layers.0.engram.embed", "layers.0.attn.wo_a", "layers.0.attn.wq_a")
+    }
+    tensors = {f"{n}.{end}": x for n, parts in made.items() for end, x in zip(("weight", "scale"), parts, strict=False)}
+    src = data.write(tmp_path / "src", {SHARD: tensors})
+    summary = checkpoint.convert(src, tmp_path / "dst", to=to)
+    found = data.read(tmp_path / "dst")[0]
+    floats = ["layers.0.engram.embed", "layers.0.attn.wo_a"]
+    data.same({f"{n}.weight": found[f"{n}.weight"] for n in floats}, {f"{n}.weight": made[n][2] for n in floats})
+    assert list(summary.errors) == ["layers.0.attn.wq_a.weight"]
+    config = json.loads((tmp_path / "dst" / "config.json").read_text())
+    assert sorted(config["quantization_config"]["ignore"]) == sorted(floats)
+    assert checkpoint.verify(src, tmp_path / "dst").state == "verified"
+
+
+@pytest.mark.parametrize("to", ["int8", "w4a8"])
 def test_back_to_bf16(tmp_path, rng, to):
     src, tensors = model(tmp_path / "src", rng)
     checkpoint.convert(src, tmp_path / "dst", to=to)

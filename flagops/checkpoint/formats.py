@@ -120,7 +120,8 @@ def parts(tensor: Stored, tensors: dict[str, Stored], said: Configuration) -> Pa
     if scales:
         factor = tensors.get(f"{tensor.name}_scale_2")
         return Parts(tensor.name, tensor, scales[0], factor, activations=_activations(tensor, tensors))
-    return Parts(tensor.name, tensor) if _PLAIN.get(tensor.dtype, "") in said.dtypes else None
+    plain = not said.sections and _PLAIN.get(tensor.dtype, "") in said.dtypes
+    return Parts(tensor.name, tensor) if plain else None
 
 
 def _packed(tensor: Stored, name: str, tensors: dict[str, Stored]) -> Parts | None:
@@ -149,6 +150,8 @@ def layout(made: Parts, said: Configuration) -> Layout:
         raise Refused(f"{weight} is no matrix, scaled by {scale}; {remedy(weight)}")
     if made.factor is not None and (made.factor.dtype != "F32" or math.prod(made.factor.shape) != 1):
         raise Refused(f"{weight}: {made.factor} scales its scales, expected one F32; {remedy(weight)}")
+    if made.size is not None and (made.size.dtype not in ("I64", "I32") or made.size.shape != (2,)):
+        raise Refused(f"{weight}: {made.size} says its size, expected two I64; {remedy(weight)}")
     if weight.dtype in _FP8 and made.factor is None:
         return _fp8(weight, scale, said.block)
     if weight.dtype == "I32":

@@ -1,7 +1,7 @@
 """Weights as integers for W8A8 and W4A8: symmetric, rounded to nearest, as compressed-tensors stores them.
 
-A source of narrow weights says with them which layers are linear; of wide ones all matrices are taken but embeddings,
-heads and routers, which nobody multiplies in integers.
+A source of narrow weights says with them which layers are linear; of wide ones all matrices are taken. Embeddings,
+heads and routers stay floats, as nobody serves them in integers, and grouped projections, which are several matrices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from .documents import Refused
 
-_WIDE = re.compile(r"(^|\.)(embed\w*|wte|wpe|lm_head|head|output|gate|router|\w*norm\w*)\.weight$")
+_FLOATING = re.compile(r"(^|\.)(embed\w*|wte|wpe|lm_head|head|output|gate|router|\w*norm\w*|wo_a|o_a_proj)\.weight$")
 _GROUP = 32  # elements of INT4 that share a scale
 _LEAST = np.float32(2.0**-100)  # a scale of bfloat16, far from its subnormals
 DEEPEST = 131_071
@@ -103,7 +103,12 @@ INTEGERS = {
 
 def linear(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a wide tensor is a weight to quantise, by its name and shape."""
-    return len(shape) == 2 and 0 not in shape and name.endswith(".weight") and not _WIDE.search(name)
+    return len(shape) == 2 and 0 not in shape and name.endswith(".weight") and not floating(name)
+
+
+def floating(name: str) -> bool:
+    """Whether a weight is one that stays a float, by its name."""
+    return bool(_FLOATING.search(name))
 
 
 def fitting(to: Integers, weight: Any, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from . import documents, formats
 from .configuration import Configuration, modules, statements
 from .documents import Refused
 from .formats import Format, Parts, blocks
-from .integers import INTEGERS, Integers, fitting, linear
+from .integers import INTEGERS, Integers, fitting, floating, linear
 from .source import BITS, CONFIG, INDEX, Source, Stored
 
 LAYOUT = 1  # raised when the same source and options are laid out otherwise
@@ -115,7 +115,7 @@ class Plan:
         self.said = Configuration(source.config)
         self.kept = _kept(source.tensors, self.keep, self.said)
         self.outputs = outputs(source.tensors, to, self.said, self.kept)
-        if not any(out.made for out in self.outputs):
+        if not any(out.of if self.integers else out.made for out in self.outputs):
             wanted = {"bf16": "four or eight bits to BF16", "fp8": RECODE}.get(to, f"a linear layer to {to}")
             beyond = f" beyond --keep {' '.join(self.keep)}" if self.keep else ""
             raise Refused(f"{source.folder} holds no tensor to convert from {wanted}{beyond}; use it as it is")
@@ -143,7 +143,7 @@ class Plan:
 
     def _wide(self) -> list[str]:
         """Modules whose matrices stay as they are beside integers."""
-        names = (out.name for out in self.outputs if not out.made and out.dtype in _WIDE and len(out.shape) > 1)
+        names = (out.name for out in self.outputs if not out.of and out.dtype in _WIDE and len(out.shape) > 1)
         return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
 
     def _narrow(self) -> list[str]:
@@ -218,6 +218,8 @@ def outputs(tensors: dict[str, Stored], to: str, said: Configuration, kept: Iter
     claimed: dict[str, str] = {}
     for weight, parts in found.items():
         for part in parts.beside():
+            if part in parts.activations and to == "fp8":
+                continue
             shared = part.name in claimed and part not in parts.activations
             if shared or part.name in found:
                 raise Refused(f"{part} would scale {weight!r} and {claimed.get(part.name, 'be scaled itself')!r}")
@@ -227,10 +229,10 @@ def outputs(tensors: dict[str, Stored], to: str, said: Configuration, kept: Iter
     made: list[Output] = []
     integers = INTEGERS.get(to)
     for tensor in tensors.values():
-        if tensor.name in claimed:
-            continue
         if tensor.name in kept:
             made.append(Output(tensor.name, tensor.dtype, tensor.shape, STORED, tensor))
+        elif tensor.name in claimed:
+            continue
         elif tensor.name in found:
             made += _converted(found[tensor.name], to, said)
         elif integers and not found and tensor.dtype in _WIDE and linear(tensor.name, tensor.shape):
@@ -317,7 +319,7 @@ def _converted(parts: Parts, to: str, said: Configuration) -> list[Output]:
         wide = Output(
             parts.name, "BF16", lies.shape, action, weight, scale, lies.block, parts, lies.format, lies.transposed
         )  # fmt: skip
-        return _integers(wide, INTEGERS[to]) if to in INTEGERS else [wide]
+        return _integers(wide, INTEGERS[to]) if to in INTEGERS and not floating(parts.name) else [wide]
     if (
         lies.format is formats.FP8
         and scale

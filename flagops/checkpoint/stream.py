@@ -136,7 +136,7 @@ class Kernels:
 
 
 def wide(plan: Plan) -> str:
-    """The dtype that narrow weights become on their way into files."""
+    """The widest dtype that narrow weights become on their way into files."""
     return "float32" if plan.integers else "bfloat16"
 
 
@@ -150,8 +150,8 @@ class Stream:
     """
 
     def __init__(self, plan: Plan, kernels: Kernels, limit: int = LARGEST, dtype: str | None = None) -> None:
-        self._plan, self._kernels, self._limit, self._dtype = plan, kernels, limit, dtype or wide(plan)
-        self._wide = arrays.numpy_dtype(self._dtype).itemsize
+        self._plan, self._kernels, self._limit = plan, kernels, limit
+        self._narrowed, self._dtype = dtype or "bfloat16", dtype or wide(plan)
         self._input = np.empty(limit, np.uint8)
         self._output = np.empty(limit * self._wide, np.uint8)
         self._test = np.empty(_CHUNK, np.uint8)
@@ -159,6 +159,11 @@ class Stream:
         self.reader = Reader(plan.source)
         self.not_finite: set[str] = set()
         self.errors: dict[str, float] = {}
+
+    @property
+    def _wide(self) -> int:
+        """Bytes of an element that is made."""
+        return arrays.numpy_dtype(self._dtype).itemsize
 
     def __enter__(self) -> Stream:
         return self
@@ -183,6 +188,7 @@ class Stream:
             FP4: self._transposed if out.transposed else self._fp4, FP8: self._fp8 if out.scale else self._coded,
             RECODE: self._recode, RECODED_SCALE: self._recoded_scale,
         }  # fmt: skip
+        self._dtype = wide(self._plan) if out.of else self._narrowed
         try:
             yield from self._integers(out) if out.of else made.get(out.action, self._coded)(out)
         except Refused:
