@@ -54,12 +54,22 @@ class Integers:
             codes, scale = np.empty(values.shape, np.int8), np.empty((len(values), 1), np.float32)
             by(values, codes, scale)
             return codes, scale
+        scale = self.scales(values, by)
         groups = values.reshape(len(values), -1, self.group)
         with np.errstate(invalid="ignore", over="ignore"):
-            top = np.abs(groups).max(-1)
-            scale = np.maximum(top / np.float32(7.5), _LEAST).astype(ml_dtypes.bfloat16)  # from -8 to 7 are 15 steps
-            codes = np.clip(np.rint(groups / scale.astype(np.float32)[..., None]), -8, 7)
-        return np.nan_to_num(codes).astype(np.int8).reshape(values.shape), scale
+            codes = np.clip(np.rint(groups / scale.astype(np.float32)[..., None]), -8, 7).astype(np.int8)
+        return codes.reshape(values.shape), scale
+
+    def scales(self, values: Any, by: Quantize) -> Any:
+        """What `quantize` gives besides codes."""
+        if self.bits == 8:
+            return self.quantize(values, by)[1]
+        top = np.abs(values).reshape(len(values), -1, self.group)
+        while top.shape[-1] > 1:  # halves are compared as vectors, a row of 32 one by one
+            half = top.shape[-1] // 2
+            top = np.maximum(top[..., :half], top[..., half:])
+        with np.errstate(invalid="ignore", over="ignore"):  # from -8 to 7 are 15 steps
+            return np.maximum(top[..., 0] / np.float32(7.5), _LEAST).astype(ml_dtypes.bfloat16)
 
     def packed(self, codes: Any) -> Any:
         """Codes as they are stored."""
@@ -70,7 +80,8 @@ class Integers:
 
     def restored(self, codes: Any, scale: Any) -> Any:
         """The values that codes stand for, float64."""
-        return codes * np.repeat(scale.astype(np.float64), codes.shape[1] // scale.shape[1], axis=1)
+        groups = codes.reshape(*scale.shape, -1) * scale.astype(np.float64)[..., None]
+        return groups.reshape(codes.shape)
 
     def section(self, left: Sequence[str]) -> dict[str, Any]:
         """A quantization_config; `left` are the modules that are not quantised."""

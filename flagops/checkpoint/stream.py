@@ -274,12 +274,16 @@ class Stream:
             yield self._bytes(np.array(of.shape))
             return
         for values in self._rows(of):
-            codes, scale = to.quantize(values, self._kernels.int8)
+            if out.part == "scale":
+                made = scale = to.scales(values, self._kernels.int8)
+            else:
+                codes, scale = to.quantize(values, self._kernels.int8)
+                made = to.packed(codes)
             if not np.isfinite(scale.astype(np.float32)).all():
                 raise Refused(f"{out.weight} has an infinity or NaN; leave it as it is with --keep, or repair it")
             if out.part == "codes":
                 lost.add(values, to.restored(codes, scale))
-            yield self._bytes(np.ascontiguousarray(to.packed(codes) if out.part == "codes" else scale))
+            yield self._bytes(np.ascontiguousarray(made))
         if out.part == "codes":
             self.errors[of.name] = lost.relative
 
