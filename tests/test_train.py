@@ -15,9 +15,10 @@ import flagops  # noqa: E402
 from flagops import checkpoint  # noqa: E402
 from flagops.__main__ import main  # noqa: E402
 from flagops.deepseek_v4.examples import random_deepseek_v4  # noqa: E402
+from flagops.deepseek_v4.weights import AttentionWeights  # noqa: E402
 from flagops.train import ablation, grid, loop, narrow, objective  # noqa: E402
 from flagops.train.corpus import HELD, KNOWN, Corpus, shipped  # noqa: E402
-from flagops.train.export import configuration, export  # noqa: E402
+from flagops.train.export import configuration, export, tensors  # noqa: E402
 from flagops.train.model import SIZES, build, csa_layers  # noqa: E402
 
 SMALL = {
@@ -220,6 +221,30 @@ def checkpoint_bytes(folder):
     from safetensors.torch import load_file
 
     return sum(x.nbytes for x in load_file(folder / "model-00001-of-00001.safetensors").values())
+
+
+def test_the_names_and_dtypes_are_those_that_were_published():
+    """As many tensors as the published files have for such layers, and attention that reads them as its own."""
+    model = build(1, **SMALL)
+    found = dict(tensors(model))
+    experts = SMALL["n_routed_experts"]
+    assert len(found) == 6 + 4 * (29 + 6 * experts) + 2 * 11 + 4
+    for layer, kind in enumerate(("sliding", "csa", "hca", "csa")):
+        weights = AttentionWeights.of_checkpoint(found, f"layers.{layer}.attn.", kind)
+        assert weights.wq_b.dtype == torch.float8_e4m3fn
+        assert weights.wq_b_scale.dtype == torch.float8_e8m0fnu
+        assert list(weights.wo_b_scale.shape) == [1, 1]
+        for part, dtype in (("attn_sink", torch.float32), ("kv_norm", torch.bfloat16)):
+            assert getattr(weights, part).dtype == dtype
+        expert = f"layers.{layer}.ffn.experts.{experts - 1}.w1"
+        assert found[f"{expert}.weight"].dtype == torch.int8
+        assert list(found[f"{expert}.weight"].shape) == [128, 64]
+        assert list(found[f"{expert}.scale"].shape) == [128, 4]
+        assert (f"layers.{layer}.ffn.gate.tid2eid" in found) == (layer == 0)
+        assert (f"layers.{layer}.ffn.gate.bias" in found) == (layer > 0)
+    assert found["layers.0.ffn.gate.tid2eid"].dtype == torch.int64
+    assert found["embed.weight"].dtype == found["head.weight"].dtype == torch.bfloat16
+    assert found["layers.3.hc_attn_fn"].dtype == found["layers.1.attn.compressor.ape"].dtype == torch.float32
 
 
 def test_the_small_model_is_small(tmp_path):

@@ -1,8 +1,8 @@
 """What a small model is trained on: bytes of a natural text, and documents that only a long memory can continue.
 
 The text that comes with flagops, ``topics.txt.xz``, is the reference of the Python language as ``pydoc_data.topics`` of
-Python 3.11.7 has it: copyright of the Python Software Foundation, PSF License Version 2. Every tenth block of a text is
-held out. A batch is a function of (seed, step), on every machine the same.
+Python 3.11.7 has it, under the PSF License Version 2 (``topics.LICENSE``). Every tenth block of a text is held out. A
+batch is a function of (seed, step), on every machine the same.
 """
 
 from __future__ import annotations
