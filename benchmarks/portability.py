@@ -104,7 +104,7 @@ class Record:
     def markdown(self) -> str:
         lines = [
             f"By Triton {triton.__version__} without a GPU: `make portability`. The figures are in portability.json.",
-            f"{len(self.rows)} programs, those of each kernel on each target first; {self.left} are left to a next run.",
+            f"{len(self.rows)} programs, each kernel on each target first; {self.left} are left to a next run.",
             "",
             "| target | chip | programs | with matrix instructions | spill | too much shared memory | refused |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
