@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: run test test-all test-transformers test-numba bare docs lint bench mutants clean
+.PHONY: run test test-all test-transformers test-numba portability bare docs lint bench mutants clean
 
 run: .venv/installed
 	$(BIN)/flagops demo
@@ -24,6 +24,10 @@ test-transformers: .venv/installed
 # What flagops relies on in numba, and some kernels, on the other numba that it supports.
 test-numba: .venv/installed
 	$(BIN)/python tests/other_versions.py numba
+
+# Every Triton kernel compiled for every chip of `flagops chips`, what has changed since the last time.
+portability: .venv/installed
+	$(BIN)/python benchmarks/portability.py $(ARGS)
 
 # Models on a device that owns no kernel, all of them flagops'; `make bare ARGS=--help` says what can be chosen.
 bare: .venv/installed

@@ -1,22 +1,19 @@
 """Compile every Triton kernel for GPUs that need not be here: registers, spills, shared memory, matrix instructions.
 
-    python benchmarks/triton_compile.py [--only PART] [--write]
-
-What is compiled is what the operators would launch on each chip: at the named workloads of their cards in each of
-their dtypes, and for what those leave out at small drawn cases. ``--only`` keeps the rows whose name holds PART;
-``--write`` replaces ``results/triton_compile.json`` and ``.md``.
+What is compiled is what the operators would launch on each chip of `flagops.chips`: at the named workloads of their
+cards in each of their dtypes, and for what those leave out at small drawn cases. A chip's assembler refuses what the
+chip lacks, so what compiles holds no such instruction. `portability.py` is the command.
 """
 
-import argparse
 import contextlib
 import dataclasses
+import hashlib
 import importlib
-import json
+import math
 import os
 import random
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # it would turn the kernels into Python functions
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -32,19 +30,29 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from flagops import arrays, registry, testing
+from flagops import arrays, chips, registry, testing
+from flagops.contract import Progress
 from flagops.errors import Unsupported
 from flagops.tools import measure
 
 COMMON = importlib.import_module("flagops.kernels.triton._common")
-TARGETS = {
-    "sm_90": (GPUTarget("cuda", 90, 32), COMMON.Chip("cuda", 132, 227 << 10, True)),
-    "sm_75": (GPUTarget("cuda", 75, 32), COMMON.Chip("cuda", 40, 64 << 10, False)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), COMMON.Chip("hip", 304, 64 << 10, False)),
+
+
+def described(chip: chips.Chip) -> tuple[GPUTarget, Any]:
+    """A chip to Triton's compiler, and to the kernels' wrappers."""
+    if chip.target.startswith("sm_"):
+        arch = int(chip.target[3:])
+        return GPUTarget("cuda", arch, chip.width), COMMON.Chip("cuda", chip.processors, chip.shared, arch >= 89)
+    return GPUTarget("hip", chip.target, chip.width), COMMON.Chip("hip", chip.processors, chip.shared, False)
+
+
+CHIPS = {
+    chip.target: chip for chip in reversed(chips.CHIPS) if chip.target.startswith(("sm_", "gfx")) and chip.processors
 }
-OLD = ("sm_75",)
-"""Chips for which only cards under torch's operators are compiled: tiles of products are not made for them."""
-RESULTS = Path(__file__).parent / "results"
+TARGETS = {target: described(CHIPS[target]) for target in reversed(CHIPS)}
+FLAT = {target for target, chip in CHIPS.items() if not chip.matrix}
+"""Chips for which only cards under torch's operators are compiled: unrolled into multiply-adds, the tiles of products,
+which are made for matrix instructions, take minutes to compile each and spill."""
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 ELEMENTS = {"bool": "i1", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 ELEMENTS |= {f"{sign}int{bits}": f"{sign or 'i'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
@@ -107,6 +115,13 @@ class Launch:
         """What makes it another program but for strides, of which the first seen stand for all."""
         return self.kernel, self.dtypes, tuple(self.tile.items())
 
+    def key(self, target: str) -> str:
+        """Changes with whatever the compiler is given."""
+        given = [part for _, value in self.constants for part in (value if isinstance(value, tuple) else (value,))]
+        sources = [part.cache_key for part in (self.kernel, *given) if isinstance(part, JITFunction)]
+        text = repr((triton.__version__, target, sources, self.signature, self.constants, self.divisible, self.options))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
     @property
     def features(self) -> set[Any]:
         """What of the kernel's code it runs, with which functions, and over how many axes."""
@@ -168,34 +183,42 @@ def calls(name: str) -> Iterator[tuple[str, list[Any]]]:
 
 
 def zeros(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor with nothing in it: memory that is never touched is none."""
-    return torch.zeros(shape, dtype=dtype)
+    """A tensor with nothing in it: memory that is never touched is none, and torch.zeros touches it."""
+    count = math.prod(shape)
+    raw = np.zeros(max(count, 1) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(raw).view(dtype)[:count].reshape(tuple(shape))
 
 
-def launches(target: str, operators: Iterable[str]) -> dict[Launch, str]:
-    """What operators launch on a chip, each with the call that does."""
-    found: dict[Any, tuple[Launch, str]] = {}
-    shown: set[Any] = set()
-    for name in operators:
-        if not registry.written(name, "triton"):
-            continue
-        op, module = registry.operator(name), importlib.import_module(registry.home(name, "triton"))
-        kernel = registry.describe(op, getattr(module, op.function), module)
-        for label, made in calls(name):
-            bound = op.bind(op.fill(tuple(made), {}))
-            outs = [torch.empty(s, dtype=getattr(torch, d)) for s, d in zip(bound.shapes, bound.results, strict=True)]
+def launches(targets: Sequence[str], operators: Iterable[str]) -> dict[str, dict[Launch, str]]:
+    """What operators launch on each chip, each with the call that does."""
+    found: dict[str, dict[Any, tuple[Launch, str]]] = {target: {} for target in targets}
+    shown: dict[str, set[Any]] = {target: set() for target in targets}
+    names = [name for name in operators if registry.written(name, "triton")]
+    with Progress(len(names)) as begin:
+        for name in names:
+            begin(f"what {name} launches")
+            op, module = registry.operator(name), importlib.import_module(registry.home(name, "triton"))
+            kernel = registry.describe(op, getattr(module, op.function), module)
             coded = {op.positions[name] for name, tensor in op.tensors.items() if tensor.codes}
-            made = [arrays.codes(x) if at in coded and x is not None else x for at, x in enumerate(made)]
-            outs = [arrays.codes(x) if at in op.coded_results else x for at, x in enumerate(outs)]
-            if kernel.unsupported and kernel.unsupported(*made):
-                continue
-            with recorded(TARGETS[target][1]) as seen:
-                kernel.function(*made, tuple(outs) if op.several else outs[0])
-            for launch in seen:
-                if not label.endswith("drawn") or not launch.features <= shown:
-                    found.setdefault(launch.program, (launch, label))
-                shown |= launch.features
-    return dict(found.values())
+            for label, made in calls(name):
+                bound = op.bind(op.fill(tuple(made), {}))
+                outs = [
+                    torch.empty(s, dtype=getattr(torch, d)) for s, d in zip(bound.shapes, bound.results, strict=True)
+                ]
+                made = [arrays.codes(x) if at in coded and x is not None else x for at, x in enumerate(made)]
+                outs = [arrays.codes(x) if at in op.coded_results else x for at, x in enumerate(outs)]
+                if kernel.unsupported and kernel.unsupported(*made):
+                    continue
+                for target in targets:
+                    if target in FLAT and not op.aten:
+                        continue
+                    with recorded(TARGETS[target][1]) as seen:
+                        kernel.function(*made, tuple(outs) if op.several else outs[0])
+                    for launch in seen:
+                        if not label.endswith("drawn") or not launch.features <= shown[target]:
+                            found[target].setdefault(launch.program, (launch, label))
+                        shown[target] |= launch.features
+    return {target: dict(programs.values()) for target, programs in found.items()}
 
 
 def words(tile: dict[str, Any]) -> str:
@@ -215,25 +238,34 @@ class Row:
     label: str
     dtypes: str
     target: str
-    tile: dict[str, Any]
+    tile: str
     registers: int = 0
     spilled: int = 0
     """Bytes of registers spilled per thread; on AMD also registers moved to memory."""
     shared: int = 0
     matrix: str = "-"
     """The matrix instruction found, or "-" where the products run on ordinary multiply-adds."""
+    halves: bool = False
+    """Whether it multiplies matrices in half precision, for which a chip may have instructions."""
+    key: str = ""
+    refused: str = ""
+    """Why the compiler did not take it."""
+
+    @property
+    def at(self) -> tuple[str, ...]:
+        """What stays as sources change."""
+        return self.target, self.kernel, self.dtypes, self.tile
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} {self.label} {self.dtypes} {self.target} {words(self.tile)}"
+        return f"{self.kernel} {self.label} {self.dtypes} {self.target} {self.tile}"
 
 
 def rows(only: str = "", targets: Iterable[str] = TARGETS, names: Iterable[str] = ()) -> Iterator[tuple[Row, Launch]]:
     """What there is to compile, of some operators or of all."""
-    for target in targets:
-        own = [name for name, card in registry.cards().items() if card.aten or target not in OLD]
-        for launch, label in launches(target, names or own).items():
-            row = Row(launch.name, label, launch.dtypes, target, launch.tile)
+    for target, programs in launches(list(targets), list(names) or list(registry.cards())).items():
+        for launch, label in programs.items():
+            row = Row(launch.name, label, launch.dtypes, target, words(launch.tile), key=launch.key(target))
             if only in row.name:
                 yield row, launch
 
@@ -245,13 +277,30 @@ def compiled(row: Row, launch: Launch) -> tuple[Row, Any]:
     made = triton.compile(source, target=TARGETS[row.target][0], options=dict(launch.options))
     if row.target.startswith("sm_"):
         registers, spilled = _ptxas(made.asm["ptx"])
-        found = re.search(r"(wgmma\.mma_async|mma)\.sync\.aligned\.[\w.]+", made.asm["ptx"])
+        found = re.search(r"tcgen05\.mma\.[\w.:]+|(wgmma\.mma_async|mma)\.sync\.aligned\.[\w.]+", made.asm["ptx"])
     else:
         registers, spilled = _amdgcn(made.asm["amdgcn"])
-        found = re.search(r"v_mfma_\w+", made.asm["amdgcn"])
+        found = re.search(r"v_w?mf?ma_\w+", made.asm["amdgcn"])
     matrix = found.group(0).replace(".sync.aligned", "") if found else "-"
+    halves = bool(re.search(r"tt\.dot .*: tensor<\w+xb?f16> \*", made.asm["ttir"]))
     measured = {"registers": registers, "spilled": spilled, "shared": made.metadata.shared, "matrix": matrix}
-    return dataclasses.replace(row, **measured), made
+    return dataclasses.replace(row, **measured, halves=halves), made
+
+
+def tried(row: Row, launch: Launch) -> Row:
+    """A row as compiled, or with what the compiler had against it."""
+    with tempfile.TemporaryFile() as said:
+        kept = os.dup(2)
+        os.dup2(said.fileno(), 2)  # MLIR writes its reasons, and whole programs, past Python
+        try:
+            return compiled(row, launch)[0]
+        except Exception as error:
+            said.seek(0)
+            reasons = re.findall(r"error: (.*)", said.read().decode(errors="replace")) or str(error).splitlines()[-1:]
+            return dataclasses.replace(row, refused=f"{type(error).__name__}: {reasons[0]}"[:200])
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _ptxas(ptx: str) -> tuple[int, int]:
@@ -260,7 +309,14 @@ def _ptxas(ptx: str) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [get_ptxas(90).path, "-v", f"--gpu-name={architecture}", file.name, "-o", os.devnull]
+        command = [
+            get_ptxas(int(re.sub(r"\D", "", architecture))).path,
+            "-v",
+            f"--gpu-name={architecture}",
+            file.name,
+            "-o",
+            os.devnull,
+        ]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     return int(re.search(r"Used (\d+) registers", log).group(1)), max(map(int, spilled.groups()))
@@ -285,50 +341,14 @@ def kernels() -> set[str]:
     }
 
 
+def family(row: Row) -> str:
+    return registry.operator(row.label.split()[0]).family
+
+
 def faults(row: Row) -> str:
     """What a row does that it must not."""
-    limit = TARGETS[row.target][1].shared
-    return " ".join(["spills"] * (row.spilled > 0) + [f"more than {limit >> 10} KB"] * (row.shared > limit))
-
-
-def markdown(table: list[Row]) -> str:
-    lines = [
-        f"Compiled by Triton {triton.__version__} without a GPU: `python benchmarks/triton_compile.py --write`.",
-        "Registers are per thread, spills in bytes per thread, shared memory in bytes per program.",
-        "",
-        "| kernel | call | elements | target | tile | registers | spills | shared | matrix instruction |",
-        "|---|---|---|---|---|---:|---:|---:|---|",
-    ]
-    for row in table:
-        tile = words(row.tile).replace("num_", "")
-        lines.append(
-            f"| {row.kernel} | {row.label} | {row.dtypes} | {row.target} | {tile} | {row.registers} | {row.spilled} "
-            f"| {row.shared} | {row.matrix} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--write", action="store_true")
-    arguments = parser.parse_args()
-    table, bad = [], 0
-    for blank, launch in rows(arguments.only):
-        row, _ = compiled(blank, launch)
-        table.append(row)
-        bad += bool(faults(row))
-        numbers = f"{row.registers} registers, {row.spilled} spilled, {row.shared} shared, {row.matrix}"
-        print(f"{row.name}: {numbers} {faults(row)}", flush=True)
-    if arguments.write:
-        RESULTS.mkdir(exist_ok=True)
-        content = {"triton": triton.__version__, "rows": [vars(row) for row in table]}
-        (RESULTS / "triton_compile.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
-        (RESULTS / "triton_compile.md").write_text(markdown(table))
-    left = set() if arguments.only else kernels() - {row.kernel for row in table}
-    print(f"{len(table)} programs, {bad} at fault" + "".join(f"\nnever launched: {name}" for name in sorted(left)))
-    return bool(bad or left)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    chip = CHIPS[row.target]
+    found = [row.refused] if row.refused else ["spills"] * (row.spilled > 0)
+    found += [f"more than {chip.shared >> 10} KB"] * (row.shared > chip.shared)
+    lost = row.halves and chip.matrix and row.matrix == "-"
+    return ", ".join(found + [f"no {' or '.join(chip.matrix or ())}"] * bool(lost))

@@ -48,7 +48,7 @@ def doctor(args: argparse.Namespace) -> int:
         "platform": platform.platform(),
         "cpu": _cpu(),
         "libraries": {name: _version(name) for name in LIBRARIES},
-        "devices": dict(chips.here()),
+        "devices": chips.here(),
         "cache": config.cache_folder(),
         "settings": settings,
         "backends": backends,

@@ -21,6 +21,7 @@ from flagops.errors import suggestion
 STATES = {
     "run": "kernels ran on it and were judged",
     "compiled": "every Triton kernel compiles for it, held by `make portability`; none was run",
+    "in part": "the Triton kernels under torch's own operators compile for it; none was run",
     "lowered": "kernels are lowered to its instructions, by tests/lowering.py; none was run",
     "declared": "nothing was checked; what its vendor's torch and Triton call it is all that is known here",
 }
@@ -57,6 +58,11 @@ class Chip:
     sources: tuple[str, ...] = ()
     note: str = ""
 
+    @property
+    def names(self) -> set[str]:
+        """What a command may call it, in lower case."""
+        return {name.lower() for name in (self.name, self.vendor, self.device, self.target) if name}
+
 
 LEAST_SHARED = 64 << 10
 """What every chip is taken to have, where the table does not know."""
@@ -85,9 +91,9 @@ _vendor = partial(Chip, page="vendors", state="declared")
 
 # fmt: off
 CHIPS = (
-    _nvidia("T4", "sm_75", dtypes=_HALF, matrix=(), processors=40, shared=64 << 10, bandwidth=320, rate=65.13,
-            sources=(_CAPABILITIES, "https://sysrqmts.com/en/gpus/nvidia/tesla/t4"),
-            note="Triton has no matrix instructions for it: products are multiply-adds"),
+    _nvidia("T4", "sm_75", state="in part", dtypes=_HALF, matrix=(), processors=40, shared=64 << 10,
+            bandwidth=320, rate=65.13, sources=(_CAPABILITIES, "https://sysrqmts.com/en/gpus/nvidia/tesla/t4"),
+            note="Triton 3.7 has no matrix instructions for it, and products no tiles for multiply-adds"),
     _nvidia("A100", "sm_80", dtypes=_BRAIN, matrix=("mma",), processors=108, shared=163 << 10, bandwidth=2039, rate=312,
             sources=(_CAPABILITIES, f"{_GARDEN}/A100")),
     _nvidia("L40S", "sm_89", dtypes=_FP8, matrix=("mma",), processors=142, shared=99 << 10, bandwidth=864, rate=362.05,
@@ -177,45 +183,32 @@ def named(words: Iterable[str]) -> list[Chip]:
     """The chips that words name, by name, vendor, torch's device or target; a ValueError that suggests the nearest."""
     found: dict[str, Chip] = {}
     for word in words:
-        terms = {term.lower() for chip in CHIPS for term in (chip.name, chip.vendor, chip.device, chip.target) if term}
-        chosen = {
-            chip.name: chip
-            for chip in CHIPS
-            if word.lower() in (chip.name.lower(), chip.vendor.lower(), chip.device, chip.target.lower())
-        }
+        chosen = {chip.name: chip for chip in CHIPS if word.lower() in chip.names}
         if not chosen:
-            raise ValueError(f"no chip {word!r}{suggestion(word.lower(), terms)}")
+            raise ValueError(f"no chip {word!r}{suggestion(word.lower(), set().union(*(c.names for c in CHIPS)))}")
         found |= chosen
     return list(found.values())
 
 
-def here() -> list[tuple[str, str]]:
-    """The devices of this process and the page that is about each: ``("npu", "docs/ascend.md")``."""
-    pages = [("cpu", machine.cpu_kind(), "cpu")]
+def here() -> dict[str, str]:
+    """The devices of this process, each with the page that is about it: ``{"npu (Huawei)": "docs/ascend.md"}``."""
+    pages = {f"cpu ({machine.cpu_kind()})": "cpu"}
     torch = sys.modules.get("torch")
     if torch is not None:
-        if torch.cuda.is_available():
-            pages += [(f"cuda:{i}", name, _page(name)) for i, name in enumerate(_cards(torch))]
-        name = torch._C._get_privateuse1_backend_name()
-        if name != "privateuseone":
-            chips = of_device(name)
-            vendor = chips[0].vendor if chips else "a vendor that the table of chips does not know"
-            pages.append((name, vendor, chips[0].page if chips else "vendors"))
-    return [(f"{device} ({what})", f"docs/{page}.md") for device, what, page in pages]
+        for index in range(torch.cuda.device_count()):
+            name = torch.cuda.get_device_name(index)
+            pages[f"cuda:{index} ({name})"] = cuda_page(name, bool(torch.version.hip))
+        device = torch._C._get_privateuse1_backend_name()
+        if device != "privateuseone":
+            known = of_device(device)
+            vendor = known[0].vendor if known else "of a vendor that the table of chips does not know"
+            pages[f"{device} ({vendor})"] = known[0].page if known else "vendors"
+    return {device: f"docs/{page}.md" for device, page in pages.items()}
 
 
-def _cards(torch: object) -> list[str]:
-    cuda = torch.cuda  # type: ignore[attr-defined]
-    return [cuda.get_device_name(index) for index in range(cuda.device_count())]
-
-
-def _page(name: str) -> str:
-    """Of a device that calls itself CUDA: several vendors' do."""
-    known = [chip for chip in CHIPS if chip.device == "cuda" and chip.name.lower() in name.lower()]
-    if known:
-        return known[0].page
-    torch = sys.modules["torch"]
-    return "nvidia" if "nvidia" in name.lower() else "amd" if torch.version.hip else "vendors"
+def cuda_page(name: str, hip: bool) -> str:
+    """The page of a device that torch calls cuda, as several vendors' do, by the name that it gives itself."""
+    return "nvidia" if "nvidia" in name.lower() else "amd" if hip else "vendors"
 
 
 def command(args: argparse.Namespace) -> int:

@@ -138,6 +138,11 @@ ROWS = {
         (*KERNELS, "tests/lowering.py"),
         ((sys.executable, "tests/lowering.py"),),
     ),
+    "portability": Row(
+        "every Triton kernel compiled for six NVIDIA and five AMD targets, where its sources have changed",
+        (*KERNELS, "benchmarks/portability.py", "benchmarks/triton_compile.py"),
+        ((sys.executable, "benchmarks/portability.py"),),
+    ),
     "bare": Row(
         "all models and phases on a device that owns no kernel, and its own tests",
         ("flagops/**/*.py", "kernels/**/*.py", "reference/**/*.py", "tests/bare/*"),

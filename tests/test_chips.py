@@ -48,6 +48,18 @@ def test_a_program_takes_no_more_than_the_least_chip_of_its_device_has():
     assert chips.shared("musa") == chips.shared("never heard of") == chips.LEAST_SHARED
 
 
+@pytest.mark.parametrize(
+    ("name", "hip", "page"),
+    [
+        ("NVIDIA H100 80GB HBM3", False, "nvidia"),
+        ("AMD Instinct MI300X", True, "amd"),
+        ("MetaX C500", False, "vendors"),
+    ],
+)
+def test_a_device_that_torch_calls_cuda_is_known_by_its_own_name(name, hip, page):
+    assert chips.cuda_page(name, hip) == page
+
+
 HERE = """
 import importlib, json, sys
 import torch
@@ -91,3 +103,12 @@ def test_a_report_says_which_sources_ran_on_which_device(tmp_path):
         assert command._digest(["one"]) != first
     finally:
         sys.path.remove(str(tmp_path))
+
+
+def test_the_page_shows_the_table_and_every_row_has_its_page(capsys):
+    assert main(["chips", "--markdown"]) == 0
+    text = (ROOT / "docs/chips.md").read_text(encoding="utf-8")
+    assert f"<!-- flagops chips --markdown -->\n{capsys.readouterr().out}<!-- end -->" in text
+    for chip in chips.CHIPS:
+        page = (ROOT / "docs" / f"{chip.page}.md").read_text(encoding="utf-8")
+        assert chip.vendor in page or f"flagops chips {chip.vendor.lower()}" in page or chip.device == "cpu"
