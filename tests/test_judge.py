@@ -20,6 +20,7 @@ import flagops
 from flagops import layouts, registry, testing
 from flagops.__main__ import main
 from flagops.cases import parse
+from flagops.judge.command import duration
 from flagops.judge.constants import constants
 from flagops.judge.draws import Coverage, Draws, features
 from flagops.judge.gradients import hold_gradient
@@ -237,6 +238,28 @@ def fp4_dequantize(packed, scale, dtype, out):
 def fp4_dequantize_unsupported(packed, scale, dtype):
     return None if packed.shape[0] % 7 == 0 else "rows"
 """
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def rmsnorm(x, weight, eps, out):\n    pass\n", "no function named like an operator: rmsnorm; did you mean"),
+        ("scale = 2\n", "no function named like an operator: it has none at all"),
+        ("import math\nimport no_such_library\n", "mine.py:2: ModuleNotFoundError: No module named 'no_such_library'"),
+        ("def f(:\n", "mine.py:1: SyntaxError"),
+    ],
+)
+def test_a_file_that_cannot_be_judged_says_why(text, said, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    assert main(["check", str(file)]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["5parsecs", "0s", "s", "", "-1m", "nan"])
+def test_a_time_is_a_number_of_seconds_minutes_or_hours(text):
+    with pytest.raises(ValueError, match=r"expected a time such as 60s, 2m or 1\.5h"):
+        duration(text)
 
 
 def test_a_file_is_judged_and_failures_do_not_end_the_others(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -44,6 +45,16 @@ def test_times_are_apart_from_those_of_first_calls(ticks):
     assert (left.calls, left.first) == (1, 1.0)
     assert "5 matmul/numpy, 1 s each" in str(handle.report())
     assert "first calls, which plan and may compile, took 3 s" in str(handle.report())
+
+
+@pytest.mark.parametrize(("load", "said"), [(1.0, False), (64.0 * (os.cpu_count() or 1), True)])
+def test_a_report_says_that_others_share_the_processors(load, said, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    x = torch.randn(3, 3)
+    with flagops.enable(backend="numpy", compare=True) as handle:
+        for _ in range(3):
+            x @ x
+    assert ("other programs share the processors" in str(handle.report())) is said
 
 
 def test_a_handle_that_takes_no_times_holds_no_clock():

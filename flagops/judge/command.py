@@ -34,9 +34,12 @@ PATIENCE = 600
 def duration(text: str) -> float:
     """Seconds: ``60s``, ``2m``, ``1.5h``, or a number of seconds. Raises ValueError."""
     factor = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
-    seconds = float(text[:-1]) * factor if factor else float(text)
+    try:
+        seconds = float(text[:-1]) * factor if factor else float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0 < seconds < 1e7:
-        raise ValueError(f"expected a time such as 60s, got {text!r}")
+        raise ValueError(f"expected a time such as 60s, 2m or 1.5h, got {text!r}")
     return seconds
 
 
@@ -105,7 +108,9 @@ def _replayed(text: str) -> str:
 def _expected(wish: dict[str, Any]) -> int:
     """How many kernels are to be judged; of a file of functions it is known once it is loaded."""
     names = wish["operators"] or list(registry.operators())
-    return sum(registry.written(name, b) for b in wish["backends"] for name in names) or len(wish["operators"]) or 1
+    if wish["files"]:
+        return len(wish["files"]) * max(1, len(wish["operators"]))
+    return sum(registry.written(name, b) for b in wish["backends"] for name in names) or 1
 
 
 def _judge(wish: dict[str, Any], outcome: Outcome, all_wanted: bool, begin: Callable[[str], None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 from flagops import registry
 from flagops.backends.torch import backend as torch_backend
+from flagops.errors import suggestion
 
 
 class FileBackend:
@@ -77,6 +79,22 @@ def _enter(name: str, module: ModuleType) -> None:
     sys.modules[f"{package.__name__}.file"] = module
     for family in {op.family for op in registry.cards().values()}:
         sys.modules[f"{package.__name__}.{family}_{name}"] = module
+
+
+def without_kernels(path: str, backend: str) -> str:
+    """What is wrong with a file that has no function named like an operator; empty for any other."""
+    if kernels_of(backend):
+        return ""
+    module = sys.modules[f"judged_{backend}.file"]
+    own = [
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__
+    ]
+    meant = (
+        f"{name}{suggestion(name, registry.operators())}" for name in own if suggestion(name, registry.operators())
+    )
+    return f"{path} has no function named like an operator: {next(meant, ', '.join(own) or 'it has none at all')}"
 
 
 def kernels_of(backend: str) -> list[str]:

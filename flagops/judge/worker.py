@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,16 +29,29 @@ def main(text: str) -> None:
             stream.write(json.dumps(message) + "\n")
 
         libraries = prepare()
-        try:
-            backends = [files.offer(path) for path in wish["files"]] or wish["backends"]
-        except (Exception, SystemExit) as error:
-            send(failed=f"{wish['files']}: {type(error).__name__}: {error}")
-            return
+        backends = [] if wish["files"] else wish["backends"]
+        for path in wish["files"]:
+            try:
+                backends.append(files.offer(path))
+            except (Exception, SystemExit) as error:
+                send(failed=f"{path}{_line(error, path)}: {type(error).__name__}: {error}")
+                return
+            problem = files.without_kernels(path, backends[-1])
+            if problem and not wish["operators"]:
+                send(failed=problem)
+                return
         for number, (operator, backend) in enumerate(_pairs(wish, backends, send)):
             if number >= wish["skip"]:
                 send(begin=[operator, backend])
                 send(record=vars(judged(wish, operator, backend, send, libraries)))
         send(done=True)
+
+
+def _line(error: BaseException, path: str) -> str:
+    """Where in a file an error arose, as ``:12``."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    number = lines[-1] if lines else getattr(error, "lineno", None)
+    return f":{number}" if number else ""
 
 
 def prepare() -> Watch:

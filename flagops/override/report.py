@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -31,8 +32,8 @@ REMEDIES = (
 """What can be done about a reason for which a call was left to torch; the first pattern that begins it."""
 
 HINTS = {
-    "rms_norm": "most models of transformers write their norms as pow, mean, rsqrt and mul: enable('all') replaces "
-    "these four, flagops.patch a DeepSeek-V4's norms",
+    "rms_norm": "if the model has RMS norms, it writes them as pow, mean, rsqrt and mul, as most of transformers do: "
+    "enable('all') replaces these four, flagops.patch a DeepSeek-V4's norms",
     "scaled_dot_product_attention": "attn_implementation='sdpa' calls it, 'eager' multiplies matrices",
     "_grouped_mm": "experts_implementation='grouped_mm' calls it, other experts multiply one by one",
 }
@@ -158,6 +159,7 @@ class Report:
         if torchs:
             took = f"{_duration(beside)}, by torch's own kernels {_duration(torchs)}"
             notes.append(f"the calls that were compared took {took}: {torchs / beside:.2f} times as fast")
+            notes += _busy()
         if first:
             notes.append(f"first calls, which plan and may compile, took {_duration(first)} and are in no time above")
         return notes
@@ -179,6 +181,15 @@ class Report:
         for cells in self._cells():
             table.add_row(*map(Text, cells))
         return Group(table, *map(Text, self._notes()))
+
+
+def _busy() -> list[str]:
+    """A word where other programs keep the processors busy: their threads then wait for each other in every call."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load < 2 * cores:
+        return []
+    remedy = "" if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" else "; OMP_WAIT_POLICY=passive helps"
+    return [f"other programs share the processors (load {load:.1f} on {cores}), and the times{remedy}"]
 
 
 def _timed(clock: Clock | None) -> str:
