@@ -104,8 +104,9 @@ def commands_of(block: Block) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE])
-def test_every_block_runs_as_printed(page, place):
-    """Blocks of Python go on from each other, as a reader types them."""
+def test_every_block_runs_as_printed(page, place, monkeypatch):
+    """Blocks of Python go on from each other, as a reader types them, on a machine that is his alone."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
     space = {"__name__": "__main__"}
     for block in blocks(page):
         if block.why or of_new_operator(block):
