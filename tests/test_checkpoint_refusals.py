@@ -279,7 +279,8 @@ def test_finished_is_said_of_what_was_compared(tmp_path, changed, capsys):
     with pytest.raises(checkpoint.Refused, match=r"differs.*empty DST and convert again"):
         checkpoint.convert(src, dst)
     assert checkpoint.convert(src, dst, dry_run=True).state.startswith("finished, by the names")
-    with pytest.raises(checkpoint.Difference, match=r"differs.*empty DST and convert again"):
+    who = "SRC has changed since" if changed == "src" else "DST was damaged or SRC changed since"
+    with pytest.raises(checkpoint.Difference, match=rf"differs.*{who}.*empty DST and convert again"):
         checkpoint.verify(src, dst)
 
 

@@ -18,12 +18,14 @@ from .stream import Stream
 from .work import Stopped
 
 ANEW = "DST was damaged or SRC changed since: empty DST and convert again"
+CHANGED = "DST is as it was written, so SRC has changed since: restore SRC, or empty DST and convert again"
 
 
 class Difference(ValueError):
     """A converted checkpoint is not what its source gives; the message names the first tensor or file that differs."""
 
     def __init__(self, text: str, remedy: str = ANEW) -> None:
+        self.text = text
         super().__init__(line(f"{text}; {remedy}"))
 
 
@@ -85,6 +87,9 @@ class _Compare:
             stream.reader.check()
         except Difference as error:
             stream.reader.check()  # of a source that is written to anything may differ
+            name = what if isinstance(what, str) else what.name
+            if self._conversion.hash(name) == self._entries[name]:
+                error = Difference(error.text, CHANGED)
             with self._lock:
                 self.found[number] = error
 
