@@ -47,7 +47,7 @@ def nothing(like: Any) -> Any:
 def jvp(operator: Operator, tangents: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
     """``J v``: the derivative by ``u`` of ``u J v``, whatever ``u`` is."""
     bound = operator.bind((*inputs, None))
-    like = inputs[operator.tensor_positions[0]]
+    like = operator.like(inputs)
     zeros = [
         torch.zeros(shape, dtype=getattr(torch, dtype), device=like.device)
         for shape, dtype in zip(bound.shapes, bound.results, strict=True)
@@ -294,7 +294,7 @@ def _whole(operator: Operator, inputs: Sequence[Any], grads: Sequence[Any]) -> l
     """Gradients of all results, zero where autograd has none."""
     if all(grad is not None for grad in grads):
         return list(grads)
-    bound, like = operator.bind((*inputs, None)), inputs[operator.tensor_positions[0]]
+    bound, like = operator.bind((*inputs, None)), operator.like(inputs)
     return [
         torch.zeros(shape, dtype=getattr(torch, dtype), device=like.device) if grad is None else grad
         for grad, shape, dtype in zip(grads, bound.shapes, bound.results, strict=True)

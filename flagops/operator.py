@@ -224,6 +224,10 @@ class Operator:
             return dtype
         return dtypes[source] if source in dtypes else str(scalars[source])
 
+    def like(self, inputs: Sequence[Any]) -> Any:
+        """The first tensor that a call has, which others are made like."""
+        return next(inputs[p] for p in self.tensor_positions if inputs[p] is not None)
+
     def each(self, value: Any) -> tuple[Any, ...]:
         """What an operator takes or gives as results, as a tuple also where there is only one."""
         return tuple(value) if self.several else (value,)

@@ -220,7 +220,7 @@ def _listed(found: Sequence[Any]) -> Any:
 def _made(operator: Operator, inputs: Sequence[Any]) -> list[Any]:
     """Results of the right shapes, for tracing."""
     bound = operator.bind((*inputs, None))
-    like = inputs[operator.tensor_positions[0]]
+    like = operator.like(inputs)
     return [arrays.empty(*result, like) for result in zip(bound.shapes, bound.results, strict=True)]
 
 

@@ -121,7 +121,7 @@ def test_a_file_that_ends_while_a_model_runs(tmp_path):
     os.truncate(path, last.offset + 1)  # what is mapped lies before
     every = torch.arange(4).repeat(2, 1)
     layer = experts(model)[0][int(last.name.split(".")[2])]
-    with pytest.raises(checkpoint.Refused, match=f"{last.name}.*{last.file}.*(ends at byte|has changed)"):
+    with pytest.raises(checkpoint.Refused, match=f"{last.file}.*(ends at byte|has changed)"):
         layer(torch.ones(2, 256, dtype=torch.bfloat16), every, torch.ones(2, 4))
     path.write_bytes(whole)
     assert torch.equal(steps(with_room(flagops.load(src), 3), 1), expected)
