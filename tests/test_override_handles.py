@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 import flagops
 from flagops import config, override
+from flagops.errors import Unsupported
 from flagops.override import interpose, lowering, sites
 from flagops.testing import assert_of
 
@@ -433,3 +434,46 @@ def test_a_site_where_torch_has_no_kernel():
     interpose.sweep()
     with pytest.raises(NotImplementedError, match="Could not run"):
         torch.mm(x, x.t(), out_dtype=torch.float32)
+
+
+ONES = torch.ones(2)
+
+
+def _refused():
+    with pytest.raises(Unsupported, match=r"strict: flagops does not replace aten::add\.Tensor, or was not asked to"):
+        ONES + ONES
+
+
+def _taken():
+    assert (ONES + ONES).tolist() == [2, 2]
+
+
+def test_a_strict_handle_leaves_nothing_behind():
+    for _ in range(2):
+        with flagops.enable("mm", backend="numpy", strict=True):
+            _refused()
+        _taken()
+        with flagops.enable("add", backend="numpy") as handle:
+            _taken()
+        assert handle.report().replaced == 1
+
+
+@pytest.mark.parametrize("strict_first", [True, False])
+@pytest.mark.parametrize("ends_first", [0, 1])
+def test_a_strict_handle_lets_others_compute_what_they_take(strict_first, ends_first):
+    """In whichever order they begin and end."""
+    make = {
+        True: lambda: flagops.enable("mm", backend="numpy", strict=True),
+        False: lambda: flagops.enable("add", backend="numpy"),
+    }
+    handles = [make[strict_first](), make[not strict_first]()]
+    try:
+        _taken()
+        handles[ends_first].disable()
+        (_taken if strict_first == (ends_first == 0) else _refused)()
+    finally:
+        for handle in handles:
+            handle.disable()
+    _taken()
+    assert not interpose.live
+    assert not interpose.buried

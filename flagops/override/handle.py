@@ -105,8 +105,10 @@ class Handle:
             for name in torch._C._dispatch_get_registrations_for_dispatch_key(key):
                 overload = name.removeprefix("aten::")
                 if name.startswith("aten::") and (overload, key) not in places and kind(overload) == "computing":
-                    refusal = interpose.acquire(overload, key, functools.partial(Refusal, overload, key))
+                    make = functools.partial(Refusal, overload, key)
+                    refusal = interpose.acquire(overload, key, make, computes=False)
                     refusal.handles.append(self)
+                    refusal.plans = {}
                     self._sites.append(refusal)
 
     def wants(self, name: str, key: str) -> bool:

@@ -60,9 +60,11 @@ class Registration:
     composite: it keeps the gradients of an operator that torch composes of others.
     owned: whether the key has a kernel of its own to stand before; what torch composes elsewhere calls us again.
     runtime: a key at which torch calls it, the key itself but for a composition, which serves many.
+    computes: whether calls can be computed here; else they are only watched for who may not have them.
     """
 
     composite = False
+    computes = True
 
     def __init__(self, name: str, key: str) -> None:
         import torch
@@ -152,36 +154,40 @@ _HERE = Registration.install.__code__.co_filename
 """The file torch notes as the place of our registrations."""
 
 live: dict[tuple[str, str], Registration] = {}
-idle: dict[tuple[str, str], Registration] = {}
+idle: dict[tuple[str, str, bool], Registration] = {}
+"""Those that were removed, to be installed again, and whether they compute: torch never frees one."""
 buried: list[Registration] = []
 """Unwanted, but below another library's override, which may call them: they hand on until they are on top."""
 in_flight: deque[Any] = deque(maxlen=4096)
 """Removed functions, which another thread may be about to enter."""
 
 
-def acquire(name: str, key: str, make: Callable[[], Registration], bare: bool = False) -> Any:
-    """The registration at an overload and key, installed if need be.
+def acquire(name: str, key: str, make: Callable[[], Registration], bare: bool = False, computes: bool = True) -> Any:
+    """The registration at an overload and key, installed if need be; above a live one that does not compute.
 
     bare: also where torch has no kernel to replace; there None, if that is not asked for.
+    computes: whether it must compute.
     """
     import torch
 
     place = name, key
-    if place in live:
+    if place in live and (live[place].computes or not computes):
         return live[place]
     if not bare and not torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"aten::{name}", key):
         return None
-    if place in idle:
-        idle[place].install()
-        live[place] = idle.pop(place)
-    else:
+    again = idle.pop((*place, computes), None)
+    if again is None:
         live[place] = make()
+    else:
+        again.install()
+        live[place] = again
     return live[place]
 
 
 def release(registration: Registration) -> None:
     """Nobody wants it any more; `sweep` removes it as soon as it can."""
-    del live[registration.name, registration.key]
+    if live.get((registration.name, registration.key)) is registration:
+        del live[registration.name, registration.key]
     buried.append(registration)
 
 
@@ -191,4 +197,4 @@ def sweep() -> None:
         if (registration.name, registration.key) not in live and registration.on_top():
             registration.uninstall()
             buried.remove(registration)
-            idle[registration.name, registration.key] = registration
+            idle[registration.name, registration.key, registration.computes] = registration

@@ -234,6 +234,11 @@ class Site(Registration):
             self._nobody(reason, lambda: 0, args)
         return self.below_with(keyset, args)
 
+    def _refuse_unasked(self, key: str) -> None:
+        """Raises where a strict handle that did not ask for this operator lets nobody else compute it."""
+        if any(handle.strict and key in handle.keys for handle in self.handles.copy()):
+            raise Unsupported(f"strict: {_NOT_REPLACED.format(self.name)}")
+
     def _nobody(self, reason: str, count: Callable[[], int], args: tuple[Any, ...]) -> None:
         """Raises: what we do not take has nowhere to go, or may not go there."""
         count()
@@ -249,6 +254,7 @@ class Site(Registration):
         handle, key = self._decide(args)
         if handle is None or self.lowering is None:
             self.untaken.add()
+            self._refuse_unasked(key)
             return self.below_with(keyset, args)
         steps = Steps(self.form, handle.backend, args)
         start = perf_counter() if handle.timed else 0.0
@@ -290,6 +296,7 @@ class Site(Registration):
             count = handle.counter(self.name, key, "", missing)
             return functools.partial(self._nobody, missing, count) if handle.strict else None, count
         if handle is None or self.lowering is None:
+            self._refuse_unasked(key)
             plan = None, self.untaken.add
         else:
             compute: Callable[[tuple[Any, ...]], Any] | None = None
@@ -318,9 +325,11 @@ class Site(Registration):
 class Refusal(Registration):
     """An overload that flagops does not replace, which a strict handle lets nobody compute."""
 
+    computes = False
+
     def call(self) -> Callable[..., Any]:
         def refuse(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-            if thread.busy:
+            if thread.busy or not self.handles:
                 return self.torch(keyset, *args, **kwargs)
             raise Unsupported(f"strict: {_NOT_REPLACED.format(self.name)}")
 
