@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import flagops
-from flagops import override
+from flagops import machine, order, override
 from flagops.override import interpose
 from flagops.override.forms import forms
 from flagops.override.lowering import LOWERINGS
@@ -21,6 +21,12 @@ PLACES += [(name, "CPU") for name in override.WATCHED]
 def whole(*shape, dtype=torch.float32):
     """Small whole numbers: sums of their products are exact, in whatever order they are taken."""
     return torch.randint(-8, 9, shape).to(dtype)
+
+
+def everything_taken():
+    """For a block a table by which numba takes all that is taken anywhere, whatever this machine's says."""
+    rows = {"*": ("numba", "torch", "numpy")}
+    return order.forced(order.Table(machine.cpu_kind(), rows, {"*": ("numba",)}, {}, "a test"))
 
 
 def usable(*names):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from opinfo_calls import Check, Room, observe
 from opinfo_differences import differences
 from opinfo_judge import Bench
-from overriding import untouched  # noqa: F401
+from overriding import everything_taken, untouched  # noqa: F401
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -116,7 +116,8 @@ def test_what_the_handle_counted_is_what_coverage_shows():
 
 
 def test_without_enable_the_default_is_watched_and_undone():
-    found = flagops.coverage(torch.nn.functional.rms_norm, torch.randn(3, 24), (24,))
+    with everything_taken():
+        found = flagops.coverage(torch.nn.functional.rms_norm, torch.randn(3, 24), (24,))
     assert by_overload(found) == {("rms_norm", "rms_norm/numba"): 1}
     assert not interpose.live
 
