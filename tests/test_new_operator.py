@@ -116,7 +116,7 @@ def test_the_suite_holds_it(checkout):
     assert int(re.search(r"(\d+) passed", said).group(1)) > 30
     rooms = ("tests/test_rooms.py", "tests/test_layout.py::test_the_stub_is_current", "tests/test_cli.py", "-k")
     run(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", *rooms, "rooms or stub or readme")
-    assert "WRONG" not in run(checkout, "-m", "flagops", "check", NAME)
+    assert "WRONG" not in run(checkout, "-m", "flagops", "check", NAME, "--time", "2s")
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch", "triton"])
