@@ -138,14 +138,14 @@ def test_the_command_generates_the_models_own_tokens(official, tmp_path, capsys)
     ids = torch.tensor([[5, 9, 33, 2]])
     expected = flagops.load(src).generate(ids, max_new_tokens=5, do_sample=False)[0, 4:].tolist()
     found = []
-    for words in (["--prompt", "w5 w9 w33 w2"], ["--ids", "5 9 33 2", "--memory", "1GiB"]):
+    for words in (["--prompt", "w5 w9 w33 w2"], ["--ids", "5 9 33 2", "--memory", "64GiB"]):
         assert main(["generate", str(src), "--max-new-tokens", "5", "--json", *words]) == 0
         found.append(json.loads(capsys.readouterr().out))
         assert found[-1]["ids"] == expected
     assert found[0]["text"].split() == [f"w{i}" for i in expected]
     assert found[0]["experts"] is None
     assert found[1]["experts"]["reads"] > 0
-    assert main(["generate", str(src), "--prompt", "w5 w9", "--memory", "1GiB", "--max-new-tokens", "2"]) == 0
+    assert main(["generate", str(src), "--prompt", "w5 w9", "--memory", "64GiB", "--max-new-tokens", "2"]) == 0
     said = capsys.readouterr().out
     assert "loaded in" in said
     assert "were in the arena" in said
