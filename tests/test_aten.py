@@ -111,7 +111,8 @@ UNARY = (
 FUNCTIONS = {name: getattr(torch, name) for name in UNARY.split()} | {
     "isnan": torch.isnan, "isinf": torch.isinf, "isneginf": torch.isneginf, "silu": torch.nn.functional.silu,
     # of infinity torch's vectors make NaN, and its scalars infinity
-    "gelu": lambda x: torch.nn.functional.gelu(x.clamp(-100, 100)), "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "gelu": lambda x: torch.nn.functional.gelu(x.clamp(-100, 100)),
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     "softplus": torch.nn.functional.softplus, "square": lambda x: x**2, "root": lambda x: x.abs() ** 0.5,
     "bitwise_not": torch.bitwise_not, "logical_not": torch.logical_not, "contiguous": lambda x: x.contiguous(),
     "clone": torch.clone, "zeros": torch.zeros_like,
