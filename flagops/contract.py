@@ -81,6 +81,13 @@ def existing(text: str) -> Path:
     return Path(text)
 
 
+def natural(text: str) -> int:
+    """A whole number above zero, for `argparse`."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
 def device(name: str) -> str:
     """A device that torch has here; a ValueError that says why not."""
     import torch

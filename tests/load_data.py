@@ -1,6 +1,5 @@
 """Small quantised checkpoints of several models, and how a loaded model is held to the references."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent))
 import checkpoint_data as data
-from test_checkpoint_transformers import QUANTIZATION, source, to_fp8
+from test_checkpoint_transformers import QUANTIZATION, source, under_float_scales
 
 from flagops import testing
 from flagops.deepseek_v4.examples import packed_deepseek_v4
@@ -46,13 +45,7 @@ def floating(folder, name):
     torch.manual_seed(0)
     made = transformers.AutoModelForCausalLM.from_config(config).eval()
     made.save_pretrained(folder / "plain")
-    pairs, rest = [], {}
-    for key, x in data.read_any(folder / "plain").items():
-        if re.search(r"(_proj|_b|_a|_with_mqa)\.weight$", key) and not x.shape[0] % 128 and not x.shape[1] % 128:
-            weight, scale = to_fp8(x, floating=True)
-            pairs.append(((key, weight), (f"{key}_scale_inv", scale)))
-        else:
-            rest[key] = x if "correction_bias" in key else x.bfloat16()
+    pairs, rest = under_float_scales(data.read_any(folder / "plain"))
     said = config.to_dict() | {"architectures": [type(made).__name__], "dtype": "bfloat16"}
     said["quantization_config"] = {key: value for key, value in QUANTIZATION.items() if key != "scale_fmt"}
     return data.write(folder / "src", data.spread(pairs, rest, 3, 0), said, others=False)

@@ -56,6 +56,18 @@ def to_fp8(x, floating=False):
     )
 
 
+def under_float_scales(tensors):
+    """What V3, R1 and Qwen3 store: projections in FP8 with their scales, as pairs, and the rest."""
+    pairs, rest = [], {}
+    for name, x in tensors.items():
+        if re.search(r"(_proj|_b|_a|_with_mqa)\.weight$", name) and not x.shape[0] % 128 and not x.shape[1] % 128:
+            weight, scale = to_fp8(x, floating=True)
+            pairs.append(((name, weight), (f"{name}_scale_inv", scale)))
+        else:
+            rest[name] = x if "correction_bias" in name else x.bfloat16()
+    return pairs, rest
+
+
 def named(stem, weight, scale, naming):
     if naming == "original":
         return (official(f"{stem}.weight"), weight), (
@@ -156,13 +168,7 @@ def test_deepseek_v3(tmp_path):
     torch.manual_seed(0)
     made = transformers.DeepseekV3ForCausalLM(config).eval()
     made.save_pretrained(tmp_path / "plain")
-    pairs, rest = [], {}
-    for name, x in data.read_any(tmp_path / "plain").items():
-        if re.search(r"(_proj|_b|_a|_with_mqa)\.weight$", name) and not x.shape[0] % 128 and not x.shape[1] % 128:
-            weight, scale = to_fp8(x, floating=True)
-            pairs.append(((name, weight), (f"{name}_scale_inv", scale)))
-        else:
-            rest[name] = x if "correction_bias" in name else x.bfloat16()
+    pairs, rest = under_float_scales(data.read_any(tmp_path / "plain"))
     assert len(pairs) > 10
     quantization = {k: v for k, v in QUANTIZATION.items() if k != "scale_fmt"}
     src = data.write(

@@ -91,9 +91,8 @@ def without_kernels(path: str, backend: str) -> str:
         for name, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == module.__name__
     ]
-    meant = (
-        f"{name}{suggestion(name, registry.operators())}" for name in own if suggestion(name, registry.operators())
-    )
+    hints = ((name, suggestion(name, registry.operators())) for name in own)
+    meant = (f"{name}{hint}" for name, hint in hints if hint)
     return f"{path} has no function named like an operator: {next(meant, ', '.join(own) or 'it has none at all')}"
 
 

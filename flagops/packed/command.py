@@ -14,7 +14,7 @@ from flagops import config, registry
 from flagops.checkpoint import Refused
 from flagops.checkpoint.memory import peak
 from flagops.checkpoint.progress import amount
-from flagops.contract import Parser, Progress
+from flagops.contract import Parser, Progress, natural
 
 ACTIVATIONS = ("fp8", "none")
 _EXAMPLES = """examples:
@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="what the model goes on from")
     prompt.add_argument("--ids", type=_ids, metavar="'N N ...'", help="the same in tokens, which needs no tokenizer")
-    add("--max-new-tokens", type=_positive, default=64, metavar="N", help="tokens to make (default 64)")
+    add("--max-new-tokens", type=natural, default=64, metavar="N", help="tokens to make (default 64)")
     add("--memory", type=_size, metavar="SIZE", help="most memory with all weights: experts are read on demand")
     add("--activations", choices=ACTIVATIONS, default="fp8", help="FP8 as the official code (default), or 16 bits")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of what is not quantised")
@@ -137,12 +137,6 @@ def _ids(text: str) -> list[int]:
     if not words or not all(word.isdecimal() for word in words):
         raise argparse.ArgumentTypeError(f"expected numbers of tokens such as '1 2 3', got {text!r}")
     return list(map(int, words))
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
-    return int(text)
 
 
 def _size(text: str) -> int:

@@ -127,12 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = contract.Parser(prog="flagops train", description=__doc__)
     add = parser.add_argument
     add("folder", type=folder, metavar="FOLDER", help="where a run lies; one that has begun goes on")
-    add("--steps", type=natural, default=4000, metavar="N", help="of the whole run (default: 4000)")
+    add("--steps", type=contract.natural, default=4000, metavar="N", help="of the whole run (default: 4000)")
     add("--seed", type=int, default=0, metavar="S", help="of weights and documents (default: 0)")
-    add("--tokens", type=natural, default=4096, metavar="N", help="a step (default: 4096), a multiple of 2048")
+    add("--tokens", type=contract.natural, default=4096, metavar="N", help="a step (default: 4096), a multiple of 2048")
     add("--rate", type=float, default=4e-3, metavar="R", help="peak learning rate (default: 0.004)")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="of the matrices (default: muon)")
-    add("--every", type=natural, default=100, metavar="N", help="steps between checkpoints (default: 100)")
+    add("--every", type=contract.natural, default=100, metavar="N", help="steps between checkpoints (default: 100)")
     add(
         "--text", type=contract.existing, metavar="FILE", help=f"in place of the Python reference; 1/{HELD} is held out"
     )
@@ -153,13 +153,6 @@ def folder(text: str) -> Path:
     if not os.access(path, os.W_OK):
         raise argparse.ArgumentTypeError(f"{path} cannot be written")
     return path
-
-
-def natural(text: str) -> int:
-    """A whole number above zero, for `argparse`."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
 
 
 class Log:
