@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = contract.Parser(prog="flagops train", description=__doc__)
     add = parser.add_argument
     add("folder", type=folder, metavar="FOLDER", help="where a run lies; one that has begun goes on")
-    add("--steps", type=contract.natural, default=4000, metavar="N", help="of the whole run (default: 4000)")
+    add("--steps", type=contract.natural, default=1800, metavar="N", help="of the whole run (default: 1800)")
     add("--seed", type=int, default=0, metavar="S", help="of weights and documents (default: 0)")
     add("--tokens", type=contract.natural, default=4096, metavar="N", help="a step (default: 4096), a multiple of 2048")
     add("--rate", type=float, default=4e-3, metavar="R", help="peak learning rate (default: 0.004)")

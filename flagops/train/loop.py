@@ -25,7 +25,7 @@ from .model import build, csa_layers
 from .narrow import straight_through
 from .objective import balance, index_loss, watching
 
-STAGES = ((0.0, 256, False), (0.15, 512, False), (0.35, 1024, False), (0.55, 2048, True))
+STAGES = ((0.0, 128, False), (0.12, 256, False), (0.25, 512, False), (0.4, 1024, False), (0.55, 2048, True))
 """From which share of all steps on: the length of documents, and whether the indexer selects or all is visible."""
 DECAY, NARROW, WARMUP = 0.7, 0.8, 50
 """From which share of all steps on the rate falls, to a tenth, and weights are those of the checkpoint; steps in which
@@ -43,7 +43,7 @@ class Options:
     whether flagops computes.
     """
 
-    steps: int = 4000
+    steps: int = 1800
     seed: int = 0
     tokens: int = 4096
     rate: float = 4e-3

@@ -16,6 +16,7 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
+from ._attention_backward import sparse_attention_backward as sparse_attention_backward
 from ._blocks import Block, alive, at, cleared, get, pack, put, shifted
 from ._softmax import KEYS, add_values, finish, panels, score, soften
 from ._tiles import DOT_ROW_COLUMNS, OUTER_ROWS

@@ -18,8 +18,11 @@ from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
 from ._blocks import Block, alive, at, clear, get, of_task, pack, put, scratch, shifted, unpack, vget, vput, walk
-from ._functions import exp
 from ._gemm import DOT_DEPTH
+from ._hyper_backward import hc_post_backward as hc_post_backward
+from ._hyper_backward import hc_pre_backward as hc_pre_backward
+from ._hyper_backward import hc_split_sinkhorn_backward as hc_split_sinkhorn_backward
+from ._sinkhorn import pairs, sigmoid, sinkhorn, turn
 from ._tiles import (
     DOT_COLUMNS,
     DOT_ROW_COLUMNS,
@@ -31,7 +34,7 @@ from ._tiles import (
     dot_tile,
     outer_tile,
 )
-from ._vectors import TAGS, cast, fma, lanes, transpose, vsplat, vsum, where
+from ._vectors import TAGS, cast, fma, lanes, vsplat, vsum
 
 _BLOCK = 512 << 10  # bytes of streams that a task reads twice
 _ROWS = 24  # tokens of a task at the most
@@ -261,24 +264,12 @@ def _room(real, n):
 
 
 @jit
-def _pairs(block):
-    """The same block, two vectors a row: a distance that the compiler knows."""
-    return Block(block.tag, block.base, 2 * lanes(block.tag))
-
-
-@jit
-def _sigmoid(x):
-    power = exp(-abs(x))
-    return where(x < 0, power, 1) / (1 + power)
-
-
-@jit
 def _coefficients(first, last, sizes, n, target, mix, pre, post, comb, work):
     """Tokens first to last, two vectors of them at a time, each entry of theirs side by side."""
     iters, eps, scale, base = target
     real, count = work.tag, lanes(work.tag)
     pair = 2 * count
-    work = _pairs(work)
+    work = pairs(work)
     scales, bases, small = Block(real, *scale), Block(real, *base), cast(real, eps)
     gates, matrix, factors = shifted(work, n, 0), shifted(work, 2 * n, 0), shifted(work, n * (n + 2), 0)
     row, column = comb[2]
@@ -287,101 +278,26 @@ def _coefficients(first, last, sizes, n, target, mix, pre, post, comb, work):
     while token < last:
         present = min(pair, last - token, sizes[2] - token % sizes[2])
         source = of_task(real, mix, sizes, token).base
-        _turn(real, source, (mix[1][2], mix[2][0]), (present, n * (n + 2)), work.base, (1, pair))
+        turn(real, source, (mix[1][2], mix[2][0]), (present, n * (n + 2)), work.base, (1, pair))
         for entry in range(n * (n + 2)):
             part = min(entry // n, 2)
             factor, bias = get(scales, part, 0), get(bases, entry, 0)
             for c in range(0, 2 * count, count):
                 logit = fma(vget(work, entry, c), factor, bias)
                 if part == 0:
-                    logit = _sigmoid(logit) + small
+                    logit = sigmoid(logit) + small
                 elif part == 1:
-                    logit = 2 * _sigmoid(logit)
+                    logit = 2 * sigmoid(logit)
                 vput(work, entry, c, logit)
         if n == 4:
-            _sinkhorn(matrix, 4, iters, small, factors)  # what the compiler knows, it unrolls
+            sinkhorn(matrix, 4, iters, small, factors)  # what the compiler knows, it unrolls
         else:
-            _sinkhorn(matrix, n, iters, small, factors)
+            sinkhorn(matrix, n, iters, small, factors)
         goal, other = of_task(real, pre, sizes, token), of_task(real, post, sizes, token)
-        _turn(real, work.base, (pair, 1), (n, present), goal.base, (goal.row, pre[1][2]))
-        _turn(real, gates.base, (pair, 1), (n, present), other.base, (other.row, post[1][2]))
+        turn(real, work.base, (pair, 1), (n, present), goal.base, (goal.row, pre[1][2]))
+        turn(real, gates.base, (pair, 1), (n, present), other.base, (other.row, post[1][2]))
         width, goal = n * n // lines, of_task(real, comb, sizes, token)
         for j in range(lines):
             line = at(matrix, j * width, 0)
-            _turn(real, line, (pair, 1), (width, present), at(goal, j, 0), (column, comb[1][2]))
+            turn(real, line, (pair, 1), (width, present), at(goal, j, 0), (column, comb[1][2]))
         token += present
-
-
-@jit
-def _turn(real, source, steps, shape, target, target_steps):
-    """Copy a block of any strides, where it is transposed by tiles; the last ones overlap."""
-    (row, column), (rows, columns), (target_row, target_column) = steps, shape, target_steps
-    count = lanes(real)
-    here, there = Block(real, source, row), Block(real, target, target_column)
-    if column == 1 and target_row == 1 and min(rows, columns) >= count:
-        for i in range(0, rows, count):
-            r = min(i, rows - count)
-            for j in range(0, columns, count):
-                c = min(j, columns - count)
-                transpose(real, at(here, r, c), row, at(there, c, r), target_column)
-    else:
-        for r in range(rows):
-            for c in range(columns):
-                put(there, c, r * target_row, get(here, r, c * column))
-
-
-@jit
-def _sinkhorn(matrix, n, iters, small, factors):
-    """Two vectors of matrices, from logits to comb; `factors` of their rows and columns are worked in."""
-    count = lanes(matrix.tag)
-    matrix, factors = _pairs(matrix), _pairs(factors)
-    columns = shifted(factors, n, 0)
-    _softmax(matrix, n, small)
-    _softmax(shifted(matrix, 0, count), n, small)
-    for i in range(2 * n):
-        for c in range(0, 2 * count, count):
-            vput(factors, i, c, vsplat(cast(matrix.tag, 1.0)))
-    _balance(matrix, n, 1, n, factors, columns, small)
-    for _ in range(iters - 1):
-        _balance(matrix, n, n, 1, columns, factors, small)
-        _balance(matrix, n, 1, n, factors, columns, small)
-    for j in range(n):
-        for k in range(n):
-            for c in range(0, 2 * count, count):
-                both = vget(factors, j, c) * vget(columns, k, c)
-                vput(matrix, j * n + k, c, vget(matrix, j * n + k, c) * both)
-
-
-@jit
-def _softmax(matrix, n, small):
-    """Softmax of each row, plus eps, for one of the two vectors of an entry."""
-    matrix = _pairs(matrix)
-    for j in range(0, n * n, n):
-        top = vget(matrix, j, 0)
-        for k in range(j + 1, j + n):
-            value = vget(matrix, k, 0)
-            top = where(top < value, value, top)
-        total = vsplat(cast(matrix.tag, 0.0))
-        for k in range(j, j + n):
-            value = exp(vget(matrix, k, 0) - top)
-            total += value
-            vput(matrix, k, 0, value)
-        factor = 1 / total
-        for k in range(j, j + n):
-            vput(matrix, k, 0, fma(vget(matrix, k, 0), factor, small))
-
-
-@jit
-def _balance(matrix, n, across, along, others, own, small):
-    """own /= own * (sums of the matrix along one axis, weighted by the factors of the other) + eps."""
-    count = lanes(matrix.tag)
-    matrix, others, own = _pairs(matrix), _pairs(others), _pairs(own)
-    for i in range(n):
-        p = q = vsplat(cast(matrix.tag, 0.0))
-        for j in range(n):
-            entry = i * across + j * along
-            p = fma(vget(matrix, entry, 0), vget(others, j, 0), p)
-            q = fma(vget(matrix, entry, count), vget(others, j, count), q)
-        first, second = vget(own, i, 0), vget(own, i, count)
-        vput(own, i, 0, first / fma(p, first, small))
-        vput(own, i, count, second / fma(q, second, small))
