@@ -12,8 +12,8 @@ from flagops import arrays
 
 
 def kind(x: Any) -> str:
-    """The class of machine that fits where an array lies: ``cpu-avx512-bf16``, ``cpu-avx512``, ``cpu-avx2``, ``cpu``,
-    ``cuda``, or torch's name of another device."""
+    """The class of machine that fits where an array lies: ``cpu-avx512-bf16-amx``, ``cpu-avx512-bf16``, ``cpu-avx512``,
+    ``cpu-avx2``, ``cpu``, ``cuda``, or torch's name of another device."""
     if arrays.is_torch(x) and x.device.type != "cpu":
         return str(x.device.type)
     return cpu_kind()
@@ -33,7 +33,8 @@ def cpu_kind() -> str:
 @functools.cache
 def _cpu_kind(torch: Any) -> str:
     units = torch.backends.cpu.get_cpu_capability().lower().partition("_")[0]
-    return "-".join(["cpu", *[units] * units.startswith("avx"), *["bf16"] * _native_bf16(torch)])
+    named = units.startswith("avx"), _native_bf16(torch), _tiles(torch)
+    return "-".join(["cpu", *(unit for unit, there in zip((units, "bf16", "amx"), named, strict=True) if there)])
 
 
 def torch_has_native_bf16() -> bool:
@@ -44,11 +45,24 @@ def torch_has_native_bf16() -> bool:
 
 @functools.cache
 def _native_bf16(torch: Any) -> bool:
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
-    if limit and limit not in ("DEFAULT", "ALL") and not limit.endswith(("_BF16", "AMX", "FP16")):
+    limit = _limit()
+    if limit and not limit.endswith(("_BF16", "AMX", "FP16")):
         return False
     supported = (getattr(torch.cpu, f"_is_{unit}_supported", lambda: False) for unit in ("avx512_bf16", "amx_tile"))
     return any(check() for check in supported)
+
+
+@functools.cache
+def _tiles(torch: Any) -> bool:
+    """Whether torch multiplies bfloat16 in tile registers, ten times as fast as in vectors."""
+    limit = _limit()
+    return (not limit or "AMX" in limit) and bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+def _limit() -> str:
+    """The instructions that oneDNN must not go beyond, empty for none."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    return "" if limit in ("DEFAULT", "ALL") else limit
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from flagops.backends.numba import jit, pointer, strides
 from .._rows import rows, spread
 from . import _ir
 from ._ir import Kind, i64, lanes_of, storage
-from ._vectors import LANES, Vector, lanes, load, size, store, vload, vsplat, vstore, wide
+from ._vectors import FLOAT32, LANES, Vector, lanes, load, size, store, transpose, vload, vsplat, vstore, wide
 
 _LINE = 64  # bytes of a line of the cache
 _BITS = np.uint16(0)
@@ -268,6 +268,24 @@ _move = _mover(False, "_move", "An element of a tag from an address, to an addre
 _vmove = _mover(True, "_vmove", "As `_move`, a vector.")
 
 
+@jit
+def turn(real, source, steps, shape, target, target_steps):
+    """Copy a block of any strides, where it is transposed by tiles; the last ones overlap."""
+    (row, column), (rows, columns), (target_row, target_column) = steps, shape, target_steps
+    count = lanes(real)
+    here, there = Block(real, source, row), Block(real, target, target_column)
+    if column == 1 and target_row == 1 and min(rows, columns) >= count:
+        for i in range(0, rows, count):
+            r = min(i, rows - count)
+            for j in range(0, columns, count):
+                c = min(j, columns - count)
+                transpose(real, at(here, r, c), row, at(there, c, r), target_column)
+    else:
+        for r in range(rows):
+            for c in range(columns):
+                put(there, c, r * target_row, get(here, r, c * column))
+
+
 @intrinsic
 def _vzip(typingctx, first, second, target):
     """As many numbers of 16 bits from two addresses as a vector has lanes, alternating, to a third."""
@@ -287,7 +305,14 @@ def _vzip(typingctx, first, second, target):
 def zip_rows(source, steps, shape, target):
     """Rows of 16 bits two by two, each two as one row of a block that holds them column by column; zero beyond them."""
     (row, column), (count, columns) = steps, shape
-    for r in range(0, count, 2):
+    done = 0
+    if row == 1 and column % 2 == 0:  # what is to be neighbours is so already
+        done = count - count % 2
+        if columns < target.row:
+            for r in range(0, done, 2):
+                clear(target.tag, at(target, r, 0), 2 * target.row)
+        turn(FLOAT32, source, (column // 2, 1), (columns, done // 2), target.base, (1, target.row))
+    for r in range(done, count, 2):
         low, high, goal = source + r * row * 2, source + (r + 1) * row * 2, at(target, r, 0)
         second = r + 1 < count
         whole = columns - columns % LANES if column == 1 and second else 0

@@ -19,7 +19,8 @@ import numpy as np
 
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 
-from ._blocks import Block, alive, clear, pack, round_up, scratch, shifted, unpack_sum, zip_rows
+from ._amx import DEPTH, GRID, TILES, restore_tiles, rows_of_tiles, shape_tiles, tile_product
+from ._blocks import Block, alive, at, clear, pack, round_up, scratch, shifted, turn, unpack_sum, zip_rows
 from ._ir import PAIRS
 from ._tiles import (
     DOT_COLUMNS,
@@ -42,6 +43,9 @@ DOT_DEPTH, OUTER_DEPTH = 512, 256  # so deep a panel of B stays in L1
 PAIR_DEPTH = 2048  # and so deep one of bfloat16, whose sums then take a tenth of the time to fold
 STREAM_DEPTH = 16  # and so deep is B taken where it is read in place, row after row
 _L2 = 512 << 10  # bytes that A may take of it
+_FEW = 32  # rows that each task lays out in pairs anew
+_MANY = 512  # rows of a task of squares at most: so often is B read that lies along K
+_PANEL = 128 << 10  # elements of a factor that is laid out in pairs, for as many columns as rows
 WIDTH = 384  # columns of a task at most
 UNIT, _OUTER_UNIT = 24, 128  # which tiles of one row and of several both divide
 SERIAL = 1 << 19  # multiplications that no second thread is worth
@@ -129,9 +133,10 @@ def _dot(start, stop, tag, factor, out_tag, n, k, mc, nc, span, deepest, a, b, c
             right = Block(tag, b + (blocks[term, B] + column * bn + first) * size(tag), bn)
             for j in range(0, columns, across):
                 valid = min(across, columns - j)
-                for at in range(0, depth, deepest):
-                    deep = min(deepest, depth - at)
-                    w, values, into, add = shifted(right, j, at), shifted(x, 0, at), shifted(sums, 0, j), part + at > 0
+                for begin in range(0, depth, deepest):
+                    deep = min(deepest, depth - begin)
+                    w, values, into = shifted(right, j, begin), shifted(x, 0, begin), shifted(sums, 0, j)
+                    add = part + begin > 0
                     if rows <= DOT_ROWS and deep % step == 0:
                         dot_rows(values, w, rows, valid, deep, into, add)
                     else:
@@ -178,6 +183,71 @@ def _outer(start, stop, tag, factor, out_tag, n, k, mc, nc, span, deepest, a, b,
                     outer_rows(x, dense, rows, depth, into, add)
         _leave(out_tag, sums, rows, columns, column, c, blocks[block, C], bias)
     return alive(memory, apart)
+
+
+@jit
+def _grids(start, stop, tag, factor, out_tag, n, k, mc, nc, span, turned, a, b, c, bias, blocks, terms, laid):
+    """Squares of sums. The factor that lies along K is read where it lies, B if `turned`, whose product is C^T; of the
+    other, panels are laid out in pairs, or have been where `laid` is an address."""
+    (a, am, ak), (b, bk, bn), real = a, b, wide(tag)
+    high, across = round_up(nc if turned else mc, GRID), round_up(mc if turned else nc, GRID)
+    memory, (panel, right) = scratch(tag, ((GRID, span + DEPTH), (across, span)))
+    apart, (sums, flat, shape) = scratch(real, ((high, across), (mc, nc), (1, 16)))
+    parts = -(-k // span)
+    shape_tiles(shape.base)
+    for task in range(start, stop):
+        block, column = share(blocks, task, n, nc, terms)
+        rows, columns = min(mc, blocks[block, ROWS]), min(nc, n - column)
+        if k == 0:
+            clear(real, sums.base, high * across)
+        for part in range(parts * terms):
+            term, first = block + part // parts, part % parts * span
+            depth = min(span, k - first)
+            left = a + (blocks[term, A] + first * ak) * size(tag), (am, ak), rows
+            other = b + (blocks[term, B] + column * bn + first * bk) * size(tag), (bn, bk), columns
+            (w, w_steps, down), (x, x_steps, along) = (other, left) if turned else (left, other)
+            near = right
+            if laid != 0:
+                near = Block(tag, at(Block(tag, laid, span), (term * parts + part % parts) * across, 0), span)
+            else:
+                _lay(tag, x, x_steps, depth, along, near)
+            for i in range(0, down, GRID):
+                source, held = w + i * w_steps[0] * size(tag), (min(GRID, down - i), depth)
+                line = rows_of_tiles(source, w_steps, held, tag, panel, along > 2 * GRID)
+                for j in range(0, along, GRID):
+                    pairs = Block(tag, at(near, j, 0), 2 * GRID)
+                    tile_product(line, pairs, round_up(depth, DEPTH), shifted(sums, i, j), part > 0)
+        if turned:
+            turn(real, sums.base, (across, 1), (columns, rows), flat.base, (1, nc))
+            _leave(out_tag, flat, rows, columns, column, c, blocks[block, C], bias)
+        else:
+            _leave(out_tag, sums, rows, columns, column, c, blocks[block, C], bias)
+    restore_tiles(shape.base)
+    return alive(memory, apart)
+
+
+@jit
+def _lay(tag, source, steps, depth, count, panels):
+    """Columns, GRID by GRID, each in a panel of pairs with zeros below."""
+    column, row = steps
+    for j in range(0, count, GRID):
+        panel = Block(tag, at(panels, j, 0), GRID)
+        zip_rows(source + j * column * size(tag), (row, column), (depth, min(GRID, count - j)), panel)
+        for r in range(round_up(depth, 2), round_up(depth, DEPTH), 2):
+            clear(tag, at(panel, r, 0), 2 * GRID)
+
+
+@jit
+def _lay_all(start, stop, tag, k, mc, span, a, blocks, laid):
+    """The panels of all blocks of A, for all columns of B."""
+    a, am, ak = a
+    across, parts = round_up(mc, GRID), -(-k // span)
+    for task in range(start, stop):
+        block, part = divmod(task, parts)
+        first = part * span
+        source = a + (blocks[block, A] + first * ak) * size(tag)
+        panels = Block(tag, at(Block(tag, laid, span), task * across, 0), span)
+        _lay(tag, source, (am, ak), min(span, k - first), min(mc, blocks[block, ROWS]), panels)
 
 
 class View(NamedTuple):
@@ -295,8 +365,18 @@ def contract_groups(name: str, a: View, b: View, out: View, bounds: Any) -> None
 
 def _multiply(shared: Any, steps: Steps, terms: int, a: View, b: View, out: View, bias: tuple[int, int]) -> None:
     kernel, tasks, minimum, sizes, table = shared
-    operands = ((x.address, *own) for x, own in zip((a, b, out), steps, strict=True))
-    parallel(kernel, tasks, *sizes, *operands, bias, table, terms, minimum=minimum)
+    operands = [(x.address, *own) for x, own in zip((a, b, out), steps, strict=True)]
+    if kernel is not _grids:
+        parallel(kernel, tasks, *sizes, *operands, bias, table, terms, minimum=minimum)
+        return
+    tag, _, _, n, k, mc, nc, span, turned = sizes
+    laid = None
+    if turned and mc > _FEW and n > 2 * nc:
+        work = len(table) * -(-k // span)
+        laid = np.empty(work * round_up.py_func(mc, GRID) * span, np.uint16)
+        parallel(_lay_all, work, tag, k, mc, span, operands[0], table, pointer(laid), minimum=minimum)
+    place = 0 if laid is None else pointer(laid)
+    parallel(kernel, tasks, *sizes, *operands, bias, table, terms, place, minimum=minimum)
 
 
 @jit
@@ -320,7 +400,11 @@ def _shared(
     factor = TAGS[name] if paired else TAGS["float64" if name == "float64" else "float32"]
     width, deepest = (2, PAIR_DEPTH) if paired else (8 if name == "float64" else 4, DOT_DEPTH)
     bk, bn = steps
-    if k and bk == 1 and (bn != 1 or n == 1):  # of no depth `_outer` makes zeros
+    if paired and TILES:
+        kernel, unit, mc, deepest = _grids, GRID, min(m, _MANY), bk == 1 and (bn != 1 or n == 1)
+        across = round_up.py_func(mc, GRID) if deepest else WIDTH
+        span = max(DEPTH, min(round_up.py_func(k, DEPTH), _PANEL // across // DEPTH * DEPTH))
+    elif k and bk == 1 and (bn != 1 or n == 1):  # of no depth `_outer` makes zeros
         kernel, unit, mc = _dot, UNIT, min(m, 128)
         span = min(max(_L2 // (mc * width * deepest), 1), max(-(-k // deepest), 1)) * deepest
     else:

@@ -17,9 +17,25 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
 
 from ..torch import hyper as composed
-from ._blocks import Block, alive, at, cleared, get, of_task, pack, put, round_up, shifted, unpack, vget, vput, walk
+from ._blocks import (
+    Block,
+    alive,
+    at,
+    cleared,
+    get,
+    of_task,
+    pack,
+    put,
+    round_up,
+    shifted,
+    turn,
+    unpack,
+    vget,
+    vput,
+    walk,
+)
 from ._gemm import contract, empty, ones, view
-from ._sinkhorn import pairs, sigmoid, sinkhorn_backward, turn
+from ._sinkhorn import pairs, sigmoid, sinkhorn_backward
 from ._tiles import DOT_COLUMNS, DOT_ROWS, DOT_WIDTH, OUTER_ROWS, OUTER_VECTORS, dot_tile, outer_tile
 from ._vectors import LANES, TAGS, cast, fma, lanes, vsplat, vsum
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from flagops.backends.numba import jit
 
-from ._blocks import Block, at, get, put, shifted, vget, vput
+from ._blocks import Block, shifted, vget, vput
 from ._functions import exp
-from ._vectors import cast, fma, lanes, transpose, vsplat, where
+from ._vectors import cast, fma, lanes, vsplat, where
 
 
 @jit
@@ -19,24 +19,6 @@ def pairs(block):
 def sigmoid(x):
     power = exp(-abs(x))
     return where(x < 0, power, 1) / (1 + power)
-
-
-@jit
-def turn(real, source, steps, shape, target, target_steps):
-    """Copy a block of any strides, where it is transposed by tiles; the last ones overlap."""
-    (row, column), (rows, columns), (target_row, target_column) = steps, shape, target_steps
-    count = lanes(real)
-    here, there = Block(real, source, row), Block(real, target, target_column)
-    if column == 1 and target_row == 1 and min(rows, columns) >= count:
-        for i in range(0, rows, count):
-            r = min(i, rows - count)
-            for j in range(0, columns, count):
-                c = min(j, columns - count)
-                transpose(real, at(here, r, c), row, at(there, c, r), target_column)
-    else:
-        for r in range(rows):
-            for c in range(columns):
-                put(there, c, r * target_row, get(here, r, c * column))
 
 
 @jit

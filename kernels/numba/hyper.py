@@ -17,12 +17,12 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
-from ._blocks import Block, alive, at, clear, get, of_task, pack, put, scratch, shifted, unpack, vget, vput, walk
+from ._blocks import Block, alive, at, clear, get, of_task, pack, put, scratch, shifted, turn, unpack, vget, vput, walk
 from ._gemm import DOT_DEPTH
 from ._hyper_backward import hc_post_backward as hc_post_backward
 from ._hyper_backward import hc_pre_backward as hc_pre_backward
 from ._hyper_backward import hc_split_sinkhorn_backward as hc_split_sinkhorn_backward
-from ._sinkhorn import pairs, sigmoid, sinkhorn, turn
+from ._sinkhorn import pairs, sigmoid, sinkhorn
 from ._tiles import (
     DOT_COLUMNS,
     DOT_ROW_COLUMNS,
