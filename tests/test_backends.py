@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
+from flagops.kernels.numba import _amx
 
 import flagops
 from flagops.backends import numba
@@ -348,30 +350,57 @@ def test_processors_with_narrower_registers(name, tmp_path):
     assert done.stdout.strip() == expected, done.stdout + done.stderr
 
 
+UNITS = {
+    "tiles": {},
+    "pairs": {"NUMBA_CPU_NAME": "x86-64-v4", "NUMBA_CPU_FEATURES": "+avx512f,+avx512bw,+avx512vl,+avx512bf16"},
+    "none": {"NUMBA_CPU_NAME": "x86-64-v4", "NUMBA_CPU_FEATURES": "+avx512f,+avx512bw,+avx512vl"},
+}
+"""What multiplies bfloat16, and the mask that leaves it."""
+
+
 @pytest.mark.skipif("+avx512bf16" not in numba.features(), reason="no AVX512-BF16")
-@pytest.mark.parametrize("paired", [True, False])
-def test_pairs_of_bfloat16_are_added_by_the_instruction_unless_it_is_masked(paired, tmp_path):
-    """Both ways keep the bound that they declare, for products of subnormals too, which only one of them keeps."""
+@pytest.mark.parametrize("units", UNITS)
+def test_bfloat16_is_multiplied_by_the_units_that_are_not_masked(units, tmp_path):
+    """All ways keep the bound that they declare, for products of subnormals too, which only one of them keeps."""
     script = f"""
-        import flagops, ml_dtypes, numpy
+        import flagops, ml_dtypes, numpy, sys
         from flagops import registry
         from flagops.judge.comparison import compare
-        from flagops.kernels.numba import _gemm
+        from flagops.kernels.numba import _amx, _gemm
+        if {units == "tiles"} and not _amx.TILES:
+            sys.exit("no tiles")
         rng = numpy.random.default_rng({int.from_bytes(os.urandom(3))})
-        a, b = (rng.standard_normal((9, 2100)).astype(ml_dtypes.bfloat16) for _ in range(2))
-        small = numpy.full((1, 2), 2.0**-127).astype(ml_dtypes.bfloat16)
         kernel = registry.find("matmul", "numba")
-        assert kernel.paired == {paired}
-        for left, right in (a, b.T), (a, b.T.copy()), (small, (1 / small.T).astype(ml_dtypes.bfloat16)):
-            got = flagops.matmul(left, right, backend="numba")
-            compare(registry.operator("matmul"), dict(a=left, b=right), got, paired=kernel.paired)
-        assert got[0, 0] == 2 * (not kernel.paired)
-        code = [text for kernel in (_gemm._dot, _gemm._outer) for text in kernel.inspect_asm().values()]
-        assert len(code) == 2 and all(("vdpbf16ps" in text) == kernel.paired for text in code)
+        assert kernel.paired == {units != "none"}
+        assert _amx.TILES == {units == "tiles"}
+        for m, n, k in (9, 9, 2100), (33, 50, 130), (1, 70, 31), (70, 1, 64), (600, 900, 40):
+            a, b = (rng.standard_normal(shape).astype(ml_dtypes.bfloat16) for shape in ((m, k), (n, k)))
+            for left, right in (a, b.T), (a, b.T.copy()), (a.T.copy().T, b.T):
+                got = flagops.matmul(left, right, backend="numba")
+                compare(registry.operator("matmul"), dict(a=left, b=right), got, paired=kernel.paired)
+        small = numpy.full((1, 2), 2.0**-127).astype(ml_dtypes.bfloat16)
+        large = (1 / small.T).astype(ml_dtypes.bfloat16)
+        assert flagops.matmul(small, large, backend="numba")[0, 0] == (2 if {units == "none"} else 0)
+        kernels = [_gemm._grids] if _amx.TILES else [_gemm._dot, _gemm._outer]
+        code = [text for kernel in kernels for text in kernel.inspect_asm().values()]
+        word = dict(tiles="tdpbf16ps", pairs="vdpbf16ps").get({units!r}, "bf16ps")
+        assert len(code) == len(kernels) and all((word in text) == kernel.paired for text in code)
     """
-    mask = {} if paired else {"NUMBA_CPU_NAME": "x86-64-v4", "NUMBA_CPU_FEATURES": "+avx512f,+avx512bw,+avx512vl"}
-    done = run(script, tmp_path, FLAGOPS_CACHE=os.devnull, **mask)
+    done = run(script, tmp_path, FLAGOPS_CACHE=os.devnull, **UNITS[units])
+    if "no tiles" in done.stderr:
+        pytest.skip("the processor has no tile registers, or Linux does not lend them")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not _amx.TILES, reason="no tile registers")
+def test_tiles_are_left_as_they_were_found(rng):
+    """oneDNN remembers the shape that it gave a thread's registers: its products and ours alternate."""
+    pairs = [(torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()) for m, n, k in ((40, 70, 96), (5, 33, 200))]
+    alone = [torch.nn.functional.linear(*pair) for pair in pairs]
+    for _ in range(20):
+        for pair, before in zip(pairs, alone, strict=True):
+            flagops.linear(*pair, backend="numba")
+            assert torch.equal(torch.nn.functional.linear(*pair), before)
 
 
 def test_kernels_lower_to_neon():

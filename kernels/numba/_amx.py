@@ -71,43 +71,59 @@ def restore_tiles(typingctx, place):
     return types.none(types.int64), generate
 
 
-@intrinsic
-def tile_product(typingctx, a, b, k, c, add):
-    """C[GRID, GRID] = A[.., k] B, plus C if add: A and B of bfloat16, B as `zip_rows` leaves it, C of float32."""
+def _product(wide):
+    """`tile_product`, or its left half: registers of 16 columns, one or two of them."""
 
-    def generate(context, builder, signature, arguments):
-        (a, a_row), (b, b_row), (c, c_row) = (places(builder, arguments[i]) for i in (0, 1, 3))
-        k, add = arguments[2], arguments[4]
-        a_row, b_row, c_row = (builder.mul(row, i64(item)) for row, item in ((a_row, 2), (b_row, 2), (c_row, 4)))
+    def typed(typingctx, a, b, k, c, add):
+        def generate(context, builder, signature, arguments):
+            (a, a_row), (b, b_row), (c, c_row) = (places(builder, arguments[i]) for i in (0, 1, 3))
+            k, add = arguments[2], arguments[4]
+            a_row, b_row, c_row = (builder.mul(row, i64(item)) for row, item in ((a_row, 2), (b_row, 2), (c_row, 4)))
 
-        def op(name, *values):
-            call(builder, f"x86.{name}", *values, result=ir.VoidType())
+            def op(name, *values):
+                call(builder, f"x86.{name}", *values, result=ir.VoidType())
 
-        def move(name, tile, address, row, down=0, along=0):
-            place = builder.add(address, builder.add(builder.mul(row, i64(_ROWS * down)), i64(_BYTES * along)))
-            op(name, i8(tile), pointer(builder, place), row)
+            def move(name, tile, address, row, down=0, along=0):
+                place = builder.add(address, builder.add(builder.mul(row, i64(_ROWS * down)), i64(_BYTES * along)))
+                op(name, i8(tile), pointer(builder, place), row)
 
-        sums = [(i, j, i8(2 * i + j)) for i in range(2) for j in range(2)]
-        with builder.if_else(add) as (more, fresh):
-            with more:
+            sums = [(i, j, 2 * i + j) for i in range(2) for j in range(1 + wide)]
+            with builder.if_else(add) as (more, fresh):
+                with more:
+                    for i, j, tile in sums:
+                        move("tileloadd64", tile, c, c_row, i, j)
+                with fresh:
+                    for *_, tile in sums:
+                        op("tilezero", i8(tile))
+            with cgutils.for_range(builder, builder.sdiv(k, i64(DEPTH))) as step:
+                near = builder.add(a, builder.mul(step.index, i64(_BYTES)))
+                deep = builder.add(b, builder.mul(builder.mul(step.index, i64(_ROWS)), b_row))
+                for i in range(2):
+                    move("tileloadd64", 4 + i, near, a_row, i)
+                for j in range(1 + wide):
+                    move("tileloadd64", 6 + j, deep, b_row, 0, j)
                 for i, j, tile in sums:
-                    move("tileloadd64", tile.constant, c, c_row, i, j)
-            with fresh:
-                for *_, tile in sums:
-                    op("tilezero", tile)
-        with cgutils.for_range(builder, builder.sdiv(k, i64(DEPTH))) as step:
-            near = builder.add(a, builder.mul(step.index, i64(_BYTES)))
-            deep = builder.add(b, builder.mul(builder.mul(step.index, i64(_ROWS)), b_row))
-            for i in range(2):
-                move("tileloadd64", 4 + i, near, a_row, i)
-                move("tileloadd64", 6 + i, deep, b_row, 0, i)
+                    op("tdpbf16ps", i8(tile), i8(4 + i), i8(6 + j))
             for i, j, tile in sums:
-                op("tdpbf16ps", tile, i8(4 + i), i8(6 + j))
-        for i, j, tile in sums:
-            move("tilestored64", tile.constant, c, c_row, i, j)
-        return context.get_dummy_value()
+                move("tilestored64", tile, c, c_row, i, j)
+            return context.get_dummy_value()
 
-    return types.none(a, b, types.int64, c, types.boolean), generate
+        return types.none(a, b, types.int64, c, types.boolean), generate
+
+    return intrinsic(typed)
+
+
+_whole, _half = _product(True), _product(False)
+
+
+@jit
+def tile_product(a, b, columns, k, c, add):
+    """C[GRID, GRID] = A[.., k] B, plus C if add, where so many columns are wanted: A and B of bfloat16, B as `zip_rows`
+    leaves it, C of float32."""
+    if columns > GRID // 2:
+        _whole(a, b, k, c, add)
+    else:
+        _half(a, b, k, c, add)
 
 
 @jit

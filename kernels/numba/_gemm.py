@@ -216,7 +216,7 @@ def _grids(start, stop, tag, factor, out_tag, n, k, mc, nc, span, turned, a, b, 
                 line = rows_of_tiles(source, w_steps, held, tag, panel, along > 2 * GRID)
                 for j in range(0, along, GRID):
                     pairs = Block(tag, at(near, j, 0), 2 * GRID)
-                    tile_product(line, pairs, round_up(depth, DEPTH), shifted(sums, i, j), part > 0)
+                    tile_product(line, pairs, along - j, round_up(depth, DEPTH), shifted(sums, i, j), part > 0)
         if turned:
             turn(real, sums.base, (across, 1), (columns, rows), flat.base, (1, nc))
             _leave(out_tag, flat, rows, columns, column, c, blocks[block, C], bias)
@@ -238,8 +238,8 @@ def _lay(tag, source, steps, depth, count, panels):
 
 
 @jit
-def _lay_all(start, stop, tag, k, mc, span, a, blocks, laid):
-    """The panels of all blocks of A, for all columns of B."""
+def lay_all(start, stop, tag, k, mc, span, a, blocks, laid):
+    """Panels in pairs of all rows of A, those of a block and a part of the depth behind the last's."""
     a, am, ak = a
     across, parts = round_up(mc, GRID), -(-k // span)
     for task in range(start, stop):
@@ -374,7 +374,7 @@ def _multiply(shared: Any, steps: Steps, terms: int, a: View, b: View, out: View
     if turned and mc > _FEW and n > 2 * nc:
         work = len(table) * -(-k // span)
         laid = np.empty(work * round_up.py_func(mc, GRID) * span, np.uint16)
-        parallel(_lay_all, work, tag, k, mc, span, operands[0], table, pointer(laid), minimum=minimum)
+        parallel(lay_all, work, tag, k, mc, span, operands[0], table, pointer(laid), minimum=minimum)
     place = 0 if laid is None else pointer(laid)
     parallel(kernel, tasks, *sizes, *operands, bias, table, terms, place, minimum=minimum)
 

@@ -19,7 +19,8 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, threads
 
 from .._moe import BLOCK, GROUP
-from ._blocks import Block, alive, at, clear, get, pack, put, round_up, scratch, shifted, unpack, vget, vput
+from ._amx import DEPTH, GRID, TILES, restore_tiles, shape_tiles, tile_product
+from ._blocks import Block, alive, at, clear, get, pack, put, round_up, scratch, shifted, turn, unpack, vget, vput
 from ._coded_tiles import (
     FP8_FACTOR,
     PAIR,
@@ -47,6 +48,7 @@ from ._gemm import (
     _axis,
     _offsets,
     dot_rows,
+    lay_all,
     row_blocks,
     share,
     task_columns,
@@ -115,13 +117,13 @@ def _fill(start, stop, tag, rows, k, a, column, offsets, scale, scale_step, code
 
 
 @jit
-def _part(turn, counts, most, whole):
+def _part(each, counts, most, whole):
     """Where the part of a task that comes next begins, and how far it goes, in columns and in depth.
 
     One row reads whole rows of B, several keep a part of A.
     """
     tiles, parts, rows = counts
-    tile, part = divmod(turn, parts) if rows == 1 else (turn % tiles, turn // tiles)
+    tile, part = divmod(each, parts) if rows == 1 else (each % tiles, each // tiles)
     column, first = tile * most[0], part * most[1]
     return column, first, min(most[0], whole[0] - column), min(most[1], whole[1] - first)
 
@@ -157,8 +159,8 @@ def _fp4(start, stop, tag, n, groups, mc, nc, x, b, s, table, out, step, offsets
         row, group, rows = blocks[block, A], blocks[block, B], blocks[block, ROWS]
         columns, across = min(nc, n - column), DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS
         tiles, parts = -(-columns // across), max(1, -(-groups // deepest))
-        for turn in range(tiles * parts):
-            j, first, valid, deep = _part(turn, (tiles, parts, rows), (across, deepest), (columns, groups))
+        for each in range(tiles * parts):
+            j, first, valid, deep = _part(each, (tiles, parts, rows), (across, deepest), (columns, groups))
             begin, length = first * GROUP // 2, deep * GROUP // 2
             w = _bytes(b, group, column + j, begin, (valid, length), length, codes)
             scales = _bytes(s, group, column + j, first, (valid, deep), deep, factors)
@@ -177,7 +179,7 @@ def _fp4(start, stop, tag, n, groups, mc, nc, x, b, s, table, out, step, offsets
 @jit
 def _paired(start, stop, tag, packed, n, k, mc, nc, x, b, s, table, out, step, offsets, blocks):
     """Panels of bfloat16, each weight times its scale; the columns of a task of FP8 lie under one row of scales."""
-    unit, per_byte = (GROUP, 2) if packed else (BLOCK, 1)
+    unit = GROUP if packed else BLOCK
     deepest, groups = PAIR_DEPTH // unit, -(-k // unit)
     memory, (panel,) = scratch(x.tag, ((DOT_ROW_COLUMNS, PAIR_DEPTH),))
     further, (sums,) = scratch(FLOAT32, ((mc + DOT_ROWS, nc + DOT_WIDTH),))
@@ -187,22 +189,59 @@ def _paired(start, stop, tag, packed, n, k, mc, nc, x, b, s, table, out, step, o
         row, group, rows = blocks[block, A], blocks[block, B], blocks[block, ROWS]
         columns, across = min(nc, n - column), DOT_ROW_COLUMNS if rows == 1 else DOT_COLUMNS
         tiles, parts = -(-columns // across), max(1, -(-groups // deepest))
-        for turn in range(tiles * parts):
-            j, first, valid, deep = _part(turn, (tiles, parts, rows), (across, deepest), (columns, groups))
-            begin, length = first * unit // per_byte, deep * unit // per_byte
-            w = _bytes(b, group, column + j, begin, (valid, min(length, k // per_byte - begin)), length, codes)
-            above, scaled = (column + j, valid) if packed else (column // BLOCK, 1)
-            scales = _bytes(s, group, above, first, (scaled, deep), deep, factors)
-            for i in range(valid):
-                if packed:
-                    fp4_halves(at(w, i, 0), at(scales, i, 0), table, deep, at(panel, i, 0), across * b[2])
-                else:
-                    fp8_halves(at(w, i, 0), at(scales, 0, 0), table, deep, at(panel, i, 0), across * b[2])
+        for each in range(tiles * parts):
+            j, first, valid, deep = _part(each, (tiles, parts, rows), (across, deepest), (columns, groups))
+            _decoded(packed, b, s, table, (group, column + j, first), (valid, deep), k, panel, codes, factors)
             left, into = shifted(x, row, unit * first), shifted(sums, 0, j)
             dot_rows(left, panel, rows, valid, unit * deep, into, first > 0)
         target = out + column * step * size(tag)
         _emit(tag, sums, rows, columns, np.float32(1), target, step, offsets[row:])
     return alive(memory, further, apart)
+
+
+@jit
+def _squared(start, stop, tag, packed, n, k, mc, nc, x, b, s, table, out, step, offsets, blocks):
+    """As `_paired`, in tile registers: x holds the panels in pairs of all blocks of rows, each x.row deep."""
+    unit = GROUP if packed else BLOCK
+    deepest, groups = DOT_DEPTH // unit, -(-k // unit)
+    high, across = round_up(nc, GRID), round_up(mc, GRID)
+    memory, (panel,) = scratch(x.tag, ((GRID, DOT_DEPTH + DEPTH),))
+    further, (sums, flat, shape) = scratch(FLOAT32, ((high, across), (mc, nc), (1, 16)))
+    apart, (codes, factors) = scratch(BYTE, ((GRID, DOT_DEPTH), (GRID, DOT_DEPTH // GROUP)))
+    shape_tiles(shape.base)
+    for task in range(start, stop):
+        block, column = share(blocks, task, n, nc, 1)
+        row, group, rows = blocks[block, A], blocks[block, B], blocks[block, ROWS]
+        columns = min(nc, n - column)
+        for i in range(0, columns, GRID):
+            valid = min(GRID, columns - i)
+            for first in range(0, groups, deepest):
+                deep = min(deepest, groups - first)
+                _decoded(packed, b, s, table, (group, column + i, first), (valid, deep), k, panel, codes, factors)
+                for j in range(0, rows, GRID):
+                    pairs = Block(x.tag, at(x, block * across + j, first * unit * GRID), 2 * GRID)
+                    tile_product(panel, pairs, rows - j, unit * deep, shifted(sums, i, j), first > 0)
+        turn(FLOAT32, sums.base, (across, 1), (columns, rows), flat.base, (1, nc))
+        target = out + column * step * size(tag)
+        _emit(tag, flat, rows, columns, np.float32(1), target, step, offsets[row:])
+    restore_tiles(shape.base)
+    return alive(memory, further, apart)
+
+
+@jit
+def _decoded(packed, b, s, table, place, shape, k, panel, codes, factors):
+    """Rows of a panel of bfloat16 from rows of B, each weight times its scale, from a group or block of them on."""
+    unit, per_byte = (GROUP, 2) if packed else (BLOCK, 1)
+    (group, column, first), (valid, deep) = place, shape
+    begin, length = first * unit // per_byte, deep * unit // per_byte
+    w = _bytes(b, group, column, begin, (valid, min(length, k // per_byte - begin)), length, codes)
+    above, scaled = (column, valid) if packed else (column // BLOCK, 1)
+    scales = _bytes(s, group, above, first, (scaled, deep), deep, factors)
+    for i in range(valid):
+        if packed:
+            fp4_halves(at(w, i, 0), at(scales, i, 0), table, deep, at(panel, i, 0), valid * b[2])
+        else:
+            fp8_halves(at(w, i, 0), at(scales, 0, 0), table, deep, at(panel, i, 0), valid * b[2])
 
 
 @jit
@@ -230,8 +269,8 @@ def _fp8(start, stop, tag, n, k, mc, nc, x, b, s, coded, table, out, step, offse
         above = group * group_step + column // BLOCK * row_step
         if rows == 1:
             _scaled(shifted(x, row, 0), 1, k, scales, above, scale_step, coded, table, left)
-        for turn in range(tiles * parts):
-            j, first, valid, deep = _part(turn, (tiles, parts, rows), (across, DOT_DEPTH), (columns, k))
+        for each in range(tiles * parts):
+            j, first, valid, deep = _part(each, (tiles, parts, rows), (across, DOT_DEPTH), (columns, k))
             if rows > 1 and j == 0:
                 index, all_rows = above + first // BLOCK * scale_step, round_up(rows, DOT_ROWS)
                 _scaled(shifted(x, row, first), all_rows, deep, scales, index, scale_step, coded, table, left)
@@ -296,13 +335,16 @@ def product(
             _fill, padded, FLOAT32 if a_scale else TAGS[name], rows, k, a.address, a.strides[-1], where, *scale,
             *tables, packed and not paired, x, minimum=-(-SERIAL // (16 * max(k, 1))),
         )  # fmt: skip
-        mc = min(rows, _ROWS)
+        mc = min(rows, 2 * _ROWS if TILES else _ROWS)
         blocks = row_blocks(bounds, first, first + rows, mc, 1, 1, 1)
         nc = task_columns(n, len(blocks), count, UNIT) if packed else BLOCK
         while not packed and nc > 32 and -(-n // nc) * len(blocks) < 4 * count:
             nc //= 2
+        if paired and TILES:
+            x, memory = _panels(x, k, mc, row_blocks(bounds, first, first + rows, mc, ld, 1, 1))
         if paired:
-            kernel, shape, table = _paired, (packed, n, k, mc, nc), (_address(_pairs[packed]),)  # type: Any, Any, Any
+            loops: Any = _squared if TILES else _paired
+            kernel, shape, table = loops, (packed, n, k, mc, nc), (_address(_pairs[packed]),)  # type: Any, Any, Any
         elif packed:
             kernel, shape, table = _fp4, (n, k // GROUP, mc, nc), (_address(_products),)
         else:
@@ -311,6 +353,16 @@ def product(
         target = out.address, out.strides[-1], where, blocks
         minimum = 1 if count > 1 else tasks
         parallel(kernel, tasks, TAGS[result], *shape, x, *weights, *table, *target, minimum=minimum)
+
+
+def _panels(x: Any, k: int, mc: int, blocks: Any) -> tuple[Any, Any]:
+    """Rows as `_squared` wants them, those of a block behind those of the one before; and their memory."""
+    deep, across = round_up.py_func(k, BLOCK), round_up.py_func(mc, GRID)
+    memory = np.empty(len(blocks) * across * deep + GRID, np.uint16)
+    place = (pointer(memory) + 63) & ~63
+    least = -(-SERIAL // (4 * mc * max(k, 1)))
+    parallel(lay_all, len(blocks), x.tag, deep, mc, deep, (x.base, x.row, 1), blocks, place, minimum=least)
+    return Block(x.tag, place, deep), memory
 
 
 def _matrices(x: View) -> tuple[int, ...]:
