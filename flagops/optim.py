@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flagops import newton_schulz
+from flagops import config, newton_schulz
 
 HEADS = ("head", "lm_head", "embed_out", "output")
 """Names of output heads, which `split_parameters` leaves to AdamW."""
@@ -80,23 +80,45 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+            for moves in self._alike(group):
+                _update(moves, group)
         return loss
 
-    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        if grad.is_sparse:
+    def _alike(self, group: dict[str, Any]) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
+        """Parameters of one shape and their momenta, as many as the byte budget allows: small matrices, orthogonalised
+        one by one, leave threads idle."""
+        given = [p for p in group["params"] if p.grad is not None]
+        if any(p.grad.is_sparse for p in given):
             raise RuntimeError("Muon takes no sparse gradients; use SparseAdam for such embeddings")
+        alike: dict[Any, list[tuple[nn.Parameter, Tensor]]] = {}
+        for parameter in given:
+            moves = alike.setdefault((parameter.shape[-2:], parameter.dtype, parameter.device), [])
+            moves.append((parameter, self._move(parameter, parameter.grad, group)))
+            if sum(ahead.nbytes for _, ahead in moves) > config.budget() // 8:
+                yield list(moves)
+                moves.clear()
+        yield from filter(None, alike.values())
+
+    def _move(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
+        """The momentum with a gradient in it, one step ahead if it is Nesterov's."""
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         moved = state["momentum_buffer"].mul_(group["momentum"]).add_(grad)
-        ahead = grad.add(moved, alpha=group["momentum"]) if group["nesterov"] else moved
-        direction = newton_schulz(ahead, group["steps"], backend=group["backend"])
-        rate = group["lr"]
+        return grad.add(moved, alpha=group["momentum"]) if group["nesterov"] else moved
+
+
+def _update(moves: list[tuple[nn.Parameter, Tensor]], group: dict[str, Any]) -> None:
+    """Turn parameters of one shape by their orthogonalised momenta."""
+    stacks = [ahead.reshape(-1, *ahead.shape[-2:]) for _, ahead in moves]
+    together = torch.cat(stacks) if len(stacks) > 1 else moves[0][1]
+    found = newton_schulz(together, group["steps"], backend=group["backend"])
+    directions = torch.split(found, [len(stack) for stack in stacks]) if len(stacks) > 1 else [found]
+    rate = group["lr"]
+    for (parameter, _), direction in zip(moves, directions, strict=True):
         parameter.mul_(1 - rate * group["weight_decay"])
-        parameter.sub_(direction.mul_(rate * group["gamma"] * max(parameter.shape[-2:]) ** 0.5))
+        scale = rate * group["gamma"] * max(parameter.shape[-2:]) ** 0.5
+        parameter.sub_(direction.view(parameter.shape).mul_(scale))
 
 
 def _check(parameter: Tensor) -> None:
