@@ -15,10 +15,13 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
-from ._blocks import Block, alive, get, of_task, put, scratch, vget, vput, walk
+from ..torch import norm as composed
+from ._blocks import Block, alive, at, get, of_task, pack, put, round_up, scratch, unpack, vget, vput, walk
+from ._gemm import contract, empty, ones, view
 from ._vectors import TAGS, cast, fma, lanes, rounded, vsplat, vsum, wide
 
 _GRAIN = 1 << 15  # elements worth a thread
+_RUNS = 32  # of rows, each with sums of its own for the gradient of the weight
 
 
 @kernel(deterministic=True, batch_invariant=True)
@@ -104,3 +107,61 @@ def _steps(tag, x, out, n, factors, eps):
         if factors.base != 0:
             value *= get(factors, i, 0)
         put(out, i, 0, rounded(tag, value))
+
+
+def rms_norm_backward(
+    grad: Any, x: Any, weight: Any, eps: float, stepwise: bool, needs: tuple[bool, ...]
+) -> tuple[Any, ...]:
+    """A row of both is widened once; the roundings of a stepwise call are passed through."""
+    *lead, n = x.shape
+    if not math.prod(x.shape):
+        return composed.rms_norm_backward(grad, x, weight, eps, stepwise, needs)
+    tag, real = TAGS[dtype_name(x)], "float64" if dtype_name(x) == "float64" else "float32"
+    factors = (tag, 0, 0) if weight is None else (TAGS[dtype_name(weight)], pointer(weight), strides(weight)[0])
+    found, sums = empty(x, x.shape), []
+    for sizes, arrays in walk(lead, (1, 1, 1), grad, x, found):
+        rows = math.prod(sizes)
+        sums.append(np.zeros((min(_RUNS, rows), n), real))
+        minimum = -(-_GRAIN // (n * -(-rows // len(sums[-1]))))
+        parallel(
+            _slope, len(sums[-1]), tag, n, rows, len(sums[-1]), sizes, *arrays, factors, float(eps), pointer(sums[-1]),
+            minimum=minimum,
+        )  # fmt: skip
+    of_weight = None
+    if weight is not None and needs[1]:
+        of_weight, parts = empty(weight, weight.shape), np.concatenate(sums)
+        contract(real, ones(real, len(parts)), view(parts), view(of_weight), result=dtype_name(weight))
+    return found if needs[0] else None, of_weight
+
+
+@jit
+def _slope(start, stop, tag, n, rows, runs, sizes, grad, x, out, weight, eps, sums):
+    """The gradients of runs of rows, and what they add to that of the weight."""
+    real, step = wide(tag), lanes(tag)
+    padded, longest = round_up(n, step), -(-rows // runs)
+    memory, (factors, slope, row, total) = scratch(real, ((1, padded), (1, padded), (1, padded), (1, padded)))
+    weights = Block(*weight)
+    for i in range(padded):
+        put(factors, 0, i, cast(real, get(weights, i, 0)) if weights.base != 0 and i < n else cast(real, 1.0))
+    for run in range(start, stop):
+        for i in range(0, padded, step):
+            vput(total, 0, i, vsplat(real))
+        for task in range(run * longest, min((run + 1) * longest, rows)):
+            for side, block in ((grad, slope), (x, row)):
+                source = of_task(tag, side, sizes, task)
+                pack(tag, source.base, (0, source.row), (1, n), block, (1, padded))
+            squares = products = vsplat(real)
+            for i in range(0, padded, step):
+                value = vget(row, 0, i)
+                squares = fma(value, value, squares)
+                products = fma(vget(slope, 0, i) * vget(factors, 0, i), value, products)
+            root = cast(real, 1 / np.sqrt(vsum(squares) / cast(real, n) + cast(real, eps)))
+            inward = vsum(products) * root * root / cast(real, n)
+            for i in range(0, padded, step):
+                value, given = vget(row, 0, i), vget(slope, 0, i)
+                vput(total, 0, i, fma(given * value, root, vget(total, 0, i)))
+                vput(row, 0, i, (given * vget(factors, 0, i) - value * inward) * root)
+            target = of_task(tag, out, sizes, task)
+            unpack(tag, row, (1, n), target.base, (0, target.row))
+        unpack(real, total, (1, n), at(Block(real, sums, n), run, 0), (0, 1))
+    return alive(memory)

@@ -17,7 +17,9 @@ from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
 from .._rotary import frequencies
+from ..torch import rotary as composed
 from ._blocks import Block, alive, at, copy, get, of_task, place, put, scratch, shifted, vget, vput, walk
+from ._gemm import empty
 from ._vectors import FLOAT32, TAGS, fma, lanes, load_index, vswap, wide
 
 _GRAIN = 1 << 15  # elements worth a thread
@@ -66,6 +68,17 @@ def _rotate(start, stop, tag, sizes, heads, d, r, inverse, same, x, cos, sin, ou
                 put(target, p, 0, a * cosine - b * sine)
                 put(target, p + 1, 0, a * sine + b * cosine)
     return alive(memory)
+
+
+def rotary_embedding_backward(
+    grad: Any, x: Any, cos: Any, sin: Any, inverse: bool, needs: tuple[bool, ...]
+) -> tuple[Any, ...]:
+    """The gradient of `x` is rotated back; angles that are trained, or more of them than rows, are for torch."""
+    if any(needs[1:]) or tuple(grad.shape) != tuple(x.shape):
+        return composed.rotary_embedding_backward(grad, x, cos, sin, inverse, needs)
+    found = empty(grad, grad.shape)
+    rotary_embedding(grad, cos, sin, not inverse, found)
+    return found, None, None
 
 
 @kernel(deterministic=True)
