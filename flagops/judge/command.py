@@ -30,6 +30,12 @@ from .session import LEAST_SHARE, Record
 PATIENCE = 600
 """Seconds without a word after which a kernel hangs; the first calls of a kernel may compile."""
 
+_LEGEND = (
+    "cases: drawn, computed and compared; small calls: of a few cases over and over, for state and seldom errors; ran: "
+    "of the drawn cases,\nthose that the backend took; of its bound: the largest error to what is allowed there; time: "
+    "by the clock, compiling included"
+)
+
 
 def duration(text: str) -> float:
     """Seconds: ``60s``, ``2m``, ``1.5h``, or a number of seconds. Raises ValueError."""
@@ -190,6 +196,7 @@ def _show(outcome: Outcome, wish: dict[str, Any]) -> None:
         rows.append((r["operator"], r["backend"], r["result"], *counts))
     columns = ("operator", "backend", "result", "cases", "small calls", "ran", "of its bound", "time")
     tables.show(f"judged, seed {wish['seed']}", columns, rows)
+    print(_LEGEND)
     calls = min((r["calls"] for r in outcome.records if r["calls"]), default=0)
     if calls:
         often, seldom = ((1 - 1 / rate) ** calls for rate in (200, 1000))
