@@ -13,15 +13,24 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 import functools
+import importlib.util
 import random
+import sys
 import time
 import zlib
 from collections import Counter
+from pathlib import Path
 from types import CodeType, FunctionType
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, core, register_random, settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+import interpreter
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    interpreter.quicken()
 
 
 class _TorchRandom:
