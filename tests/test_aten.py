@@ -15,11 +15,12 @@ DTYPES = (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)
 SHAPES = ((), (1,), (17,), (3, 5), (2, 1, 7), (4, 33), (0, 3))
 
 
-def test_kernel_equals_its_reference(aten_kernel, request):
-    """A few cases of each run; ``flagops check aten.add`` takes as many as one likes."""
+@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_kernel_equals_its_reference(aten_kernel, times, request):
+    """A few cases of each run, since each compiles; ``flagops check aten.add`` takes as many as one likes."""
     name, backend = aten_kernel
-    few = 4 if backend == "numba" else 1
-    ran, refused = testing.check(registry.operator(name), backend, few, seed=request.config.option.seed)
+    few = 2 if backend == "numba" else 1
+    ran, refused = testing.check(registry.operator(name), backend, few * times, seed=request.config.option.seed)
     assert ran > 0, refused
 
 
