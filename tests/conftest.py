@@ -13,15 +13,28 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 import functools
+import gc
+import importlib.util
 import random
+import sys
 import time
 import zlib
 from collections import Counter
+from pathlib import Path
 from types import CodeType, FunctionType
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, core, register_random, settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+import interpreter
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    interpreter.quicken()
+
+
+gc.set_threshold(20_000, 20, 20)  # tests, types and compilers' code are millions of objects, and few of them are freed
 
 
 class _TorchRandom:
@@ -156,6 +169,11 @@ def pytest_collection_modifyitems(config, items):
         kept = [item for item, drawn in tests.items() if _measures(drawn.inner_test if drawn else item.function)]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
+
+
+def pytest_collection_finish():
+    """What is imported and collected stays to the end: the collector need not look through it again and again."""
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc):

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import interpreter
+
 from flagops.backends.numba import features
 from flagops.judge.derived import derived, mutate
 
@@ -79,6 +81,7 @@ def main(backend: str, *chosen: str) -> None:
     os.environ["NUMBA_OPT"] = "0"  # compiled for a few calls
     if backend == "triton":
         os.environ["TRITON_INTERPRET"] = "1"
+        interpreter.quicken()
     with tempfile.TemporaryDirectory() as folder:
         for word in chosen:
             file, _, index = word.partition(":")

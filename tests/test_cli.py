@@ -132,7 +132,6 @@ def test_run_replaces_what_the_settings_say(tmp_path):
     assert done.stdout.split("\n")[0].startswith("['-x', '1']")
     done = flagops("run", str(script), FLAGOPS_BACKEND="numba", FLAGOPS_OPS="default,-mm")
     assert done.returncode == 0, done.stderr
-    assert flagops("run", str(script), FLAGOPS_OPS="mmm").returncode != 0
 
 
 @pytest.mark.parametrize("operators", [("matmul", "linear"), pytest.param((), marks=pytest.mark.slow, id="all")])

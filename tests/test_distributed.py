@@ -222,30 +222,27 @@ def test_a_checkpoint_moves_between_numbers_of_ranks(tmp_path):
     assert loaded == [[True] * 4] * 2
 
 
-def test_what_differs_between_ranks_raises_on_all():
-    said = {
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="3 groups do not divide 8 heads"):
+        replace(SMALL, groups=3)
+    with pytest.raises(ValueError, match="did you mean"):
+        Layout.of(SMALL, 2, "split-rnk")
+
+
+def test_bad_meshes_and_what_differs_between_ranks_raise_on_all():
+    differing = {
         "shape": "rank 1 has",
         "dtype": "rank 1 has weights",
         "scheme": "rank 1 has layout",
         "groups": "rank 1: groups = 99",
     }
-    results = ranks.launch(4, [("differ", {"sizes": SMALL, "what": what}) for what in said])
-    for text, result in zip(said.values(), results, strict=True):
+    todo = [(("differ", {"sizes": SMALL, "what": what}), text) for what, text in differing.items()]
+    todo.append((("wrong_mesh", {"sizes": SMALL}), "no dimension 'tp', only dp"))
+    todo.append((("illegal", {"sizes": replace(SMALL, heads=2, rank=3)}), "whole shards have 1, 2"))
+    for (_, text), result in zip(todo, ranks.launch(4, [case for case, _ in todo]), strict=True):
         for error in result:
             assert isinstance(error, ValueError)
             assert text in str(error)
-
-
-def test_bad_meshes_and_sizes():
-    with pytest.raises(ValueError, match="3 groups do not divide 8 heads"):
-        replace(SMALL, groups=3)
-    with pytest.raises(ValueError, match="did you mean"):
-        Layout.of(SMALL, 2, "split-rnk")
-    (dimension, whole) = ranks.launch(
-        4, [("wrong_mesh", {"sizes": SMALL}), ("illegal", {"sizes": replace(SMALL, heads=2, rank=3)})]
-    )
-    assert all("no dimension 'tp', only dp" in str(error) for error in dimension)
-    assert all("whole shards have 1, 2" in str(error) for error in whole)
 
 
 def test_a_failing_rank_ends_the_job_with_its_message():

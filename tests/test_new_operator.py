@@ -65,6 +65,12 @@ for dtype in (torch.float32, torch.bfloat16):
     assert all(map(torch.equal, got, expected)), (got, expected)
     assert got[0].stride() == expected[0].stride()
     assert {row.op for row in handle.report().rows if row.replaced} == {"aten::leaky_relu", "aten::leaky_relu_"}
+
+from flagops.__main__ import main
+from flagops.tools import stubs
+
+assert main("check aten.leaky_relu --backend numba --backend numpy --examples 4".split()) == 0
+print(stubs.names())
 """
 
 
@@ -76,10 +82,9 @@ def test_one_more_pointwise_operator(tmp_path):
     for path, text in parts:
         with (folder / path).open("a", encoding="utf-8") as file:
             file.write(f"\n\n{text}")
-    run(folder, "-c", POINTWISE)
-    words = ("--backend", "numba", "--backend", "numpy", "--examples", "4")
-    assert "WRONG" not in run(folder, "-m", "flagops", "check", "aten.leaky_relu", *words)
-    assert "`leaky_relu`" in run(folder, "-c", "from flagops.tools import stubs; print(stubs.names())")
+    said = run(folder, "-c", POINTWISE)
+    assert "WRONG" not in said
+    assert "`leaky_relu`" in said
 
 
 def environment(folder):
@@ -110,12 +115,11 @@ def test_it_touches_its_own_files_alone(checkout):
 
 def test_the_suite_holds_it(checkout):
     files = ("parity", "torch_ops", "derivatives", "compile", "surroundings", "reference")
-    said = run(
-        checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", NAME, *(f"tests/test_{f}.py" for f in files)
-    )  # fmt: skip
-    assert int(re.search(r"(\d+) passed", said).group(1)) > 30
-    rooms = ("tests/test_rooms.py", "tests/test_layout.py::test_the_stub_is_current", "tests/test_cli.py", "-k")
-    run(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", *rooms, "rooms or stub or readme")
+    files = (*(f"tests/test_{f}.py" for f in files), "tests/test_rooms.py", "tests/test_layout.py", "tests/test_cli.py")
+    words = f"{NAME} or rooms or the_stub_is_current or readme"
+    said = run(checkout, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", words, *files)
+    assert len(re.findall(rf"::\S*{NAME}\S* PASSED", said)) > 30
+    assert all(f"tests/test_{file}.py::" in said for file in ("rooms", "layout", "cli"))
     assert "WRONG" not in run(checkout, "-m", "flagops", "check", NAME, "--time", "2s")
 
 

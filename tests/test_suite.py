@@ -31,7 +31,8 @@ def test_comparisons_have_computed_bounds_and_draws_have_seeds(pattern):
 
 def test_a_seed_repeats_every_draw(tmp_path):
     """NumPy's, torch's and hypothesis's; another seed or another test draws otherwise; a failure says how to repeat."""
-    (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
+    for name in ("conftest.py", "interpreter.py"):
+        (tmp_path / name).write_text((TESTS / name).read_text())
     (tmp_path / "test_draws.py").write_text(
         "import random, torch\n"
         "from hypothesis import given, strategies as st\n"
