@@ -371,8 +371,23 @@ def _supported(
 
 
 def backward(operator: Operator, kernel: registry.Kernel) -> Callable[..., tuple[Any, ...]]:
-    """The kernel's own backward or torch's. Raises Unsupported if the operator has neither."""
-    found = kernel.backward or registry.find(operator.name, "torch").backward
+    """The kernel's own backward, or torch's, which also takes what that leaves by giving NotImplemented.
+
+    Raises Unsupported if the operator has neither.
+    """
+    own = kernel.backward
+    if own is None:
+        return _torchs(operator)
+
+    def first(*args: Any) -> tuple[Any, ...]:
+        found = own(*args)
+        return _torchs(operator)(*args) if found is NotImplemented else found
+
+    return first
+
+
+def _torchs(operator: Operator) -> Callable[..., tuple[Any, ...]]:
+    found = registry.find(operator.name, "torch").backward
     if found is None:
         raise Unsupported(f"{operator.name} has no backward; call it under torch.no_grad() or detach its inputs")
     return found

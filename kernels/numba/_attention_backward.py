@@ -14,7 +14,6 @@ from flagops import config
 from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
 
-from ..torch import attention as composed
 from ._blocks import Block, alive, at, clear, cleared, get, pack, put, round_up, shifted, unpack, vget, vput
 from ._functions import exp
 from ._gemm import empty
@@ -32,7 +31,7 @@ def sparse_attention_backward(
     """Probabilities are computed again, whole; their rounding is passed through."""
     (batch, length, heads, width), (rows, slots) = q.shape, (kv.shape[1], indices.shape[2])
     if not batch * length * heads * width * rows * slots:
-        return composed.sparse_attention_backward(grad, q, kv, sink, indices, scale, needs)
+        return NotImplemented
     real = "float64" if dtype_name(q) == "float64" else "float32"
     item = np.dtype(real).itemsize
     most = config.budget() // (batch * rows * width * item)

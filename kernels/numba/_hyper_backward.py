@@ -16,7 +16,6 @@ import numpy as np
 from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
 
-from ..torch import hyper as composed
 from ._blocks import (
     Block,
     alive,
@@ -77,7 +76,7 @@ def hc_split_sinkhorn_backward(
 ) -> tuple[Any, ...]:
     """Through the rounds backwards, from the factors of rows and columns."""
     if not math.prod(mix.shape):
-        return composed.hc_split_sinkhorn_backward(grad, mix, scale, base, mult, iters, eps, needs)
+        return NotImplemented
     lead, real = mix.shape[:-1], dtype_name(mix)
     grads = [_dense(g, lead, tail, real) for g, tail in zip(grad, (1, 1, 2), strict=True)]
     target, found = (iters, eps, *_places(scale, base)), empty(mix, mix.shape)
@@ -90,7 +89,7 @@ def hc_pre_backward(
 ) -> tuple[Any, ...]:
     """The streams are read three times, and their gradient is written once."""
     if not math.prod(x.shape):
-        return composed.hc_pre_backward(grad, x, fn, base, scale, iters, eps, norm_eps, needs)
+        return NotImplemented
     (*lead, n, d), columns, real = x.shape, fn.shape[0], dtype_name(fn)
     tag = TAGS[real]
     streams = _dense(x, lead, 2, real).reshape(-1, n * d)
@@ -277,7 +276,7 @@ def hc_post_backward(grad: Any, y: Any, x: Any, post: Any, comb: Any, needs: Seq
     (*lead, n, d), inputs = grad.shape, ((y, 1), (x, 2), (post, 1), (comb, 2))
     broadcast = any(tuple(z.shape[: len(z.shape) - tail]) != tuple(lead) for z, tail in inputs)
     if broadcast or not math.prod(grad.shape):
-        return composed.hc_post_backward(grad, y, x, post, comb, needs)
+        return NotImplemented
     found = [empty(z, z.shape) for z, _ in inputs]
     tag, real = TAGS[dtype_name(grad)], TAGS[dtype_name(post)]
     for sizes, arrays in walk(lead, (2, *(1, 2, 1, 2) * 2), grad, y, x, post, comb, *found):

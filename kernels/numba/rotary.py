@@ -17,7 +17,6 @@ from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
 from .._rotary import frequencies
-from ..torch import rotary as composed
 from ._blocks import Block, alive, at, copy, get, of_task, place, put, scratch, shifted, vget, vput, walk
 from ._gemm import empty
 from ._vectors import FLOAT32, TAGS, fma, lanes, load_index, vswap, wide
@@ -75,7 +74,7 @@ def rotary_embedding_backward(
 ) -> tuple[Any, ...]:
     """The gradient of `x` is rotated back; angles that are trained, or more of them than rows, are for torch."""
     if any(needs[1:]) or tuple(grad.shape) != tuple(x.shape):
-        return composed.rotary_embedding_backward(grad, x, cos, sin, inverse, needs)
+        return NotImplemented
     found = empty(grad, grad.shape)
     rotary_embedding(grad, cos, sin, not inverse, found)
     return found, None, None

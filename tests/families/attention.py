@@ -1,6 +1,14 @@
 """The attention family: edits of its kernels that the suite must notice."""
 
 MUTANTS = {
+    "numba/_attention_backward.py": [
+        ("sparse_attention", "if 0 <= row < rows:", "if 0 < row < rows:", 0),
+        ("sparse_attention", "shifted(goal, read[k], 0)", "shifted(goal, k, 0)", 0),
+        ("sparse_attention", "put(turned, k, count + i, get(slope, i, k))", "put(turned, k, count + i, get(p, i, k))", 0),
+        ("sparse_attention", "idle / total * middle", "idle * middle", 0),
+        ("sparse_attention", "total += idle", "pass", 0),
+        ("sparse_attention", "(vget(slope, 0, j) - middle) * factor", "(vget(slope, 0, j) - middle)", 0),
+    ],
     "numba/attention.py": [
         ("sparse_attention", "if 0 <= row < rows:", "if 0 < row < rows:", 0),
         ("sparse_attention", "if 0 <= row < rows:", "if 0 <= row < rows - 1:", 0),

@@ -7,7 +7,7 @@ MUTANTS = {
         ("matmul", "column * bn + first) * size(tag)", "column * bn) * size(tag)", 0),
         ("matmul", "column * bn + first * bk", "column * bn", 0),
         ("matmul", "depth = min(span, k - first)", "depth = min(span, k - first, 512)", 0),
-        ("matmul", "shifted(sums, 0, j), part + at > 0", "shifted(sums, 0, j), at > 0", 0),
+        ("matmul", "add = part + begin > 0", "add = begin > 0", 0),
         ("matmul", "shifted(sums, 0, j), part > 0", "shifted(sums, 0, j), part > 1", 0),
         ("matmul", "(padded_rows, round_up(depth, step))", "(padded_rows, depth)", 0),
         ("matmul", "column, c, blocks[block, C]", "column, c, blocks[block, A]", 0),
@@ -25,6 +25,14 @@ MUTANTS = {
         ("grouped_matmul", "group * b_group", "0 * b_group", 0),
         ("grouped_matmul", "row = start + place * most", "row = start + place", 0),
         ("linear", "shift += column * shift_step * size(tag)", "shift += 0", 0),
+        ("matmul", "w + i * w_steps[0] * size(tag)", "w", 0),
+        ("matmul", "at(near, j, 0)", "at(near, 0, 0)", 0),
+        ("linear", "(columns, rows), flat.base, (1, nc)", "(columns, rows), flat.base, (nc, 1)", 0),
+    ],
+    "numba/_amx.py": [
+        ("matmul", "near, a_row, i)", "near, a_row, 0)", 0),
+        ("matmul", "if columns > GRID // 2:", "if columns > GRID:", 0),
+        ("matmul", "i8(4 + i), i8(6 + j))", "i8(4), i8(6 + j))", 0),
     ],
     "numba/_blocks.py": [
         ("rms_norm", "i * steps[0] + j * steps[1] + k", "j * steps[0] + i * steps[1] + k", 0),
@@ -83,3 +91,7 @@ MUTANTS = {
         ("scaled_dot_product_attention", "total = total * fade + tl.sum(p, 1)", "total = total + tl.sum(p, 1)", 0),
     ],
 }  # fmt: skip
+
+PAIRED = {("numba/_blocks.py", i) for i in (6, 7)}
+IN_VECTORS = {("numba/_gemm.py", i) for i in (18, 19)}
+IN_TILES = {("numba/_gemm.py", i) for i in (23, 24, 25)} | {("numba/_amx.py", i) for i in range(3)}

@@ -14,6 +14,7 @@ MUTANTS = {
         ("fp4_matmul", "GROUP * deep, into, first > 0", "GROUP * deep, into, first > deepest", 0),
         ("fp4_matmul", "unit * deep, into, first > 0", "unit * deep, into, first > deepest", 0),
         ("fp8_matmul", "part * most[1]", "0 * most[1]", 0),
+        ("fp4_matmul", "first * unit * GRID)", "0)", 0),
     ],
     "numba/_coded_tiles.py": [
         ("fp4_matmul", "+ 4 * (lane // 4) for lane in range(16)]", "+ 4 * (lane // 8) for lane in range(16)]", 0),
@@ -45,5 +46,6 @@ MUTANTS = {
     ],
 }  # fmt: skip
 
-# Of code that runs only where the processor adds products of bfloat16 in pairs.
-PAIRED = {("numba/_qmatmul.py", i) for i in (5, 6, 10)} | {("numba/_coded_tiles.py", i) for i in (1, 2, 3, 4, 5, 6)}
+PAIRED = {("numba/_qmatmul.py", i) for i in (5, 6)} | {("numba/_coded_tiles.py", i) for i in (1, 2, 3, 4, 5, 6)}
+IN_VECTORS = {("numba/_qmatmul.py", 10)}
+IN_TILES = {("numba/_qmatmul.py", 12)}
