@@ -274,6 +274,18 @@ def model(device: str, scheme: str, groups: int, heads: int, seed: int) -> dict[
     return found
 
 
+def trained(device: str, ids: Any) -> Any:
+    """Logits of the trained model with its attention heads divided."""
+    import torch
+
+    import flagops
+    from flagops.deepseek_v4.examples import trained_deepseek_v4
+
+    whole = trained_deepseek_v4().to(device)
+    with flagops.patch(whole, mesh=mesh(device)), torch.no_grad():
+        return whole(ids.to(device)).logits.cpu()
+
+
 def _whole(x: Any) -> Any:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
@@ -297,7 +309,7 @@ def main(folder: str, ranks: str) -> None:
 
         import flagops.distributed
 
-        if any(name == "model" for name, _ in cases):
+        if any(name in ("model", "trained") for name, _ in cases):
             from transformers.models.deepseek_v4 import modeling_deepseek_v4  # noqa: F401
 
             import flagops.transformers  # noqa: F401

@@ -1,4 +1,5 @@
-"""Random DeepSeek-V4 models of Hugging Face transformers, small enough for a laptop, and quantised checkpoints.
+"""DeepSeek-V4 models of Hugging Face transformers, small enough for a laptop: a trained one, random ones, and quantised
+checkpoints.
 
 What an untrained model leaves at zero or one (sinks, position and routing biases, norms, the hash table) is random too,
 so that an error in any of them changes the logits.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,37 @@ def small_deepseek_v4(seed: int = 0, **sizes: Any) -> Any:
         "initializer_range": 0.3,
     }
     return random_deepseek_v4(seed, **(small | sizes))
+
+
+TRAINED = Path(__file__).parents[1] / "data" / "small_v4"
+"""The checkpoint that comes with flagops: 4.8 million parameters, trained on bytes by `flagops train`, FP4 and FP8."""
+
+
+def trained_deepseek_v4() -> Any:
+    """The trained model, expanded to float32, in evaluation mode."""
+    import torch
+    import transformers
+
+    from flagops import checkpoint
+
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory(prefix="flagops-") as place:
+        checkpoint.convert(TRAINED, Path(place) / "expanded")
+        return transformers.AutoModelForCausalLM.from_pretrained(Path(place) / "expanded", dtype=torch.float32).eval()
+
+
+def held_out(length: int, kind: str = "text", rows: int = 1) -> Any:
+    """Beginnings of documents that the trained model has not seen, ``[rows, length]``, of a kind of `flagops.train`."""
+    import torch
+
+    from flagops.train.corpus import Corpus, shipped
+
+    return torch.from_numpy(Corpus(shipped()).batch(0, 0, rows, length, (kind,), held=True)[0])
+
+
+def read(tokens: Any) -> str:
+    """Tokens of the trained model as text."""
+    return bytes(x for x in tokens if x < 256).decode(errors="replace")
 
 
 def long_deepseek_v4(seed: int = 0) -> Any:

@@ -16,7 +16,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -42,7 +41,7 @@ BOUND = 1e-3
 """Largest accepted change of a float32 logit of SmolLM2. Its logits reach 38, and two correct orders of summation move
 one by 1e-4."""
 BOUND_DEEPSEEK = 1e-4
-TOKENS = {"float32": 40, "bfloat16": 8, "deepseek-v4": 20, "deepseek-v4-packed": 8}
+TOKENS = {"float32": 40, "bfloat16": 8, "deepseek-v4": 20, "deepseek-v4-packed": 40}
 LONG_PROMPT = 2048
 EXTRA = "pip install 'flagops[transformers]'"
 WARM_UP = 2
@@ -162,7 +161,7 @@ def deepseek_v4(options: argparse.Namespace, show: Progress) -> Part:
 
 def deepseek_v4_long(options: argparse.Namespace, show: Progress) -> Part:
     """A long prompt: what transformers' dense masks cost in time and memory, beside `flagops.patch`."""
-    run = _deepseek_v4("random DeepSeek-V4, long prompt", "long_deepseek_v4", LONG_PROMPT, 2, show)
+    run = _deepseek_v4("small trained DeepSeek-V4, long prompt", "trained_deepseek_v4", LONG_PROMPT, 2, show)
     device = run.prompt.device.type
     backends = _usable(run.part, options.backend, device)
     for name in ("numpy", "triton") if device == "cpu" else ("numpy",):
@@ -174,7 +173,7 @@ def deepseek_v4_long(options: argparse.Namespace, show: Progress) -> Part:
 
 
 def _deepseek_v4(title: str, example: str, length: int, seed: int, show: Progress) -> _Run:
-    """A model of `flagops.deepseek_v4.examples` and a prompt of random tokens, to be run under `flagops.patch`."""
+    """A model of `flagops.deepseek_v4.examples` and a prompt, text if it is trained, to run under `flagops.patch`."""
     _require("transformers", EXTRA)
     with show.step(f"building a {title}"):
         import torch
@@ -185,60 +184,57 @@ def _deepseek_v4(title: str, example: str, length: int, seed: int, show: Progres
         model = getattr(examples, example)()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)
-    generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(2, model.config.vocab_size, (1, length), generator=generator).to(device)
-    part = Part(title, f"{length} random tokens")
-    return _Run(part, model, prompt, show, lambda name: patch(model, backend=name), OPS)
+    if example == "trained_deepseek_v4":
+        prompt, said = examples.held_out(length), "bytes of text"
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        prompt, said = torch.randint(2, model.config.vocab_size, (1, length), generator=generator), "random tokens"
+    part = Part(title, f"{length} {said}")
+    return _Run(part, model, prompt.to(device), show, lambda name: patch(model, backend=name), OPS)
 
 
 def _patched(run: _Run, tokens: int, backends: Sequence[str]) -> None:
+    from flagops.deepseek_v4.examples import read
+
     answer = run.compare(tokens, "float32", BOUND_DEEPSEEK, backends)
-    run.part.text = " ".join(map(str, answer.tokens))
+    run.part.text = read(answer.tokens) if "trained" in run.part.name else " ".join(map(str, answer.tokens))
 
 
 def deepseek_v4_packed(options: argparse.Namespace, show: Progress) -> Part:
     """A checkpoint of FP4 and FP8 weights as it is stored (`flagops.load`), beside the model that it expands to."""
+    from flagops.deepseek_v4.examples import read
+
     _require("transformers", EXTRA)
-    with tempfile.TemporaryDirectory(prefix="flagops-demo-") as place, _packed(Path(place), show) as (run, stored):
-        backends = _usable(run.part, options.backend, "cpu")
-        for name in {"numpy", "triton"} & set(backends):
-            backends.remove(name)
-            run.part.left_out[name] = "too slow for this model on a CPU"
-        run.compare(options.tokens or TOKENS["deepseek-v4-packed"], "float32", BOUND_DEEPSEEK, backends)
-        wide = sum(x.nbytes for x in run.model.parameters()) // 2
-        run.part.text = f"weights of {stored >> 20} MiB as they are stored, {wide >> 20} MiB expanded to bfloat16"
+    run = _packed(show)
+    backends = _usable(run.part, options.backend, "cpu")
+    for name in {"numpy", "triton"} & set(backends):
+        backends.remove(name)
+        run.part.left_out[name] = "too slow for this model on a CPU"
+    answer = run.compare(options.tokens or TOKENS["deepseek-v4-packed"], "float32", BOUND_DEEPSEEK, backends)
+    run.part.text = read(answer.tokens)
     return run.part
 
 
-@contextmanager
-def _packed(place: Path, show: Progress) -> Iterator[tuple[_Run, int]]:
-    """A run whose model is the expanded one, and inside `replace` the packed one; and the bytes that are stored."""
-    import torch
-    import transformers
-
-    from flagops import checkpoint
-    from flagops.deepseek_v4.examples import packed_deepseek_v4
+def _packed(show: Progress) -> _Run:
+    """A run whose model is the trained one, expanded, and inside `replace` the packed one."""
+    from flagops.deepseek_v4 import examples
     from flagops.packed import load
     from flagops.transformers import OPS
 
-    with show.step("building a small packed DeepSeek-V4"):
-        transformers.logging.set_verbosity_error()
-        stored = packed_deepseek_v4(place / "packed", hidden_size=256, moe_intermediate_size=256, n_routed_experts=8)
-        checkpoint.convert(place / "packed", place / "expanded")
-        model = transformers.AutoModelForCausalLM.from_pretrained(place / "expanded", dtype=torch.float32).eval()
-    prompt = torch.randint(2, model.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(3))
-    part = Part("small packed DeepSeek-V4", "32 random tokens")
+    with show.step("expanding the small trained DeepSeek-V4"):
+        model = examples.trained_deepseek_v4()
+    part = Part("small trained DeepSeek-V4, packed", "256 bytes of text")
 
     @contextmanager
     def replace(name: str) -> Iterator[Any]:
-        found.model = load(place / "packed", dtype="float32", activations="none", backend=name)
+        found.model = load(examples.TRAINED, dtype="float32", activations="none", backend=name)
         try:
             yield found.model.flagops
         finally:
             found.model = model
 
-    found = _Run(part, model, prompt, show, replace, (*OPS, "fp8_matmul", "fp4_matmul"))
-    yield found, stored
+    found = _Run(part, model, examples.held_out(256), show, replace, (*OPS, "fp8_matmul", "fp4_matmul"))
+    return found
 
 
 _MAKE = {

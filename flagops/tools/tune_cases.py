@@ -285,9 +285,9 @@ def models(device: str) -> Iterator[Model]:
             yield at("SmolLM2-135M, prompt of 128,", _forward, _smollm2, dtype, 1, 128)
         yield at("SmolLM2-135M, training,", _train, _smollm2, "float32", 64)
     yield at("MiniLM-L6, 4 x 64 tokens,", _forward, _minilm, "float32", 4, 64)
-    yield at("random DeepSeek-V4, 12 tokens,", _generate, _deepseek_v4, "float32")
-    yield at("random DeepSeek-V4, prompt of 128,", _forward, _deepseek_v4, "float32", 1, 128)
-    yield at("random DeepSeek-V4, training,", _train, _deepseek_v4, "float32", 64)
+    yield at("small DeepSeek-V4, 12 tokens,", _generate, _deepseek_v4, "float32")
+    yield at("small DeepSeek-V4, prompt of 128,", _forward, _deepseek_v4, "float32", 1, 128)
+    yield at("small DeepSeek-V4, training,", _train, _deepseek_v4, "float32", 64)
 
 
 @cache
@@ -310,10 +310,10 @@ def _minilm() -> Any:
 
 @cache
 def _deepseek_v4() -> Any:
-    """The larger example: in one of 60 000 parameters no kernel matters, but the Python around each call."""
+    """The trained one: in a model of 60 000 parameters no kernel matters, but the Python around each call."""
     from flagops.deepseek_v4 import examples
 
-    return examples.long_deepseek_v4()
+    return examples.trained_deepseek_v4()
 
 
 def _placed(load: Callable[[], Any], dtype: str, device: str) -> Any:
