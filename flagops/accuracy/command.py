@@ -173,10 +173,10 @@ def _said(facts: dict[str, Any], results: Sequence[Measured], texts: bool) -> in
     print("The smallest of these errors is what a score can tell; the table above tells as much as its ± says.")
     wrong = [x for x in results if x.wrong]
     for x in wrong:
-        difference = x.estimate("difference")
         print(
-            f"{x.row.name} differs by {plus_minus(difference)} nats a token, more than {x.row.allowed:g} by "
-            f"{BEYOND} standard errors. Allowed is: {x.row.why}"
+            f"{x.row.name} differs by {plus_minus(x.estimate('difference'))} nats a token, KL "
+            f"{plus_minus(x.estimate('kl'), sign='')}: more than {x.row.allowed:g} by {BEYOND} standard errors. "
+            f"Expected was: {x.row.why}"
         )
     return 1 if wrong else 0
 

@@ -55,8 +55,9 @@ class Measured:
 
     @property
     def wrong(self) -> bool:
-        """Whether the loss differs from the reference's by more than is allowed, by so many standard errors."""
-        return self.estimate("difference").beyond(self.row.allowed)
+        """Whether it lies further from the reference than is allowed, by `BEYOND` standard errors: in loss, or in KL,
+        which is what it would lose on tokens that the reference draws."""
+        return any(self.estimate(what).beyond(self.row.allowed) for what in ("difference", "kl"))
 
 
 def measured(

@@ -194,5 +194,5 @@ def _round_first(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _eight_bits(x: Tensor) -> Tensor:
-    codes, scale = flagops.int8_quantize(x)
+    codes, scale = flagops.int8_quantize(x.detach())
     return (codes * scale).to(x.dtype)

@@ -15,8 +15,9 @@ class Row:
     dtype: of activations and of weights that are not codes. weights: ``"wide"``, expanded to BF16, which holds FP4 and
     FP8 exactly; ``"packed"``, as they are stored, by `flagops.load`; or what `flagops convert --to` makes of them.
     backend: of the kernels; ``""`` replaces nothing, None leaves the choice to flagops. activations, numerics: as of
-    `flagops.load` and `flagops.patch`. allowed: nats a token by which its loss may differ, either way. needs: of the
-    model. asked: measured only where it is named.
+    `flagops.load` and `flagops.patch`. allowed: nats a token by which its loss may differ, either way, and at most the
+    KL divergence, which is its expected loss where the reference is the truth. needs: of the model. asked: measured
+    only where it is named.
     """
 
     name: str

@@ -1,0 +1,272 @@
+"""Which wrong kernels the loss of a trained DeepSeek-V4 tells, and which the parity suite.
+
+``python tests/accuracy_mutants.py`` tries edits of numba's kernels that a V4 uses, so many of each file and operator,
+drawn from the seed. With each in place the model's held-out loss is measured as `flagops accuracy` does, paired with
+transformers' own, and the parity suite runs. Whatever the model tells, the suite must; the table goes to
+benchmarks/results/accuracy_mutants.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import mutants
+
+from flagops.judge.derived import mutate
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "accuracy_mutants.json"
+PATCHED = {
+    "sparse_attention", "grouped_output_projection", "compress_kv", "lightning_indexer", "rms_norm",
+    "rotary_embedding", "hc_pre", "hc_post", "hc_head", "moe_gate", "moe_experts", "swiglu",
+}  # fmt: skip
+"""Operators of a patched model."""
+STORED = {"fp8_matmul", "fp4_matmul", "fp8_quantize", "fp8_fake_quantize", "fp4_fake_quantize", "hadamard"}
+"""Operators of a model as it is stored, and of the official numerics."""
+CODES = {f"numba/{name}.py" for name in ("_qmatmul", "_coded_tiles", "_scales", "_formats", "quantize")}
+"""Files whose other operators, too, meet codes alone."""
+LENGTH = 600
+"""Tokens of a document, of which there are two of each kind: past the window, and the indexer selects 64 of 150."""
+PATIENCE = 400
+"""Seconds for a mutant: its kernels are compiled anew."""
+
+
+def used() -> list[tuple[str, int]]:
+    """Edits of numba's kernels, or of what they share, that a V4 runs and a result can tell."""
+    return [
+        (file, index)
+        for file, edits in mutants.MUTANTS.items()
+        if edits and mutants.backend_of(file) == "numba"
+        for index, (operator, *_) in enumerate(edits)
+        if operator in PATCHED | STORED and (file, index) not in mutants.EQUIVALENT
+    ]
+
+
+def drawn(seed: int, each: int) -> list[tuple[str, int]]:
+    """So many of each file and operator."""
+    groups = defaultdict(list)
+    for file, index in used():
+        groups[file, mutants.MUTANTS[file][index][0]].append((file, index))
+    rng = random.Random(seed)
+    return [x for _, group in sorted(groups.items()) for x in sorted(rng.sample(group, min(each, len(group))))]
+
+
+def enter(file: str, edited: Path) -> None:
+    """Load an edited kernel file, and anew the modules that take anything of it; the others stay compiled."""
+    from flagops.judge import mutants as judge
+
+    module = f"flagops.kernels.{file[:-3].replace('/', '.')}"
+    stale = {module}
+    loaded = {name: x for name, x in sys.modules.items() if name.startswith("flagops.kernels.") and x.__file__}
+    while True:
+        words = "|".join(re.escape(name.rpartition(".")[2]) for name in stale)
+        importing = re.compile(rf"^from \.+({words}) import|^from \.+ import .*\b({words})\b", re.MULTILINE)
+        more = {name for name, x in loaded.items() if importing.search(Path(x.__file__).read_text())} - stale
+        if not more:
+            break
+        stale |= more
+    for name in stale:
+        sys.modules.pop(name, None)
+    judge.enter(module, edited)
+    for name in stale - {module}:
+        importlib.import_module(name)
+
+
+def child(model: str, chosen: list[str]) -> None:
+    """Try mutants in this process; a line for each, and one before it."""
+    from dataclasses import replace
+
+    import torch
+
+    from flagops.accuracy import measure
+    from flagops.accuracy.command import plus_minus
+    from flagops.accuracy.documents import documents
+    from flagops.accuracy.models import Models
+    from flagops.accuracy.rows import REFERENCE, ROWS
+    from flagops.judge import mutants as judge
+    from flagops.train.corpus import Corpus, shipped
+
+    row = {x.name: replace(x, dtype="float32", backend="numba") for x in ROWS}
+    found = documents(Corpus(shipped()), 0, 1, LENGTH)
+    with tempfile.TemporaryDirectory() as place, torch.no_grad():
+        models = Models(model, Path(place) / "models")
+        (Path(place) / "models").mkdir()
+        with models.under(REFERENCE) as plain:
+            expected = [plain(input_ids=x.ids, use_cache=False).logits[0, :-1] for x in found]
+
+        def differs(name: str) -> measure.Measured:
+            result = measure.Measured(row[name], found)
+            with models.under(row[name]) as wrong:
+                for x, right in zip(found, expected, strict=True):
+                    logits = wrong(input_ids=x.ids, use_cache=False).logits[0, :-1]
+                    result.sums.append(measure.compared(right, logits, x))
+            return result
+
+        for name in sorted({name for word in chosen for name in rows(word)}):
+            assert not differs(name).wrong, f"the row {name} is wrong without any edit"
+        for number, word in enumerate(chosen):
+            print(f"begin {word}", flush=True)
+            file, _, index = word.partition(":")
+            name, *edit = mutants.MUTANTS[file][int(index)]
+            edited = Path(place) / f"{number}_{Path(file).name}"
+            edited.write_text(mutate((mutants.kernels() / file).read_text(), *edit))
+            start = time.monotonic()
+            try:
+                enter(file, edited)
+                results = [differs(x) for x in rows(word)]
+                loss = any(x.estimate("difference").beyond(x.row.allowed) for x in results)
+                seen = any(x.wrong for x in results)
+                said = ", ".join(
+                    f"{x.row.name} {plus_minus(x.estimate('difference'))}, KL {plus_minus(x.estimate('kl'), '')}"
+                    for x in results
+                )
+            except Exception as error:  # an edit may be noticed as early as that
+                loss, seen, said = True, True, type(error).__name__
+            print(f"model {json.dumps([loss, seen, said, round(time.monotonic() - start, 1)])}", flush=True)
+            try:
+                verdict = judge.verdict(name, "numba")
+            except Exception as error:
+                verdict = f"killed by {type(error).__name__}"
+            print(f"suite {verdict}", flush=True)
+
+
+def rows(word: str) -> tuple[str, ...]:
+    """The rows of `flagops accuracy` that run a mutant."""
+    file, _, index = word.partition(":")
+    coded = file in CODES or mutants.MUTANTS[file][int(index)][0] in STORED
+    return ("packed", "packed-official") if coded else ("numba",)
+
+
+def tried(model: str, chosen: list[str]) -> dict[str, dict[str, object]]:
+    """What both said of each mutant, from as many processes as they end: ending one is being noticed too."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("FLAGOPS_", "TRITON_"))}
+    environment |= {"FLAGOPS_CACHE": os.devnull, "NUMBA_OPT": "0"}  # an edited kernel must never meet compiled code
+    found: dict[str, dict[str, object]] = {}
+    todo = list(chosen)
+    while todo:
+        command = [sys.executable, "-W", "ignore", __file__, "--model", model, "--child", *todo]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        at = ""
+        timer = threading.Timer(PATIENCE, process.kill)
+        timer.start()
+        for line in process.stdout:
+            kind, _, said = line.rstrip("\n").partition(" ")
+            if kind not in ("begin", "model", "suite"):
+                continue
+            timer.cancel()
+            timer = threading.Timer(PATIENCE, process.kill)
+            timer.start()
+            if kind == "begin":
+                at = said
+            elif kind == "model":
+                loss, seen, text, seconds = json.loads(said)
+                found[at] = {"loss": loss, "model": seen, "said": text, "seconds": seconds}
+            else:
+                found[at]["suite"] = said
+                print(f"{at}: {found[at]}", flush=True)
+        timer.cancel()
+        code = process.wait()
+        if code and not at:
+            raise SystemExit(f"no mutant could be tried: exit code {code}")
+        if code and at not in found:
+            found[at] = {"loss": True, "model": True, "said": f"ended its process ({code})", "seconds": None}
+        if code and "suite" not in found[at]:
+            ended = found[at]["said"].startswith("ended")
+            found[at]["suite"] = alone(at) if ended else f"ended its process ({code})"
+            print(f"{at}: {found[at]}", flush=True)
+        todo = [word for word in todo if word not in found]
+    return found
+
+
+def alone(word: str) -> str:
+    """What the parity suite says of a mutant by itself."""
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("mutants.py")), "numba", word]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    said = done.stdout.partition(" ")[2].strip()
+    return said or f"ended its process ({done.returncode})"
+
+
+def caught(verdict: object) -> bool:
+    return str(verdict).startswith(("killed", "ended"))
+
+
+def told(found: Iterable[dict[str, object]]) -> tuple[int, ...]:
+    """How many the loss tells, the loss or KL, and the suite."""
+    each = [(bool(x["loss"]), bool(x["model"]), caught(x["suite"])) for x in found]
+    return tuple(map(sum, zip(*each, strict=True)))
+
+
+def write(kept: dict[str, object]) -> None:
+    """The table by file, and every edit with what was said of it."""
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+    files: dict[str, list[dict[str, object]]] = defaultdict(list)
+    for word, found in kept["mutants"].items():
+        files[word.partition(":")[0]].append(found)
+    loss, model, suite = told(kept["mutants"].values())
+    lines = [
+        "Wrong kernels that a trained DeepSeek-V4 tells by its held-out loss, and that the parity suite tells",
+        "(`python tests/accuracy_mutants.py`).", "",
+        f"{kept['date']}, {kept['commit']}, seed {kept['seed']}: of {len(kept['mutants'])} edits of numba's kernels",
+        f"the loss of {kept['model']} over {kept['tokens']:,} tokens tells **{loss}** (its paired difference exceeds what",
+        f"the row may have by three standard errors, or the model fails), loss and KL divergence together **{model}**,",
+        f"the parity suite **{suite}**.", "",
+        "| kernels | edits | told by the loss | with KL | by the parity suite |", "| --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for file, found in files.items():
+        lines.append(f"| {file} | {len(found)} | {' | '.join(map(str, told(found)))} |")
+    lines += ["", "| edit | operator | difference, nats a token | told by | parity suite |", "| --- " * 5 + "|"]
+    for word, found in kept["mutants"].items():
+        file, _, index = word.partition(":")
+        name, old, new, _ = mutants.MUTANTS[file][int(index)]
+        edit = f"{file}: `{old}` to `{new}`".replace("|", "\\|").replace("\n", " ")
+        by = "loss" if found["loss"] else "KL" if found["model"] else ""
+        lines.append(f"| {edit} | {name} | {found['said']} | {by} | {found['suite']} |")
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> int:
+    from flagops.accuracy.models import SHIPPED
+    from flagops.train.corpus import KINDS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(SHIPPED), help="a checkpoint of `flagops train`")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--each", type=int, default=2, help="edits of each file and operator")
+    parser.add_argument("--files", nargs="+", help="of these alone, such as numba/norm.py")
+    args = parser.parse_args()
+    if args.child:
+        child(args.model, args.child)
+        return 0
+    chosen = [f"{file}:{index}" for file, index in drawn(args.seed, args.each) if file in (args.files or [file])]
+    found = tried(args.model, chosen)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    kept = {
+        "date": datetime.date.today().isoformat(), "commit": commit.strip(), "seed": args.seed,
+        "model": Path(args.model).name, "tokens": 2 * len(KINDS) * LENGTH,
+        "mutants": {word: found[word] for word in chosen},
+    }  # fmt: skip
+    write(kept)
+    missed = [word for word, x in found.items() if x["model"] and not caught(x["suite"])]
+    print("{} edits: the loss tells {}, with KL {}, the parity suite {}".format(len(found), *told(found.values())))
+    for word in missed:
+        print(f"only the model tells {word}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
