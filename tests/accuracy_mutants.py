@@ -9,6 +9,7 @@ benchmarks/results/accuracy_mutants.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib
 import json
@@ -21,11 +22,13 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mutants
 
+from flagops.judge import mutants as judge
 from flagops.judge.derived import mutate
 
 ROOT = Path(__file__).parents[1]
@@ -65,25 +68,29 @@ def drawn(seed: int, each: int) -> list[tuple[str, int]]:
     return [x for _, group in sorted(groups.items()) for x in sorted(rng.sample(group, min(each, len(group))))]
 
 
-def enter(file: str, edited: Path) -> None:
-    """Load an edited kernel file, and anew the modules that take anything of it; the others stay compiled."""
-    from flagops.judge import mutants as judge
-
+@contextlib.contextmanager
+def entered(file: str, edited: Path) -> Iterator[None]:
+    """Inside, an edited kernel file is loaded, and anew the modules that take anything of it; all others stay compiled,
+    and come back so."""
     module = f"flagops.kernels.{file[:-3].replace('/', '.')}"
-    stale = {module}
-    loaded = {name: x for name, x in sys.modules.items() if name.startswith("flagops.kernels.") and x.__file__}
-    while True:
+    importlib.import_module(module)
+    kernels = {name: x for name, x in sys.modules.items() if name.startswith("flagops.kernels.") and x.__file__}
+    stale, more = set[str](), {module}
+    while more:
+        stale |= more
         words = "|".join(re.escape(name.rpartition(".")[2]) for name in stale)
         importing = re.compile(rf"^from \.+({words}) import|^from \.+ import .*\b({words})\b", re.MULTILINE)
-        more = {name for name, x in loaded.items() if importing.search(Path(x.__file__).read_text())} - stale
-        if not more:
-            break
-        stale |= more
+        more = {name for name, x in kernels.items() if importing.search(Path(x.__file__).read_text())} - stale
     for name in stale:
-        sys.modules.pop(name, None)
-    judge.enter(module, edited)
-    for name in stale - {module}:
-        importlib.import_module(name)
+        del sys.modules[name]
+    try:
+        judge.enter(module, edited)
+        for name in stale:
+            importlib.import_module(name)
+        yield
+    finally:
+        sys.modules.update({name: kernels[name] for name in stale})
+        judge.forget()
 
 
 def child(model: str, chosen: list[str]) -> None:
@@ -93,11 +100,9 @@ def child(model: str, chosen: list[str]) -> None:
     import torch
 
     from flagops.accuracy import measure
-    from flagops.accuracy.command import plus_minus
     from flagops.accuracy.documents import documents
     from flagops.accuracy.models import Models
     from flagops.accuracy.rows import REFERENCE, ROWS
-    from flagops.judge import mutants as judge
     from flagops.train.corpus import Corpus, shipped
 
     row = {x.name: replace(x, dtype="float32", backend="numba") for x in ROWS}
@@ -105,12 +110,12 @@ def child(model: str, chosen: list[str]) -> None:
     with tempfile.TemporaryDirectory() as place, torch.no_grad():
         models = Models(model, Path(place) / "models")
         (Path(place) / "models").mkdir()
-        with models.under(REFERENCE) as plain:
+        with models.under(REFERENCE) as (plain, _):
             expected = [plain(input_ids=x.ids, use_cache=False).logits[0, :-1] for x in found]
 
         def differs(name: str) -> measure.Measured:
             result = measure.Measured(row[name], found)
-            with models.under(row[name]) as wrong:
+            with models.under(row[name]) as (wrong, _):
                 for x, right in zip(found, expected, strict=True):
                     logits = wrong(input_ids=x.ids, use_cache=False).logits[0, :-1]
                     result.sums.append(measure.compared(right, logits, x))
@@ -124,24 +129,28 @@ def child(model: str, chosen: list[str]) -> None:
             name, *edit = mutants.MUTANTS[file][int(index)]
             edited = Path(place) / f"{number}_{Path(file).name}"
             edited.write_text(mutate((mutants.kernels() / file).read_text(), *edit))
-            start = time.monotonic()
-            try:
-                enter(file, edited)
-                results = [differs(x) for x in rows(word)]
-                loss = any(x.estimate("difference").beyond(x.row.allowed) for x in results)
-                seen = any(x.wrong for x in results)
-                said = ", ".join(
-                    f"{x.row.name} {plus_minus(x.estimate('difference'))}, KL {plus_minus(x.estimate('kl'), '')}"
-                    for x in results
-                )
-            except Exception as error:  # an edit may be noticed as early as that
-                loss, seen, said = True, True, type(error).__name__
-            print(f"model {json.dumps([loss, seen, said, round(time.monotonic() - start, 1)])}", flush=True)
-            try:
-                verdict = judge.verdict(name, "numba")
-            except Exception as error:
-                verdict = f"killed by {type(error).__name__}"
-            print(f"suite {verdict}", flush=True)
+            with contextlib.ExitStack() as edit_there:
+                start = time.monotonic()
+                try:
+                    edit_there.enter_context(entered(file, edited))
+                    results = [differs(x) for x in rows(word)]
+                    loss = any(x.estimate("difference").beyond(x.row.allowed) for x in results)
+                    seen, said = any(x.wrong for x in results), ", ".join(map(described, results))
+                except Exception as error:  # an edit may be noticed as early as that
+                    loss, seen, said = True, True, type(error).__name__
+                print(f"model {json.dumps([loss, seen, said, round(time.monotonic() - start, 1)])}", flush=True)
+                try:
+                    verdict = judge.verdict(name, "numba")
+                except Exception as error:
+                    verdict = f"killed by {type(error).__name__}"
+                print(f"suite {verdict}", flush=True)
+
+
+def described(found: Any) -> str:
+    from flagops.accuracy.command import plus_minus
+
+    difference, kl = found.estimate("difference"), found.estimate("kl")
+    return f"{found.row.name} {plus_minus(difference)}, KL {plus_minus(kl, '')}"
 
 
 def rows(word: str) -> tuple[str, ...]:
@@ -221,9 +230,9 @@ def write(kept: dict[str, object]) -> None:
         "Wrong kernels that a trained DeepSeek-V4 tells by its held-out loss, and that the parity suite tells",
         "(`python tests/accuracy_mutants.py`).", "",
         f"{kept['date']}, {kept['commit']}, seed {kept['seed']}: of {len(kept['mutants'])} edits of numba's kernels",
-        f"the loss of {kept['model']} over {kept['tokens']:,} tokens tells **{loss}** (its paired difference exceeds what",
-        f"the row may have by three standard errors, or the model fails), loss and KL divergence together **{model}**,",
-        f"the parity suite **{suite}**.", "",
+        f"the loss of {kept['model']} over {kept['tokens']:,} tokens tells **{loss}** (its paired difference exceeds",
+        f"what the row may have by three standard errors, or the model fails), with KL divergence **{model}**, the",
+        f"parity suite **{suite}**.", "",
         "| kernels | edits | told by the loss | with KL | by the parity suite |", "| --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for file, found in files.items():

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("numba")
 
 import flagops  # noqa: E402
-from flagops import checkpoint  # noqa: E402
+from flagops import checkpoint, tables  # noqa: E402
 from flagops.__main__ import main  # noqa: E402
 from flagops.accuracy import measure, models, published  # noqa: E402
 from flagops.accuracy.documents import Document, documents  # noqa: E402
@@ -29,6 +30,7 @@ from flagops.train.corpus import HELD, KINDS, KNOWN, LANGUAGE, RANDOM, VOCABULAR
 from flagops.train.export import export  # noqa: E402
 from flagops.train.model import SIZES  # noqa: E402
 
+PAGE = Path(__file__).parents[1] / "docs" / "accuracy.md"
 SMALL = {
     "hidden_size": 128, "num_attention_heads": 2, "q_lora_rank": 128, "o_lora_rank": 64, "n_routed_experts": 4,
     "index_n_heads": 16, "index_topk": 8, "sliding_window": 16, "initializer_range": 0.1,
@@ -214,6 +216,14 @@ def test_eight_bits_enter_linear_layers_and_both_products_of_an_expert(folder, t
         models.rounded(eight, ["norm.weight"])
 
 
+@pytest.mark.skipif(not PAGE.exists(), reason="not a checkout")
+def test_the_page_has_what_the_source_says():
+    page = PAGE.read_text(encoding="utf-8")
+    assert tables.markdown(published.COLUMNS, published.rows()) in page
+    for row in ROWS:
+        assert f"| `{row.name}` | {row.about} | {row.allowed:g} | {row.why} |" in page
+
+
 def test_every_row_says_before_what_it_may_differ_by_and_why():
     assert len({row.name for row in (REFERENCE, *ROWS)}) == len(ROWS) + 1
     assert all(row.allowed > 0 and row.why for row in ROWS)
@@ -236,6 +246,9 @@ def test_the_table_of_a_deepseek_v4(folder, tmp_path, capsys):
         rows[name]["kl"]["value"] > 1000 * rows["numba"]["kl"]["value"] for name in rows.keys() - exact - {"reference"}
     )
     assert rows["w4a8"]["kl"]["value"] > rows["int8"]["kl"]["value"]
+    assert all(
+        row["replaced"] in (None, 1) or [*row["passed"]] == ["grouped_output_projection"] for row in found["rows"]
+    )
     wrong = [name for name, row in rows.items() if row["wrong"]]
     assert code == (1 if wrong else 0)
     for name, row in rows.items():
@@ -279,7 +292,7 @@ def test_rows_that_apply_to_another_model(llama, tmp_path, capsys):
     assert accuracy(llama, "--json", numbers) == 0
     found = json.loads(numbers.read_text())
     assert found["left_out"].keys() == {"official", "packed", "packed-fp8", "packed-official", "fp8"}
-    assert "left out: packed, it is of weights in FP4 or FP8" in capsys.readouterr().out
+    assert "left out: packed, it needs weights in FP4 or FP8" in capsys.readouterr().out
     assert {"int8", "w4a8", "numba", "torch-bf16"} <= {row["name"] for row in found["rows"]}
 
 
@@ -289,6 +302,7 @@ def refused(capsys, *words):
 
 
 def test_what_is_refused_and_why(folder, llama, tmp_path, capsys, monkeypatch):
+    assert "no picture's name ends so" in refused(capsys, folder, "--plot", tmp_path / "x.pictures")
     short = tmp_path / "short.txt"
     short.write_text("short")
     assert "corpus has 5 bytes" in refused(capsys, folder, "--text", short)

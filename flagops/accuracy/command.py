@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.util
 import json
 import math
@@ -32,7 +33,7 @@ _EXAMPLES = """examples:
   TRITON_INTERPRET=1 flagops accuracy --row triton --tokens 1 --length 128
 """
 COLUMNS = (
-    "row", "computed by", "nats a token", "difference", "allowed", "KL", "same token", "known, right", ""
+    "row", "computed by", "replaced", "nats a token", "difference", "allowed", "KL", "same token", "known, right", ""
 )  # fmt: skip
 
 
@@ -43,6 +44,8 @@ def run(argv: Sequence[str]) -> int:
     for needed, name in (("transformers", "transformers"), ("matplotlib", "bench" if options.plot else "")):
         if name and importlib.util.find_spec(needed) is None:
             raise ModuleNotFoundError(f"flagops accuracy needs {needed} (pip install flagops[{name}])")
+    if options.plot:
+        _drawable(options.plot)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     from flagops.train.corpus import Corpus, shipped
@@ -102,20 +105,31 @@ def _chosen(names: Sequence[str] | None) -> list[Row]:
     return [replace(known[name], asked=True) for name in dict.fromkeys(names)]
 
 
+def _drawable(path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.lower().lstrip(".") not in known:
+        raise ValueError(f"--plot {path}: no picture's name ends so; known: {', '.join(sorted(known))}")
+
+
 def _facts(
     models: Models, found: Sequence[Document], results: Sequence[Measured], left: dict[str, str],
     options: argparse.Namespace,
 ) -> dict[str, Any]:  # fmt: skip
     """What `--json` writes."""
+    import torch
+    import transformers
+
     from flagops import __version__
     from flagops.train.corpus import KNOWN
 
-    from .measure import PROMPT, SUMS
+    from .measure import SUMS, prompt
 
     kinds = list(dict.fromkeys(x.kind for x in found))
-    prompt = next(x.ids[0, :PROMPT].tolist() for x in found if x.kind == "text")
     return {
-        "flagops": __version__,
+        "date": datetime.date.today().isoformat(),
+        "versions": {"flagops": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "model": models.name,
         "documents": len(found),
         "tokens": sum(x.ids.shape[1] for x in found),
@@ -124,7 +138,7 @@ def _facts(
         "length": options.length,
         "seed": options.seed,
         "text": str(options.text) if options.text else "shipped",
-        "prompt": words(models.tokenizer, prompt),
+        "prompt": words(models.tokenizer, prompt(found)),
         "rows": [
             {
                 "name": x.row.name,
@@ -133,6 +147,8 @@ def _facts(
                 "why": x.row.why,
                 "wrong": x.wrong,
                 **{what: _numbers(x.estimate(what)) for what in SUMS},
+                "replaced": min(x.shares, default=None),
+                "passed": x.passed,
                 "perplexity": math.exp(x.estimate("nats").value),
                 "kinds": {kind: {what: _numbers(x.estimate(what, kind)) for what in SUMS} for kind in kinds},
                 "goes_on": words(models.tokenizer, x.continuation),
@@ -162,7 +178,8 @@ def _said(facts: dict[str, Any], results: Sequence[Measured], texts: bool) -> in
     tables.show(title, COLUMNS, [cells(x) for x in results])
     print(
         f"Of {facts['counted']:,} tokens something can be said, {facts['known']:,} of them were said before. ± is a "
-        "standard error, documents being drawn anew; a difference is paired, token by token, with the reference."
+        "standard error, documents being drawn anew; a difference is paired, token by token, with the reference. "
+        "Replaced is the share, of the calls that flagops was asked for, that it computed."
     )
     for name, reason in facts["left_out"].items():
         print(f"left out: {name}, {' '.join(reason.split())}")
@@ -193,7 +210,16 @@ def cells(found: Measured) -> tuple[str, ...]:
     recall = "" if math.isnan(right.value) else f"{right.value:.2%} ± {right.error:.2%}"
     nats = found.estimate("nats")
     verdict = "WRONG" if found.wrong else ""
-    return (found.row.name, found.row.about, f"{nats.value:.4f} ± {nats.error:.4f}", *compared, recall, verdict)
+    replaced = f"{min(found.shares):.0%}" if found.shares else ""
+    return (
+        found.row.name,
+        found.row.about,
+        replaced,
+        f"{nats.value:.4f} ± {nats.error:.4f}",
+        *compared,
+        recall,
+        verdict,
+    )
 
 
 def plus_minus(estimate: Estimate, sign: str = "+") -> str:

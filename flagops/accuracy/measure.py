@@ -5,11 +5,8 @@ So a vocabulary of any size takes no more memory than one document's logits, and
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +30,8 @@ Begin = Callable[[str], None]
 
 @dataclass
 class Measured:
-    """A row's sums by document, ``[documents][SUMS]``, and how it goes on after the prompt.
+    """A row's sums by document, ``[documents][SUMS]``, the share of the calls that flagops was asked for and computed
+    in each, if for any, why it did not compute all, by operator, and how the row goes on after the prompt.
 
     nats, difference (to the reference), kl (of the next token's distributions, the reference's from the row's) and
     agreement (the same likeliest token) are of the tokens of which something can be said; right and right_difference
@@ -43,6 +41,8 @@ class Measured:
     row: Row
     documents: Sequence[Document]
     sums: list[list[float]] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+    passed: dict[str, list[str]] = field(default_factory=dict)
     continuation: list[int] = field(default_factory=list)
 
     def estimate(self, what: str, kind: str = "") -> Estimate:
@@ -72,7 +72,7 @@ def measured(
         begin(f"{row.name}: its model")
         try:
             with models.under(row):
-                pass
+                pass  # it can be made
         except (Unsupported, ValueError) as reason:
             if row is REFERENCE or row.asked:
                 raise
@@ -84,15 +84,18 @@ def measured(
         expected = None
         for result in results:
             begin(f"{result.row.name}, document {number + 1} of {len(found)}")
-            with computing(models, result.row) as model:
+            with torch.no_grad(), models.under(result.row) as (model, handle):
                 logits = model(input_ids=document.ids, use_cache=False).logits[0, :-1]
+            if handle is not None:
+                report = handle.report()
+                result.shares.append(report.share)
+                result.passed |= {row.op: [*row.passed] for row in report.rows if row.passed}
             expected = logits if expected is None else expected
             result.sums.append(compared(expected, logits, document))
-    prompt = next(x.ids[0, :PROMPT].tolist() for x in found if x.kind == "text")
     for result in results:
         begin(f"{result.row.name}: what it says")
-        with computing(models, result.row) as model:
-            result.continuation = list(greedy(model, prompt, CONTINUATION))
+        with torch.no_grad(), models.under(result.row) as (model, _):
+            result.continuation = list(greedy(model, prompt(found), CONTINUATION))
     return results, left
 
 
@@ -101,11 +104,9 @@ def steps(rows: Sequence[Row], found: Sequence[Document]) -> int:
     return (len(rows) + 1) * (len(found) + 2)
 
 
-@contextmanager
-def computing(models: Models, row: Row) -> Iterator[Any]:
-    """A row's model, without gradients."""
-    with torch.no_grad(), models.under(row) as model:
-        yield model
+def prompt(found: Sequence[Document]) -> list[int]:
+    """The beginning of the first natural text."""
+    return next(x.ids[0, :PROMPT].tolist() for x in found if x.kind == "text")
 
 
 def compared(expected: Tensor, logits: Tensor, document: Document) -> list[float]:
@@ -113,7 +114,8 @@ def compared(expected: Tensor, logits: Tensor, document: Document) -> list[float
     totals = [0.0] * len(SUMS)
     size = max(1, _CHUNK // logits.shape[-1])
     wanted, known, counted = document.ids[0, 1:], document.sayable[1:] == KNOWN, document.counted
-    for part in map(slice, range(0, len(logits), size), itertools.chain(range(size, len(logits), size), [None])):
+    for start in range(0, len(logits), size):
+        part = slice(start, start + size)
         p, q = (x[part].double().log_softmax(-1) for x in (expected, logits))
         own, theirs = (-x.gather(1, wanted[part, None])[:, 0] for x in (q, p))
         best, reference = q.argmax(-1), p.argmax(-1)

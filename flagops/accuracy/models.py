@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class Models:
             import transformers
 
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            if not self.tokenizer.is_fast:
+                raise Refused(f"{path}: its tokenizer does not say where its tokens were; expected a tokenizer.json")
         elif words != VOCABULARY:
             raise Refused(
                 f"{path} has a vocabulary of {words} and no tokenizer: expected one beside it, or the {VOCABULARY} "
@@ -71,44 +73,39 @@ class Models:
     def lacks(self, row: Row) -> str | None:
         """Why a row does not apply to this model, or None."""
         missing = sorted(row.needs - self.has)
-        return f"it is of {' and '.join(missing)}" if missing else None
+        return f"it needs {' and '.join(missing)}" if missing else None
 
-    def under(self, row: Row) -> AbstractContextManager[Any]:
-        """A context in which the model computes as a row says; entering it gives the model.
+    @contextmanager
+    def under(self, row: Row) -> Iterator[tuple[Any, Any]]:
+        """Inside, the model computes as a row says: the model, and the handle of what is replaced in it, or None.
 
         What is made for it, at first, is kept. Raises Unsupported for a backend that cannot run here, Refused for what
         cannot be converted.
         """
         if row.weights in ("packed", "fp8"):
-            return nullcontext(self._packed(row))
+            model = self._packed(row)
+            yield model, model.flagops
+            return
         model = self._wide(row.dtype) if row.weights == "wide" else self._integers(row.weights)
         if row.backend == "":
-            return nullcontext(model)
-        return self._replaced(model, row)
-
-    @contextmanager
-    def _replaced(self, model: Any, row: Row) -> Iterator[Any]:
-        if V4 in self.has:
-            with flagops.patch(model, backend=row.backend, numerics=row.numerics):
-                yield model
+            yield model, None
+        elif V4 in self.has:
+            with flagops.patch(model, backend=row.backend, numerics=row.numerics) as handle:
+                yield model, handle
         else:
-            with flagops.enable(backend=row.backend):
-                yield model
+            with flagops.enable(backend=row.backend) as handle:
+                yield model, handle
 
     def _wide(self, dtype: str) -> Any:
+        """As transformers loads it: what it keeps in float32 in any dtype, it keeps there."""
         key = ("wide", dtype)
         if key not in self._made:
-            if dtype != "float32":
-                self._made[key] = self._narrowed(getattr(torch, dtype))
+            real = getattr(torch, dtype)
+            if self.name == SMOLLM2:
+                self._made[key] = copy.deepcopy(self._wide("float32")).to(real)
             else:
-                self._made[key] = built(self._converted("bf16") if NARROW in self.has else self.folder)
+                self._made[key] = built(self._converted("bf16") if NARROW in self.has else self.folder, real)
         return self._made[key]
-
-    def _narrowed(self, dtype: torch.dtype) -> Any:
-        """As transformers loads it: what it keeps in float32, it keeps there."""
-        if self.name == SMOLLM2:
-            return copy.deepcopy(self._wide("float32")).to(dtype)
-        return built(self._converted("bf16") if NARROW in self.has else self.folder, dtype)
 
     def _converted(self, to: str) -> Path:
         folder = self.place / to
@@ -138,7 +135,7 @@ class Models:
         return self._made[key]
 
 
-def built(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def built(folder: Path, dtype: torch.dtype) -> Any:
     """transformers' own model of a folder, nothing missing. Raises Refused where a tensor is, or has another shape."""
     import transformers
 
