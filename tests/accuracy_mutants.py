@@ -40,8 +40,8 @@ PATCHED = {
 """Operators of a patched model."""
 STORED = {"fp8_matmul", "fp4_matmul", "fp8_quantize", "fp8_fake_quantize", "fp4_fake_quantize", "hadamard"}
 """Operators of a model as it is stored, and of the official numerics."""
-CODES = {f"numba/{name}.py" for name in ("_qmatmul", "_coded_tiles", "_scales", "_formats", "quantize")}
-"""Files whose other operators, too, meet codes alone."""
+CODES = {"numba/_qmatmul.py", "numba/_scales.py"}
+"""Where experts are multiplied in one call with codes, which a model does that copies them (`pack`): not these."""
 LENGTH = 600
 """Tokens of a document, of which there are two of each kind: past the window, and the indexer selects 64 of 150."""
 PATIENCE = 400
@@ -55,7 +55,8 @@ def used() -> list[tuple[str, int]]:
         for file, edits in mutants.MUTANTS.items()
         if edits and mutants.backend_of(file) == "numba"
         for index, (operator, *_) in enumerate(edits)
-        if operator in PATCHED | STORED and (file, index) not in mutants.EQUIVALENT
+        if operator in STORED or (operator in PATCHED and file not in CODES)
+        if (file, index) not in mutants.EQUIVALENT
     ]
 
 
@@ -156,8 +157,7 @@ def described(found: Any) -> str:
 def rows(word: str) -> tuple[str, ...]:
     """The rows of `flagops accuracy` that run a mutant."""
     file, _, index = word.partition(":")
-    coded = file in CODES or mutants.MUTANTS[file][int(index)][0] in STORED
-    return ("packed", "packed-official") if coded else ("numba",)
+    return ("packed", "packed-official") if mutants.MUTANTS[file][int(index)][0] in STORED else ("numba",)
 
 
 def tried(model: str, chosen: list[str]) -> dict[str, dict[str, object]]:
