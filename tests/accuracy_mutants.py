@@ -42,8 +42,8 @@ STORED = {"fp8_matmul", "fp4_matmul", "fp8_quantize", "fp8_fake_quantize", "fp4_
 """Operators of a model as it is stored, and of the official numerics."""
 CODES = {"numba/_qmatmul.py", "numba/_scales.py"}
 """Where experts are multiplied in one call with codes, which a model does that copies them (`pack`): not these."""
-LENGTH = 600
-"""Tokens of a document, of which there are two of each kind: past the window, and the indexer selects 64 of 150."""
+TOKENS, LENGTH = 9600, 400
+"""Of all documents and of each: four of a kind, past the window, and the indexer selects 64 of 100 entries."""
 PATIENCE = 400
 """Seconds for a mutant: its kernels are compiled anew."""
 
@@ -107,7 +107,7 @@ def child(model: str, chosen: list[str]) -> None:
     from flagops.train.corpus import Corpus, shipped
 
     row = {x.name: replace(x, dtype="float32", backend="numba") for x in ROWS}
-    found = documents(Corpus(shipped()), 0, 1, LENGTH)
+    found = documents(Corpus(shipped()), 0, TOKENS, LENGTH)
     with tempfile.TemporaryDirectory() as place, torch.no_grad():
         models = Models(model, Path(place) / "models")
         (Path(place) / "models").mkdir()
@@ -160,16 +160,15 @@ def rows(word: str) -> tuple[str, ...]:
     return ("packed", "packed-official") if mutants.MUTANTS[file][int(index)][0] in STORED else ("numba",)
 
 
-def tried(model: str, chosen: list[str]) -> dict[str, dict[str, object]]:
+def tried(model: str, chosen: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What both said of each mutant, from as many processes as they end: ending one is being noticed too."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("FLAGOPS_", "TRITON_"))}
     environment |= {"FLAGOPS_CACHE": os.devnull, "NUMBA_OPT": "0"}  # an edited kernel must never meet compiled code
-    found: dict[str, dict[str, object]] = {}
     todo = list(chosen)
     while todo:
         command = [sys.executable, "-W", "ignore", __file__, "--model", model, "--child", *todo]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        at = ""
+        at, found = "", {}
         timer = threading.Timer(PATIENCE, process.kill)
         timer.start()
         for line in process.stdout:
@@ -180,25 +179,21 @@ def tried(model: str, chosen: list[str]) -> dict[str, dict[str, object]]:
             timer = threading.Timer(PATIENCE, process.kill)
             timer.start()
             if kind == "begin":
-                at = said
+                at, found = said, {}
+                todo.remove(at)
             elif kind == "model":
-                loss, seen, text, seconds = json.loads(said)
-                found[at] = {"loss": loss, "model": seen, "said": text, "seconds": seconds}
+                found = dict(zip(("loss", "model", "said", "seconds"), json.loads(said), strict=True))
             else:
-                found[at]["suite"] = said
-                print(f"{at}: {found[at]}", flush=True)
+                yield at, found | {"suite": said}
         timer.cancel()
         code = process.wait()
         if code and not at:
             raise SystemExit(f"no mutant could be tried: exit code {code}")
-        if code and at not in found:
-            found[at] = {"loss": True, "model": True, "said": f"ended its process ({code})", "seconds": None}
-        if code and "suite" not in found[at]:
-            ended = found[at]["said"].startswith("ended")
-            found[at]["suite"] = alone(at) if ended else f"ended its process ({code})"
-            print(f"{at}: {found[at]}", flush=True)
-        todo = [word for word in todo if word not in found]
-    return found
+        if code:
+            ended = f"ended its process ({code})"
+            yield at, found | {"suite": ended} if found else {
+                "loss": True, "model": True, "said": ended, "seconds": None, "suite": alone(at),
+            }  # fmt: skip
 
 
 def alone(word: str) -> str:
@@ -249,7 +244,6 @@ def write(kept: dict[str, object]) -> None:
 
 def main() -> int:
     from flagops.accuracy.models import SHIPPED
-    from flagops.train.corpus import KINDS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(SHIPPED), help="a checkpoint of `flagops train`")
@@ -262,14 +256,16 @@ def main() -> int:
         child(args.model, args.child)
         return 0
     chosen = [f"{file}:{index}" for file, index in drawn(args.seed, args.each) if file in (args.files or [file])]
-    found = tried(args.model, chosen)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    found: dict[str, dict[str, Any]] = {}
     kept = {
         "date": datetime.date.today().isoformat(), "commit": commit.strip(), "seed": args.seed,
-        "model": Path(args.model).name, "tokens": 2 * len(KINDS) * LENGTH,
-        "mutants": {word: found[word] for word in chosen},
+        "model": Path(args.model).name, "tokens": TOKENS, "length": LENGTH, "mutants": found,
     }  # fmt: skip
-    write(kept)
+    for word, said in tried(args.model, chosen):
+        found[word] = said
+        print(f"{len(found)} of {len(chosen)}, {word}: {said}", flush=True)
+        write(kept)
     missed = [word for word, x in found.items() if x["model"] and not caught(x["suite"])]
     print("{} edits: the loss tells {}, with KL {}, the parity suite {}".format(len(found), *told(found.values())))
     for word in missed:
