@@ -253,7 +253,7 @@ def test_the_table_of_a_deepseek_v4(folder, tmp_path, capsys):
     assert code == (1 if wrong else 0)
     for name, row in rows.items():
         assert re.search(rf"^ *{name} ", said, re.MULTILINE)
-        assert (f"{name} differs by" in said) == row["wrong"]
+        assert bool(re.search(rf"^{name} differs by", said, re.MULTILINE)) == row["wrong"]
         assert set(row["kinds"]) == set(KINDS)
         nats = row["nats"]["value"]
         near(nats - rows["reference"]["nats"]["value"], row["difference"]["value"], nats)
@@ -289,8 +289,11 @@ def test_a_kernel_that_is_off_by_one_percent_fails(folder, one_percent_off, caps
 
 def test_rows_that_apply_to_another_model(llama, tmp_path, capsys):
     numbers = tmp_path / "numbers.json"
-    assert accuracy(llama, "--json", numbers) == 0
+    code = accuracy(llama, "--json", numbers)
     found = json.loads(numbers.read_text())
+    wrong = {row["name"] for row in found["rows"] if row["wrong"]}
+    assert code == bool(wrong)
+    assert wrong <= {"int8", "w4a8"}  # which random weights may not stand
     assert found["left_out"].keys() == {"official", "packed", "packed-fp8", "packed-official", "fp8"}
     assert "left out: packed, it needs weights in FP4 or FP8" in capsys.readouterr().out
     assert {"int8", "w4a8", "numba", "torch-bf16"} <= {row["name"] for row in found["rows"]}
