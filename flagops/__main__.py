@@ -239,6 +239,7 @@ FORWARDED = {
     "demo": ("tools.demo", "run", "a real language model, and a small DeepSeek-V4, generating on replaced operators"),
     "bench": ("tools.bench", "run", "speeds by named workload, verified before they are timed"),
     "train": ("train.command", "run", "a small DeepSeek-V4 trained on a CPU, by these operators and their gradients"),
+    "accuracy": ("accuracy.command", "run", "what a backend, a format or a conversion costs a model, and its error"),
     "tune": ("tools.tune", "run", "measure which kernels are fastest on this machine, for all later processes"),
     "plan": ("distributed.plan", "run", "what tensor parallelism of the output projection costs, and whether it fits"),
     "coverage": ("override.coverage", "command", "which calls of a model or script flagops serves, and why not others"),

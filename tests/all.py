@@ -63,6 +63,11 @@ ROWS = {
         ("flagops/judge/*.py", "flagops/cases.py", "flagops/layouts.py", "tests/wrong_kernels/*.py"),
         ((sys.executable, "tests/judge_table.py", "--again"),),
     ),
+    "accuracy": Row(
+        "whatever edit of a kernel a trained DeepSeek-V4 tells by its loss, the parity suite must tell too",
+        (*KERNELS, "flagops/accuracy/*.py", "tests/accuracy_mutants.py", "tests/mutants.py", "tests/families/*.py"),
+        ((sys.executable, "tests/accuracy_mutants.py"),),
+    ),
     "examples": Row(
         "1000 drawn examples where make test draws 50",
         (*KERNELS, "tests/test_parity.py"),

@@ -26,6 +26,7 @@ MISSING = {
     "tune": [], "bisect": ["{absent}", "--within 0 {absent}"], "coverage": ["{absent}.py", "NoSuchModel"],
     "convert": ["{absent} {tmp}/dst", "{file} {tmp}/dst"], "verify": ["{absent} {tmp}", "{tmp} {absent}"],
     "train": ["{tmp} --text {absent}", "{tmp} --text {tmp}"],
+    "accuracy": ["{absent}", "{file}", "{tmp}", "--text {absent}"],
     "generate": ["{absent} --prompt x", "{tmp} --prompt x", "{tmp} --ids 3", "{file} --ids 3"],
 }  # fmt: skip
 DEVICE = {
@@ -34,7 +35,7 @@ DEVICE = {
     "check": ["matmul --backend nunba"], "warmup": ["--backend nunba"], "demo": ["--backend nunba"],
     "bench": ["matmul --device nope", "matmul --device cuda:77", "matmul --device cpu --backend nunba"],
     "coverage": ["{file} --backend nunba"], "convert": ["{tmp} {tmp}/dst --backend nunba"],
-    "verify": ["{tmp} {tmp}/dst --backend nunba"], "train": [],
+    "verify": ["{tmp} {tmp}/dst --backend nunba"], "train": [], "accuracy": [],
     "generate": ["{tmp} --ids 3 --backend nunba"],
 }  # fmt: skip
 OUTPUT = {
@@ -43,6 +44,7 @@ OUTPUT = {
     "bench": [f"--{kind} {where}" for kind in ("json", "markdown", "plot") for where in ("{absent}/x", "{file}/x")],
     "convert": ["{tmp} {file}", "{tmp} {file}/dst"], "verify": [], "tune": ["--out {absent}/x", "--out {tmp}"],
     "train": ["{absent}/x", "{file}", "{file}/x"],
+    "accuracy": [f"{{tmp}} --{kind} {where}" for kind in ("json", "plot") for where in ("{absent}/x", "{tmp}")],
     "generate": [],
 }  # fmt: skip
 WORDS = {
@@ -50,7 +52,7 @@ WORDS = {
     "doctor": "--jsn", "ops": "--jsn", "check": "matmull", "warmup": "matmull", "demo": "--tokens 0", "run": "",
     "bisect": "--within 2 {file}", "bench": "--workload no-such-load", "plan": "--model v4-flash --tp 8 --memory 32",
     "tune": "--jsn", "coverage": "", "convert": "{tmp} {tmp}/dst --memory lots", "verify": "{tmp} {tmp}/dst --sample 2",
-    "train": "{tmp} --text {file}",
+    "train": "{tmp} --text {file}", "accuracy": "{tmp} --row nunba",
     "generate": "{tmp} --ids 3 --memory lots",
 }  # fmt: skip
 ROWS = [

