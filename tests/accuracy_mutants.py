@@ -243,10 +243,10 @@ def write(kept: dict[str, object]) -> None:
 
 
 def main() -> int:
-    from flagops.accuracy.models import SHIPPED
+    from flagops.deepseek_v4.examples import TRAINED
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(SHIPPED), help="a checkpoint of `flagops train`")
+    parser.add_argument("--model", default=str(TRAINED), help="a checkpoint of `flagops train`")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--each", type=int, default=2, help="edits of each file and operator")

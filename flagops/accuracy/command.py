@@ -48,15 +48,16 @@ def run(argv: Sequence[str]) -> int:
         _drawable(options.plot)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    from flagops.deepseek_v4.examples import TRAINED
     from flagops.train.corpus import Corpus, shipped
 
     from .documents import documents
     from .measure import measured, steps
-    from .models import SHIPPED, Models
+    from .models import Models
 
     corpus = Corpus(options.text.read_bytes() if options.text else shipped())
     with tempfile.TemporaryDirectory(prefix="flagops-accuracy-") as place:
-        models = Models(options.model or SHIPPED, Path(place))
+        models = Models(options.model or TRAINED, Path(place))
         left = {row.name: reason for row in rows if (reason := models.lacks(row))}
         for name in left if options.row else ():
             raise ValueError(f"row {name} does not apply to {models.name}: {left[name]}")

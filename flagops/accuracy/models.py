@@ -23,8 +23,6 @@ from flagops.train.corpus import VOCABULARY
 
 from .rows import FOLDER, NARROW, V4, Row
 
-SHIPPED = Path(flagops.__file__).parent / "data" / "small_v4"
-"""The trained DeepSeek-V4 of 4.8 million parameters that comes with flagops, made by `flagops train`."""
 SMOLLM2 = "smollm2"
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _NARROWEST = ("F4", "F8_E4M3", "I8", "U8")

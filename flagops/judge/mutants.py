@@ -144,18 +144,22 @@ def forget() -> None:
 
 
 def verdict(operator: str, backend: str, seed: int = 0) -> str:
-    """Run the suite until it notices what is loaded."""
+    """Run the suite, and where the kernel has a backward its gradients, until they notice what is loaded."""
     from flagops import testing
 
-    for more in range(8):
-        try:
-            ran, _ = testing.check(registry.operator(operator), backend, 50, seed + more)
-        except Unsupported as reason:
-            return f"not run: {reason}"
-        except (AssertionError, ArithmeticError, LookupError, RuntimeError, ValueError, TypeError) as error:
-            return f"{KILLED} by {type(error).__name__}"
-        if not ran:
-            return "not run"
+    from .session import hold_gradients
+
+    op = registry.operator(operator)
+    try:
+        for more in range(8):
+            ran, _ = testing.check(op, backend, 50, seed + more)
+            if not ran:
+                return "not run"
+        hold_gradients(op, backend, 60, seed)
+    except Unsupported as reason:
+        return f"not run: {reason}"
+    except (AssertionError, ArithmeticError, LookupError, RuntimeError, ValueError, TypeError) as error:
+        return f"{KILLED} by {type(error).__name__}"
     return SURVIVED
 
 

@@ -307,6 +307,14 @@ def _gradient_cases(session: Session) -> Iterator[Case]:
             yield dataclasses.replace(one, values=values, layouts=layouts, kind="torch", inplace=False)
 
 
+def hold_gradients(op: Operator, backend: str, count: int, seed: int) -> None:
+    """The first cases of the judge's gradients, none where the backend has no backward. Raises AssertionError."""
+    session = Session(op, backend, seed)
+    for case in itertools.islice(_gradient_cases(session), count):
+        with contextlib.suppress(Unsupported):
+            _gradient(session, case)
+
+
 def _around(session: Session) -> Iterator[Case]:
     function = registry.find(session.op.name, session.backend).function
     return session.draws.around(constants(function)[:40])
