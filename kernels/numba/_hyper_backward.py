@@ -39,7 +39,7 @@ from ._tiles import DOT_COLUMNS, DOT_ROWS, DOT_WIDTH, OUTER_ROWS, OUTER_VECTORS,
 from ._vectors import LANES, TAGS, cast, fma, lanes, vsplat, vsum
 
 _TOKENS = 32  # of a task
-_COLUMNS = 1024  # channels of a token that hc_post's gradients are made of at a time
+_COLUMNS = 256  # channels of a token that hc_post's gradients are made of at a time
 
 
 def _dense(x: Any, lead: Sequence[int], tail: int, real: str) -> Any:
