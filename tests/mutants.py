@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 
 import interpreter
-from flagops.kernels.numba._amx import TILES
 
 from flagops.backends.numba import features
 from flagops.judge.derived import derived, mutate
@@ -28,7 +27,11 @@ TABLES = [runpy.run_path(str(path)) for path in sorted(Path(__file__).with_name(
 EQUIVALENT: dict[tuple[str, int], str] = {k: v for t in TABLES for k, v in t.get("EQUIVALENT", {}).items()}
 # Code for processors that add products of bfloat16 in pairs; of it, what tile registers replace, and what needs them.
 _without = (
-    {"IN_VECTORS"} if TILES else {"IN_TILES"} if "+avx512bf16" in features() else {"PAIRED", "IN_VECTORS", "IN_TILES"}
+    {"IN_VECTORS"}
+    if "+amx-bf16" in features()
+    else {"IN_TILES"}
+    if "+avx512bf16" in features()
+    else {"PAIRED", "IN_VECTORS", "IN_TILES"}
 )
 EQUIVALENT |= {k: "the processor does not run it" for t in TABLES for name in _without for k in t.get(name, ())}
 

@@ -309,3 +309,28 @@ def test_why_nothing_is_kept_is_said(tmp_path):
     assert "none, " in done.stdout, done.stderr
     assert "can be written by other users (mode 0777)" in done.stdout
     assert "compiled numba kernels are not cached" in done.stderr, "a warning"
+
+
+def test_an_edited_copy_of_a_module_leaves_no_code(tmp_path):
+    """As mutants are: under the module's own name, from another file."""
+    script = """
+        import os, sys
+        from pathlib import Path
+        import numpy, flagops
+        from flagops.judge.mutants import enter
+        from flagops.kernels.numba import rotary
+        copy = Path(sys.argv[1]) / "rotary.py"
+        copy.write_text(Path(rotary.__file__).read_text().replace("a * cosine - b * sine", "a * cosine + b * sine"))
+        enter("flagops.kernels.numba.rotary", copy)
+        x, angle = numpy.ones((1, 1, 2), numpy.float32), numpy.ones((1, 1), numpy.float32)
+        flagops.rotary_embedding(x, angle, angle, backend="numba")
+    """
+    environment = os.environ | {"FLAGOPS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), str(tmp_path)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kept = [path.name for path in (tmp_path / "cache").rglob("*.nbc")]
+    assert any("_blocks" in name for name in kept)
+    assert not any(".rotary." in name for name in kept)

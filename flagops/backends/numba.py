@@ -179,10 +179,18 @@ def jit(function: Any, owner: Any = None) -> Any:
 
     dispatcher = numba.njit(**OPTIONS)(function)
     owner = owner or function
-    store = _kept(owner.__module__.rpartition(".")[0])
-    if isinstance(store, Store):
+    package = owner.__module__.rpartition(".")[0]
+    store = _kept(package)
+    if isinstance(store, Store) and _lies_in(package, owner.__code__.co_filename):
         keep(dispatcher, owner, store)
     return dispatcher
+
+
+def _lies_in(package: str, file: str) -> bool:
+    """Whether a file is the package's: an edited copy under a module's name must leave no code for the module."""
+    from importlib.resources import files
+
+    return os.path.realpath(file) == os.path.realpath(str(files(package).joinpath(os.path.basename(file))))
 
 
 @cache
