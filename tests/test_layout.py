@@ -150,6 +150,7 @@ def test_a_wheel_holds_one_package_with_everything(built):
         "flagops/__init__.pyi",
         *(f"flagops/train/{path.name}" for path in (ROOT / "flagops" / "train").glob("topics.*")),
         *(f"flagops/orders/{path.name}" for path in (ROOT / "flagops" / "orders").glob("*.json")),
+        *(f"flagops/data/small_v4/{path.name}" for path in (ROOT / "flagops" / "data" / "small_v4").iterdir()),
     }
     for folder, target in (("flagops", "flagops"), ("kernels", "flagops/kernels"), ("reference", "flagops/reference")):
         files = {path.relative_to(ROOT / folder).as_posix() for path in (ROOT / folder).rglob("*.py")}

@@ -202,7 +202,9 @@ def _slope(start, stop, real, tokens, n, target, scaled, mix, factors, pre, post
         for c in range(0, pair, count):
             inner, outer = shifted(matrix, 2 * n, c), shifted(slope, 2 * n, c)
             if n == 4:
-                sinkhorn_backward(inner, outer, 4, iters, small, history)  # what the compiler knows, it unrolls
+                sinkhorn_backward(inner, outer, 4, iters, small, history)  # as in `hyper`
+            elif n == 1:
+                sinkhorn_backward(inner, outer, 1, iters, small, history)
             else:
                 sinkhorn_backward(inner, outer, n, iters, small, history)
         _rows_of(real, slope, first, present, columns, sums, 2 * columns, 0)

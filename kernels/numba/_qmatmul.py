@@ -215,7 +215,7 @@ def _squared(start, stop, tag, packed, n, k, mc, nc, x, b, s, table, out, step, 
         columns = min(nc, n - column)
         for i in range(0, columns, GRID):
             valid = min(GRID, columns - i)
-            for first in range(0, groups, deepest):
+            for first in range(0, max(groups, 1), deepest):
                 deep = min(deepest, groups - first)
                 _decoded(packed, b, s, table, (group, column + i, first), (valid, deep), k, panel, codes, factors)
                 for j in range(0, rows, GRID):

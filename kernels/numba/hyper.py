@@ -291,6 +291,8 @@ def _coefficients(first, last, sizes, n, target, mix, pre, post, comb, work):
                 vput(work, entry, c, logit)
         if n == 4:
             sinkhorn(matrix, 4, iters, small, factors)  # what the compiler knows, it unrolls
+        elif n == 1:
+            sinkhorn(matrix, 1, iters, small, factors)  # LLVM 22 unrolls for some processors as if there were two rows
         else:
             sinkhorn(matrix, n, iters, small, factors)
         goal, other = of_task(real, pre, sizes, token), of_task(real, post, sizes, token)
