@@ -172,6 +172,7 @@ def _kept(n: int, iters: int) -> int:
 def _project(streams: Tensor, fn: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
     """The normalised projection [tokens, columns], and the factor of each token [tokens, 1]."""
     flat = streams.flatten(1)
+    fn = fn.contiguous()  # MKL multiplies a long way from one column to the next in 32 bits
     mean = torch.linalg.vecdot(flat, flat).unsqueeze(-1) / max(flat.shape[1], 1)
     factor = torch.rsqrt(mean + norm_eps)
     return torch.mm(flat, fn.t()).mul_(factor), factor
@@ -181,7 +182,7 @@ def _project_backward(
     grad: Tensor, mix: Tensor, factor: Tensor, streams: Tensor, fn: Tensor, direct: Tensor, grad_fn: Tensor
 ) -> Tensor:
     """The gradient of the streams, `direct` included; that of `fn` is added to `grad_fn`."""
-    flat = streams.flatten(1)
+    flat, fn = streams.flatten(1), fn.contiguous()
     scaled = grad * factor
     grad_fn.addmm_(scaled.t(), flat)
     along = -((grad * mix).sum(1, keepdim=True) * factor.square() / max(flat.shape[1], 1))
