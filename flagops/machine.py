@@ -52,7 +52,6 @@ def _native_bf16(torch: Any) -> bool:
     return any(check() for check in supported)
 
 
-@functools.cache
 def _tiles(torch: Any) -> bool:
     """Whether torch multiplies bfloat16 in tile registers, ten times as fast as in vectors."""
     limit = _limit()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flagops import contract, registry, tables
+from flagops.deepseek_v4.examples import read
 from flagops.errors import suggestion
 
 from . import published
@@ -170,7 +171,7 @@ def words(tokenizer: Any, ids: Sequence[int]) -> str:
     """Tokens as text; without a tokenizer they are bytes, and what is above them is none."""
     if tokenizer is not None:
         return str(tokenizer.decode(ids))
-    return bytes(x for x in ids if x < 256).decode("utf-8", "replace")
+    return read(ids)
 
 
 def _said(facts: dict[str, Any], results: Sequence[Measured], texts: bool) -> int:

@@ -186,6 +186,7 @@ def jit(function: Any, owner: Any = None) -> Any:
     return dispatcher
 
 
+@cache
 def _lies_in(package: str, file: str) -> bool:
     """Whether a file is the package's: an edited copy under a module's name must leave no code for the module."""
     from importlib.resources import files

@@ -72,35 +72,6 @@ def read(tokens: Any) -> str:
     return bytes(x for x in tokens if x < 256).decode(errors="replace")
 
 
-def long_deepseek_v4(seed: int = 0) -> Any:
-    """Four layers with V4's own window, ratios and number of streams, for prompts of thousands of tokens.
-
-    Up to 2048 tokens rounding decides nothing: experts are hashed, and the indexer selects every visible entry.
-    """
-    return random_deepseek_v4(
-        seed,
-        vocab_size=1024,
-        hidden_size=256,
-        moe_intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        head_dim=128,
-        qk_rope_head_dim=64,
-        q_lora_rank=128,
-        o_lora_rank=64,
-        n_routed_experts=16,
-        num_experts_per_tok=6,
-        index_n_heads=16,
-        index_head_dim=64,
-        index_topk=520,
-        num_hash_layers=4,
-        sliding_window=128,
-        max_position_embeddings=65536,
-        compress_ratios=[0, 4, 128, 4, 0],
-        initializer_range=0.1,
-    )
-
-
 def random_deepseek_v4(seed: int, **sizes: Any) -> Any:
     """A float32 `DeepseekV4ForCausalLM` of the given sizes, in evaluation mode."""
     import torch

@@ -149,7 +149,8 @@ def deepseek_v4(options: argparse.Namespace, show: Progress) -> Part:
     backends = _usable(run.part, options.backend, device)
     apart = device == "cpu" and "triton" not in backends and "triton" in (options.backend or ("triton",))
     tokens = options.tokens or TOKENS["deepseek-v4"]
-    _patched(run, tokens, backends)
+    answer = run.compare(tokens, "float32", BOUND_DEEPSEEK, backends)
+    run.part.text = " ".join(map(str, answer.tokens))
     if apart and find_spec("triton") and os.environ.get("TRITON_INTERPRET") != "1":
         _interpreted(run.part, tokens, show)
     return run.part
@@ -157,6 +158,8 @@ def deepseek_v4(options: argparse.Namespace, show: Progress) -> Part:
 
 def deepseek_v4_long(options: argparse.Namespace, show: Progress) -> Part:
     """A long prompt: what transformers' dense masks cost in time and memory, beside `flagops.patch`."""
+    from flagops.deepseek_v4.examples import read
+
     run = _deepseek_v4("small trained DeepSeek-V4, long prompt", "trained_deepseek_v4", LONG_PROMPT, 2, show)
     device = run.prompt.device.type
     backends = _usable(run.part, options.backend, device)
@@ -164,7 +167,8 @@ def deepseek_v4_long(options: argparse.Namespace, show: Progress) -> Part:
         if name in backends:
             backends.remove(name)
             run.part.left_out[name] = "too slow for this prompt on a CPU"
-    _patched(run, options.tokens or TOKENS["deepseek-v4"], backends)
+    answer = run.compare(options.tokens or TOKENS["deepseek-v4"], "float32", BOUND_DEEPSEEK, backends)
+    run.part.text = read(answer.tokens)
     return run.part
 
 
@@ -187,13 +191,6 @@ def _deepseek_v4(title: str, example: str, length: int, seed: int, show: Progres
         prompt, said = torch.randint(2, model.config.vocab_size, (1, length), generator=generator), "random tokens"
     part = Part(title, f"{length} {said}")
     return _Run(part, model, prompt.to(device), show, lambda name: patch(model, backend=name), OPS)
-
-
-def _patched(run: _Run, tokens: int, backends: Sequence[str]) -> None:
-    from flagops.deepseek_v4.examples import read
-
-    answer = run.compare(tokens, "float32", BOUND_DEEPSEEK, backends)
-    run.part.text = read(answer.tokens) if "trained" in run.part.name else " ".join(map(str, answer.tokens))
 
 
 def deepseek_v4_packed(options: argparse.Namespace, show: Progress) -> Part:

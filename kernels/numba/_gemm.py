@@ -400,11 +400,12 @@ def _shared(
     factor = TAGS[name] if paired else TAGS["float64" if name == "float64" else "float32"]
     width, deepest = (2, PAIR_DEPTH) if paired else (8 if name == "float64" else 4, DOT_DEPTH)
     bk, bn = steps
+    along = bk == 1 and (bn != 1 or n == 1)
     if paired and TILES:
-        kernel, unit, mc, deepest = _grids, GRID, min(m, _MANY), bk == 1 and (bn != 1 or n == 1)
+        kernel, unit, mc, deepest = _grids, GRID, min(m, _MANY), along  # in place of a depth, which factor is turned
         across = round_up.py_func(mc, GRID) if deepest else WIDTH
         span = max(DEPTH, min(round_up.py_func(k, DEPTH), _PANEL // across // DEPTH * DEPTH))
-    elif k and bk == 1 and (bn != 1 or n == 1):  # of no depth `_outer` makes zeros
+    elif k and along:  # of no depth `_outer` makes zeros
         kernel, unit, mc = _dot, UNIT, min(m, 128)
         span = min(max(_L2 // (mc * width * deepest), 1), max(-(-k // deepest), 1)) * deepest
     else:

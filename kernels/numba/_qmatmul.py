@@ -319,6 +319,7 @@ def product(
     if bounds is None:
         bounds = np.array([0, m])
     paired = PAIRS and narrow and b_scale.coded
+    squared = paired and TILES
     kind, item = (TAGS["bfloat16"], 2) if paired else (FLOAT32, 4)
     ld = round_up.py_func(k, BLOCK) + 64 // item  # rows a power of two apart would share few sets of a cache
     most = max(_ROWS, config.budget() // 4 // (item * ld) // _ROWS * _ROWS)
@@ -335,15 +336,15 @@ def product(
             _fill, padded, FLOAT32 if a_scale else TAGS[name], rows, k, a.address, a.strides[-1], where, *scale,
             *tables, packed and not paired, x, minimum=-(-SERIAL // (16 * max(k, 1))),
         )  # fmt: skip
-        mc = min(rows, 2 * _ROWS if TILES else _ROWS)
+        mc = min(rows, 2 * _ROWS if squared else _ROWS)
         blocks = row_blocks(bounds, first, first + rows, mc, 1, 1, 1)
         nc = task_columns(n, len(blocks), count, UNIT) if packed else BLOCK
         while not packed and nc > 32 and -(-n // nc) * len(blocks) < 4 * count:
             nc //= 2
-        if paired and TILES:
+        if squared:
             x, memory = _panels(x, k, mc, row_blocks(bounds, first, first + rows, mc, ld, 1, 1))
         if paired:
-            loops: Any = _squared if TILES else _paired
+            loops: Any = _squared if squared else _paired
             kernel, shape, table = loops, (packed, n, k, mc, nc), (_address(_pairs[packed]),)  # type: Any, Any, Any
         elif packed:
             kernel, shape, table = _fp4, (n, k // GROUP, mc, nc), (_address(_products),)
