@@ -74,7 +74,9 @@ def main() -> None:
 def _measured(name: str, packed: Path, expanded: Path) -> dict[str, Any]:
     folder = expanded if ARMS[name].get("expanded") else packed
     _forget(folder)
-    done = subprocess.run([sys.executable, __file__, "--arm", name, folder], stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--arm", name, folder], stdout=subprocess.PIPE, check=True, text=True
+    )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

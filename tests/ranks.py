@@ -300,8 +300,12 @@ def packed(device: str, folder: str, ids: Any, **options: Any) -> dict[str, Any]
     mapped = model.save_pretrained._mapped
     return {
         "logits": logits,
-        "bytes": sum(x.nbytes for x in held.values()),
-        "copied": {name.rpartition("self_attn.")[2] for name, x in held.items() if mapped.where(x) is None},
+        "bytes": sum(x.numel() * (2 if "norm" in name else x.itemsize) for name, x in held.items()),  # as stored
+        "copied": {
+            name.rpartition("self_attn.")[2]
+            for name, x in held.items()
+            if x.dtype.itemsize == 1 and mapped.where(x) is None
+        },
         "heads": {len(layer.self_attn.sinks) for layer in model.model.layers},
         "left": model.flagops.report().bypassed,
         "reads": arena and arena.report().reads,

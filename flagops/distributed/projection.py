@@ -61,11 +61,10 @@ class GroupedOutputProjection(nn.Module):
 
     def forward(self, o: Tensor) -> Tensor:
         """o: ``[..., heads, head_dim]``, where sharded this rank's heads; to ``[..., hidden]`` on every rank."""
-        weights = [getattr(self, name) for name in WEIGHTS]
+        wo_a, wo_b, a_scale, b_scale = (local(getattr(self, name)) for name in WEIGHTS)
         if self.parallel is None:
-            return Weights(*weights, self.backend).whole(o, self.groups)
-        wo_a, wo_b, *scales = (local(x) for x in weights)
-        return self.parallel(o, wo_a, wo_b, *scales)
+            return Weights(wo_a, wo_b, a_scale, b_scale, self.backend).whole(o, self.groups)
+        return self.parallel(o, wo_a, wo_b, a_scale, b_scale)
 
     def extra_repr(self) -> str:
         shared = f", {self.parallel.layout.scheme} over {self.parallel.layout.tp} ranks" if self.parallel else ""

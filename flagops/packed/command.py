@@ -95,8 +95,9 @@ def _ranks() -> Iterator[Any]:
         yield None
         return
     import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
 
-    mesh = dist.init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
     try:
         yield mesh
     finally:

@@ -96,6 +96,7 @@ def load(
         with agreed(mesh) as note:
             build = Build(Source(path), *options, room, partial(Ranks, mesh, scheme))
             note.update(checkpoint=build.source.fingerprint(), options=(*options, scheme, numerics))
+        assert build.ranks is not None
         build.ranks.divide(build.model, backend)
     model = build.model
     model.save_pretrained = Saved(build.mapped, build.places, whole=mesh is None)

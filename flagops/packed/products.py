@@ -196,7 +196,10 @@ class Stacked(NamedTuple):
     stacked: tuple[Tensor, Tensor, Tensor, Tensor]
     limit: float | None
     scales: str | None
-    share = None
+
+    @property
+    def share(self) -> None:
+        return None
 
     def stacks(self, indices: Tensor) -> Iterable[Stack]:
         places = torch.arange(len(self.stacked[0]), dtype=torch.int32, device=indices.device)
