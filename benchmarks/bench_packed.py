@@ -1,9 +1,9 @@
 """A checkpoint of gigabytes as it is stored: load, memory, prefill and tokens a second, beside what expanding it costs.
 
 ``python benchmarks/bench_packed.py [--experts 64] [--folder DIR] [--markdown FILE]``. The checkpoint has the widths of
-DeepSeek-V4-Flash, three layers (window, CSA, HCA), fewer experts and a smaller vocabulary, and random codes. Each arm is
-a process of its own, which loads, reads a prompt, and then makes tokens one at a time; files are dropped from the page
-cache before it. `room` is what `flagops.load(memory=...)` is given beyond the weights that are not experts.
+DeepSeek-V4-Flash, three layers (window, CSA, HCA), fewer experts, a smaller vocabulary, and random codes. Each arm is a
+process of its own, which loads, reads a prompt, and then makes tokens one at a time; files are dropped from the page
+cache before it. Room is what experts may take of the memory, as a share of them.
 """
 
 from __future__ import annotations

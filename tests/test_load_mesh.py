@@ -1,6 +1,5 @@
 """`flagops.load` over a mesh: each rank has its shards alone, and all have the logits of one."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -14,12 +13,8 @@ from flagops.distributed import plan
 
 pytest.importorskip("transformers.models.deepseek_v4")
 sys.path.insert(0, str(Path(__file__).parent))
-from load_data import floating  # noqa: E402
-
-_spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
-ranks = importlib.util.module_from_spec(_spec)
-sys.modules["ranks"] = ranks
-_spec.loader.exec_module(ranks)
+import ranks
+from load_data import floating
 
 IDS = torch.randint(2, 64, (2, 40), generator=torch.Generator().manual_seed(1))
 WIDE = {"dtype": "float32", "activations": "none"}
