@@ -17,7 +17,8 @@ from flagops.checkpoint.memory import peak
 from flagops.checkpoint.progress import amount
 from flagops.contract import Parser, Progress, natural
 
-ACTIVATIONS = ("fp8", "none")
+from .load import ACTIVATIONS, load
+
 _EXAMPLES = """examples:
   flagops generate DeepSeek-V4-Flash --prompt 'The sea is' --max-new-tokens 32
   flagops generate DeepSeek-V4-Flash --prompt 'The sea is' --memory 24GiB      experts read on demand
@@ -105,8 +106,6 @@ def _ranks() -> Iterator[Any]:
 
 
 def _model(args: argparse.Namespace, mesh: Any) -> Any:
-    from .load import load
-
     return load(
         args.path, dtype=args.dtype, activations=args.activations, pack=args.pack, memory=args.memory,
         backend=args.backend, numerics=args.numerics, mesh=mesh,
