@@ -13,6 +13,7 @@ from flagops.checkpoint.source import Source
 from flagops.errors import suggestion
 
 from .build import Build
+from .draft import Draft
 from .save import Saved
 
 ACTIVATIONS = ("fp8", "none")
@@ -26,6 +27,7 @@ def load(
     activations: str = "fp8",
     pack: bool = False,
     memory: str | int | None = None,
+    draft: bool = False,
     backend: str | Sequence[str] | None = None,
     numerics: str = "transformers",
 ) -> Any:
@@ -48,6 +50,8 @@ def load(
         memory: the most bytes, such as ``"24GiB"``, that the process may take with all weights, activations and caches
             aside: routed experts are then read on demand into what is left, kept by use and read ahead once they are
             chosen (``model.flagops_arena.report()``). Results have the same bits for every budget. None maps them.
+        draft: load DeepSeek-V4's draft layer (``mtp.0``) as well, whose weights are packed, read on demand and patched
+            as all others: ``model.flagops_draft.generate(ids, max_new_tokens, drafts)`` decodes greedily with it.
         backend, numerics: as of `flagops.patch`.
 
     ``state_dict()`` has the codes as ``weight`` and the scales as ``weight_scale_inv``, by transformers' names.
@@ -58,7 +62,8 @@ def load(
     Raises:
         ValueError: an option is unknown, or two experts do not fit into memory.
         Refused: (a ValueError) names tensor, file and remedy where the checkpoint is damaged, lacks a tensor, has one
-            of another shape or one that the model does not know, or is of a format other than these.
+            of another shape or one that the model does not know, is of a format other than these, or has no draft
+            layer that is known.
         ModuleNotFoundError: transformers is not installed.
     """
     name = arrays.parse_dtype(dtype)
@@ -75,9 +80,10 @@ def load(
         raise ValueError(
             "load: pack copies all experts into memory, and memory= reads some of them; give one of the two"
         )
-    build = Build(Source(path), getattr(torch, name), activations == "fp8", pack, room)
+    build = Build(Source(path), getattr(torch, name), activations == "fp8", pack, room, draft)
     model = build.model
     model.save_pretrained = Saved(build.mapped, build.places)
     model.flagops_arena = build.arena
+    model.flagops_draft = Draft(model) if draft else None
     model.flagops = patch(model, backend=backend, numerics=numerics)
     return model
