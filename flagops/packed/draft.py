@@ -1,9 +1,9 @@
 """DeepSeek-V4's draft layer (``mtp.0.*``): it guesses the tokens to come, and the model reads several at once.
 
-The layer takes the streams of a token, as they enter the model's head, and the token after it, and guesses the one after
-that: ``e_proj(enorm(embedding)) + h_proj(hnorm(streams))``, a decoder layer with a sliding window, a head of streams
-and a norm of its own; embedding and output layer are the model's (DeepSeek's inference code, ``MTPBlock``). For the
-guess after it the layer takes the streams that it has made itself, and the token that it has guessed.
+The layer takes the streams of a token, as they enter the model's head, and the token after it, and guesses the one
+after that: ``e_proj(enorm(embedding)) + h_proj(hnorm(streams))``, a decoder layer with a sliding window, a head of
+streams and a norm of its own; embedding and output layer are the model's (DeepSeek's inference code, ``MTPBlock``). For
+the guess after it the layer takes the streams that it has made itself, and the token that it has guessed.
 """
 
 from __future__ import annotations
