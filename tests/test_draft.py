@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import draft_data  # noqa: E402
 from draft_data import streams  # noqa: E402
 from load_data import floating  # noqa: E402
+from patching import BOUND  # noqa: E402
 
 import flagops  # noqa: E402
 from flagops import checkpoint  # noqa: E402
@@ -69,23 +70,33 @@ def decoded(model, ids, count, drafts):
     return found, accepted / guessed
 
 
+def clear(model, ids, count):
+    """The tokens without drafts, of logits whose two largest are never as near as float32 rounds."""
+    nearest = []
+    hook = model.lm_head.register_forward_hook(lambda *given: nearest.append(-given[2][0, -1].topk(2).values.diff()))
+    found = list(greedy(model, ids, count))
+    hook.remove()
+    assert min(nearest) > 2 * BOUND
+    return found
+
+
 @pytest.mark.parametrize("kind", ["text", "facts"])
 def test_the_text_is_that_without_drafts(fitted, kind):
-    """In float32, where no two tokens are as near as its rounding; some guesses are right and some are not."""
+    """Some guesses are right and some are not; the prompt is longer than a window."""
     model = flagops.load(fitted, draft=True, dtype="float32", activations="none")
-    for row in held_out(150, kind, 2).tolist():
-        expected = list(greedy(model, row, 48))
-        for drafts in (1, 2, 5):
-            found, share = decoded(model, row, 48, drafts)
-            assert found == expected
-            assert 0 < share < 1
+    ids = held_out(150, kind)[0].tolist()
+    expected = clear(model, ids, 32)
+    for drafts in (1, 4):
+        found, share = decoded(model, ids, 32, drafts)
+        assert found == expected
+        assert 0 < share < 1
 
 
 def test_wrong_guesses_change_nothing(random):
     model = flagops.load(random, draft=True, dtype="float32", activations="none")
-    expected = list(greedy(model, IDS, 40))
+    expected = clear(model, IDS, 24)
     for drafts in (1, 2):
-        found, share = decoded(model, IDS, 40, drafts)
+        found, share = decoded(model, IDS, 24, drafts)
         assert found == expected
         assert share < 1
 
@@ -160,11 +171,12 @@ def test_guesses_are_those_of_the_definition(random):
     assert wanted.std() > 0.1
 
 
-@pytest.mark.parametrize("options", [{}, {"pack": True}, {"numerics": "official"}, {"backend": "torch"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"pack": True}, {"numerics": "official"}], ids=str)
 def test_options_of_loading(random, options):
-    """In bfloat16, where logits of one forward may round to others than those of several: here no two are as near."""
-    model = flagops.load(random, draft=True, **options)
-    assert decoded(model, IDS, 24, 2)[0] == list(greedy(model, IDS, 24))
+    """In bfloat16, by kernels that are batch invariant: tokens are the same however near two of them are."""
+    model = flagops.load(random, draft=True, backend="numba", **options)
+    with flagops.enable(backend="numba"):
+        assert decoded(model, IDS, 16, 2)[0] == list(greedy(model, IDS, 16))
     assert not model.flagops.report().bypassed
 
 
@@ -180,10 +192,10 @@ def test_it_ends_with_the_text(fitted):
     """At a token that ends it, though more were accepted behind it."""
     model = flagops.load(fitted, draft=True, dtype="float32", activations="none")
     ids = held_out(150, "facts")[0].tolist()
-    whole = list(greedy(model, ids, 48))
-    for last in sorted(set(whole[4:]), key=whole.index)[:6]:
+    whole = list(greedy(model, ids, 24))
+    for last in sorted(set(whole[4:]), key=whole.index)[:4]:
         model.generation_config.eos_token_id = last
-        assert list(model.flagops_draft.generate(ids, 48, 3)) == whole[: whole.index(last) + 1]
+        assert list(model.flagops_draft.generate(ids, 24, 3)) == whole[: whole.index(last) + 1]
     for count in (1, 2, 3):
         model.generation_config.eos_token_id = None
         assert list(model.flagops_draft.generate(ids, count, 3)) == whole[:count]
