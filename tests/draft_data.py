@@ -69,7 +69,7 @@ def streams(made, ids):
 def fitted(folder):
     """The trained model, and a draft layer of nothing but its two projections, which are fitted: the least squares of
     what the model's head gives its output layer one token later."""
-    made, ids = trained_deepseek_v4(), held_out(256, "facts", 24)[8:]
+    made, ids = trained_deepseek_v4(), held_out(256, "facts", 16)[8:]
     base = made.model
     with torch.no_grad():
         h = streams(made, ids)

@@ -144,13 +144,13 @@ def beside(layer: Any, kv: torch.Tensor, entries: torch.Tensor, window: int) -> 
     return room.rows[:, None, first : room.head + held.shape[1]]
 
 
-def held(layer: Any) -> dict[str, Any]:
+def snapshot(layer: Any) -> dict[str, Any]:
     """All that a layer holds now: tensors that are replaced as it goes on, and rows that are written behind it."""
     return {name: dict(x) if isinstance(x, dict) else x for name, x in vars(layer).items()}
 
 
-def put_back(layer: Any, state: dict[str, Any]) -> None:
-    """Let a layer hold what it `held`."""
+def restore(layer: Any, state: dict[str, Any]) -> None:
+    """Let a layer hold what it held at a `snapshot`."""
     vars(layer).clear()
     vars(layer).update((name, dict(x) if isinstance(x, dict) else x) for name, x in state.items())
 

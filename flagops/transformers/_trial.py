@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ._cache import held, put_back
+from ._cache import restore, snapshot
 from ._compress import reread
 from ._fit import MODELING
 
@@ -36,7 +36,7 @@ class Trial:
         self._read: dict[int, list[torch.Tensor]] = {index: [] for index in self._layers}
 
     def __enter__(self) -> Trial:
-        self._before = [held(layer) for layer in self._cache.layers]
+        self._before = [snapshot(layer) for layer in self._cache.layers]
         self._start = self._cache.get_seq_length()
         self._hooks = [layer.register_forward_pre_hook(self._note, with_kwargs=True) for layer in self._layers.values()]
         return self
@@ -78,4 +78,4 @@ class Trial:
 
     def _take_back(self) -> None:
         for layer, state in zip(self._cache.layers, self._before, strict=True):
-            put_back(layer, state)
+            restore(layer, state)
