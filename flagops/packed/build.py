@@ -17,6 +17,7 @@ from flagops.checkpoint.plan import COPY, FP4, FP8, Output, Plan
 from flagops.checkpoint.source import CONFIG, Source
 
 from .arena import Arena
+from .draft import attach
 from .modules import PackedExpert, PackedExperts, PackedGroupedLinear, PackedLinear, StackedExperts, frozen
 from .names import EXPERT, renamed
 from .products import BLOCK, POWERS, Share, Stacked, Weight
@@ -39,8 +40,8 @@ class Build:
 
     quantise: whether activations are quantised before they are multiplied. pack: whether experts are copied into
     stacks. memory: the most bytes that the process may take with all weights, experts being read on demand; None for
-    no bound. ranks: makes, of the model's configuration and whether its output projection is FP8, what says which parts
-    are here (`flagops.packed.ranks.Ranks`); None for a model as a whole.
+    no bound. draft: whether the model is given its draft layer. ranks: makes, of the model's configuration and whether
+    its output projection is FP8, what says which parts are here (`flagops.packed.ranks.Ranks`); None for a whole model.
     """
 
     def __init__(
@@ -50,16 +51,19 @@ class Build:
         quantise: bool,
         pack: bool,
         memory: int | None = None,
+        draft: bool = False,
         ranks: Callable[[Any, bool], Any] | None = None,
     ) -> None:
         plan = Plan(source)
         self.source, self.mapped, self.quantise, self._apiece = source, Mapped(source), quantise, memory is not None
         self.model = _blank(source, dtype)
+        if draft:
+            attach(self.model, source)
         self.config = self.model.config.get_text_config()
         self.places: dict[str, Place] = {}
         self._powers = _powers(source.config or {})
         self._blank = dict(_tensors(self.model))
-        outputs = self._targets(plan)
+        outputs = self._targets(plan, draft)
         fp8 = any(out.action == FP8 and _PROJECTION.search(target) for target, out in outputs.items())
         self.ranks = None if ranks is None else ranks(self.config, fp8)
         wide = _wide(self.model, dtype)
@@ -82,11 +86,12 @@ class Build:
         self._finish(outputs, experts)
         self.arena = None if memory is None else self._arena(memory)
 
-    def _targets(self, plan: Plan) -> dict[str, Output]:
+    def _targets(self, plan: Plan, draft: bool) -> dict[str, Output]:
         """What becomes of each parameter and buffer, by transformers' names."""
         model, found = self.model, dict[str, Output]()
-        passed = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"(^|\.)mtp\."]
-        passed.append(rf"(^|\.)layers\.{self.config.num_hidden_layers}\.")  # a draft layer follows the model's own
+        passed = [rf"(^|\.)layers\.{self.config.num_hidden_layers}\."]  # a draft layer follows the model's own
+        if not draft:
+            passed += [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"(^|\.)mtp\."]
         for out in plan.outputs:
             target = renamed(out.name, self._blank, model.base_model_prefix, model.config.model_type)
             if target is None:

@@ -22,6 +22,7 @@ from .load import ACTIVATIONS, load
 _EXAMPLES = """examples:
   flagops generate DeepSeek-V4-Flash --prompt 'The sea is' --max-new-tokens 32
   flagops generate DeepSeek-V4-Flash --prompt 'The sea is' --memory 24GiB      experts read on demand
+  flagops generate DeepSeek-V4-Flash --prompt 'The sea is' --draft 2           two tokens guessed by mtp.0
   flagops generate Qwen3-30B-A3B-FP8 --ids '9707 11' --activations none        16-bit activations
   torchrun --nproc-per-node 4 -m flagops generate DeepSeek-V4-Flash --prompt 'The sea is'      a quarter on each rank
 """
@@ -43,7 +44,11 @@ def generate(argv: Sequence[str]) -> int:
         ids = args.ids or tokenizer(args.prompt)["input_ids"]
         _check(ids, model.config.get_text_config().vocab_size)
         times, found = [time.perf_counter()], []
-        for token in greedy(model, ids, args.max_new_tokens):
+        if args.draft:
+            tokens = model.flagops_draft.generate(ids, args.max_new_tokens, args.draft)
+        else:
+            tokens = greedy(model, ids, args.max_new_tokens)
+        for token in tokens:
             times.append(time.perf_counter())
             found.append(token)
             begin(f"{len(found)} tokens of {args.path.name}")
@@ -57,6 +62,7 @@ def generate(argv: Sequence[str]) -> int:
         "tokens_per_second": (len(found) - 1) / (times[-1] - times[1]) if len(found) > 1 else None,
         "peak_memory": peak(),
         "experts": None if model.flagops_arena is None else vars(model.flagops_arena.report()),
+        "drafts": None if model.flagops_draft is None else vars(model.flagops_draft.report()),
     }
     if args.json:
         print(json.dumps(facts, indent=2))
@@ -67,8 +73,9 @@ def generate(argv: Sequence[str]) -> int:
         f"loaded in {facts['load_seconds']:.1f} s; {len(ids)} tokens read in {facts['first_token_seconds']:.2f} s, "
         f"{len(found)} made{f' at {rate:.1f} a second' if rate else ''}; memory at its peak {amount(peak())}"
     )
-    if model.flagops_arena is not None:
-        print(model.flagops_arena.report())
+    for part in (model.flagops_arena, model.flagops_draft):
+        if part is not None:
+            print(part.report())
     return 0
 
 
@@ -76,15 +83,16 @@ def greedy(model: Any, ids: Sequence[int], count: int) -> Iterator[int]:
     """At most `count` tokens after some, each the likeliest; ends after one that ends a text."""
     import torch
 
-    ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
+    from .draft import ends
+
+    stop = ends(model)
     given, cache = torch.tensor([list(ids)], device=model.device), None
     for _ in range(count):
         with torch.no_grad():
             out = model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, given = out.past_key_values, out.logits[:, -1:].argmax(-1)
         yield int(given)
-        if int(given) in ends:
+        if int(given) in stop:
             return
 
 
@@ -108,7 +116,7 @@ def _ranks() -> Iterator[Any]:
 def _model(args: argparse.Namespace, mesh: Any) -> Any:
     return load(
         args.path, dtype=args.dtype, activations=args.activations, pack=args.pack, memory=args.memory,
-        backend=args.backend, numerics=args.numerics, mesh=mesh,
+        draft=args.draft is not None, backend=args.backend, numerics=args.numerics, mesh=mesh,
     )  # fmt: skip
 
 
@@ -143,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--ids", type=_ids, metavar="'N N ...'", help="the same in tokens, which needs no tokenizer")
     add("--max-new-tokens", type=natural, default=64, metavar="N", help="tokens to make (default 64)")
     add("--memory", type=_size, metavar="SIZE", help="most memory with all weights: experts are read on demand")
+    add("--draft", type=natural, metavar="N", help="tokens that DeepSeek-V4's draft layer guesses before each forward")
     add("--activations", choices=ACTIVATIONS, default="fp8", help="FP8 as the official code (default), or 16 bits")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of what is not quantised")
     add("--pack", action="store_true", help="copy experts into one tensor a layer, which is memory and faster")

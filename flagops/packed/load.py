@@ -14,6 +14,7 @@ from flagops.checkpoint.source import Source
 from flagops.errors import suggestion
 
 from .build import Build
+from .draft import Draft
 from .save import Saved
 
 ACTIVATIONS = ("fp8", "none")
@@ -27,6 +28,7 @@ def load(
     activations: str = "fp8",
     pack: bool = False,
     memory: str | int | None = None,
+    draft: bool = False,
     backend: str | Sequence[str] | None = None,
     numerics: str = "transformers",
     mesh: Any = None,
@@ -52,6 +54,8 @@ def load(
         memory: the most bytes, such as ``"24GiB"``, that the process may take with all weights, activations and caches
             aside: routed experts are then read on demand into what is left, kept by use and read ahead once they are
             chosen (``model.flagops_arena.report()``). Results have the same bits for every budget. None maps them.
+        draft: load DeepSeek-V4's draft layer (``mtp.0``) as well, whose weights are packed, read on demand and patched
+            as all others: ``model.flagops_draft.generate(ids, max_new_tokens, drafts)`` decodes greedily with it.
         backend, numerics: as of `flagops.patch`.
         mesh: a `torch.distributed` DeviceMesh over whose dimension `mesh_dim` a DeepSeek-V4 is divided; every rank
             calls. Each maps its shards alone: heads of attention and indexer, the output projection by `scheme` (see
@@ -67,7 +71,8 @@ def load(
     Raises:
         ValueError: an option is unknown, or two experts do not fit into memory.
         Refused: (a ValueError) names tensor, file and remedy where the checkpoint is damaged, lacks a tensor, has one
-            of another shape or one that the model does not know, or is of a format other than these.
+            of another shape or one that the model does not know, is of a format other than these, or has no draft
+            layer that is known.
         ModuleNotFoundError: transformers is not installed.
     """
     name = arrays.parse_dtype(dtype)
@@ -86,7 +91,7 @@ def load(
         )
     options = getattr(torch, name), activations == "fp8", pack
     if mesh is None:
-        build = Build(Source(path), *options, room)
+        build = Build(Source(path), *options, room, draft)
     else:
         from flagops.distributed.projection import agreed, ranks_of
 
@@ -94,13 +99,14 @@ def load(
 
         mesh = ranks_of(mesh, mesh_dim)
         with agreed(mesh) as note:
-            build = Build(Source(path), *options, room, partial(Ranks, mesh, scheme))
-            note.update(checkpoint=build.source.fingerprint(), options=(*options, scheme, numerics))
+            build = Build(Source(path), *options, room, draft, partial(Ranks, mesh, scheme))
+            note.update(checkpoint=build.source.fingerprint(), options=(*options, draft, scheme, numerics))
         assert build.ranks is not None
         build.ranks.divide(build.model, backend)
     model = build.model
     model.save_pretrained = Saved(build.mapped, build.places, whole=mesh is None)
     model.flagops_arena = build.arena
+    model.flagops_draft = Draft(model) if draft else None
     model.flagops = patch(model, backend=backend, numerics=numerics)
     if mesh is not None:
         model.flagops.stay("a model loaded over a mesh computes its part of the heads by this patch; load it without")

@@ -11,7 +11,7 @@ EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 _OFFICIAL = [
     (r"^embed\.", "embed_tokens."),
     (r"^head\.", "lm_head."),
-    (r"^hc_head_", "hc_head.hc_"),
+    (r"(^|\.)hc_head_", r"\1hc_head.hc_"),
     (r"\.hc_(attn|ffn)_", r".\1_hc."),
     (r"\.attn_norm\.", ".input_layernorm."),
     (r"\.ffn_norm\.", ".post_attention_layernorm."),
@@ -29,6 +29,7 @@ _OFFICIAL = [
     (r"\.wo_([ab])\.", r".o_\1_proj."),
     (r"\.wkv\.", ".kv_proj."),
     (r"\.wgate\.", ".gate_proj."),
+    (r"\bmtp\.(\d+)\.(self_attn|mlp|input_layernorm|post_attention_layernorm|attn_hc|ffn_hc)\.", r"mtp.\1.block.\2."),
 ]
 _PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 

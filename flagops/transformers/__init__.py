@@ -25,8 +25,9 @@ from ._kinds import HOMES, KINDS, LISTS, QUANTISED
 from ._masks import index_mask, visible_indices
 from ._moe import experts_forward
 from ._quantised import EXPERTS
+from ._trial import Trial
 
-__all__ = ["NAME", "NUMERICS", "OPS", "PACKED", "Handle", "patch", "visible_indices"]
+__all__ = ["NAME", "NUMERICS", "OPS", "PACKED", "Handle", "Trial", "patch", "visible_indices"]
 
 OPS = (
     "sparse_attention",

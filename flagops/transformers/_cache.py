@@ -9,7 +9,7 @@ used only as long as the layer still holds the very tensors that were published 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class _State:
     published: tuple[Any, ...]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Room:
     """Compressed entries in a longer tensor ``[b, head + capacity, d]``; `view` is what the layer holds of it."""
 
@@ -124,8 +124,9 @@ def append(layer: Any, name: str, new: torch.Tensor) -> torch.Tensor:
         else:
             room, count = _room(layer, name, new.shape[1]), old.shape[1]
             room.rows[:, room.head + count : room.head + count + new.shape[1]] = new
-            room.view = room.rows[:, room.head : room.head + count + new.shape[1]]
-            layer.compressed_kv[name] = room.view
+            view = room.rows[:, room.head : room.head + count + new.shape[1]]
+            layer.__dict__[_OWN][_entries_of(name)] = replace(room, view=view)
+            layer.compressed_kv[name] = view
     return layer.compressed_kv[name]
 
 
@@ -143,6 +144,21 @@ def beside(layer: Any, kv: torch.Tensor, entries: torch.Tensor, window: int) -> 
     return room.rows[:, None, first : room.head + held.shape[1]]
 
 
+def snapshot(layer: Any) -> dict[str, Any]:
+    """All that a layer holds now: tensors that are replaced as it goes on, and rows that are written behind it."""
+    return {name: dict(x) if isinstance(x, dict) else x for name, x in vars(layer).items()}
+
+
+def restore(layer: Any, state: dict[str, Any]) -> None:
+    """Let a layer hold what it held at a `snapshot`."""
+    vars(layer).clear()
+    vars(layer).update((name, dict(x) if isinstance(x, dict) else x) for name, x in state.items())
+
+
+def _entries_of(name: str) -> str:
+    return f"{name} entries"
+
+
 def _fixed() -> bool:
     """Whether nothing may be written in place: a gradient may be recorded, or the code is traced."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
@@ -151,8 +167,7 @@ def _fixed() -> bool:
 def _room(layer: Any, name: str, more: int, head: int = 0) -> _Room:
     """The layer's entries with room for more behind and `head` rows before them."""
     held = layer.compressed_kv[name]
-    rooms = layer.__dict__.setdefault(_OWN, {})
-    key = f"{name} entries"
+    rooms, key = layer.__dict__.setdefault(_OWN, {}), _entries_of(name)
     room: _Room | None = rooms.get(key)
     count = held.shape[1]
     if (

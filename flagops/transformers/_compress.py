@@ -212,3 +212,22 @@ def _entries(
         new = turned(binding, new) if name == "indexer" else stored(binding, new, 2 * cos.shape[-1])
         new = new.squeeze(2)
     return new if layer is None else append(layer, name, new)
+
+
+def reread(
+    module: Any, hidden_states: torch.Tensor, cache: Any, layer_idx: int, entries: dict[str, torch.Tensor]
+) -> None:
+    """Bring a compressor's part of a cache forward by tokens that it has read before.
+
+    entries: by name, those that it had then, which transformers' own code need not compute again.
+    """
+    for name, part in (("compressor", module), ("indexer", getattr(module, "indexer", None))):
+        if part is None or _entries(part, binding_of(part), name, hidden_states, cache, layer_idx) is not None:
+            continue
+        layer = cache.layers[layer_idx]
+        kv, gate, _ = layer.store_compression_weights(name, part.kv_proj(hidden_states), part.gate_proj(hidden_states))
+        closed, before = kv.shape[1] // part.compress_rate, layer.entry_count[name]
+        if closed and hasattr(layer, "overlap_kv"):
+            kv, gate = (x.unflatten(1, (closed, -1)) for x in (kv, gate))
+            layer.update_overlap_state(name, kv, gate + part.position_bias, part.head_dim)
+        layer.update_compressor_states(name, entries[name][:, before : before + closed])
