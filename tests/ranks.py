@@ -313,6 +313,14 @@ def packed(device: str, folder: str, ids: Any, **options: Any) -> dict[str, Any]
     }
 
 
+def drafted(device: str, folder: str, ids: list[int]) -> dict[str, Any]:
+    """Tokens of a divided model that its draft layer guesses."""
+    import flagops
+
+    draft = flagops.load(folder, mesh=mesh(device), draft=True, dtype="float32").flagops_draft
+    return {"tokens": list(draft.generate(ids, 12, 2)), "report": draft.report()}
+
+
 def odd_one(device: str, folder: str) -> None:
     """Rank 1 asks for another dtype."""
     import torch.distributed as dist
@@ -353,7 +361,7 @@ def main(folder: str, ranks: str) -> None:
 
         import flagops.distributed
 
-        if any(name in ("model", "trained", "packed", "odd_one") for name, _ in cases):
+        if any(name in ("model", "trained", "packed", "drafted", "odd_one") for name, _ in cases):
             from transformers.models.deepseek_v4 import modeling_deepseek_v4  # noqa: F401
 
             import flagops.packed.load
