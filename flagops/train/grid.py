@@ -72,6 +72,8 @@ def draw(path: Path, found: list[dict[str, Any]]) -> None:
     left.set_ylabel("nats a token, training")
     left.legend(fontsize=7)
     right.set_xscale("log")
+    right.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
+    right.minorticks_off()
     right.set_xlabel("peak learning rate")
     right.set_ylabel("nats a token, held out")
     right.legend()
