@@ -313,12 +313,13 @@ def packed(device: str, folder: str, ids: Any, **options: Any) -> dict[str, Any]
     }
 
 
-def drafted(device: str, folder: str, ids: list[int]) -> dict[str, Any]:
-    """Tokens of a divided model that its draft layer guesses."""
+def drafted(device: str, folder: str, ids: Any, count: int, drafts: int, **options: Any) -> tuple[list[int], Any, int]:
+    """Tokens of a divided model and its divided draft layer, what was accepted, and the heads that the layer has."""
     import flagops
 
-    draft = flagops.load(folder, mesh=mesh(device), draft=True, dtype="float32").flagops_draft
-    return {"tokens": list(draft.generate(ids, 12, 2)), "report": draft.report()}
+    model = flagops.load(folder, mesh=mesh(device), draft=True, **options)
+    tokens = list(model.flagops_draft.generate(ids, count, drafts))
+    return tokens, model.flagops_draft.report(), len(model.model.mtp[0].block.self_attn.sinks)
 
 
 def odd_one(device: str, folder: str) -> None:

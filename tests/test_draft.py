@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parent))
 import draft_data  # noqa: E402
+import ranks  # noqa: E402
 from draft_data import streams  # noqa: E402
 from load_data import floating  # noqa: E402
 from patching import BOUND  # noqa: E402
@@ -186,6 +187,16 @@ def test_experts_of_the_layer_are_read_on_demand(random):
     assert list(model.flagops_draft.generate(IDS, 16, 2)) == expected
     assert len(model.flagops_arena._experts) == 4
     assert model.flagops_arena.report().reads > 0
+
+
+def test_two_ranks_are_one(random):
+    """Divided as the model is; every rank makes the same tokens."""
+    model = flagops.load(random, draft=True, dtype="float32", activations="none")
+    expected = clear(model, IDS, 12)
+    given = {"folder": random, "ids": IDS, "count": 12, "drafts": 2, "dtype": "float32", "activations": "none"}
+    (found,) = ranks.launch(2, [("drafted", given)])
+    assert decoded(model, IDS, 12, 2)[0] == expected
+    assert found == [(expected, model.flagops_draft.report(), 2)] * 2
 
 
 def test_it_ends_with_the_text(fitted):

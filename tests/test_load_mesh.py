@@ -14,7 +14,6 @@ from flagops.distributed import plan
 pytest.importorskip("transformers.models.deepseek_v4")
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks
-from draft_data import fitted
 from load_data import floating
 
 IDS = torch.randint(2, 64, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -36,21 +35,11 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def speaking(tmp_path_factory):
-    """The trained model with a draft layer."""
-    return fitted(tmp_path_factory.mktemp("speaking") / "src")
-
-
-@pytest.fixture(scope="module")
-def pair(small, speaking):
-    """Of two ranks: plain activations, the same with experts read on demand, FP8, FP8 stacked, bfloat16, trained, and
-    its drafts."""
+def pair(small):
+    """Of two ranks: plain activations, the same with experts read on demand, FP8, FP8 stacked, bfloat16, trained."""
     cases = [WIDE, WIDE | ROOM, {"dtype": "float32"} | ROOM, {"dtype": "float32", "pack": True}, {}]
     jobs = [("packed", {"folder": small, "ids": IDS} | options) for options in cases]
-    trained = ("packed", {"folder": TRAINED, "ids": held_out(48)})
-    return ranks.launch(
-        2, [*jobs, trained, ("drafted", {"folder": speaking, "ids": held_out(64, "facts")[0].tolist()})]
-    )
+    return ranks.launch(2, [*jobs, ("packed", {"folder": TRAINED, "ids": held_out(48)})])
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +106,6 @@ def test_the_trained_model_says_the_same(pair):
     expected = whole(TRAINED, held_out(48))
     assert (pair[5][0]["logits"].argmax(-1) == expected.argmax(-1)).mean() >= 0.95
     near(pair[5], expected, 0.1)
-
-
-def test_drafts_of_two_ranks(pair, speaking):
-    draft = flagops.load(speaking, draft=True, dtype="float32", backend="torch").flagops_draft
-    tokens = list(draft.generate(held_out(64, "facts")[0].tolist(), 12, 2))
-    for one in pair[6]:
-        assert one["tokens"] == tokens
-        assert one["report"] == draft.report()
-    assert draft.report().accepted
 
 
 def test_the_plan_counts_what_a_rank_holds(pair, quartet):

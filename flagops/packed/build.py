@@ -40,8 +40,9 @@ class Build:
 
     quantise: whether activations are quantised before they are multiplied. pack: whether experts are copied into
     stacks. memory: the most bytes that the process may take with all weights, experts being read on demand; None for
-    no bound. draft: whether the model is given its draft layer. ranks: makes, of the model's configuration and whether
-    its output projection is FP8, what says which parts are here (`flagops.packed.ranks.Ranks`); None for a whole model.
+    no bound. ranks: makes, of the model's configuration and whether its output projection is FP8, what says which parts
+    are here (`flagops.packed.ranks.Ranks`); None for a model as a whole. draft: whether the model is given its draft
+    layer.
     """
 
     def __init__(
@@ -51,8 +52,8 @@ class Build:
         quantise: bool,
         pack: bool,
         memory: int | None = None,
-        draft: bool = False,
         ranks: Callable[[Any, bool], Any] | None = None,
+        draft: bool = False,
     ) -> None:
         plan = Plan(source)
         self.source, self.mapped, self.quantise, self._apiece = source, Mapped(source), quantise, memory is not None

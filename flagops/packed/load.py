@@ -91,7 +91,7 @@ def load(
         )
     options = getattr(torch, name), activations == "fp8", pack
     if mesh is None:
-        build = Build(Source(path), *options, room, draft)
+        build = Build(Source(path), *options, room, draft=draft)
     else:
         from flagops.distributed.projection import agreed, ranks_of
 
@@ -99,8 +99,8 @@ def load(
 
         mesh = ranks_of(mesh, mesh_dim)
         with agreed(mesh) as note:
-            build = Build(Source(path), *options, room, draft, partial(Ranks, mesh, scheme))
-            note.update(checkpoint=build.source.fingerprint(), options=(*options, draft, scheme, numerics))
+            build = Build(Source(path), *options, room, partial(Ranks, mesh, scheme), draft)
+            note.update(checkpoint=build.source.fingerprint(), options=(*options, scheme, numerics, draft))
         assert build.ranks is not None
         build.ranks.divide(build.model, backend)
     model = build.model
