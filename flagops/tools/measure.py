@@ -156,7 +156,7 @@ def inputs(op: Operator, of: testing.Case, seed: int = 0, device: str = "cpu") -
             return _listed(shape, dims["n"], generator).to(dtype)
         if op.tensors[name].draw and dtypes[name] not in arrays.ONE_BYTE:
             return arrays.as_torch(_drawn(op.tensors[name], tuple(shape), dtypes[name], dims, seed))
-        x = _random(shape, dtype, generator)
+        x = random_values(shape, dtype, generator)
         return x.abs() if op.aten and dtype.is_floating_point else x  # of which roots and logarithms are numbers
 
     return [x.to(device) if arrays.is_torch(x) else x for x in made(op, of, make, seed)]
@@ -201,7 +201,7 @@ def _drawn(tensor: Any, shape: tuple[int, ...], dtype: str, dims: dict[str, int]
     return numpy.asarray(tensor.draw(numpy.random.default_rng(seed), shape, dtype, dims), order="C")
 
 
-def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+def random_values(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     import torch
 
     size = math.prod(shape)
