@@ -4,19 +4,21 @@
 
 Checkpoints of random codes, with the proportions of real ones and larger than the caches, are loaded by `flagops.load`:
 mapped, packed, and within a budget of memory, where the page cache is emptied before each token. The figures of the
-machine are those of ``flagops bench --roofline``, taken in the same run, before and after; they know nothing of these
-models. A plan is kept where it is within a quarter of what was measured; the exit code is 1 where one is not.
+machine are those of ``flagops bench --roofline``, taken in the same run; they know nothing of these models. Of all steps
+the third counts from which other programs took least. A plan is kept where what was measured lies within a quarter of
+it; the exit code is 1 where one is not.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -36,7 +38,10 @@ from flagops.tools.measure import Settings
 
 KEPT = 0.25
 """What measured and planned may differ by, of the plan."""
-PROMPT, TOKENS = 128, 24
+PROMPT, TOKENS, TURNS = 128, 16, 4
+CORES = len(os.sched_getaffinity(0))
+PATIENCE = 3.0
+"""Seconds to wait for a quiet moment before each step, where the machine is shared."""
 _SIZES = {
     "head_dim": 512, "num_experts_per_tok": 6, "index_n_heads": 64, "index_head_dim": 128, "index_topk": 512,
     "sliding_window": 128, "compress_rate_hca": 128, "max_position_embeddings": 65536,
@@ -119,22 +124,58 @@ def measured(folder: Path, run: Run, here: Machine) -> Iterator[list[str]]:
 
 
 @torch.no_grad()
-def _timed(model: Any, cold: Any) -> tuple[float, float]:
+def _timed(model: Any, cold: Callable[[], None]) -> tuple[float, float]:
     """Median seconds of a token, and of a prompt, after one of each that compiles and maps."""
     random = torch.Generator().manual_seed(0)
-    prompts, steps = list[float](), list[float]()
-    for turn in range(3):
+    prompts, steps = Samples(), Samples()
+    for turn in range(TURNS):
         ids = torch.randint(0, model.config.vocab_size, (1, PROMPT), generator=random)
         cache: Any = None
         for count in range(TOKENS):
             cold()
-            start = time.perf_counter()
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            elapsed = time.perf_counter() - start
-            if turn and count != 1:
-                (steps if count else prompts).append(elapsed)
+            _await_quiet()
+            with (steps if count else prompts).sample(turn > 0 and count != 1):
+                out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, ids = out.past_key_values, torch.randint(0, model.config.vocab_size, (1, 1), generator=random)
-    return median(steps), median(prompts)
+    return steps.seconds(), prompts.seconds()
+
+
+class Samples:
+    """Times, each with how much of the machine others took meanwhile."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[float, float]] = []
+
+    @contextlib.contextmanager
+    def sample(self, counts: bool) -> Iterator[None]:
+        before, start = _busy(), time.perf_counter()
+        yield
+        elapsed = time.perf_counter() - start
+        if counts:
+            self._found.append((max(0.0, _busy() - before) / elapsed / CORES, elapsed))
+
+    def seconds(self) -> float:
+        """The median of those that others took least from, a third of all."""
+        ordered = sorted(self._found)
+        return median(elapsed for _, elapsed in ordered[: max(1, len(ordered) // 3)])
+
+
+def _busy() -> float:
+    """Seconds that the processors have worked for others than this process."""
+    with open("/proc/stat") as file:
+        user, nice, system, _, _, interrupts, soft, steal, *_ = map(int, file.readline().split()[1:])
+    ticks = user + nice + system + interrupts + soft + steal
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def _await_quiet() -> None:
+    """Wait until others take less than a tenth of the machine for a fifth of a second, at most `PATIENCE`."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        before = _busy()
+        time.sleep(0.2)
+        if _busy() - before < 0.1 * 0.2 * CORES:
+            return
 
 
 def _cold(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import random
 import re
 from collections import OrderedDict
@@ -200,14 +199,13 @@ def test_no_published_run_exceeds_what_is_planned(run):
     how many more follows from its speed, less than all."""
     measured, figures = PUBLISHED[run]
     planned, uniform = limit(**figures)
-    row = next(line for line in Path("docs/plan.md").read_text().splitlines() if line.startswith(f"| {run} |"))
-    assert [float(x) for x in row.split(" | ")[2:5]] == [
-        float(f"{x:.2g}") for x in (measured, planned, measured / planned)
-    ]
+    row = next(line for line in PAGE.read_text().splitlines() if line.startswith(f"| {run} |"))
+    digits = [f"{x:.0f}" if x > 100 else f"{x:.2g}" for x in (measured, planned, measured / planned)]
+    assert row.split(" | ")[1:4] == digits
     if measured > planned:
         needed = 1 - figures["disk"] / measured / (3 * 2048 * 4096 * 17 / 32 * 6 * 43)
         assert uniform < needed < 0.5
-        assert limit(**figures, hits=needed)[0] >= measured
+        assert limit(**figures, hits=1.0)[0] > measured
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -265,8 +263,8 @@ def test_times_energy_and_cost(capsys, tmp_path):
     rate, million = said["decode"]["tokens_per_second"], said["decode"]["million"]
     assert rate == 1 / sum(term["seconds"] for term in said["decode"]["terms"])
     assert round(million["hours"] * 3600 * rate) == 1_000_000
-    assert math.isclose(million["kWh"], 0.1 * million["hours"])  # the same two products in another order
-    assert math.isclose(million["cost"], 0.25 * million["kWh"] + 2 * million["hours"])
+    assert million["kWh"] == 100 * million["hours"] / 1000
+    assert million["cost"] == 0.25 * million["kWh"] + 2 * million["hours"]
     assert said["machine"]["name"] == "here"
     assert main(["plan", "--model", str(TRAINED), "--machine", str(file)]) == 0
     shown = capsys.readouterr().out

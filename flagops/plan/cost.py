@@ -84,7 +84,7 @@ def _attention(model: Model, step: Step, cache: str) -> list[Load]:
     read += model.csa * min(scored, model.index_keys * step.tokens) + model.hca * (last // model.hca_ratio)
     flops = 4.0 * model.heads * model.head_dim * float(pairs)
     found = [Load(Role.CACHE, "attention", count * read * entry, count * flops)]
-    if scored > model.index_keys:
+    if model.csa and scored > model.index_keys:
         flops = 2.0 * model.index_heads * model.index_dim * model.csa * float((seen // model.csa_ratio).sum())
         found.append(Load(Role.INDEXER, "scores", count * model.csa * scored * key, count * flops))
     return found

@@ -38,13 +38,12 @@ def residence(
 ) -> Residence:
     """Of experts in what `memory` leaves beside other weights and `beside` bytes.
 
-    hits: as given; None for those of a cache that keeps what was used last under uniform routing. An expert is used
-    again after s steps with the odds of a coin; it is still there if the experts of s steps fit.
+    hits: as given; None for those of a cache that keeps what was used last, under uniform routing: an expert that was
+    used s steps ago is still there if the experts of s steps fit.
     """
     experts = sum(part.held for part in parts if part.role == Role.EXPERTS)
-    room = (
-        math.inf if memory is None else memory - beside - sum(part.held for part in parts if part.role != Role.EXPERTS)
-    )
+    others = sum(part.held for part in parts) - experts
+    room = math.inf if memory is None else memory - beside - others
     if room >= experts:
         return Residence(experts, room, 1.0)
     if hits is None:
@@ -55,7 +54,7 @@ def residence(
 
 
 def terms(model: Model, loads: Sequence[Load], step: Step, machine: Machine, held: Residence, pack: bool) -> list[Term]:
-    """Parts of a step's time on a machine, the longest waits last.
+    """Parts of a step's time on a machine, waiting last.
 
     Experts that are not in memory are read while those that are there are multiplied, then multiplied themselves.
     pack: whether experts lie in one tensor a layer and are called together.
