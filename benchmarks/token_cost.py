@@ -4,15 +4,16 @@
 
 Checkpoints of random codes, with the proportions of real ones and larger than the caches, are loaded by `flagops.load`:
 mapped, packed, and within a budget of memory, where the page cache is emptied before each token. The figures of the
-machine are those of ``flagops bench --roofline``, taken in the same run; they know nothing of these models. Of all steps
-the third counts from which other programs took least. A plan is kept where what was measured lies within a quarter of
-it; the exit code is 1 where one is not.
+machine are those of ``flagops bench --roofline``, taken in the same run; they know nothing of these models. A plan is
+kept where what was measured lies within a quarter of it; the exit code is 1 where one is not.
+
+``--shared`` is for machines that others use meanwhile: one thread, timed by the clock of the process, which stands
+while others have the processor. Waiting for a disk is no time to it, so that the budget is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shutil
 import sys
@@ -39,9 +40,6 @@ from flagops.tools.measure import Settings
 KEPT = 0.25
 """What measured and planned may differ by, of the plan."""
 PROMPT, TOKENS, TURNS = 128, 16, 4
-CORES = len(os.sched_getaffinity(0))
-PATIENCE = 3.0
-"""Seconds to wait for a quiet moment before each step, where the machine is shared."""
 _SIZES = {
     "head_dim": 512, "num_experts_per_tok": 6, "index_n_heads": 64, "index_head_dim": 128, "index_topk": 512,
     "sliding_window": 128, "compress_rate_hca": 128, "max_position_embeddings": 65536,
@@ -80,14 +78,20 @@ def main() -> int:
     )
     parser.add_argument("--models", nargs="*", choices=MODELS, default=[*MODELS])
     parser.add_argument("--markdown", type=contract.output)
+    parser.add_argument("--shared", action="store_true", help="one thread by the processor's clock, and no disk")
     options = parser.parse_args()
+    runs = [run for run in RUNS if run.budget is None or not options.shared]
     place = Path(tempfile.mkdtemp(prefix="flagops-", dir=options.folder))
     try:
         for name in options.models:
             print(f"{name}: {amount(packed_deepseek_v4(place / name, **MODELS[name]))}", flush=True)
-        here = roofline.machine(Settings(), place / options.models[0])
+        settings = Settings()
+        if options.shared:
+            torch.set_num_threads(1)
+            settings = Settings(clock=time.process_time)
+        here = roofline.machine(settings, None if options.shared else place / options.models[0])
         tables.show(here.name, ("figure", "measured", "of"), described(here))
-        rows = [row for name in options.models for run in RUNS for row in measured(place / name, run, here)]
+        rows = [row for name in options.models for run in runs for row in measured(place / name, run, here, settings)]
     finally:
         shutil.rmtree(place)
     tables.show("planned and measured", HEAD, rows)
@@ -97,7 +101,7 @@ def main() -> int:
     return int(any(row[7] != "kept" for row in rows))
 
 
-def measured(folder: Path, run: Run, here: Machine) -> Iterator[list[str]]:
+def measured(folder: Path, run: Run, here: Machine, settings: Settings) -> Iterator[list[str]]:
     """A row for decoding and one for a prompt."""
     model, parts = checkpoint.of_folder(folder, "checkpoint")
     experts = sum(part.held for part in parts if part.role == "routed experts")
@@ -106,7 +110,7 @@ def measured(folder: Path, run: Run, here: Machine) -> Iterator[list[str]]:
     steps = {"a token": Step(1, PROMPT + TOKENS // 2), "a prompt": Step(PROMPT, 0)}
     loaded = packed.load(folder, pack=run.pack, memory=memory)
     cold = (lambda: _cold(folder)) if run.budget is not None else (lambda: None)
-    found = dict(zip(steps, _timed(loaded, cold), strict=True))
+    found = dict(zip(steps, _timed(loaded, cold, settings), strict=True))
     for phase, step in steps.items():
         of_step = loads(model, parts, step)
         room = None if run.budget is None else others + run.budget * experts
@@ -124,58 +128,21 @@ def measured(folder: Path, run: Run, here: Machine) -> Iterator[list[str]]:
 
 
 @torch.no_grad()
-def _timed(model: Any, cold: Callable[[], None]) -> tuple[float, float]:
+def _timed(model: Any, cold: Callable[[], None], settings: Settings) -> tuple[float, float]:
     """Median seconds of a token, and of a prompt, after one of each that compiles and maps."""
     random = torch.Generator().manual_seed(0)
-    prompts, steps = Samples(), Samples()
+    prompts, steps = list[float](), list[float]()
     for turn in range(TURNS):
         ids = torch.randint(0, model.config.vocab_size, (1, PROMPT), generator=random)
         cache: Any = None
         for count in range(TOKENS):
             cold()
-            _await_quiet()
-            with (steps if count else prompts).sample(turn > 0 and count != 1):
-                out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            start = settings.clock()
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            if turn and count != 1:
+                (steps if count else prompts).append(settings.clock() - start)
             cache, ids = out.past_key_values, torch.randint(0, model.config.vocab_size, (1, 1), generator=random)
-    return steps.seconds(), prompts.seconds()
-
-
-class Samples:
-    """Times, each with how much of the machine others took meanwhile."""
-
-    def __init__(self) -> None:
-        self._found: list[tuple[float, float]] = []
-
-    @contextlib.contextmanager
-    def sample(self, counts: bool) -> Iterator[None]:
-        before, start = _busy(), time.perf_counter()
-        yield
-        elapsed = time.perf_counter() - start
-        if counts:
-            self._found.append((max(0.0, _busy() - before) / elapsed / CORES, elapsed))
-
-    def seconds(self) -> float:
-        """The median of those that others took least from, a third of all."""
-        ordered = sorted(self._found)
-        return median(elapsed for _, elapsed in ordered[: max(1, len(ordered) // 3)])
-
-
-def _busy() -> float:
-    """Seconds that the processors have worked for others than this process."""
-    with open("/proc/stat") as file:
-        user, nice, system, _, _, interrupts, soft, steal, *_ = map(int, file.readline().split()[1:])
-    ticks = user + nice + system + interrupts + soft + steal
-    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
-
-
-def _await_quiet() -> None:
-    """Wait until others take less than a tenth of the machine for a fifth of a second, at most `PATIENCE`."""
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        before = _busy()
-        time.sleep(0.2)
-        if _busy() - before < 0.1 * 0.2 * CORES:
-            return
+    return median(steps), median(prompts)
 
 
 def _cold(folder: Path) -> None:

@@ -43,7 +43,7 @@ def test_attention_and_scores(monkeypatch):
 
 def test_layers_of_a_model_that_runs():
     """Each kind of layer takes time, and all of them less than a step."""
-    layers, rest = roofline.layers(True, "cpu")
+    layers, rest = roofline.layers(True, FAST)
     assert layers.keys() == {"sliding", "csa", "hca"}
     assert all(0 < time < 1 for time in layers.values())
     assert 0 < rest < 1

@@ -61,25 +61,34 @@ def _model(source: Source) -> Model:
             f"{source.folder / CONFIG} is of {shown(said.get('model_type'))}; plan counts deepseek_v4 alone, whose "
             "layers and cache it knows"
         )
-    known: dict[str, Any] = {field.name: field.default for field in fields(Model)}
-    sizes = {name: said.get(key, known[name]) for name, key in _KEYS.items()}
-    layers = said.get("num_hidden_layers")
-    types = said.get("layer_types") or [_TYPES.get(ratio) for ratio in said.get("compress_ratios") or ()]
-    if not whole(layers, 1) or len(types) < layers or not set(types[:layers]) <= set(_TYPES.values()):
+    types = said.get("layer_types") or [_TYPES.get(ratio) for ratio in _list(said.get("compress_ratios"), int)]
+    layers: Any = said.get("num_hidden_layers")
+    if not whole(layers, 1) or len(types) < layers or not set(_list(types, str)[:layers]) <= set(_TYPES.values()):
         raise Refused(
             f"{source.folder / CONFIG}: compress_ratios or layer_types do not say what each layer is; {AGAIN}"
         )
-    for value, key in zip(sizes.values(), _KEYS.values(), strict=True):
-        if not whole(value, 1):
-            raise Refused(f"{source.folder / CONFIG}: {key} is {shown(value)}, expected a size; {AGAIN}")
     sliding, csa, hca = (types[:layers].count(kind) for kind in _TYPES.values())
-    rates = said.get("compress_rates") or {}
-    ratios = {
+    rates: Any = said.get("compress_rates")
+    rates = rates if isinstance(rates, dict) else {}
+    hashed = _list(said.get("mlp_layer_types"), str).count("hash_moe")
+    found = {field.name: said.get(_KEYS.get(field.name, ""), field.default) for field in fields(Model)} | {
         "csa_ratio": rates.get(_TYPES[4], said.get("compress_rate_csa", 4)),
         "hca_ratio": rates.get(_TYPES[128], said.get("compress_rate_hca", 128)),
+        "hash_layers": said.get("num_hash_layers", hashed),
+        "sliding": sliding,
+        "csa": csa,
+        "hca": hca,
     }
-    hashed = said.get("num_hash_layers", (said.get("mlp_layer_types") or ()).count("hash_moe"))
-    return Model(sliding=sliding, csa=csa, hca=hca, hash_layers=hashed, **sizes, **ratios)
+    for name, value in found.items():
+        if not whole(value, 0 if name in ("sliding", "csa", "hca", "hash_layers") else 1):
+            key = _KEYS.get(name, name)
+            raise Refused(f"{source.folder / CONFIG}: {key} is {shown(value)}, expected a size; {AGAIN}")
+    return Model(**found)
+
+
+def _list(value: Any, of: type) -> list[Any]:
+    """A list of one type; an empty one in place of all else."""
+    return value if isinstance(value, list) and all(isinstance(x, of) for x in value) else []
 
 
 def _parts(source: Source, form: str, layers: int) -> Iterator[Part]:

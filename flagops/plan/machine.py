@@ -41,6 +41,15 @@ class Machine:
     single: float = 0.0
 
     @property
+    def whole(self) -> bool:
+        """Whether all measured figures are numbers above zero, and all kinds of layers are there."""
+        tables = self.reads, self.rates, self.layers
+        if not all(isinstance(table, dict) and table for table in tables) or set(self.layers) != set(ATTENTION_KINDS):
+            return False
+        alone = self.bandwidth, self.single, self.process, self.experts, self.step, self.disk or 1
+        return all(type(x) in (int, float) and x > 0 for x in (*alone, *(x for each in tables for x in each.values())))
+
+    @property
     def measured(self) -> bool:
         return bool(self.reads)
 
@@ -83,19 +92,9 @@ def of_file(path: Path) -> Machine:
         made = Machine(**{name: said[name] for name in names})
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         made = None
-    if made is None or not _whole(made):
+    if made is None or not made.whole:
         raise ValueError(f"{path} holds no figures of a machine; write it with flagops bench --roofline --json {path}")
     return made
-
-
-def _whole(machine: Machine) -> bool:
-    """Whether all figures are numbers above zero, and all layers are there."""
-    tables = machine.reads, machine.rates, machine.layers
-    if not all(isinstance(table, dict) and table for table in tables) or set(machine.layers) != set(ATTENTION_KINDS):
-        return False
-    single = machine.bandwidth, machine.single, machine.process, machine.experts, machine.step, machine.disk or 1
-    every = [*single, *(x for table in tables for x in table.values())]
-    return all(type(x) in (int, float) and x > 0 for x in every)
 
 
 def described(machine: Machine) -> list[tuple[str, str, str]]:
