@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -129,7 +128,7 @@ def measured(folder: Path, run: Run, here: Machine, settings: Settings) -> Itera
 
 @torch.no_grad()
 def _timed(model: Any, cold: Callable[[], None], settings: Settings) -> tuple[float, float]:
-    """Median seconds of a token, and of a prompt, after one of each that compiles and maps."""
+    """Seconds of a token and of a prompt, the least disturbed, after one of each that compiles and maps."""
     random = torch.Generator().manual_seed(0)
     prompts, steps = list[float](), list[float]()
     for turn in range(TURNS):
@@ -142,7 +141,7 @@ def _timed(model: Any, cold: Callable[[], None], settings: Settings) -> tuple[fl
             if turn and count != 1:
                 (steps if count else prompts).append(settings.clock() - start)
             cache, ids = out.past_key_values, torch.randint(0, model.config.vocab_size, (1, 1), generator=random)
-    return median(steps), median(prompts)
+    return roofline.undisturbed(steps), min(prompts)
 
 
 def _cold(folder: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from flagops.plan.machine import Machine, of_file  # noqa: E402
 from flagops.tools import measure, roofline  # noqa: E402
 
 FAST = measure.Settings(seconds=0.0, rounds=1, most=1)
@@ -42,11 +43,11 @@ def test_attention_and_scores(monkeypatch):
 
 
 def test_layers_of_a_model_that_runs():
-    """Each kind of layer takes time, and all of them less than a step."""
-    layers, rest = roofline.layers(True, FAST)
+    """On a machine whose products take no time, each kind of layer takes some."""
+    kinds = dict.fromkeys(("f32", "bf16", "fp8", "fp4", "attention"), 1e20)
+    layers, rest = roofline.layers(True, Machine("", 1e20, reads=kinds, rates=kinds), FAST)
     assert layers.keys() == {"sliding", "csa", "hca"}
-    assert all(0 < time < 1 for time in layers.values())
-    assert 0 < rest < 1
+    assert min(*layers.values(), rest) > 0
 
 
 def test_a_disk_is_read_in_blocks_of_a_file_that_is_large_enough(tmp_path):
@@ -59,7 +60,6 @@ def test_a_disk_is_read_in_blocks_of_a_file_that_is_large_enough(tmp_path):
 
 def test_the_command_writes_what_plan_reads(monkeypatch, tmp_path, capsys):
     from flagops.__main__ import main
-    from flagops.plan.machine import Machine, of_file
 
     here = Machine(
         "here", 1e10, reads={"fp4": 1e9}, rates={"fp4": 1e10}, layers={"sliding": 1.0, "csa": 1.0, "hca": 1.0},

@@ -23,8 +23,8 @@ class Machine:
 
     reads: bytes of weights in products of one row, by kind; with FP4 and FP8 that is what decoding takes as well.
     rates: FLOP of each row beyond the first, by kind; of attention and of the indexer's scores all of them.
-    layers: seconds of a layer whose weights lie in the caches, by kind of attention: Python, the calls of operators,
-    the threads' meeting. experts: the same of each expert that is called by itself. step: of what is no layer.
+    layers: seconds of a layer beyond its products, by kind of attention: Python, the calls of operators, threads that
+    meet. experts: the same of each expert that is called by itself. step: of what is no layer.
     process: bytes that a process holds before it has a model. disk: bytes read from a cold file, by four threads.
     """
 
@@ -108,7 +108,7 @@ def described(machine: Machine) -> list[tuple[str, str, str]]:
     for kind, speed in machine.rates.items():
         rows.append((kind, f"{speed / 1e9:.1f} GFLOP/s", _RATES.get(kind, "rows beyond the first, of 128")))
     for kind, time in machine.layers.items():
-        rows.append((f"{kind} layer", f"{1e3 * time:.2f} ms", "besides its weights: Python, calls, threads that meet"))
+        rows.append((f"{kind} layer", f"{1e3 * time:.2f} ms", "besides its products: Python, calls, threads that meet"))
     rows.append(("an expert", f"{1e6 * machine.experts:.0f} us", "besides, where experts are called one by one"))
     rows.append(("a step", f"{1e3 * machine.step:.2f} ms", "besides its layers"))
     rows.append(("a process", f"{machine.process / 1e6:.0f} MB", "before it has a model"))

@@ -1,12 +1,13 @@
 """``flagops bench --roofline``: the figures of this machine that `flagops plan` counts with.
 
 Products are called as packed models call them, activations quantised first, on weights that together exceed the caches.
-What a call costs besides is taken out of them, by the same call on a small weight, and measured by itself in the layers
-of a small model, all of whose weights lie in the caches.
+What a call costs besides is taken out of them, by the same call on a small weight. In a model it costs more, for
+between two calls weights go through the caches: so it is what the layers of a small model take beyond their products.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import tempfile
@@ -26,7 +27,10 @@ from flagops.deepseek_v4.examples import packed_deepseek_v4
 from flagops.machine import cpu_model
 from flagops.packed.command import greedy
 from flagops.packed.products import POWERS, Weight, linear
+from flagops.plan import checkpoint
+from flagops.plan.cost import Step, loads
 from flagops.plan.machine import ATTENTION_KINDS, Machine
+from flagops.plan.model import Model, Role, parts
 from flagops.tools import measure
 from flagops.tools.measure import Settings
 
@@ -40,10 +44,11 @@ KEYS = 1024
 """Entries of the cache that a query sees."""
 _BLOCK = 4 << 20
 _READERS = 4
-_TINY: dict[str, Any] = {
-    "hidden_size": 256, "moe_intermediate_size": 128, "n_routed_experts": 16, "num_experts_per_tok": 6,
-    "num_hidden_layers": 6, "compress_ratios": [0, 4, 128] * 2, "compress_rate_hca": 128, "num_attention_heads": 4,
-    "sliding_window": 128, "index_topk": 512,
+_SIZES: dict[str, Any] = {
+    "hidden_size": 1024, "moe_intermediate_size": 512, "n_routed_experts": 16, "num_experts_per_tok": 6,
+    "num_hidden_layers": 6, "compress_ratios": [0, 4, 128] * 2, "compress_rate_hca": 128, "num_attention_heads": 8,
+    "head_dim": 512, "q_lora_rank": 256, "o_lora_rank": 512, "index_n_heads": 64, "sliding_window": 128,
+    "index_topk": 512,
 }  # fmt: skip
 _TOKENS = 40
 
@@ -65,17 +70,19 @@ def machine(settings: Settings, path: Path | None = None) -> Machine:
         begin("attention")
         rates |= attention(settings)
         reads |= dict.fromkeys(("attention", "scores"), bandwidth)
+        products_alone = Machine("", bandwidth, reads=reads, rates=rates)
         begin("a model, its experts apart")
-        apart, rest = layers(False, settings)
+        apart, rest = layers(False, products_alone, settings)
         begin("a model, its experts stacked")
-        stacked, step = layers(True, settings)
-        experts = sum(apart[kind] - stacked[kind] for kind in stacked) / len(stacked) / _TINY["num_experts_per_tok"]
+        stacked, step = layers(True, products_alone, settings)
+        experts = sum(apart[kind] - stacked[kind] for kind in stacked) / len(stacked) / _SIZES["num_experts_per_tok"]
         begin("disk")
         speed = None if path is None else disk(path)
-    name = f"{cpu_model()}, {torch.get_num_threads()} threads" if device == "cpu" else device
-    found = Machine(
-        name, bandwidth, reads=reads, rates=rates, layers=stacked, experts=experts, step=(rest + step) / 2,
-        process=process, disk=speed, single=single,
+    threads = torch.get_num_threads()
+    name = f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else device
+    found = dataclasses.replace(
+        products_alone, name=name, layers=stacked, experts=experts, step=(rest + step) / 2, process=process,
+        disk=speed, single=single,
     )  # fmt: skip
     if not found.whole:
         raise ValueError(f"something disturbed this, of which came {found}; repeat it when nothing else runs")
@@ -189,12 +196,14 @@ def attention(settings: Settings) -> dict[str, float]:
 
 
 @torch.no_grad()
-def layers(pack: bool, settings: Settings) -> tuple[dict[str, float], float]:
-    """Seconds of a layer of each kind of a model whose weights lie in the caches, and of what is no layer."""
+def layers(pack: bool, on: Machine, settings: Settings) -> tuple[dict[str, float], float]:
+    """Seconds of a layer of each kind of a small model, and of what is no layer, beyond what products take."""
     begun, spent = dict[int, float](), dict[int, list[float]]()
     with tempfile.TemporaryDirectory(prefix="flagops-") as place:
-        packed_deepseek_v4(Path(place) / "model", **_TINY)
-        model = packed.load(Path(place) / "model", pack=pack).to(settings.device)
+        folder = Path(place) / "model"
+        packed_deepseek_v4(folder, **_SIZES)
+        sizes, _ = checkpoint.of_folder(folder, "checkpoint")
+        model = packed.load(folder, pack=pack).to(settings.device)
         wait = measure.synchronizer(settings.device)
 
         def before(layer: Any, *_: Any) -> None:
@@ -214,9 +223,22 @@ def layers(pack: bool, settings: Settings) -> tuple[dict[str, float], float]:
             wait()
             whole.append(settings.clock())
     times = [undisturbed(spent[id(layer)][2:]) for layer in model.model.layers]
-    each = {kind: (times[i] + times[i + 3]) / 2 for i, kind in enumerate(ATTENTION_KINDS)}
+    alone = {
+        kind: dataclasses.replace(sizes, **dict.fromkeys(ATTENTION_KINDS, 0) | {kind: 1}) for kind in ATTENTION_KINDS
+    }
+    each = {
+        kind: (times[i] + times[i + 3]) / 2 - _products(alone[kind], on, inside=True)
+        for i, kind in enumerate(ATTENTION_KINDS)
+    }
     steps = [end - start for start, end in itertools.pairwise(whole[2:])]
-    return each, max(0.0, undisturbed(steps) - sum(times))
+    return each, undisturbed(steps) - sum(times) - _products(sizes, on, inside=False)
+
+
+def _products(model: Model, on: Machine, inside: bool) -> float:
+    """Seconds that the products of one token take, inside of layers or outside."""
+    found = loads(model, parts(model, "checkpoint"), Step(1, 8 + _TOKENS // 2))
+    outside = (Role.EMBEDDING, Role.HEAD)
+    return sum(on.seconds(x.kind, x.read, x.flops, x.once) for x in found if (x.role not in outside) is inside)
 
 
 def disk(path: Path) -> float:
