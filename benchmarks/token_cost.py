@@ -117,11 +117,13 @@ def measured(folder: Path, run: Run, here: Machine, settings: Settings) -> Itera
         terms = times.terms(model, of_step, step, here, held, run.pack)
         planned, took = step.rows / times.seconds(terms), step.rows / found[phase]
         most = sorted(terms, key=lambda term: -term.seconds)[:3]
-        yield [
+        row = [
             folder.name, run.name, phase, amount(sum(load.read for load in of_step)), f"{planned:.2f}", f"{took:.2f}",
             f"{took / planned:.2f}", "kept" if abs(took / planned - 1) <= KEPT else "**MISSED**",
             ", ".join(f"{term.what} {term.seconds * 1e3:.1f} ms" for term in most),
         ]  # fmt: skip
+        print(" | ".join(row), flush=True)
+        yield row
     if loaded.flagops_arena is not None:
         print(f"{folder.name}: {loaded.flagops_arena.report()}", flush=True)
 

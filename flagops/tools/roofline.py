@@ -125,6 +125,10 @@ def kinds(device: str) -> Iterator[tuple[str, Callable[[int], Any], Product]]:
     def quantised(x: Any, weight: Weight) -> Any:
         return linear(x, weight, None, POWERS)
 
+    def floats(x: Any, weight: Any) -> Any:
+        """One row as torch multiplies it with the head, several as operators multiply those of compressors."""
+        return torch.nn.functional.linear(x, weight) if len(x) == 1 else flagops.matmul(x, weight.T)
+
     def whole(x: Any, weight: Weight) -> Any:
         return flagops.int8_matmul(*flagops.int8_quantize(x), *weight)
 
@@ -133,7 +137,7 @@ def kinds(device: str) -> Iterator[tuple[str, Callable[[int], Any], Product]]:
         lambda size: torch.randn(size, size, device=device),
         lambda x, w: torch.nn.functional.linear(x.float(), w),
     )
-    yield "bf16", lambda size: torch.randn(size, size, device=device).bfloat16(), torch.nn.functional.linear
+    yield "bf16", lambda size: torch.randn(size, size, device=device).bfloat16(), floats
     yield "fp8", fp8, quantised
     yield "fp4", fp4, quantised
     yield "int8", int8, whole
