@@ -33,7 +33,8 @@ MISSING = {
 }  # fmt: skip
 DEVICE = {
     "chips": ["mps", "gfx943"],
-    "doctor": [], "ops": [], "run": [], "bisect": [], "plan": ["--model v4-flash --chip nope"], "tune": ["--device nope", "--backend nunba"],
+    "doctor": [], "ops": [], "run": [], "bisect": [], "plan": ["--model v4-flash --chip nope"],
+    "tune": ["--device nope", "--backend nunba"],
     "check": ["matmul --backend nunba"], "warmup": ["--backend nunba"], "demo": ["--backend nunba"],
     "bench": ["matmul --device nope", "matmul --device cuda:77", "matmul --device cpu --backend nunba"],
     "coverage": ["{file} --backend nunba"], "convert": ["{tmp} {tmp}/dst --backend nunba"],

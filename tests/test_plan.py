@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 import re
 from collections import OrderedDict
@@ -334,6 +335,9 @@ def test_every_format_of_a_named_model(form, size, capsys):
         ("--model v4-flash --rate nan", "a number above 0"),
         ("--model v4-flash --hit-rate 1.5", "a share from 0 to 1"),
         ("--model v4-flash --context -1", "a whole number"),
+        ("--model v4-flash --chip H200 --price 1", "--price counts with --watts"),
+        ("--model v4-flash --chip H200 --hit-rate 0.5", "--hit-rate counts with --memory"),
+        ("--model v4-flash --tp 8 --chip H200", "leave --chip out"),
         ("--model v4-flash --tp 8 --format int8", "--tp plans checkpoint, fp8, bf16"),
         ("--model {tmp} --tp 8", "--tp plans v4-flash and v4-pro"),
         ("--model {tmp}", "holds no safetensors"),
@@ -354,7 +358,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(words, said, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "change", [{"bandwidth": 0}, {"reads": {"fp8": -1.0}}, {"layers": {"csa": 1.0}}, {"disk": "2"}]
+    "change", [{"bandwidth": 0}, {"reads": {"fp8": -1.0}}, {"layers": {"csa": 1.0}}, {"disk": "2"}, {"step": math.inf}]
 )
 def test_figures_that_are_none_are_refused(change, tmp_path):
     file = tmp_path / "here.json"

@@ -26,6 +26,7 @@ _EXAMPLES = """examples:
   flagops bench --roofline --json here.json                           this machine, measured
   flagops plan --model DeepSeek-V4-Flash --machine here.json --memory 24GiB --disk 3GB --watts 120 --price 0.3
 """
+_TOKENS = ("machine", "chip", "bandwidth", "rate", "disk", "hit-rate", "watts", "price", "rent")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -71,6 +72,12 @@ def _folder(word: str) -> Path:
 
 def _machine(options: argparse.Namespace) -> Machine | None:
     """The machine that options name, with the disk that they give; None where they name none."""
+    for option, value, other, needed in (
+        ("price", options.price, "watts", options.watts),
+        ("hit-rate", options.hit_rate, "memory", options.memory),
+    ):
+        if value is not None and needed is None:
+            raise ValueError(f"--{option} counts with --{other}: give both, or neither")
     bandwidth, rate = options.bandwidth, options.rate and options.rate * 1e12
     if options.machine:
         if options.chip or bandwidth or rate:
@@ -90,6 +97,9 @@ def _machine(options: argparse.Namespace) -> Machine | None:
 def _schemes(options: argparse.Namespace) -> int:
     """Tensor parallelism of the output projection, of a model by name."""
     form = options.format
+    for option in _TOKENS:
+        if getattr(options, option.replace("-", "_")) is not None:
+            raise ValueError(f"--tp plans ranks, and no tokens: leave --{option} out")
     if options.model not in MODELS:
         raise ValueError(f"--tp plans {' and '.join(MODELS)}, got --model {options.model}")
     if form not in schemes.FORMATS:

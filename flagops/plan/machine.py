@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -42,12 +43,14 @@ class Machine:
 
     @property
     def whole(self) -> bool:
-        """Whether all measured figures are numbers above zero, and all kinds of layers are there."""
+        """Whether all measured figures are numbers above zero, and all kinds of layers are there; experts that are
+        called one by one may take no longer than together."""
         tables = self.reads, self.rates, self.layers
         if not all(isinstance(table, dict) and table for table in tables) or set(self.layers) != set(ATTENTION_KINDS):
             return False
-        alone = self.bandwidth, self.single, self.process, self.experts, self.step, self.disk or 1
-        return all(type(x) in (int, float) and x > 0 for x in (*alone, *(x for each in tables for x in each.values())))
+        alone = self.bandwidth, self.single, self.process, self.experts or 1, self.step, self.disk or 1
+        every = *alone, *(x for each in tables for x in each.values())
+        return all(type(x) in (int, float) and 0 < x < math.inf for x in every)
 
     @property
     def measured(self) -> bool:

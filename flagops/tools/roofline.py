@@ -75,7 +75,8 @@ def machine(settings: Settings, path: Path | None = None) -> Machine:
         apart, rest = layers(False, products_alone, settings)
         begin("a model, its experts stacked")
         stacked, step = layers(True, products_alone, settings)
-        experts = sum(apart[kind] - stacked[kind] for kind in stacked) / len(stacked) / _SIZES["num_experts_per_tok"]
+        more = sum(apart[kind] - stacked[kind] for kind in stacked) / len(stacked)
+        experts = max(0.0, more) / _SIZES["num_experts_per_tok"]
         begin("disk")
         speed = None if path is None else disk(path)
     threads = torch.get_num_threads()
