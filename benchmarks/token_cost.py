@@ -96,7 +96,7 @@ def main() -> int:
     tables.show("planned and measured", HEAD, rows)
     if options.markdown:
         note = "\n".join(f"- {what or 'bandwidth'}: {how_much}, {of}" for what, how_much, of in described(here))
-        bench.write_markdown(options.markdown, HEAD, rows, f"{__doc__}\n{note}")
+        bench.write_markdown(options.markdown, HEAD, rows, f"{__doc__}\nRun with {' '.join(sys.argv[1:])}:\n\n{note}")
     return int(any(row[7] != "kept" for row in rows))
 
 

@@ -286,6 +286,50 @@ def trained(device: str, ids: Any) -> Any:
         return whole(ids.to(device)).logits.cpu()
 
 
+def packed(device: str, folder: str, ids: Any, **options: Any) -> dict[str, Any]:
+    """Logits of a checkpoint that is divided where it lies, and what this rank holds of it."""
+    import torch
+
+    import flagops
+
+    model = flagops.load(folder, mesh=mesh(device), **options)
+    held = model.state_dict()
+    with torch.no_grad():
+        logits = _steps(model, ids).float().numpy()
+    arena = model.flagops_arena
+    mapped = model.save_pretrained._mapped
+    return {
+        "logits": logits,
+        "bytes": sum(x.numel() * (2 if "norm" in name else x.itemsize) for name, x in held.items()),  # as stored
+        "copied": {
+            name.rpartition("self_attn.")[2]
+            for name, x in held.items()
+            if x.dtype.itemsize == 1 and mapped.where(x) is None
+        },
+        "heads": {len(layer.self_attn.sinks) for layer in model.model.layers},
+        "left": model.flagops.report().bypassed,
+        "reads": arena and arena.report().reads,
+        "refused": [_said(model.flagops.disable), _said(lambda: model.save_pretrained("nowhere"))],
+    }
+
+
+def odd_one(device: str, folder: str) -> None:
+    """Rank 1 asks for another dtype."""
+    import torch.distributed as dist
+
+    import flagops
+
+    flagops.load(folder, mesh=mesh(device), dtype="float32" if dist.get_rank() == 1 else "bfloat16")
+
+
+def _said(call: Any) -> str:
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "nothing"
+
+
 def _whole(x: Any) -> Any:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
@@ -309,9 +353,10 @@ def main(folder: str, ranks: str) -> None:
 
         import flagops.distributed
 
-        if any(name in ("model", "trained") for name, _ in cases):
+        if any(name in ("model", "trained", "packed", "odd_one") for name, _ in cases):
             from transformers.models.deepseek_v4 import modeling_deepseek_v4  # noqa: F401
 
+            import flagops.packed.load
             import flagops.transformers  # noqa: F401
     children = []
     for rank in range(int(ranks)):

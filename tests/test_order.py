@@ -237,6 +237,14 @@ def test_an_interrupted_run_goes_on(brief, tmp_path, monkeypatch):
     assert len(brief) == len(set(brief)) == 7
 
 
+def test_what_a_model_only_asks_for_is_known():
+    """Its calls are left to torch, which takes time: the judgement of whole models must see the operator."""
+    q = torch.randn(1, 2, 3, 8)
+    model = tune_cases.Model("attention", lambda: lambda: F.scaled_dot_product_attention(q, q, q), "cpu")
+    found = table(replace={"*": (), "scaled_dot_product_attention.float16": ("numba",), "rms_norm": ("numba",)})
+    assert model.ratio(found, quick=True)[1] == ["scaled_dot_product_attention"]
+
+
 def test_what_loses_in_a_whole_model_is_given_back(brief, tmp_path, monkeypatch, capsys):
     class Losing:
         title = "a model"

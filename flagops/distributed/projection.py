@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -61,12 +61,10 @@ class GroupedOutputProjection(nn.Module):
 
     def forward(self, o: Tensor) -> Tensor:
         """o: ``[..., heads, head_dim]``, where sharded this rank's heads; to ``[..., hidden]`` on every rank."""
-        weights = [getattr(self, name) for name in WEIGHTS]
+        wo_a, wo_b, a_scale, b_scale = (local(getattr(self, name)) for name in WEIGHTS)
         if self.parallel is None:
-            wo_a, wo_b, *scales = weights
-            return _project(o, wo_a, wo_b, self.groups, scales, self.backend)
-        wo_a, wo_b, *scales = (local(x) for x in weights)
-        return self.parallel(o, wo_a, wo_b, *scales)
+            return Weights(wo_a, wo_b, a_scale, b_scale, self.backend).whole(o, self.groups)
+        return self.parallel(o, wo_a, wo_b, a_scale, b_scale)
 
     def extra_repr(self) -> str:
         shared = f", {self.parallel.layout.scheme} over {self.parallel.layout.tp} ranks" if self.parallel else ""
@@ -112,6 +110,22 @@ class GroupedOutputProjectionParallel(ParallelStyle):
         return module
 
 
+class Products(Protocol):
+    """What a rank multiplies between collectives, with its shards."""
+
+    def whole(self, o: Tensor, groups: int) -> Tensor:
+        """Both products, ``[..., heads, head_dim] -> [..., hidden]``."""
+        ...
+
+    def first(self, o: Tensor, wide: bool = False) -> Tensor:
+        """``o @ wo_a.T`` of one group; `wide` keeps the sums in float32."""
+        ...
+
+    def second(self, z: Tensor) -> Tensor:
+        """``z @ wo_b.T``."""
+        ...
+
+
 class ParallelProjection:
     """The projection of one rank: its heads, its weights, and the collectives between."""
 
@@ -133,31 +147,33 @@ class ParallelProjection:
         with failing_together():
             self._check(o, wo_a)
             trains = torch.is_grad_enabled() and any(x.requires_grad for x in (o, wo_a, wo_b))
-            flat = o.flatten(0, -3) if o.dim() > 2 else o[None]
-            if not len(flat):
-                empty = o.new_zeros(*o.shape[:-2], self.layout.sizes.hidden)
-                return empty + 0 * (o.sum() + wo_a.sum() + wo_b.sum()) if trains else empty
-            pieces = [flat] if trains else list(torch.split(flat, TOKENS_IN_FLIGHT))
-            stage = self._stages(wo_a, wo_b, a_scale, b_scale)
-            started: list[Pending] = [self._gather(x) for x in pieces]
-            for step in stage:
-                started = [step(wait()) for wait in started]
-            y = torch.cat([wait() for wait in started])
-            return y.view(*o.shape[:-2], y.shape[-1])
+            products = Weights(wo_a, wo_b, a_scale, b_scale, self.backend)
+            if trains and not o.numel():
+                return self.compute(o, products) + 0 * (o.sum() + wo_a.sum() + wo_b.sum())
+            return self.compute(o, products, whole=trains)
 
-    def _stages(
-        self, wo_a: Tensor, wo_b: Tensor, a_scale: Tensor | None, b_scale: Tensor | None
-    ) -> list[Callable[[Tensor], Pending]]:
+    def compute(self, o: Tensor, products: Products, whole: bool = False) -> Tensor:
+        """The same with products of somebody else's; `whole` takes all tokens in one piece, as gradients need it."""
+        flat = o.flatten(0, -3) if o.dim() > 2 else o[None]
+        if not len(flat):
+            return o.new_zeros(*o.shape[:-2], self.layout.sizes.hidden)
+        pieces = [flat] if whole else list(torch.split(flat, TOKENS_IN_FLIGHT))
+        started: list[Pending] = [self._gather(x) for x in pieces]
+        for step in self._stages(products, o.dtype):
+            started = [step(wait()) for wait in started]
+        y = torch.cat([wait() for wait in started])
+        return y.view(*o.shape[:-2], y.shape[-1])
+
+    def _stages(self, products: Products, dtype: torch.dtype) -> list[Callable[[Tensor], Pending]]:
         """What happens to the heads of some tokens; communication that a step begins, the next one waits for."""
         layout = self.layout
         if layout.parts == 1 or layout.scheme == "replicate":
-            scales = (a_scale, b_scale)
-            return [lambda o: self._sum(_project(o, wo_a, wo_b, layout.local_groups, scales, self.backend))]
+            return [lambda o: self._sum(products.whole(o, layout.local_groups))]
         if layout.scheme == "split-rank":
-            return [lambda o: self._sum(_second(_first(o.flatten(-2), wo_a, a_scale), wo_b, b_scale))]
+            return [lambda o: self._sum(products.second(products.first(o.flatten(-2))))]
         return [
-            lambda o: self._scatter(_first(o.flatten(-2), wo_a, a_scale, wide=True)),
-            lambda z: self._sum(_second(z.to(_plain(wo_b, b_scale)), wo_b, b_scale)),
+            lambda o: self._scatter(products.first(o.flatten(-2), wide=True)),
+            lambda z: self._sum(products.second(z.to(dtype))),
         ]
 
     def _check(self, o: Tensor, wo_a: Tensor) -> None:
@@ -174,7 +190,7 @@ class ParallelProjection:
         """The heads of the whole group, where the scheme wants them."""
         if self.part is None or self.layout.scheme == "split-input":
             return lambda: o
-        return _started(_Gather, _gathering, o, self.part, self.layout.scheme == "split-rank")
+        return _started(_Gather, gathering, o, self.part, self.layout.scheme == "split-rank")
 
     def _scatter(self, z: Tensor) -> Pending:
         """This rank's part of the sum over the group."""
@@ -192,36 +208,44 @@ def _started(function: Any, begin: Callable[[Tensor, Any], Pending], x: Tensor, 
     return begin(x, group)
 
 
-def _project(
-    o: Tensor, wo_a: Tensor, wo_b: Tensor, groups: int, scales: Sequence[Tensor | None], backend: Any
-) -> Tensor:
-    given = scales if any(scale is not None for scale in scales) else ()
-    return flagops.grouped_output_projection(o, wo_a, wo_b, groups, *given, backend=backend)
+class Weights(NamedTuple):
+    """Shards of the weights: floats, or FP8 with scales, whose second product quantises its activations."""
+
+    wo_a: Tensor
+    wo_b: Tensor
+    a_scale: Tensor | None = None
+    b_scale: Tensor | None = None
+    backend: str | Sequence[str] | None = None
+
+    def whole(self, o: Tensor, groups: int) -> Tensor:
+        scales = self.a_scale, self.b_scale
+        given = scales if any(scale is not None for scale in scales) else ()
+        return flagops.grouped_output_projection(o, self.wo_a, self.wo_b, groups, *given, backend=self.backend)
+
+    def first(self, o: Tensor, wide: bool = False) -> Tensor:
+        """FP8 weights are expanded a few rows at a time."""
+        wo_a, scale = self.wo_a, self.a_scale
+        dtype = torch.promote_types(o.dtype, torch.float32) if wide else o.dtype
+        step = max(128, config.budget() // 4 // (max(1, wo_a.shape[1]) * 4) // 128 * 128)
+        x, made = o.to(dtype), []
+        for start in range(0, wo_a.shape[0], step):
+            rows = wo_a[start : start + step]
+            if scale is not None:
+                blocks = scale[start // 128 : -(-(start + len(rows)) // 128)]
+                rows = flagops.fp8_dequantize(rows, blocks, dtype=arrays.dtype_name(o))
+            made.append(flagops.linear(x, rows.to(dtype)))
+        return made[0] if len(made) == 1 else torch.cat(made, -1)
+
+    def second(self, z: Tensor) -> Tensor:
+        """For FP8 weights z is quantised by groups of 128 first."""
+        wo_b, scale = self.wo_b, self.b_scale
+        if scale is None:
+            return flagops.linear(z, wo_b)
+        codes, steps = flagops.fp8_quantize(z)
+        return flagops.fp8_matmul(codes, steps, wo_b, scale, dtype=arrays.dtype_name(z))
 
 
-def _first(o: Tensor, wo_a: Tensor, scale: Tensor | None, wide: bool = False) -> Tensor:
-    """``o @ wo_a.T``, FP8 weights expanded a few rows at a time; `wide` keeps the sums in float32."""
-    dtype = torch.promote_types(o.dtype, torch.float32) if wide else o.dtype
-    step = max(128, config.budget() // 4 // (max(1, wo_a.shape[1]) * 4) // 128 * 128)
-    x, made = o.to(dtype), []
-    for start in range(0, wo_a.shape[0], step):
-        rows = wo_a[start : start + step]
-        if scale is not None:
-            blocks = scale[start // 128 : -(-(start + len(rows)) // 128)]
-            rows = flagops.fp8_dequantize(rows, blocks, dtype=arrays.dtype_name(o))
-        made.append(flagops.linear(x, rows.to(dtype)))
-    return made[0] if len(made) == 1 else torch.cat(made, -1)
-
-
-def _second(z: Tensor, wo_b: Tensor, scale: Tensor | None) -> Tensor:
-    """``z @ wo_b.T``; for FP8 weights z is quantised by groups of 128 first."""
-    if scale is None:
-        return flagops.linear(z, wo_b)
-    codes, steps = flagops.fp8_quantize(z)
-    return flagops.fp8_matmul(codes, steps, wo_b, scale, dtype=arrays.dtype_name(z))
-
-
-def _gathering(o: Tensor, group: Any) -> Pending:
+def gathering(o: Tensor, group: Any) -> Pending:
     """[n, h, c] of each rank as [n, ranks * h, c], heads in the order of the ranks."""
     ranks = dist.get_world_size(group)
     made = o.new_empty(ranks * len(o), *o.shape[1:])
@@ -258,7 +282,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, o: Tensor, group: Any, partial: bool) -> Tensor:
         ctx.group, ctx.partial, ctx.heads = group, partial, o.shape[1]
-        return _gathering(o, group)()
+        return gathering(o, group)()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -279,7 +303,7 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gathering(grad[:, None], ctx.group)().flatten(1), None
+        return gathering(grad[:, None], ctx.group)().flatten(1), None
 
 
 class _Sum(torch.autograd.Function):
@@ -412,10 +436,6 @@ def _peer_failed(error: RuntimeError) -> RuntimeError:
 
 def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
-
-
-def _plain(wo_b: Tensor, scale: Tensor | None) -> torch.dtype:
-    return torch.bfloat16 if scale is not None else wo_b.dtype
 
 
 def local(x: Any) -> Any:

@@ -22,7 +22,7 @@ from flagops.checkpoint import Refused
 from flagops.checkpoint.progress import amount
 from flagops.checkpoint.source import Reader
 
-from .products import BLOCK, Call, Weight
+from .products import BLOCK, Stack, Weight
 from .storage import Mapped
 
 THREADS = 4
@@ -101,36 +101,22 @@ class Arena:
         for group in self._served(layer, _cut(wanted, self._half), tokens):
             yield from group.values()
 
-    def routed(
-        self, layer: int, x: Tensor, indices: Tensor, weights: Tensor, limit: float | None, call: Call
-    ) -> Tensor | None:
-        """`flagops.moe_experts` on the slots; None where the experts of a layer do not lie there as it takes them.
-
-        Each pair of a token and an expert is a row of its own, and the rows of a token are added in the order of their
-        ids, as the operator adds them: so it does not matter in which slots experts lie, and how many fit.
-        """
+    def stacks(self, layer: int, indices: Tensor) -> Iterator[Stack] | None:
+        """The slots as stacked weights, each valid until the next; None where the experts of a layer do not lie there
+        as `flagops.moe_experts` takes them."""
         stacked = self._stacked(layer)
-        if stacked is None:
-            return None
-        count, slots = indices.shape
-        order = indices.argsort(dim=-1, stable=True)
-        ids, factors = (y.gather(-1, order).flatten() for y in (indices, weights.to(torch.float32)))
-        wanted = sorted(set(ids.tolist()))
+        return None if stacked is None else self._slotted(layer, indices, stacked)
+
+    def _slotted(self, layer: int, indices: Tensor, stacked: tuple[Tensor, ...]) -> Iterator[Stack]:
+        wanted = sorted(set(indices.flatten().tolist()) - {-1})
         there = [index for index in wanted if (layer, index) in self._held]
         missing = [index for index in wanted if (layer, index) not in self._held]
-        y = x.new_empty(count * slots, x.shape[1])
-        for group in self._served(layer, [*_cut(there, self._half), *_cut(missing, self._half)], count):
-            table = torch.full((len(self._experts[layer]),), -1, dtype=torch.int32)
+        groups = [*_cut(there, self._half), *_cut(missing, self._half)]
+        for group in self._served(layer, groups, len(indices)):
+            places = torch.full((len(self._experts[layer]) + 1,), -1, dtype=torch.int32)
             for index in group:
-                table[index] = self._held[layer, index][0]
-            slot = table[ids]
-            rows = (slot >= 0).nonzero()[:, 0]
-            given = x[rows // slots], factors[rows, None], slot[rows, None]
-            y[rows] = call("moe_experts", *given, *stacked, limit)
-        total = torch.zeros(x.shape, dtype=torch.float32)
-        for part in y.view(count, slots, -1).unbind(1):
-            total += part
-        return total.to(x.dtype)
+                places[index] = self._held[layer, index][0]
+            yield places, stacked
 
     def _served(self, layer: int, groups: Sequence[Sequence[int]], tokens: int) -> Iterator[dict[int, Expert]]:
         """Groups of experts, each valid until the next, which is read meanwhile; by one thread at a time.

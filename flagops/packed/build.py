@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,11 @@ from flagops.checkpoint.source import CONFIG, Source
 from .arena import Arena
 from .modules import PackedExpert, PackedExperts, PackedGroupedLinear, PackedLinear, StackedExperts, frozen
 from .names import EXPERT, renamed
-from .products import BLOCK, POWERS, Stacked, Weight
+from .products import BLOCK, POWERS, Share, Stacked, Weight
 from .storage import Mapped
 
 PARTS = ("gate", "up", "down")
+_PROJECTION = re.compile(r"self_attn\.o_[ab]_proj\.weight$")
 
 
 class Place(NamedTuple):
@@ -37,11 +39,18 @@ class Build:
 
     quantise: whether activations are quantised before they are multiplied. pack: whether experts are copied into
     stacks. memory: the most bytes that the process may take with all weights, experts being read on demand; None for
-    no bound.
+    no bound. ranks: makes, of the model's configuration and whether its output projection is FP8, what says which parts
+    are here (`flagops.packed.ranks.Ranks`); None for a model as a whole.
     """
 
     def __init__(
-        self, source: Source, dtype: torch.dtype, quantise: bool, pack: bool, memory: int | None = None
+        self,
+        source: Source,
+        dtype: torch.dtype,
+        quantise: bool,
+        pack: bool,
+        memory: int | None = None,
+        ranks: Callable[[Any, bool], Any] | None = None,
     ) -> None:
         plan = Plan(source)
         self.source, self.mapped, self.quantise, self._apiece = source, Mapped(source), quantise, memory is not None
@@ -51,6 +60,8 @@ class Build:
         self._powers = _powers(source.config or {})
         self._blank = dict(_tensors(self.model))
         outputs = self._targets(plan)
+        fp8 = any(out.action == FP8 and _PROJECTION.search(target) for target, out in outputs.items())
+        self.ranks = None if ranks is None else ranks(self.config, fp8)
         wide = _wide(self.model, dtype)
         experts: dict[str, dict[tuple[int, str], Output]] = defaultdict(dict)
         for target, out in outputs.items():
@@ -91,6 +102,8 @@ class Build:
         blank = self._blank[f"{stem}.{leaf}"]
         _same(out, blank.shape)
         tensor = self.mapped[out.name]
+        if self.ranks:
+            tensor = self.ranks.plain(f"{stem}.{leaf}", tensor)
         tensor = tensor.to(dtype if blank.is_floating_point() else blank.dtype)
         module = self.model.get_submodule(stem)
         if leaf in module._buffers:
@@ -119,7 +132,10 @@ class Build:
     def _linear(self, stem: str, out: Output) -> None:
         layer = self.model.get_submodule(stem)
         made = PackedGroupedLinear if "GroupedLinear" in type(layer).__name__ else PackedLinear
-        packed = made(self._weight(out, self._blank[f"{stem}.weight"].shape), layer.bias, self._scales(out))
+        weight = self._weight(out, self._blank[f"{stem}.weight"].shape)
+        if self.ranks:
+            weight = self.ranks.packed(f"{stem}.weight", weight)
+        packed = made(weight, layer.bias, self._scales(out))
         self.model.set_submodule(stem, packed)
         self._note(out, packed, "weight")
 
@@ -138,18 +154,28 @@ class Build:
         limit, scales, half = self._limit(gate_up), self._scales(gate_up), gate_up.shape[1] // 2
         if gate_up.action == FP8 and half % BLOCK and (self._apiece or scales != POWERS):
             raise Refused(f"{gate_up.weight}: blocks of {BLOCK} do not divide the {half} rows of a gate; convert it")
-        module = StackedExperts(weights[0], weights[1], limit, scales)
+        mine, share = self._mine(gate_up.shape[0])
+        weights = [Weight(*(x[mine.start : mine.stop] for x in weight)) for weight in weights]
+        module = StackedExperts(weights[0], weights[1], limit, scales, share)
         if self._apiece:
             stacked = Stacked(module.stacked, limit, scales)
-            each = [[PackedLinear(x, None, scales) for x in stacked.expert(i)] for i in range(gate_up.shape[0])]
-            self.model.set_submodule(stem, PackedExperts([PackedExpert(*layers) for layers in each], limit, scales))
+            each = [[PackedLinear(x, None, scales) for x in stacked.expert(i)] for i in range(len(mine))]
+            experts = [PackedExpert(*layers) for layers in each]
+            self.model.set_submodule(stem, PackedExperts(experts, limit, scales, share))
             return  # parts of the mapping, which are saved with it
         self.model.set_submodule(stem, module)
         self._note(gate_up, module, "gate_up_proj")
         self._note(down, module, "down_proj")
 
-    def _experts(self, stem: str, parts: dict[tuple[int, str], Output]) -> list[list[tuple[Output, Weight]]]:
-        """Gate, up and down of each expert of a layer; raises Refused for one that is missing, or of another format."""
+    def _mine(self, count: int) -> tuple[range, Share | None]:
+        """Which experts of a layer are here; and how they are part of all, where they are not all."""
+        return (self.ranks.experts(count), self.ranks.share(count)) if self.ranks else (range(count), None)
+
+    def _experts(
+        self, stem: str, parts: dict[tuple[int, str], Output]
+    ) -> tuple[list[list[tuple[Output, Weight]]], Share | None]:
+        """Gate, up and down of each expert of a layer that is here; raises Refused for one, here or not, that is
+        missing or of another format."""
         count, rows, width = self._blank[f"{stem}.gate_up_proj"].shape
         shapes = {"gate": (rows // 2, width), "up": (rows // 2, width), "down": (width, rows // 2)}
         wanted = [(index, part) for index in range(count) for part in PARTS]
@@ -163,27 +189,30 @@ class Build:
         for out in parts.values():
             if out.action != first.action:
                 raise Refused(f"{out.weight} and {first.weight} are experts in two formats; convert both")
-        return [[(parts[i, part], self._weight(parts[i, part], shapes[part])) for part in PARTS] for i in range(count)]
+        mine, share = self._mine(count)
+        found = [[(parts[i, part], self._weight(parts[i, part], shapes[part])) for part in PARTS] for i in mine]
+        return found, share
 
     def _apart(self, stem: str, parts: dict[tuple[int, str], Output]) -> None:
         scales, made = self._scales(parts[next(iter(parts))]), []
-        for expert in self._experts(stem, parts):
+        experts, share = self._experts(stem, parts)
+        for expert in experts:
             layers = [PackedLinear(weight, None, scales) for _, weight in expert]
             for (out, _), layer in zip(expert, layers, strict=True):
                 self._note(out, layer, "weight")
             made.append(PackedExpert(*layers))
-        self.model.set_submodule(stem, PackedExperts(made, self._limit(parts[0, "gate"]), scales))
+        self.model.set_submodule(stem, PackedExperts(made, self._limit(parts[0, "gate"]), scales, share))
 
     def _packed(self, stem: str, parts: dict[tuple[int, str], Output]) -> None:
         """As `_apart`, copied into stacks expert by expert; the pages that were read are let go."""
-        experts, first = self._experts(stem, parts), parts[0, "gate"]
+        (experts, share), first = self._experts(stem, parts), parts[0, "gate"]
         half = first.shape[0]
         if first.action == FP8 and half % BLOCK:
             raise Refused(f"pack: blocks of {BLOCK} do not divide the {half} rows of {first.weight}; load it without")
         gate, _, down = (weight for _, weight in experts[0])
         both = Weight(*(torch.empty((len(experts), 2 * len(x), *x.shape[1:]), dtype=x.dtype) for x in gate))
         lower = Weight(*(torch.empty((len(experts), *x.shape), dtype=x.dtype) for x in down))
-        module = StackedExperts(both, lower, self._limit(first), self._scales(first))
+        module = StackedExperts(both, lower, self._limit(first), self._scales(first), share)
         self.model.set_submodule(stem, module)
         for index, expert in enumerate(experts):
             for (out, weight), leaf, at in zip(

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from flagops.checkpoint.memory import peak
 from flagops.checkpoint.progress import amount
 from flagops.contract import Parser, Progress, natural
 
-ACTIVATIONS = ("fp8", "none")
+from .load import ACTIVATIONS, load
+
 _EXAMPLES = """examples:
   flagops generate DeepSeek-V4-Flash --prompt 'The sea is' --max-new-tokens 32
   flagops generate DeepSeek-V4-Flash --prompt 'The sea is' --memory 24GiB      experts read on demand
   flagops generate Qwen3-30B-A3B-FP8 --ids '9707 11' --activations none        16-bit activations
+  torchrun --nproc-per-node 4 -m flagops generate DeepSeek-V4-Flash --prompt 'The sea is'      a quarter on each rank
 """
 
 
@@ -33,10 +36,10 @@ def generate(argv: Sequence[str]) -> int:
         raise Refused(f"{args.path} is no folder; give one with safetensors and their index")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     tokenizer: Any = None if args.ids else _tokenizer(args.path)
-    with Progress(args.max_new_tokens + 1) as begin:
+    with _ranks() as mesh, Progress(args.max_new_tokens + 1) as begin:
         begin(f"loading {args.path.name}")
         start = time.perf_counter()
-        model = _model(args)
+        model = _model(args, mesh)
         ids = args.ids or tokenizer(args.prompt)["input_ids"]
         _check(ids, model.config.get_text_config().vocab_size)
         times, found = [time.perf_counter()], []
@@ -44,6 +47,8 @@ def generate(argv: Sequence[str]) -> int:
             times.append(time.perf_counter())
             found.append(token)
             begin(f"{len(found)} tokens of {args.path.name}")
+        if mesh is not None and mesh.get_rank():
+            return 0  # the first rank speaks for all
     facts = {
         "text": tokenizer.decode(found) if tokenizer else None,
         "ids": found,
@@ -83,12 +88,27 @@ def greedy(model: Any, ids: Sequence[int], count: int) -> Iterator[int]:
             return
 
 
-def _model(args: argparse.Namespace) -> Any:
-    from .load import load
+@contextmanager
+def _ranks() -> Iterator[Any]:
+    """A mesh of the processes that torchrun has started; None where there is only this one."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        yield None
+        return
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
 
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+    try:
+        yield mesh
+    finally:
+        dist.destroy_process_group()
+
+
+def _model(args: argparse.Namespace, mesh: Any) -> Any:
     return load(
         args.path, dtype=args.dtype, activations=args.activations, pack=args.pack, memory=args.memory,
-        backend=args.backend, numerics=args.numerics,
+        backend=args.backend, numerics=args.numerics, mesh=mesh,
     )  # fmt: skip
 
 

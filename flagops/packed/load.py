@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ def load(
     memory: str | int | None = None,
     backend: str | Sequence[str] | None = None,
     numerics: str = "transformers",
+    mesh: Any = None,
+    mesh_dim: str = "tp",
+    scheme: str = "auto",
 ) -> Any:
     """A model of transformers for inference on the weights of a quantised checkpoint, FP4 and FP8, as they are stored.
 
@@ -49,6 +53,11 @@ def load(
             aside: routed experts are then read on demand into what is left, kept by use and read ahead once they are
             chosen (``model.flagops_arena.report()``). Results have the same bits for every budget. None maps them.
         backend, numerics: as of `flagops.patch`.
+        mesh: a `torch.distributed` DeviceMesh over whose dimension `mesh_dim` a DeepSeek-V4 is divided; every rank
+            calls. Each maps its shards alone: heads of attention and indexer, the output projection by `scheme` (see
+            `flagops.distributed`), experts and vocabulary (`flagops plan` counts them). Every rank computes the whole
+            model's logits; what ranks have is added in float32, so that they differ by the order of sums alone. The
+            patch remains for good, and such a model is not saved.
 
     ``state_dict()`` has the codes as ``weight`` and the scales as ``weight_scale_inv``, by transformers' names.
     ``save_pretrained(folder)`` writes the checkpoint's own tensors under its own names, byte for byte where nobody has
@@ -75,9 +84,24 @@ def load(
         raise ValueError(
             "load: pack copies all experts into memory, and memory= reads some of them; give one of the two"
         )
-    build = Build(Source(path), getattr(torch, name), activations == "fp8", pack, room)
+    options = getattr(torch, name), activations == "fp8", pack
+    if mesh is None:
+        build = Build(Source(path), *options, room)
+    else:
+        from flagops.distributed.projection import agreed, ranks_of
+
+        from .ranks import Ranks
+
+        mesh = ranks_of(mesh, mesh_dim)
+        with agreed(mesh) as note:
+            build = Build(Source(path), *options, room, partial(Ranks, mesh, scheme))
+            note.update(checkpoint=build.source.fingerprint(), options=(*options, scheme, numerics))
+        assert build.ranks is not None
+        build.ranks.divide(build.model, backend)
     model = build.model
-    model.save_pretrained = Saved(build.mapped, build.places)
+    model.save_pretrained = Saved(build.mapped, build.places, whole=mesh is None)
     model.flagops_arena = build.arena
     model.flagops = patch(model, backend=backend, numerics=numerics)
+    if mesh is not None:
+        model.flagops.stay("a model loaded over a mesh computes its part of the heads by this patch; load it without")
     return model

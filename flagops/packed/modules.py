@@ -6,14 +6,14 @@ casting it to another dtype leaves codes and scales as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .arena import Arena, Expert
-from .products import POWERS, Call, Stacked, Weight, grouped, linear, routed, run
+from .products import Call, Share, Stack, Stacked, Weight, grouped, linear, routed, run
 
 _WORDS = {1: torch.uint8, 4: torch.int32}
 
@@ -90,15 +90,22 @@ class PackedExpert(nn.Module):
 class PackedExperts(nn.ModuleList):
     """Routed experts that lie one by one, as most checkpoints have them: stacking them would be a second copy.
 
+    share: those of all that are here, where the rest is on other ranks.
     arena: what reads them on demand, as those of a layer; None where they are computed with where they lie.
     """
 
     stacked = None
     arena: tuple[Arena, int] | None = None
 
-    def __init__(self, experts: list[PackedExpert], limit: float | None, scales: str | None) -> None:
+    def __init__(
+        self, experts: list[PackedExpert], limit: float | None, scales: str | None, share: Share | None = None
+    ) -> None:
         super().__init__(experts)
-        self.limit, self.scales = limit, scales
+        self.limit, self.scales, self.share = limit, scales, share
+
+    def stacks(self, indices: Tensor) -> Iterable[Stack] | None:
+        """Those of the arena."""
+        return None if self.arena is None else self.arena[0].stacks(self.arena[1], indices)
 
     def chosen(self, wanted: Sequence[int], tokens: int) -> Iterator[Expert]:
         """Gate, up and down of each of some experts."""
@@ -117,24 +124,32 @@ class PackedExperts(nn.ModuleList):
 
     def compute(self, x: Tensor, indices: Tensor, weights: Tensor, call: Call) -> Tensor:
         """The same, by operators that somebody else runs."""
-        found = None
-        if self.arena is not None and self.scales == POWERS:
-            found = self.arena[0].routed(self.arena[1], x, indices, weights, self.limit, call)
-        return routed(self, x, indices, weights, call) if found is None else found
+        return routed(self, x, indices, weights, call)
 
 
 class StackedExperts(Packed):
     """Routed experts stacked: ``gate_up_proj`` ``[e, 2i, d]``, ``down_proj`` ``[e, d, i]`` and their scales."""
 
-    def __init__(self, gate_up: Weight, down: Weight, limit: float | None = None, scales: str | None = None) -> None:
+    def __init__(
+        self,
+        gate_up: Weight,
+        down: Weight,
+        limit: float | None = None,
+        scales: str | None = None,
+        share: Share | None = None,
+    ) -> None:
         super().__init__()
         self.gate_up_proj, self.gate_up_proj_scale_inv = map(frozen, gate_up)
         self.down_proj, self.down_proj_scale_inv = map(frozen, down)
-        self.limit, self.scales = limit, scales
+        self.limit, self.scales, self.share = limit, scales, share
 
     @property
     def stacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.gate_up_proj, self.down_proj, self.gate_up_proj_scale_inv, self.down_proj_scale_inv
+
+    def stacks(self, indices: Tensor) -> Iterable[Stack]:
+        """Its own."""
+        return Stacked(self.stacked, self.limit, self.scales).stacks(indices)
 
     def chosen(self, wanted: Sequence[int], tokens: int) -> Iterator[Expert]:
         """As `PackedExperts`."""

@@ -6,7 +6,7 @@ with packed weights are `flagops.fp8_matmul` and `flagops.fp4_matmul`, experts t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,6 +20,9 @@ POWERS = "float8_e8m0fnu"
 
 Call = Callable[..., Any]
 """Runs an operator by name with its arguments."""
+Stack = tuple[Tensor, tuple[Tensor, ...]]
+"""At which place of stacked weights each expert lies, int32, -1 for nowhere and, at the end, for experts of other
+ranks; the weights, as ``gate_up, down, gate_up_scale, down_scale`` of `flagops.moe_experts`."""
 
 
 class Weight(NamedTuple):
@@ -33,6 +36,7 @@ class Experts(Protocol):
     """Routed experts with packed weights.
 
     scales: the dtype of the activations' scales, None for activations that are not quantised.
+    share: those that are here, None for all.
     stacked: the arguments ``gate_up, down, gate_up_scale, down_scale`` of `flagops.moe_experts`, if they lie so.
     """
 
@@ -44,6 +48,13 @@ class Experts(Protocol):
 
     @property
     def stacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...
+
+    @property
+    def share(self) -> Share | None: ...
+
+    def stacks(self, indices: Tensor) -> Iterable[Stack] | None:
+        """Where the experts of a call lie so that `flagops.moe_experts` takes them, some after the other; or None."""
+        ...
 
     def chosen(self, wanted: Sequence[int], tokens: int) -> Iterator[tuple[Weight, Weight, Weight]]:
         """Gate, up and down of each of some experts, asked for by so many tokens."""
@@ -88,13 +99,13 @@ def grouped(x: Tensor, weight: Weight, call: Call = run) -> Tensor:
     for g in range(groups):
         first = g * rows
         above = first % BLOCK  # rows of the group before, under the same scale
-        y = product((x[..., g, :], None), _rows(weight, first - above, first + rows), x.dtype, call)
+        y = product((x[..., g, :], None), cut(weight, first - above, first + rows), x.dtype, call)
         parts.append(y[..., above:])
     return torch.stack(parts, -2)
 
 
-def _rows(weight: Weight, first: int, last: int) -> Weight:
-    """Rows of a weight, from a multiple of the rows of its blocks on."""
+def cut(weight: Weight, first: int, last: int) -> Weight:
+    """Rows of a weight, from a multiple of the rows of its blocks on or all of them in one block."""
     block = BLOCK if weight.codes.dtype is torch.float8_e4m3fn else 1
     return Weight(weight.codes[first:last], weight.scale[first // block : -(-last // block)])
 
@@ -104,14 +115,24 @@ def routed(module: Experts, x: Tensor, indices: Tensor, weights: Tensor, call: C
 
     That operator computes it where weights are stacked and activations quantised with powers of two. Experts that lie
     apart are multiplied one after the other, in the order of their ids: their outputs are rounded to the dtype of x
-    and added in float32.
+    and added in float32. So are those of other ranks.
     """
-    weights = weights.to(torch.float32)
+    weights, share = weights.to(torch.float32), module.share
+    if share is not None:
+        return share.summed(_added(module, x, share.local(indices), weights, call)).to(x.dtype)
     stacked = module.stacked if module.scales == POWERS else None
     if stacked is not None:
         result: Tensor = call("moe_experts", x, weights, indices.to(torch.int32), *stacked, module.limit)
         return result
+    return _added(module, x, indices, weights, call).to(x.dtype)
+
+
+def _added(module: Experts, x: Tensor, indices: Tensor, weights: Tensor, call: Call) -> Tensor:
+    """The sum of the experts that are here, -1 being none of them, in float32."""
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    stacks = module.stacks(indices) if module.scales == POWERS else None
+    if stacks is not None:
+        return _by_pairs(total, x, indices, weights, stacks, module.limit, call)
     codes, scale = quantised(x, module.scales, call)
     found = list(hit(indices))
     parts = module.chosen([expert for expert, _ in found], len(x))
@@ -122,13 +143,48 @@ def routed(module: Experts, x: Tensor, indices: Tensor, weights: Tensor, call: C
         h = call("swiglu", g, u, weights.flatten()[pairs], module.limit)
         y = product(quantised(h, module.scales, call), down, x.dtype, call)
         total.index_add_(0, rows, y.to(torch.float32))
-    return total.to(x.dtype)
+    return total
+
+
+def _by_pairs(
+    total: Tensor, x: Tensor, indices: Tensor, weights: Tensor, stacks: Iterable[Stack], limit: Any, call: Call
+) -> Tensor:
+    """`flagops.moe_experts` where each pair of a token and an expert is a row of its own, and the rows of a token are
+    added in the order of their ids, as the operator adds them: so it does not matter in which stacks experts lie."""
+    order = indices.argsort(dim=-1, stable=True)
+    ids, factors = indices.gather(-1, order), weights.gather(-1, order)
+    y = x.new_zeros(*ids.shape, x.shape[1])
+    for places, stacked in stacks:
+        place = places[ids]
+        at = (place >= 0).nonzero(as_tuple=True)
+        y[at] = call("moe_experts", x[at[0]], factors[at][:, None], place[at][:, None], *stacked, limit)
+    for part in y.unbind(1):
+        total += part
+    return total
+
+
+class Share:
+    """The experts of a layer that one rank has; the ranks' sums are added."""
+
+    def __init__(self, experts: range, group: Any) -> None:
+        self.experts, self._group = experts, group
+
+    def local(self, indices: Tensor) -> Tensor:
+        """Which of them is meant, -1 for those of other ranks."""
+        own = indices - self.experts.start
+        return torch.where((own >= 0) & (own < len(self.experts)), own, -1)
+
+    def summed(self, y: Tensor) -> Tensor:
+        """The sum of what all ranks have."""
+        from flagops.distributed.projection import summing
+
+        return summing(y, self._group)()
 
 
 def hit(indices: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Each expert that is chosen, by ascending id, with the places ``token * k + slot`` that chose it."""
     flat = indices.flatten()
-    order = torch.argsort(flat, stable=True)
+    order = torch.argsort(flat, stable=True)[int((flat < 0).sum()) :]
     found, counts = torch.unique_consecutive(flat[order], return_counts=True)
     yield from zip(found.tolist(), torch.split(order, counts.tolist()), strict=True)
 
@@ -141,6 +197,14 @@ class Stacked(NamedTuple):
     limit: float | None
     scales: str | None
 
+    @property
+    def share(self) -> None:
+        return None
+
+    def stacks(self, indices: Tensor) -> Iterable[Stack]:
+        places = torch.arange(len(self.stacked[0]), dtype=torch.int32, device=indices.device)
+        return [(torch.cat([places, places.new_full((1,), -1)]), self.stacked)]
+
     def chosen(self, wanted: Sequence[int], tokens: int) -> Iterator[tuple[Weight, Weight, Weight]]:
         return map(self.expert, wanted)
 
@@ -148,4 +212,4 @@ class Stacked(NamedTuple):
         """Gate, up and down of an expert."""
         gate_up, down, gate_up_scale, down_scale = (x[index] for x in self.stacked)
         both, half = Weight(gate_up, gate_up_scale), gate_up.shape[0] // 2
-        return _rows(both, 0, half), _rows(both, half, 2 * half), Weight(down, down_scale)
+        return cut(both, 0, half), cut(both, half, 2 * half), Weight(down, down_scale)

@@ -21,14 +21,17 @@ class Saved:
     """Stands for a model's ``save_pretrained``: writes the checkpoint's own files into a folder.
 
     Tensors have their stored names, dtypes and places, and the bytes that they had unless the model holds others;
-    configuration, tokenizer and all other files are copied. Files appear whole or not at all.
+    configuration, tokenizer and all other files are copied. Files appear whole or not at all. A model that is not
+    `whole`, the part of a rank, is refused.
     """
 
-    def __init__(self, mapped: Mapped, places: dict[str, Any]) -> None:
-        self._mapped, self._places = mapped, places
+    def __init__(self, mapped: Mapped, places: dict[str, Any], whole: bool = True) -> None:
+        self._mapped, self._places, self._whole = mapped, places, whole
 
     def __call__(self, save_directory: str | os.PathLike[str]) -> None:
         source, folder = self._mapped.source, Path(save_directory)
+        if not self._whole:
+            raise ValueError(f"save_pretrained: a rank has its part of {source.folder} alone; load it without a mesh")
         folder.mkdir(parents=True, exist_ok=True)
         with Reader(source) as reader:
             for shard in source.shards:

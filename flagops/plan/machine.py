@@ -107,7 +107,8 @@ def described(machine: Machine) -> list[tuple[str, str, str]]:
         ("", f"{machine.single / 1e9:.1f} GB/s", "the same by one thread"),
     ]
     for kind, speed in machine.reads.items():
-        rows.append((kind, f"{speed / 1e9:.1f} GB/s", _READS.get(kind, "weights in products of one row")))
+        if kind not in _RATES:  # which read at the bandwidth of memory
+            rows.append((kind, f"{speed / 1e9:.1f} GB/s", "weights in products of one row"))
     for kind, speed in machine.rates.items():
         rows.append((kind, f"{speed / 1e9:.1f} GFLOP/s", _RATES.get(kind, "rows beyond the first, of 128")))
     for kind, time in machine.layers.items():
@@ -120,7 +121,6 @@ def described(machine: Machine) -> list[tuple[str, str, str]]:
     return rows
 
 
-_READS = {"attention": "as memory", "scores": "as memory"}
 _RATES = {"attention": "of one query with its cache", "scores": "of one query with the indexer's keys"}
 
 

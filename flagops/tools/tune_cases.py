@@ -252,22 +252,25 @@ class Model:
     call: Call | None = None
 
     def ratio(self, table: order.Table, quick: bool = False) -> tuple[float, list[str]]:
-        """How many times as fast it is under ``enable()`` with a table, and the operators that it then calls, as the
-        median of interleaved runs."""
+        """How many times as fast it is under ``enable()`` with a table, as the median of interleaved runs, and the
+        operators that it then calls through us: to leave a call to torch costs time as well."""
         from flagops import enable
+        from flagops.override.interpose import live
+        from flagops.override.sites import Site
 
         self.call = call = self.call or self.make()
         with order.forced(table):
             call()
             with enable() as handle:
                 call()
-                report = handle.report()
+                asked = {row.op for row in handle.report().rows}
+                sites = [site for site in live.values() if isinstance(site, Site) and f"aten::{site.name}" in asked]
+                called = {site.lowering.operator for site in sites if site.lowering}
             race = Race(dict.fromkeys((TORCH, "enable"), _anyway(call)), {"enable": partial(_replacing, call)})
             times = race.times(
                 measure.Settings(seconds=1 if quick else 4, rounds=3 if quick else 7, device=self.device)
             )
         ratios = [one / other for one, other in zip(times[TORCH], times["enable"], strict=True)]
-        called = {by.partition("/")[0] for row in report.rows for by in row.replaced}
         return median(ratios), sorted(called)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from flagops.errors import Unsupported
 
-from ._binding import NAME, Binding, binding_of, heads_of
+from ._binding import NAME, binding_of, heads_of
 from ._cache import beside
 from ._compress import compressed
 from ._fit import MODELING, kept, renamed, shown, unfit
@@ -120,7 +120,7 @@ def _attention(
     )
     del q
     o = rotate(binding, o, cos, sin, inverse=True, fresh=mine and unrecorded)
-    return _project(module, binding, o), weights
+    return _project(module, o), weights
 
 
 def _cached(module: Any, kv: torch.Tensor, mask: Any, cache: Any, given: dict[str, Any]) -> torch.Tensor:
@@ -147,15 +147,20 @@ def _head_norm(module: Any, q: torch.Tensor, plain: bool, fresh: bool) -> torch.
     return unweighted(norm, q, out=q) if fresh else norm(q)
 
 
-def _project(module: Any, binding: Binding, o: torch.Tensor) -> torch.Tensor:
+def _project(module: Any, o: torch.Tensor) -> torch.Tensor:
     shared = heads_of(module)
     if shared:
         watched = kept(module, "o_a_proj", "DeepseekV4GroupedLinear") or kept(module, "o_b_proj", "Linear")
         if watched:
             raise Unsupported(f"an output projection over a mesh cannot run its layers one by one, but {watched}")
         return shared.project(o)
+    return projected(module, o, module.config.o_groups)
+
+
+def projected(module: Any, o: torch.Tensor, groups: int) -> torch.Tensor:
+    """The output projection ``[..., h, d] -> [..., n]`` by the two layers as they are, of so many groups."""
     first, second = module.o_a_proj, module.o_b_proj
-    handle, groups = binding.use("grouped_output_projection"), module.config.o_groups
+    handle = binding_of(module).use("grouped_output_projection")
     if handle:
         given = [_weight(layer, o, layer is second) for layer in (first, second)]
         reason = next((found for found in given if isinstance(found, str)), None)
@@ -166,7 +171,7 @@ def _project(module: Any, binding: Binding, o: torch.Tensor) -> torch.Tensor:
             result = handle.call("grouped_output_projection", o, wo_a, wo_b, groups, a_scale, b_scale)
             if result is not None:
                 return result
-    return second(first(o.reshape(*o.shape[:2], groups, -1)).flatten(2))
+    return second(first(o.reshape(*o.shape[:-2], groups, -1)).flatten(-2))
 
 
 def _weight(layer: Any, o: torch.Tensor, quantised: bool) -> Any:

@@ -56,6 +56,7 @@ class Handle:
         self._bindings: list[Binding] = []
         self._lock = threading.Lock()
         self.heads: list[Any] = []
+        self._stays: str | None = None
 
     def install(self, bindings: Iterable[Binding]) -> None:
         for binding in bindings:
@@ -66,9 +67,15 @@ class Handle:
         """A module that keeps its own code, for the report."""
         self._untouched[f"{name}: {reason}"] = None
 
+    def stay(self, reason: str) -> None:
+        """Refuse from now on to be disabled."""
+        self._stays = reason
+
     def disable(self) -> None:
         """Put the model back as it was; a second call does nothing. On a mesh every rank calls it, since it gathers
-        the weights."""
+        the weights. Raises RuntimeError for a model that computes by its patch alone."""
+        if self._stays:
+            raise RuntimeError(f"disable: {self._stays}")
         if self.active:
             self.active = False
             for binding in self._bindings:

@@ -92,34 +92,23 @@ KINDS: dict[str, Kind] = {
         frozenset({"swiglu"}), (_moe.shared_expert,), parts="gate_proj up_proj down_proj act_fn", reads="limit"
     ),
 }
+_PARTS = "weight weight_scale_inv activation_scale bias"
+_SCHEME = "block_size activation_scheme"
 QUANTISED: dict[str, tuple[str, Kind]] = {
     "PackedLinear": (MODULES, Kind(_quantised.LINEAR, (_quantised.packed,))),
     "PackedExperts": (MODULES, Kind(_quantised.EXPERTS, (_quantised.packed_experts,))),
     "StackedExperts": (MODULES, Kind(_quantised.EXPERTS, (_quantised.packed_experts,))),
-    "FP8Linear": (
-        FINEGRAINED,
-        Kind(
-            _quantised.LINEAR,
-            (_quantised.fp8_linear,),
-            parts="weight weight_scale_inv activation_scale bias",
-            reads="block_size activation_scheme",
-        ),
-    ),
+    "FP8Linear": (FINEGRAINED, Kind(_quantised.LINEAR, (_quantised.fp8_linear,), parts=_PARTS, reads=_SCHEME)),
     "FP8GroupedLinear": (
         FINEGRAINED,
-        Kind(
-            _quantised.LINEAR,
-            (_quantised.fp8_grouped,),
-            parts="weight weight_scale_inv activation_scale bias",
-            reads="block_size activation_scheme n_groups",
-        ),
+        Kind(_quantised.LINEAR, (_quantised.fp8_grouped,), parts=_PARTS, reads=f"{_SCHEME} n_groups"),
     ),
     "FP8Experts": (
         FINEGRAINED,
         Kind(
             _quantised.EXPERTS,
             (_quantised.fp8_experts,),
-            reads="has_gate act_fn limit block_size activation_scheme gate_up_proj down_proj",
+            reads=f"has_gate act_fn limit {_SCHEME} gate_up_proj down_proj",
         ),
     ),
 }

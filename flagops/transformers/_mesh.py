@@ -18,8 +18,11 @@ from torch.nn.functional import linear
 from flagops import config
 from flagops.distributed import Layout, ParallelProjection, Sizes, gather, shard
 from flagops.distributed.projection import agreed, failing_together, local, ranks_of, summing
+from flagops.packed.products import product, run
 
-from ._binding import HEADS, heads_of
+from ._attention import projected
+from ._binding import HEADS, binding_of, heads_of
+from ._quantised import is_packed
 
 _ROWS = (("shard", 0),)
 NEEDED = frozenset({"sparse_attention", "grouped_output_projection", "compress_kv", "lightning_indexer"})
@@ -27,7 +30,7 @@ NEEDED = frozenset({"sparse_attention", "grouped_output_projection", "compress_k
 
 def divide(
     layers: Sequence[Any], mesh: DeviceMesh, mesh_dim: str, scheme: str, backend: str | Sequence[str] | None
-) -> list[Heads]:
+) -> list[Sharded]:
     """Shard attention layers over a mesh. The ranks compare notes first; what is wrong on one raises on all."""
     mesh = ranks_of(mesh, mesh_dim)
     with agreed(mesh) as note:
@@ -48,7 +51,7 @@ def divide(
             weights=[(name, tuple(x.shape), str(x.dtype)) for layer in layers for name, x in layer.named_parameters()],
         )
     parallel = ParallelProjection(layout, mesh, backend)
-    return [Heads(layer, parallel, mesh) for layer in layers]
+    return [Sharded(layer, parallel, mesh) for layer in layers]
 
 
 def _sizes(attention: Any) -> Sizes:
@@ -61,15 +64,10 @@ def _indexer(attention: Any) -> Any:
 
 
 class Heads:
-    """One attention layer's share of the heads on this rank."""
+    """One attention layer's share of the heads on this rank, whose layers hold this rank's rows."""
 
     def __init__(self, attention: Any, parallel: ParallelProjection, mesh: DeviceMesh) -> None:
         self.attention, self.parallel, self.mesh = attention, parallel, mesh
-        placements = parallel.layout.placements
-        self._replace(attention.o_a_proj, "weight", parallel.mesh, placements["wo_a"])
-        self._replace(attention.o_b_proj, "weight", parallel.mesh, placements["wo_b"])
-        for owner, name in self._by_rows():
-            self._replace(owner, name, mesh, _ROWS)
         for module in self._marked():
             module.__dict__[HEADS] = self
 
@@ -77,28 +75,6 @@ class Heads:
         yield self.attention
         if _indexer(self.attention) is not None:
             yield _indexer(self.attention)
-
-    def _by_rows(self) -> Iterator[tuple[Any, str]]:
-        yield self.attention.q_b_proj, "weight"
-        yield self.attention, "sinks"
-        indexer = _indexer(self.attention)
-        if indexer is not None:
-            yield indexer.q_b_proj, "weight"
-            yield indexer.scorer.weights_proj, "weight"
-
-    @staticmethod
-    def _replace(owner: Any, name: str, mesh: DeviceMesh, placements: Any) -> None:
-        whole = getattr(owner, name)
-        owner.register_parameter(name, nn.Parameter(shard(whole.detach(), mesh, placements), whole.requires_grad))
-
-    def restore(self) -> None:
-        """Gather the weights back: every rank calls it."""
-        projections = ((self.attention.o_a_proj, "weight"), (self.attention.o_b_proj, "weight"))
-        for owner, name in (*projections, *self._by_rows()):
-            divided = getattr(owner, name)
-            owner.register_parameter(name, nn.Parameter(gather(divided), divided.requires_grad))
-        for module in self._marked():
-            module.__dict__.pop(HEADS, None)
 
     def __reduce__(self) -> Any:
         raise TypeError("a model divided over a mesh cannot be copied or pickled; disable() gathers its weights")
@@ -108,17 +84,33 @@ class Heads:
         return local(self.attention.sinks)
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
-        """What every rank has and computes its own heads from: gradients are summed over the ranks."""
-        entered: torch.Tensor = _Enter.apply(x, self.mesh.get_group())  # type: ignore[no-untyped-call]
-        return entered
+        """What every rank has and computes its own heads from."""
+        return x
 
     def rows(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
         """A linear layer whose outputs are divided."""
-        return linear(x, local(layer.weight))
+        made: torch.Tensor = layer(x)
+        return made
 
     def project(self, o: torch.Tensor) -> torch.Tensor:
         """This rank's heads ``[b, s, heads / tp, d]`` to the whole output."""
-        return self.parallel(o, local(self.attention.o_a_proj.weight), local(self.attention.o_b_proj.weight))
+        with failing_together():
+            return self.parallel.compute(o, self)
+
+    def whole(self, o: torch.Tensor, groups: int) -> torch.Tensor:
+        return projected(self.attention, o, groups)
+
+    def first(self, o: torch.Tensor, wide: bool = False) -> torch.Tensor:
+        layer = self.attention.o_a_proj
+        dtype = torch.promote_types(o.dtype, torch.float32) if wide else o.dtype
+        if not is_packed(layer):
+            return linear(o.to(dtype), layer.weight.to(dtype))
+        handle = binding_of(layer).use("fp8_matmul")
+        return product((o, None), layer.packed, dtype, handle.round if handle else run)
+
+    def second(self, z: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.attention.o_b_proj(z)
+        return made
 
     def select(
         self, q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, top_k: int, seen: torch.Tensor
@@ -142,6 +134,51 @@ class Heads:
                 chosen = order[..., :top_k].masked_fill(hidden.gather(-1, order[..., :top_k]), entries).sort(-1).values
                 lists[:, part] = chosen.masked_fill(chosen == entries, -1).to(torch.int32)
         return lists
+
+
+class Sharded(Heads):
+    """The same of a whole model, whose weights become DTensors; gradients are summed over the ranks."""
+
+    def __init__(self, attention: Any, parallel: ParallelProjection, mesh: DeviceMesh) -> None:
+        placements = parallel.layout.placements
+        self._replace(attention.o_a_proj, "weight", parallel.mesh, placements["wo_a"])
+        self._replace(attention.o_b_proj, "weight", parallel.mesh, placements["wo_b"])
+        for owner, name in _by_rows(attention):
+            self._replace(owner, name, mesh, _ROWS)
+        super().__init__(attention, parallel, mesh)
+
+    @staticmethod
+    def _replace(owner: Any, name: str, mesh: DeviceMesh, placements: Any) -> None:
+        whole = getattr(owner, name)
+        owner.register_parameter(name, nn.Parameter(shard(whole.detach(), mesh, placements), whole.requires_grad))
+
+    def restore(self) -> None:
+        """Gather the weights back: every rank calls it."""
+        projections = ((self.attention.o_a_proj, "weight"), (self.attention.o_b_proj, "weight"))
+        for owner, name in (*projections, *_by_rows(self.attention)):
+            divided = getattr(owner, name)
+            owner.register_parameter(name, nn.Parameter(gather(divided), divided.requires_grad))
+        for module in self._marked():
+            module.__dict__.pop(HEADS, None)
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        entered: torch.Tensor = _Enter.apply(x, self.mesh.get_group())  # type: ignore[no-untyped-call]
+        return entered
+
+    def rows(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
+        return linear(x, local(layer.weight))
+
+    def project(self, o: torch.Tensor) -> torch.Tensor:
+        return self.parallel(o, local(self.attention.o_a_proj.weight), local(self.attention.o_b_proj.weight))
+
+
+def _by_rows(attention: Any) -> Iterator[tuple[Any, str]]:
+    yield attention.q_b_proj, "weight"
+    yield attention, "sinks"
+    indexer = _indexer(attention)
+    if indexer is not None:
+        yield indexer.q_b_proj, "weight"
+        yield indexer.scorer.weights_proj, "weight"
 
 
 class _Enter(torch.autograd.Function):
