@@ -241,7 +241,7 @@ FORWARDED = {
     "train": ("train.command", "run", "a small DeepSeek-V4 trained on a CPU, by these operators and their gradients"),
     "accuracy": ("accuracy.command", "run", "what a backend, a format or a conversion costs a model, and its error"),
     "tune": ("tools.tune", "run", "measure which kernels are fastest on this machine, for all later processes"),
-    "plan": ("distributed.plan", "run", "what tensor parallelism of the output projection costs, and whether it fits"),
+    "plan": ("plan.command", "run", "what a token costs on a machine, or tensor parallelism of the output projection"),
     "coverage": ("override.coverage", "command", "which calls of a model or script flagops serves, and why not others"),
     "run": ("tools.bisect", "run", "run a script with torch's operators replaced, FLAGOPS_OPS of them"),
     "convert": (

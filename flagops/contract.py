@@ -81,6 +81,13 @@ def existing(text: str) -> Path:
     return Path(text)
 
 
+def present(text: str) -> Path:
+    """A file or folder that is there, for `argparse`."""
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"there is no file or folder {text}")
+    return Path(text)
+
+
 def natural(text: str) -> int:
     """A whole number above zero, for `argparse`."""
     if not text.isdecimal() or not int(text):

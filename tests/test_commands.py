@@ -21,7 +21,9 @@ COMMANDS = tuple(next(a for a in parser()._actions if isinstance(a, argparse._Su
 # Words that ask for what is not there, by command: a file or folder, a device or backend, a place to write to; of a
 # command without such an argument none. {absent} is no file, {file} is one, {tmp} a folder.
 MISSING = {
-    "doctor": [], "chips": [], "warmup": [], "demo": [], "bench": [], "plan": [],
+    "doctor": [], "chips": [], "warmup": [], "demo": [],
+    "plan": ["--model {absent}", "--model {tmp}", "--model v4-flash --machine {absent}"],
+    "bench": ["--roofline --disk {absent}"],
     "ops": ["--report {absent}"], "check": ["{absent}.py"], "run": ["{absent}", "{tmp}"],
     "tune": [], "bisect": ["{absent}", "--within 0 {absent}"], "coverage": ["{absent}.py", "NoSuchModel"],
     "convert": ["{absent} {tmp}/dst", "{file} {tmp}/dst"], "verify": ["{absent} {tmp}", "{tmp} {absent}"],
@@ -31,7 +33,8 @@ MISSING = {
 }  # fmt: skip
 DEVICE = {
     "chips": ["mps", "gfx943"],
-    "doctor": [], "ops": [], "run": [], "bisect": [], "plan": [], "tune": ["--device nope", "--backend nunba"],
+    "doctor": [], "ops": [], "run": [], "bisect": [], "plan": ["--model v4-flash --chip nope"],
+    "tune": ["--device nope", "--backend nunba"],
     "check": ["matmul --backend nunba"], "warmup": ["--backend nunba"], "demo": ["--backend nunba"],
     "bench": ["matmul --device nope", "matmul --device cuda:77", "matmul --device cpu --backend nunba"],
     "coverage": ["{file} --backend nunba"], "convert": ["{tmp} {tmp}/dst --backend nunba"],
@@ -41,7 +44,8 @@ DEVICE = {
 OUTPUT = {
     "doctor": [], "ops": [], "chips": [], "run": [], "bisect": [], "plan": [], "warmup": [], "demo": [], "coverage": [],
     "check": [f"matmul --{kind} {where}" for kind in ("report", "junit") for where in ("{absent}/x", "{tmp}")],
-    "bench": [f"--{kind} {where}" for kind in ("json", "markdown", "plot") for where in ("{absent}/x", "{file}/x")],
+    "bench": [f"--{kind} {where}" for kind in ("json", "markdown", "plot") for where in ("{absent}/x", "{file}/x")]
+    + ["--roofline --json {tmp}"],
     "convert": ["{tmp} {file}", "{tmp} {file}/dst"], "verify": [], "tune": ["--out {absent}/x", "--out {tmp}"],
     "train": ["{absent}/x", "{file}", "{file}/x"],
     "accuracy": [f"{{tmp}} --{kind} {where}" for kind in ("json", "plot") for where in ("{absent}/x", "{tmp}")],

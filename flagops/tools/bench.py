@@ -43,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = contract.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    selected = [] if options.targets else _selected(options)
+    selected = [] if options.targets or options.roofline else _selected(options)
     for name in options.backend or ():
         registry.backend(name)
     if options.plot and importlib.util.find_spec("matplotlib") is None:
@@ -54,6 +54,8 @@ def run(argv: Sequence[str]) -> int:
     tables.show("", ("", ""), measure.machine().items())
     if options.targets:
         return _targets(options, settings)
+    if options.roofline:
+        return _roofline(options, settings)
     return _bench(options, settings, selected)
 
 
@@ -72,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--markdown", type=contract.output, metavar="FILE", help="write the tables")
     add("--plot", type=contract.output, metavar="FILE.svg", help="write the ratios as a chart (needs matplotlib)")
     add("--targets", action="store_true", help="measure the promised speeds instead and say which were reached")
+    add("--roofline", action="store_true", help="measure instead what this machine reads and multiplies: flagops plan")
+    add("--disk", type=contract.present, metavar="PATH", help="with --roofline: read this file, or the largest in it")
     return parser
 
 
@@ -273,6 +277,19 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     handles = [Patch(color=f"C{i}") for i in range(len(names))]
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8)
     figure.savefig(path)
+
+
+def _roofline(options: argparse.Namespace, settings: Settings) -> int:
+    from flagops.plan import machine
+    from flagops.tools import measure, roofline
+
+    found = roofline.machine(settings, options.disk)
+    tables.show(found.name, ("figure", "measured", "of"), machine.described(found))
+    if options.json:
+        said = {"machine_info": measure.machine(), "roofline": machine.written(found)}
+        options.json.write_text(json.dumps(said, indent=1) + "\n")
+        print(f"flagops plan --machine {options.json} counts with these")
+    return 0
 
 
 def _targets(options: argparse.Namespace, settings: Settings) -> int:

@@ -42,12 +42,14 @@ Call = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure: seconds a candidate, the fewest rounds and the most."""
+    """How long to measure: seconds a candidate, the fewest rounds and the most; and by which clock: that of the process
+    counts all its threads' work, and stands while others have the processor."""
 
     seconds: float = 1.0
     rounds: int = 5
     most: int = 100
     device: str = "cpu"
+    clock: Callable[[], float] = time.perf_counter
 
 
 @dataclass
@@ -156,7 +158,7 @@ def inputs(op: Operator, of: testing.Case, seed: int = 0, device: str = "cpu") -
             return _listed(shape, dims["n"], generator).to(dtype)
         if op.tensors[name].draw and dtypes[name] not in arrays.ONE_BYTE:
             return arrays.as_torch(_drawn(op.tensors[name], tuple(shape), dtypes[name], dims, seed))
-        x = _random(shape, dtype, generator)
+        x = random_values(shape, dtype, generator)
         return x.abs() if op.aten and dtype.is_floating_point else x  # of which roots and logarithms are numbers
 
     return [x.to(device) if arrays.is_torch(x) else x for x in made(op, of, make, seed)]
@@ -201,7 +203,7 @@ def _drawn(tensor: Any, shape: tuple[int, ...], dtype: str, dims: dict[str, int]
     return numpy.asarray(tensor.draw(numpy.random.default_rng(seed), shape, dtype, dims), order="C")
 
 
-def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+def random_values(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     import torch
 
     size = math.prod(shape)
@@ -336,11 +338,11 @@ def alternate(
             call, given = calls[name], [next(turn) for _ in range(repeats[name])]
             with (within or {}).get(name, nullcontext)():
                 wait()
-                start = time.perf_counter()
+                start = settings.clock()
                 for one in given:
                     call(*one, out)
                 wait()
-                elapsed = (time.perf_counter() - start) / len(given)
+                elapsed = (settings.clock() - start) / len(given)
             if count < 0:
                 repeats[name] = max(1, min(1000, math.ceil(1e-3 / elapsed)))
             else:
