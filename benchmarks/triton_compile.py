@@ -23,7 +23,6 @@ os.environ.pop("TRITON_INTERPRET", None)  # it would turn the kernels into Pytho
 
 import torch
 import triton
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -275,6 +274,8 @@ def tried(row: Row, launch: Launch) -> Row:
 
 def _ptxas(ptx: str) -> tuple[int, int]:
     """Registers per thread and bytes spilled, as the assembler of the target reports them."""
+    from triton.backends.nvidia.compiler import get_ptxas  # a vendor's Triton has none
+
     architecture = re.search(r"\.target (\w+)", ptx).group(1)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)

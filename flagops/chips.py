@@ -22,7 +22,7 @@ STATES = {
     "run": "kernels ran on it and were judged",
     "compiled": "every Triton kernel compiles for it, held by `make portability`; none was run",
     "in part": "the Triton kernels under torch's own operators compile for it; none was run",
-    "lowered": "kernels are lowered to its instructions, by tests/lowering.py; none was run",
+    "lowered": "kernels are lowered for it, by tests/lowering.py or `make ascend`, all or in part; none was run",
     "declared": "nothing was checked; what its vendor's torch and Triton call it is all that is known here",
 }
 

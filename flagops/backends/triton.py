@@ -20,9 +20,12 @@ def _device(interpreting: bool) -> tuple[str, str | None]:
 
     if interpreting:
         return "cpu", _interpreter_fails(triton.__version__)
-    from . import _built
+    if hasattr(triton, "knobs"):
+        from . import _built
 
-    _built.serve()  # before a driver is made: the module in C that it needs may have been built
+        _built.serve()  # before a driver is made: the module in C that it needs may have been built
+    elif config.current().jit == "error":
+        return "", f"FLAGOPS_JIT=error needs triton >= 3.6: {triton.__version__} does not say that it compiles"
     try:
         if not any(b.driver.is_active() for b in triton.backends.backends.values()):
             return "", "triton needs a GPU, or TRITON_INTERPRET=1 to run its interpreter on the CPU"

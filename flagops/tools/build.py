@@ -45,8 +45,8 @@ def run(argv: Sequence[str]) -> int:
     operators = registry.named(options.ops) if options.ops else list(registry.operators().values())
     workloads = named(operators, options.model)
     sizes = _sizes(options.size)
-    _needs(options.driver)
     folder = _writable(options.out or Path(config.cache_folder()))
+    _needs(options.driver)
     with tempfile.TemporaryDirectory() as scratch, config.using(cache=str(folder.parent)):
         return _build(folder, Path(scratch), wanted, workloads, sizes, options)
 

@@ -28,7 +28,7 @@ def widen(x):
     """A half as the float32 of the same value; float32 and float64 as they are."""
     if INTERPRET and x.dtype == tl.bfloat16:
         x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    elif x.dtype == tl.float16 or x.dtype == tl.bfloat16:
+    elif (x.dtype == tl.float16) | (x.dtype == tl.bfloat16):  # `or` of these is newer than Triton 3.2, for Ascend
         x = x.to(tl.float32)
     return x
 
