@@ -51,9 +51,8 @@ def main() -> int:
     except (ImportError, metadata.PackageNotFoundError) as error:
         print(f"{sys.executable} lacks what docs/ascend.md lists: {error}", file=sys.stderr)
         return 2
-    known = {} if options.only or not RESULTS.exists() else {
-        row["key"]: row for row in json.loads(RESULTS.read_text())["programs"]
-    }  # fmt: skip
+    kept = json.loads(RESULTS.read_text())["programs"] if RESULTS.exists() and not options.only else []
+    known = {row["key"]: row for row in kept if row["stage"] != "nothing"}  # the front end takes no time
     everything = programs(options.only)
     found = [known[row["key"]] for row, _ in everything if row["key"] in known]
     todo = [entry for entry in everything if entry[0]["key"] not in known]
@@ -146,8 +145,11 @@ def _lowered(at: int) -> tuple[int, dict[str, str]]:
         return at, {"stage": "linalg" if "[ConvertLinalgRToBinary]" in text else "ttir", "reason": said(text)}
     except AssertionError:
         raise
-    except Exception as error:  # whatever the front end raises is its reason
-        return at, {"stage": "nothing", "reason": said(f"{type(error).__name__}: {error}")}
+    except Exception as error:  # whatever the front end raises is its reason, which the innermost call knows
+        inner: BaseException = error
+        while inner.__cause__:
+            inner = inner.__cause__
+        return at, {"stage": "nothing", "reason": said(f"{type(inner).__name__}: {inner}")}
 
 
 def specialised(launch: Any) -> tuple[dict[str, str], dict[str, Any], Any]:
@@ -172,12 +174,15 @@ def specialised(launch: Any) -> tuple[dict[str, str], dict[str, Any], Any]:
 
 
 def said(text: str) -> str:
-    """The reason among what a compiler prints: what does not fit, else its first error, else its last line."""
+    """The reason among what a compiler prints: what does not fit, else its first error, or where it crashed, or its
+    last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(("[INFO]", "///"))]
     errors = [line.split("error: ", 1)[1] for line in lines if "error: " in line]
     errors = [line for line in errors if not line.startswith("Failed to run")] or errors
-    overflow = [line for line in errors if "overflow" in line]
-    return re.sub(r" \(possible reason.*", "", (overflow or errors or lines[-1:])[0])[:200]
+    crashed, why = re.search(r"Program arguments: \S*?([\w-]+) ", text), re.search(r"Assertion .*", text)
+    crashes = [f"{crashed[1]} crashes{f': {why[0]}' if why else ''}"] if crashed else []
+    chosen = [line for line in errors if "overflow" in line] or errors or crashes or lines[-1:]
+    return re.sub(r" \(possible reason.*", "", chosen[0])[:200]
 
 
 def keep(found: list[dict[str, str]], left: int) -> None:
@@ -205,10 +210,10 @@ def keep(found: list[dict[str, str]], left: int) -> None:
             for row in rows:
                 if row["stage"] == stage:
                     reasons.setdefault(re.sub(r"\|", "/", row["reason"]), []).append(row["dtypes"])
-            text += [
-                f"| {kernel} | {', '.join(dict.fromkeys(dtypes))} | {stage} | {reason} |"
-                for reason, dtypes in reasons.items()
-            ]
+            for reason, dtypes in reasons.items():
+                kinds = list(dict.fromkeys(dtypes))
+                listed = ", ".join(kinds) if len(kinds) < 8 else f"{kinds[0]} and {len(kinds) - 1} others"
+                text.append(f"| {kernel} | {listed} | {stage} | {reason} |")
     RESULTS.with_suffix(".md").write_text("\n".join(text) + "\n")
 
 

@@ -43,12 +43,16 @@ def test_the_table_of_chips_says_what_was_reached(kept):
     ("text", "reason"),
     [
         (
-            'loc("k.mlir":1:1): error: Failed to run BiShengHIR pipeline\n\nloc("k.mlir":2:3): error: ub overflow, requires '
-            "3155200 bits while 1572864 bits available! (possible reason: tiling basic block is too large)\n[INFO]: cache",
+            'loc("k.mlir":1:1): error: Failed to run BiShengHIR pipeline\n\nloc("k.mlir":2:3): error: ub overflow, '
+            "requires 3155200 bits while 1572864 bits available! (possible reason: tiling)\n[INFO]: the cache",
             "ub overflow, requires 3155200 bits while 1572864 bits available!",
         ),
         ("///--[ERROR]\nk.mlir:3:4: error: 'tt.load' op is odd\nk.mlir:9:9: error: later", "'tt.load' op is odd"),
         ("CompilationError: at 20:16:\n   x = f(x)\n       ^\nno such thing", "no such thing"),
+        (
+            "a-opt: a/b.cpp:20: f(): Assertion `all_of' failed.\n0. Program arguments: /x/a-opt /y\n#0 0x5 (a)",
+            "a-opt crashes: Assertion `all_of' failed.",
+        ),
         ("error: Failed to run BiShengIR pipeline", "Failed to run BiShengIR pipeline"),
     ],
 )
