@@ -210,6 +210,7 @@ def test_no_compiler_says_what_to_install(monkeypatch, capsys):
         ("--target sm_90 --ops matmull", "did you mean 'matmul'"),
         ("--target sm_90 --size s=0", "expected an axis and its sizes"),
         ("--target sm_90 --size s=many", "expected an axis and its sizes"),
+        ("--target sm_90 --ops moe_gate --model qwen3-8b", "moe_gate: no workload is of qwen3-8b"),
     ],
 )
 def test_a_wrong_word_is_one_line_that_says_what_is_meant(words, said, capsys):

@@ -48,7 +48,8 @@ def run(argv: Sequence[str]) -> int:
     folder = _writable(options.out or Path(config.cache_folder()))
     _needs(options.driver)
     with tempfile.TemporaryDirectory() as scratch, config.using(cache=str(folder.parent)):
-        return _build(folder, Path(scratch), wanted, workloads, sizes, options)
+        todo = _programs(wanted, workloads, options.dtype, sizes)
+        return _build(folder, Path(scratch), wanted, todo, options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,21 +166,19 @@ def calls(
                 yield " ".join(filter(None, words)), measure.made(op, case, zeros)
 
 
-def _build(
-    folder: Path, scratch: Path, wanted: Sequence[chips.Chip], workloads: Mapping[Operator, Sequence[str]],
-    sizes: Sequence[Mapping[str, int]], options: argparse.Namespace,
-) -> int:  # fmt: skip
-    import triton
-
-    from flagops.backends import _built
+def _programs(
+    wanted: Sequence[chips.Chip], workloads: Mapping[Operator, Sequence[str]], dtype: str | None,
+    sizes: Sequence[Mapping[str, int]],
+) -> list[tuple[str, str, Program]]:  # fmt: skip
+    """What the chips are asked for, each once: the target, the call that asks first, and the program."""
     from flagops.tools.programs import asked_for, ready
 
-    todo: dict[Any, tuple[str, str, Program]] = {}
+    found: dict[Any, tuple[str, str, Program]] = {}
     operators = [op for op in workloads if registry.written(op.name, "triton")]
     with contract.Progress(len(operators)) as begin:
         for op in operators:
             begin(f"what {op.name} launches")
-            for label, made in calls(op, workloads[op], options.dtype, sizes):
+            for label, made in calls(op, workloads[op], dtype, sizes):
                 launch = ready(op, made)
                 if launch is None:
                     continue
@@ -187,29 +186,46 @@ def _build(
                     with asked_for(chip) as programs:
                         launch()
                     for program in programs:
-                        todo.setdefault(program.key, (chip.target, label, program))
+                        found.setdefault(program.key, (chip.target, label, program))
+    if not found:
+        raise ValueError("there is nothing to build: no Triton kernel takes these workloads in this dtype")
+    return list(found.values())
+
+
+def _build(
+    folder: Path, scratch: Path, wanted: Sequence[chips.Chip], todo: list[tuple[str, str, Program]],
+    options: argparse.Namespace,
+) -> int:  # fmt: skip
+    import triton
+
+    from flagops.backends import _built
+
     triton.knobs.cache.dir = str(scratch)
     _built.serve()  # what is there already is not compiled again
     manifest: dict[str, Any] = {"programs": {}, "drivers": {}}
-    if (folder / _built.MANIFEST).exists():
-        manifest |= json.loads((folder / _built.MANIFEST).read_text())
+    place = folder / _built.MANIFEST
+    if place.exists():
+        try:
+            manifest |= json.loads(place.read_text())
+        except ValueError:
+            raise ValueError(f"{place} is damaged: remove it") from None
     manifest |= {"flagops": __version__, "triton": triton.__version__, "python": sys.implementation.cache_tag}
     refused: dict[str, list[str]] = {}
     counts: collections.Counter[str] = collections.Counter()
     try:
-        if options.driver:
-            for backend in {"cuda" if chip.target.startswith("sm_") else "hip" for chip in wanted}:
-                manifest["drivers"] |= _driver(backend, scratch, folder)
-        for at, key, found in _compiled(list(todo.values()), options.jobs, folder):
-            target, label, program = list(todo.values())[at]
+        for backend in {"cuda" if chip.target.startswith("sm_") else "hip" for chip in wanted if options.driver}:
+            manifest["drivers"] |= _driver(backend, scratch, folder)
+        for at, key, found in _compiled(todo, options.jobs, folder):
+            target, label, program = todo[at]
             if key:
                 about = {"kernel": program.kernel, "call": label, "target": target, "parameters": program.parameters}
                 manifest["programs"][key] = {**about, "files": found}
                 counts[target] += 1
             else:
                 refused.setdefault(f"{target}: {found}", []).append(f"{program.kernel} ({label})")
-    finally:
-        (folder / _built.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    finally:  # what was compiled before an interrupt is kept
+        place.with_suffix(".new").write_text(json.dumps(manifest, indent=1) + "\n")
+        os.replace(place.with_suffix(".new"), place)
     for target, count in counts.items():
         print(f"{target}: {count} programs")
     for reason, names in refused.items():
