@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
-import math
 import os
 import random
 import re
@@ -22,33 +21,17 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # it would turn the kernels into Python functions
 
-import numpy as np
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from flagops import arrays, chips, registry, testing
+from flagops import arrays, registry, testing
 from flagops.contract import Progress
 from flagops.errors import Unsupported
 from flagops.tools import measure
+from flagops.tools.programs import CHIPS, COMMON, described, ready, zeros
 
-COMMON = importlib.import_module("flagops.kernels.triton._common")
-
-
-def described(chip: chips.Chip) -> tuple[GPUTarget, Any]:
-    """A chip to Triton's compiler, and to the kernels' wrappers."""
-    if chip.target.startswith("sm_"):
-        arch = int(chip.target[3:])
-        return GPUTarget("cuda", arch, chip.width), COMMON.Chip("cuda", chip.processors, chip.shared, arch >= 89)
-    return GPUTarget("hip", chip.target, chip.width), COMMON.Chip("hip", chip.processors, chip.shared, False)
-
-
-CHIPS = {
-    chip.target: chip for chip in reversed(chips.CHIPS) if chip.target.startswith(("sm_", "gfx")) and chip.processors
-}
 TARGETS = {target: described(CHIPS[target]) for target in reversed(CHIPS)}
 FLAT = {target for target, chip in CHIPS.items() if not chip.matrix}
 """Chips for which only cards under torch's operators are compiled: unrolled into multiply-adds, the tiles of products,
@@ -182,13 +165,6 @@ def calls(name: str) -> Iterator[tuple[str, list[Any]]]:
             yield f"{name} drawn", [testing.as_kind(x, "torch", dtypes.get(n)) for n, x in case.arguments().items()]
 
 
-def zeros(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor with nothing in it: memory that is never touched is none, and torch.zeros touches it."""
-    count = math.prod(shape)
-    raw = np.zeros(max(count, 1) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(raw).view(dtype)[:count].reshape(tuple(shape))
-
-
 def launches(targets: Sequence[str], operators: Iterable[str]) -> dict[str, dict[Launch, str]]:
     """What operators launch on each chip, each with the call that does."""
     found: dict[str, dict[Any, tuple[Launch, str]]] = {target: {} for target in targets}
@@ -197,23 +173,16 @@ def launches(targets: Sequence[str], operators: Iterable[str]) -> dict[str, dict
     with Progress(len(names)) as begin:
         for name in names:
             begin(f"what {name} launches")
-            op, module = registry.operator(name), importlib.import_module(registry.home(name, "triton"))
-            kernel = registry.describe(op, getattr(module, op.function), module)
-            coded = {op.positions[name] for name, tensor in op.tensors.items() if tensor.codes}
+            op = registry.operator(name)
             for label, made in calls(name):
-                bound = op.bind(op.fill(tuple(made), {}))
-                outs = [
-                    torch.empty(s, dtype=getattr(torch, d)) for s, d in zip(bound.shapes, bound.results, strict=True)
-                ]
-                made = [arrays.codes(x) if at in coded and x is not None else x for at, x in enumerate(made)]
-                outs = [arrays.codes(x) if at in op.coded_results else x for at, x in enumerate(outs)]
-                if kernel.unsupported and kernel.unsupported(*made):
+                run = ready(op, made)
+                if run is None:
                     continue
                 for target in targets:
                     if target in FLAT and not op.aten:
                         continue
                     with recorded(TARGETS[target][1]) as seen:
-                        kernel.function(*made, tuple(outs) if op.several else outs[0])
+                        run()
                     for launch in seen:
                         if not label.endswith("drawn") or not launch.features <= shown[target]:
                             found[target].setdefault(launch.program, (launch, label))
@@ -305,6 +274,8 @@ def tried(row: Row, launch: Launch) -> Row:
 
 def _ptxas(ptx: str) -> tuple[int, int]:
     """Registers per thread and bytes spilled, as the assembler of the target reports them."""
+    from triton.backends.nvidia.compiler import get_ptxas  # a vendor's Triton has none
+
     architecture = re.search(r"\.target (\w+)", ptx).group(1)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)

@@ -240,6 +240,7 @@ FORWARDED = {
     "bench": ("tools.bench", "run", "speeds by named workload, verified before they are timed"),
     "train": ("train.command", "run", "a small DeepSeek-V4 trained on a CPU, by these operators and their gradients"),
     "accuracy": ("accuracy.command", "run", "what a backend, a format or a conversion costs a model, and its error"),
+    "build": ("tools.build", "run", "Triton's kernels compiled ahead of time, for chips that need not be here"),
     "tune": ("tools.tune", "run", "measure which kernels are fastest on this machine, for all later processes"),
     "plan": ("plan.command", "run", "what a token costs on a machine, or tensor parallelism of the output projection"),
     "coverage": ("override.coverage", "command", "which calls of a model or script flagops serves, and why not others"),

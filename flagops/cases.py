@@ -213,9 +213,13 @@ def dtypes_near(op: Operator, dtype: str | tuple[str, ...] | None, absent: Seque
     return dtypes
 
 
-def workload(op: Operator, name: str, seed: int = 0) -> Case:
-    """A named workload of the card as a case."""
+def workload(op: Operator, name: str, seed: int = 0, sizes: Mapping[str, int] | None = None) -> Case:
+    """A named workload of the card as a case, with other sizes of axes that it names; ``batch`` is the first of its
+    batch axes."""
     load = dict(op.workloads[name])
+    load |= {axis: size for axis, size in (sizes or {}).items() if type(load.get(axis)) is int}
+    if load.get("batch") and sizes and "batch" in sizes:
+        load["batch"] = (sizes["batch"], *load["batch"][1:])
     batch, dtype = load.pop("batch", ()), load.pop("dtype", None)
     transposed, absent = load.pop("transposed", None), tuple(load.pop("absent", ()))
     scalars = {n: load.pop(n) for n in op.scalars if n in load}

@@ -22,7 +22,7 @@ STATES = {
     "run": "kernels ran on it and were judged",
     "compiled": "every Triton kernel compiles for it, held by `make portability`; none was run",
     "in part": "the Triton kernels under torch's own operators compile for it; none was run",
-    "lowered": "kernels are lowered to its instructions, by tests/lowering.py; none was run",
+    "lowered": "kernels are lowered for it, by tests/lowering.py or `make ascend`, all or in part; none was run",
     "declared": "nothing was checked; what its vendor's torch and Triton call it is all that is known here",
 }
 
@@ -86,7 +86,7 @@ def _cuda(vendor: str, page: str, name: str, target: str, **facts: Any) -> Chip:
 _nvidia = partial(_cuda, "NVIDIA", "nvidia", state="compiled", width=32)
 _amd = partial(_cuda, "AMD", "amd", state="compiled", width=64, shared=64 << 10)
 _cdna = partial(_amd, matrix=("mfma",))
-_ascend = partial(Chip, page="ascend", state="declared", dtypes=_NO_DOUBLE, matrix=("Cube",), width=1, shared=192 << 10)
+_ascend = partial(Chip, page="ascend", dtypes=_NO_DOUBLE, matrix=("Cube",), width=1, shared=192 << 10)
 _vendor = partial(Chip, page="vendors", state="declared")
 
 # fmt: off
@@ -130,11 +130,12 @@ CHIPS = (
           note="needs Hygon's Triton: upstream's does not know the target"),
     _cuda("Hygon", "amd", "K100-AI", "gfx928", state="declared", width=64, sources=(f"{_FLAGTREE}/hcu",),
           note="needs Hygon's Triton; has no FP8"),
-    _ascend("Ascend 910B", "Huawei", "npu", "PrivateUse1", "Ascend910B", rate=280,
+    _ascend("Ascend 910B", "Huawei", "npu", "PrivateUse1", "Ascend910B", state="lowered", rate=280,
             sources=("https://github.com/triton-lang/triton-ascend/pull/1910",
                      "https://ai.gitee.com/docs/compute/clusters_gpu/ascend_gpu"),
-            note="on chip: the unified buffer; rate: of float16"),
-    _ascend("Ascend 910C", "Huawei", "npu", "PrivateUse1", "", bandwidth=3200, rate=780,
+            note="25 of 44 Triton kernels lower up to the vendor's last step; on chip: the unified buffer; "
+                 "rate: of float16"),
+    _ascend("Ascend 910C", "Huawei", "npu", "PrivateUse1", "", state="declared", bandwidth=3200, rate=780,
             sources=("https://github.com/triton-lang/triton-ascend/pull/1910", "https://techpowerup.com/335749/"
                      "huawei-prepares-6-nm-ascend-920c-accelerator-900-teraflops-4000-gb-s-hbm3"),
             note="on chip: the unified buffer"),

@@ -59,6 +59,12 @@ def level(value: str) -> str:
     return value.upper()
 
 
+def jit(value: str) -> str:
+    if value not in ("auto", "error"):
+        raise ValueError(f"expected auto or error, got {value!r}")
+    return value
+
+
 def folder(value: str) -> str:
     path = os.path.expanduser(value)
     if path and not os.path.isabs(path):  # it would be another one in each working directory
@@ -83,6 +89,7 @@ class Config:
     check: bool = _setting(flag, False, "1: also check index values on a GPU, which waits for it")
     budget: int = _setting(size, 256 << 20, "bytes that an operator's temporaries may take")
     cache: str = _setting(folder, "", "folder of compiled kernels (default: flagops in the user's cache folder)")
+    jit: str = _setting(jit, "auto", "error: raise where a kernel would be compiled, in place of compiling it")
     fuel: int | None = _setting(count, None, "let only the first N replaced calls through (flagops bisect)")
     order: str = _setting(file, "", "table of who computes what, as `flagops tune --out FILE` writes it")
     log: str = _setting(level, "", "DEBUG, INFO, WARNING or ERROR: print flagops' log to standard error")
@@ -141,6 +148,11 @@ def cache_folder() -> str:
         base = os.environ.get("XDG_CACHE_HOME", "")
         base = base if os.path.isabs(base) else os.path.join(home, ".cache")  # as its specification says
     return current().cache or os.path.join(base, "flagops")
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs in place of its compiler: TRITON_INTERPRET, as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 @contextmanager

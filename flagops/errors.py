@@ -1,4 +1,4 @@
-"""The one exception that dispatch may answer with another backend, and the words of a helpful error."""
+"""The one exception that dispatch may answer with another backend, others of ours, and the words of a helpful error."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ class Unsupported(NotImplementedError):
 
 class Faulty(Unsupported):
     """A package offers a backend, kernel or operator that is not what the protocol asks for; the message says where."""
+
+
+class Uncompiled(RuntimeError):
+    """A kernel would have been compiled where FLAGOPS_JIT=error forbids it; the message names it and its arguments."""
 
 
 def said(error: BaseException) -> str:

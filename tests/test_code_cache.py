@@ -5,6 +5,7 @@ import grp
 import itertools
 import os
 import pwd
+import re
 import shutil
 import subprocess
 import sys
@@ -201,15 +202,16 @@ CALLS = """
 """
 
 
-def compiled(cache, dtypes="float32", folder=ROOT, wait=True):
+def compiled(cache, dtypes="float32", folder=ROOT, wait=True, stderr=None, **settings):
     """How many functions a process compiled for its last dtype."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("FLAGOPS_")} | {"FLAGOPS_CACHE": str(cache)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FLAGOPS_")}
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(CALLS), dtypes],
         stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         cwd=folder,
-        env=environment,
+        env=environment | {"FLAGOPS_CACHE": str(cache)} | settings,
     )
     return ended(process) if wait else process
 
@@ -263,6 +265,57 @@ def test_a_cache_that_cannot_be_written_serves(warm, tmp_path, monkeypatch):
     finally:
         for folder in folders:
             folder.chmod(0o700)
+
+
+@posix
+def test_a_folder_for_reading_alone_is_not_written_by_root_either(tmp_path):
+    Store(tmp_path).write("code", b"content")
+    tmp_path.chmod(0o500)
+    try:
+        store = Store(tmp_path)
+        assert store.read("code") == b"content"
+        with pytest.raises(PermissionError, match="reading alone"):
+            store.write("code", b"other")
+        assert os.listdir(tmp_path) == ["code"]
+    finally:
+        tmp_path.chmod(0o700)
+
+
+@posix
+def test_what_is_shipped_is_enough_or_the_lack_is_named(warm, tmp_path):
+    """A cache as in an image, where nothing may be compiled or written."""
+    shutil.copytree(warm, tmp_path / "cache")
+    folders = [path for path in (tmp_path / "cache").rglob("*") if path.is_dir()]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    for folder in folders:
+        folder.chmod(0o500)
+    try:
+        assert compiled(tmp_path / "cache", FLAGOPS_JIT="error") == 0
+        lacking = compiled(tmp_path / "cache", "float64", wait=False, stderr=subprocess.PIPE, FLAGOPS_JIT="error")
+        said = lacking.communicate(timeout=300)[1].splitlines()[-1]
+        assert compiled(tmp_path / "cache", "float64") > 0
+    finally:
+        for folder in folders:
+            folder.chmod(0o700)
+    assert lacking.returncode == 1
+    assert re.search(r"Uncompiled: FLAGOPS_JIT=error: flagops\.kernels\.numba\.[\w.-]+ would be compiled for \(", said)
+    assert str(tmp_path / "cache") in said
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
+
+
+def test_what_cannot_be_kept_is_named_as_well(tmp_path):
+    script = """
+        from flagops.backends.numba import jit
+        @jit
+        def constant():
+            return 1
+        constant()
+    """
+    environment = os.environ | {"FLAGOPS_CACHE": str(tmp_path), "FLAGOPS_JIT": "error"}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "FLAGOPS_JIT=error: __main__.constant" in done.stderr.splitlines()[-1]
 
 
 def test_processes_that_compile_at_once_serve_the_next(tmp_path):

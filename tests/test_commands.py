@@ -25,14 +25,14 @@ MISSING = {
     "plan": ["--model {absent}", "--model {tmp}", "--model v4-flash --machine {absent}"],
     "bench": ["--roofline --disk {absent}"],
     "ops": ["--report {absent}"], "check": ["{absent}.py"], "run": ["{absent}", "{tmp}"],
-    "tune": [], "bisect": ["{absent}", "--within 0 {absent}"], "coverage": ["{absent}.py", "NoSuchModel"],
+    "build": [], "tune": [], "bisect": ["{absent}", "--within 0 {absent}"], "coverage": ["{absent}.py", "NoSuchModel"],
     "convert": ["{absent} {tmp}/dst", "{file} {tmp}/dst"], "verify": ["{absent} {tmp}", "{tmp} {absent}"],
     "train": ["{tmp} --text {absent}", "{tmp} --text {tmp}"],
     "accuracy": ["{absent}", "{file}", "{tmp}", "--text {absent}"],
     "generate": ["{absent} --prompt x", "{tmp} --prompt x", "{tmp} --ids 3", "{file} --ids 3"],
 }  # fmt: skip
 DEVICE = {
-    "chips": ["mps", "gfx943"],
+    "chips": ["mps", "gfx943"], "build": ["--target gfx943", "--target npu", "--target ,"],
     "doctor": [], "ops": [], "run": [], "bisect": [], "plan": ["--model v4-flash --chip nope"],
     "tune": ["--device nope", "--backend nunba"],
     "check": ["matmul --backend nunba"], "warmup": ["--backend nunba"], "demo": ["--backend nunba"],
@@ -42,6 +42,7 @@ DEVICE = {
     "generate": ["{tmp} --ids 3 --backend nunba"],
 }  # fmt: skip
 OUTPUT = {
+    "build": ["--target sm_90 --out {file}", "--target sm_90 --out {file}/x"],
     "doctor": [], "ops": [], "chips": [], "run": [], "bisect": [], "plan": [], "warmup": [], "demo": [], "coverage": [],
     "check": [f"matmul --{kind} {where}" for kind in ("report", "junit") for where in ("{absent}/x", "{tmp}")],
     "bench": [f"--{kind} {where}" for kind in ("json", "markdown", "plot") for where in ("{absent}/x", "{file}/x")]
@@ -52,6 +53,7 @@ OUTPUT = {
     "generate": [],
 }  # fmt: skip
 WORDS = {
+    "build": "--target sm_90 --model v4-flsh",
     "chips": "h101",
     "doctor": "--jsn", "ops": "--jsn", "check": "matmull", "warmup": "matmull", "demo": "--tokens 0", "run": "",
     "bisect": "--within 2 {file}", "bench": "--workload no-such-load", "plan": "--model v4-flash --tp 8 --memory 32",

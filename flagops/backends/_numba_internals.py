@@ -28,6 +28,9 @@ from numba.core.types.misc import unliteral
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
+from flagops import config
+from flagops.errors import Uncompiled
+
 from ._store import Store
 
 log = logging.getLogger("flagops")
@@ -81,12 +84,12 @@ class Cache:
     numba's own keeps an index beside the code, which two processes that write at once can make name each other's.
     """
 
-    def __init__(self, function: Any, owner: Any, store: Store) -> None:
+    def __init__(self, function: Any, owner: Any, store: Store | str) -> None:
         code = owner.__code__
         own = "" if function is owner else f".{function.__name__}"
         self._prefix = f"{owner.__module__}.{code.co_name}{own}-{code.co_firstlineno}".replace("<", "").replace(">", "")
-        self._function, self._store, self._writes = function, store, True
-        self.cache_path = str(store.folder)  # numba.core.dispatcher: Dispatcher.stats
+        self._function, self._store, self._writes = function, store, not isinstance(store, str) and store.writable
+        self.cache_path = "" if isinstance(store, str) else str(store.folder)  # numba.core.dispatcher: Dispatcher.stats
 
     def _name(self, signature: Any) -> str:
         cells = tuple(cell.cell_contents for cell in self._function.__closure__ or ())
@@ -95,6 +98,15 @@ class Cache:
 
     def load_overload(self, signature: Any, context: Any) -> Any:
         """The compiled function for a signature, or None. numba.core.dispatcher: Dispatcher.compile"""
+        found = self._loaded(signature, context)
+        if found is None and config.current().jit == "error":
+            kept = f"{self.cache_path} has none for {settings()[1]}" if self.cache_path else str(self._store)
+            raise Uncompiled(f"FLAGOPS_JIT=error: {self._prefix} would be compiled for {signature}; {kept}")
+        return found
+
+    def _loaded(self, signature: Any, context: Any) -> Any:
+        if isinstance(self._store, str):
+            return None
         try:
             content = self._store.read(self._name(signature))
             if content is None:
@@ -108,7 +120,9 @@ class Cache:
 
     def save_overload(self, signature: Any, compiled: Any) -> None:
         """Keep a compiled function, unless it holds addresses. numba.core.dispatcher: Dispatcher.compile"""
-        if not self._writes or compiled.lifted or compiled.library.has_dynamic_globals:
+        if isinstance(self._store, str) or not self._writes:
+            return
+        if compiled.lifted or compiled.library.has_dynamic_globals:
             return
         try:
             self._store.write(self._name(signature), serialize.dumps((signature, compiled._reduce())))
@@ -120,8 +134,9 @@ class Cache:
         """Nothing is forgotten: what is compiled again is written again. numba.core.dispatcher: Dispatcher.recompile"""
 
 
-def keep(dispatcher: Any, owner: Any, store: Store) -> None:
-    """Let a dispatcher keep its code in a store, by the name of its owner. numba.core.dispatcher: Dispatcher._cache"""
+def keep(dispatcher: Any, owner: Any, store: Store | str) -> None:
+    """Let a dispatcher keep its code in a store, by the name of its owner, or keep none and say why.
+    numba.core.dispatcher: Dispatcher._cache"""
     dispatcher._cache = Cache(dispatcher.py_func, owner, store)
 
 
@@ -226,7 +241,7 @@ def _entered() -> str | None:
 
 
 class _Memory(dict[str, bytes]):
-    folder, read, write = "", dict.get, dict.__setitem__
+    folder, read, write, writable = "", dict.get, dict.__setitem__, True
 
 
 def _kept() -> str | None:
@@ -234,7 +249,9 @@ def _kept() -> str | None:
     for hits in (0, 1):
         dispatcher = numba.njit(**OPTIONS)(_twice)
         keep(dispatcher, _twice, store)
-        if dispatcher(21) != 42:
+        with config.using(jit="auto"):
+            right = dispatcher(21) == 42
+        if not right:
             return "a function from the cache computes something else"
         if sum(dispatcher.stats.cache_hits.values()) != hits:
             return "compiled code is not found again" if hits else "code is found that was never compiled"

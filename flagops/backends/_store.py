@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -23,8 +24,9 @@ class Refused(PermissionError):
 class Store:
     """A folder of files that are read only if this user, or root, wrote them and no bit has changed since.
 
-    The folder is made if need be, for this user alone. Raises Refused where another user owns it or a folder above it,
-    or could write there; OSError where it cannot be made.
+    The folder is made if need be, for this user alone; one without permission to write is never written, not by root
+    either. Raises Refused where another user owns it or a folder above it, or could write there; OSError where it
+    cannot be made.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -39,26 +41,36 @@ class Store:
             if not stat.S_ISDIR(status.st_mode):
                 raise NotADirectoryError(f"{place} is not a folder")
             _examine(place, status, shared=place != self.folder)
+        self.writable = bool(status.st_mode & stat.S_IWUSR)
 
     def read(self, name: str) -> bytes | None:
         """What was written under a name; None if nothing was, or something else stands there now."""
+        content = self.raw(name)
+        if content is None:
+            return None
+        digest, content = content[:_DIGEST], content[_DIGEST:]
+        if digest != _digest(name, content):
+            log.info("%s is damaged and is made again", self.folder / name)
+            return None
+        return content
+
+    def raw(self, name: str) -> bytes | None:
+        """A file of a name as it is, with no digest before it; None if it is none, or another user's."""
         path = self.folder / name
         try:
             with open(path, "rb", opener=_without_links) as f:
                 _examine(path, os.fstat(f.fileno()))
-                digest, content = f.read(_DIGEST), f.read()
+                return f.read()
         except FileNotFoundError:
             return None
         except OSError as error:
             log.info("not read: %s", error)
             return None
-        if digest != _digest(name, content):
-            log.info("%s is damaged and is made again", path)
-            return None
-        return content
 
     def write(self, name: str, content: bytes) -> None:
         """Replace the file of that name at once: who reads it meanwhile has the old one or the new one."""
+        if not self.writable:
+            raise PermissionError(errno.EACCES, "it is for reading alone", str(self.folder))
         handle, temporary = tempfile.mkstemp(dir=self.folder)
         try:
             with open(handle, "wb") as f:

@@ -180,9 +180,10 @@ def jit(function: Any, owner: Any = None) -> Any:
     dispatcher = numba.njit(**OPTIONS)(function)
     owner = owner or function
     package = owner.__module__.rpartition(".")[0]
-    store = _kept(package)
-    if isinstance(store, Store) and _lies_in(package, owner.__code__.co_filename):
-        keep(dispatcher, owner, store)
+    store, file = _kept(package), owner.__code__.co_filename
+    if isinstance(store, Store) and not _lies_in(package, file):
+        store = f"nothing is kept of {file}"
+    keep(dispatcher, owner, store)
     return dispatcher
 
 

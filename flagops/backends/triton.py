@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 
+from flagops import config
 from flagops.arrays import is_torch
 from flagops.backends import missing
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 @cache
@@ -24,6 +20,12 @@ def _device(interpreting: bool) -> tuple[str, str | None]:
 
     if interpreting:
         return "cpu", _interpreter_fails(triton.__version__)
+    if hasattr(triton, "knobs"):
+        from . import _built
+
+        _built.serve()  # before a driver is made: the module in C that it needs may have been built
+    elif config.current().jit == "error":
+        return "", f"FLAGOPS_JIT=error needs triton >= 3.6: {triton.__version__} does not say that it compiles"
     try:
         if not any(b.driver.is_active() for b in triton.backends.backends.values()):
             return "", "triton needs a GPU, or TRITON_INTERPRET=1 to run its interpreter on the CPU"
@@ -44,15 +46,15 @@ def _interpreter_fails(version: str) -> str | None:
 class _Triton:
     name = "triton"
     kernels = "flagops.kernels.triton"
-    dispatch_keys: tuple[str, ...] = ("CPU",) if _interpreting() else ("CUDA", "PrivateUse1")
+    dispatch_keys: tuple[str, ...] = ("CPU",) if config.interpreting() else ("CUDA", "PrivateUse1")
 
     def unavailable(self) -> str | None:
-        return _device(_interpreting())[1]
+        return _device(config.interpreting())[1]
 
     def refuses(self, array: Any) -> str | None:
         if not is_torch(array):
             return "takes torch tensors"
-        kind, reason = _device(_interpreting())
+        kind, reason = _device(config.interpreting())
         if reason or array.device.type == kind:
             return reason
         if array.device.type == "cpu":
@@ -63,7 +65,7 @@ class _Triton:
         import torch
         import triton
 
-        if _interpreting():
+        if config.interpreting():
             return {"triton": triton.__version__, "device": "interpreter on CPU"}
         target = triton.runtime.driver.active.get_current_target()
         facts = {"triton": triton.__version__, "target": f"{target.backend} {target.arch}"}
@@ -74,7 +76,7 @@ class _Triton:
     def synchronize(self) -> None:
         import torch
 
-        kind, _ = _device(_interpreting())
+        kind, _ = _device(config.interpreting())
         if kind not in ("", "cpu"):
             torch.get_device_module(kind).synchronize()
 

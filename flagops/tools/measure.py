@@ -127,9 +127,10 @@ def roofline(settings: Settings) -> Roofline:
     return Roofline(bandwidth, 2 * 2048**3 / best["float32"], 2 * 2048**3 / best["bfloat16"])
 
 
-def case(op: Operator, workload: str, dtype: str | None = None) -> testing.Case:
-    """A named workload of the card, in another dtype if given. Raises Unsupported if the operator has no such dtype."""
-    found = testing.workload(op, workload)
+def case(op: Operator, workload: str, dtype: str | None = None, sizes: Mapping[str, int] | None = None) -> testing.Case:
+    """A named workload of the card, in another dtype and other sizes if given. Raises Unsupported if the operator has
+    no such dtype."""
+    found = testing.workload(op, workload, sizes=sizes)
     if dtype is None:
         return found
     scalars, dtypes = dict(found.scalars), dict(found.dtypes)

@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from flagops import chips
+from flagops import chips, config
 
-INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRET = tl.constexpr(config.interpreting())
 """The interpreter multiplies raw bits of bfloat16 in ``dot`` and truncates float32 to bfloat16; the helpers do not."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -28,7 +28,7 @@ def widen(x):
     """A half as the float32 of the same value; float32 and float64 as they are."""
     if INTERPRET and x.dtype == tl.bfloat16:
         x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    elif x.dtype == tl.float16 or x.dtype == tl.bfloat16:
+    elif (x.dtype == tl.float16) | (x.dtype == tl.bfloat16):  # `or` of these is newer than Triton 3.2, for Ascend
         x = x.to(tl.float32)
     return x
 
@@ -72,12 +72,17 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
         with _interpreter, np.errstate(all="ignore"):
             kernel[grid](*arguments, **options)
         return
+    run = kernel[grid]
+    if config.current().jit == "error":
+        from flagops.backends._built import only_compiled
+
+        run = only_compiled(kernel, grid)
     module = torch.get_device_module(device)
     if device.index is None or device.index == module.current_device():
-        kernel[grid](*arguments, **options)
+        run(*arguments, **options)
     else:
         with module.device(device):
-            kernel[grid](*arguments, **options)
+            run(*arguments, **options)
 
 
 class Chip(NamedTuple):
