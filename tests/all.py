@@ -145,7 +145,7 @@ ROWS = {
     ),
     "portability": Row(
         "every Triton kernel compiled for every target that takes it, where its sources have changed",
-        (*KERNELS, "benchmarks/portability.py", "benchmarks/triton_compile.py"),
+        (*KERNELS, "benchmarks/portability.py", "benchmarks/triton_compile.py", "flagops/tools/programs.py"),
         ((sys.executable, "benchmarks/portability.py"),),
     ),
     "bare": Row(
