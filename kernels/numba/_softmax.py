@@ -38,7 +38,7 @@ _FEW = 3  # rows for which one by one is faster than a tile that they do not fil
 @jit
 def panels(real, rows, width):
     """Shapes of x, sums, scores, tops and masses for so many rows, with room for tiles that reach beyond."""
-    across = 2 * OUTER_VECTORS * lanes(real)
+    across = max(2 * OUTER_VECTORS, ROW_VECTORS) * lanes(real)  # what a tile, or a row alone, writes past the width
     padded, ld = rows + OUTER_ROWS + DOT_ROWS, -(-width // across) * across + PAD
     return (padded, ld), (padded, ld), (padded, KEYS + PAD), (padded, 1), (padded, 1)
 
