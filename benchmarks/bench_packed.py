@@ -26,7 +26,8 @@ from flagops import tables
 from flagops.checkpoint.memory import peak, resident
 from flagops.checkpoint.progress import amount
 from flagops.deepseek_v4.examples import packed_deepseek_v4
-from flagops.tools import bench
+from flagops.packed.command import greedy
+from flagops.tools import bench, roofline
 
 SIZES = {
     "vocab_size": 16384, "hidden_size": 4096, "moe_intermediate_size": 2048, "num_attention_heads": 64, "head_dim": 512,
@@ -61,11 +62,11 @@ def main() -> None:
         packed, expanded = Path(place) / "packed", Path(place) / "expanded"
         size = packed_deepseek_v4(packed, n_routed_experts=options.experts, **SIZES)
         flagops.checkpoint.convert(packed, expanded)
-        rate = _disk(packed)
+        rate = roofline.disk(packed)
         found = {name: _measured(name, packed, expanded) for name in ARMS}
     first = next(iter(found.values()))
     rows = [[name, *_cells(one, first)] for name, one in found.items()]
-    said = f"{amount(size)} of weights, {options.experts} experts a layer; its files are read at {rate / 1e9:.2f} GB/s"
+    said = f"{amount(size)} of weights, {options.experts} experts a layer; the disk reads {rate / 1e9:.2f} GB/s"
     tables.show(said, HEAD, rows)
     if options.markdown:
         bench.write_markdown(options.markdown, HEAD, rows, f"{__doc__}\n{said}.")
@@ -120,14 +121,10 @@ def _model(how: dict[str, Any], folder: Path) -> Any:
 
 
 def _greedy(model: Any, count: int) -> Iterator[int]:
-    vocabulary = model.config.vocab_size
-    given = torch.randint(2, vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    cache = None
-    for _ in range(count):
-        with torch.no_grad():
-            out = model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, given = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        yield int(given)
+    """A prompt of random tokens goes on, past any that ends a text."""
+    draw = torch.Generator().manual_seed(0)
+    model.generation_config.eos_token_id = None
+    return greedy(model, torch.randint(2, model.config.vocab_size, (PROMPT,), generator=draw).tolist(), count)
 
 
 def _cells(one: dict[str, Any], first: dict[str, Any]) -> list[str]:
@@ -138,27 +135,12 @@ def _cells(one: dict[str, Any], first: dict[str, Any]) -> list[str]:
     return [*times, read, f"{same} of {TOKENS}"]
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
 def _forget(folder: Path) -> None:
     """Drop files from the page cache."""
-    for path in _files(folder):
+    for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _disk(folder: Path) -> float:
-    """Bytes a second of reading the files from the disk, 16 MiB at a time."""
-    _forget(folder)
-    buffer, total, start = bytearray(1 << 24), 0, time.perf_counter()
-    for path in _files(folder):
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                total += count
-    return total / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,8 @@ class Build:
 
     def _mine(self, count: int) -> tuple[range, Share | None]:
         """Which experts of a layer are here; and how they are part of all, where they are not all."""
-        return (self.ranks.experts(count), self.ranks.share(count)) if self.ranks else (range(count), None)
+        share = self.ranks.share(count) if self.ranks else None
+        return (share.here if share else range(count)), share
 
     def _experts(
         self, stem: str, parts: dict[tuple[int, str], Output]

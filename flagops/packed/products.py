@@ -164,15 +164,15 @@ def _by_pairs(
 
 
 class Share:
-    """The experts of a layer that one rank has; the ranks' sums are added."""
+    """What one rank has of a whole, neighbours such as experts of a layer; what the ranks compute is added."""
 
-    def __init__(self, experts: range, group: Any) -> None:
-        self.experts, self._group = experts, group
+    def __init__(self, here: range, group: Any) -> None:
+        self.here, self._group = here, group
 
     def local(self, indices: Tensor) -> Tensor:
         """Which of them is meant, -1 for those of other ranks."""
-        own = indices - self.experts.start
-        return torch.where((own >= 0) & (own < len(self.experts)), own, -1)
+        own = indices - self.here.start
+        return torch.where((own >= 0) & (own < len(self.here)), own, -1)
 
     def summed(self, y: Tensor) -> Tensor:
         """The sum of what all ranks have."""

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import embedding, linear
 
 from flagops.checkpoint import Refused
-from flagops.distributed import Layout, ParallelProjection, Sizes
-from flagops.distributed.projection import gathering, summing
-from flagops.transformers._mesh import Heads
+from flagops.distributed import Layout, ParallelProjection
+from flagops.distributed.projection import gathering
+from flagops.transformers._mesh import Heads, sizes_of
 
 from .products import BLOCK, Share, Weight, cut
 
@@ -43,21 +43,19 @@ class Ranks:
         if config.model_type != MODEL:
             raise Refused(f"a mesh divides a {MODEL}, and this is a {config.model_type}; load it without")
         self.mesh, self.size, self.rank = mesh, mesh.size(), mesh.get_local_rank()
-        of = config
-        sizes = Sizes(of.num_attention_heads, of.head_dim, of.o_groups, of.o_lora_rank, of.hidden_size)
-        self.layout = Layout.of(sizes, self.size, scheme, fp8)
-        whole = {"heads of the indexer": of.index_n_heads, "tokens of the vocabulary": of.vocab_size}
-        for what, count in (whole | {"experts of a layer": of.n_routed_experts}).items():
+        self.layout = Layout.of(sizes_of(config), self.size, scheme, fp8)
+        for count, what in (
+            (config.index_n_heads, "heads of the indexer"),
+            (config.vocab_size, "tokens of the vocabulary"),
+            (config.n_routed_experts, "experts of a layer"),
+        ):
             if count % self.size:
                 raise ValueError(f"{self.size} ranks do not divide the {count} {what}")
 
-    def experts(self, count: int) -> range:
-        """Those of a layer's experts that this rank has."""
-        each = count // self.size
-        return range(self.rank * each, (self.rank + 1) * each)
-
     def share(self, count: int) -> Share:
-        return Share(self.experts(count), self.mesh.get_group())
+        """Which of so many neighbours this rank has."""
+        each = count // self.size
+        return Share(range(self.rank * each, (self.rank + 1) * each), self.mesh.get_group())
 
     def plain(self, target: str, x: Tensor) -> Tensor:
         """This rank's part of a parameter that is not quantised, by transformers' name."""
@@ -66,8 +64,8 @@ class Ranks:
             return self.layout.take(f"wo_{found[1]}", x, self.rank).contiguous()
         if not _ROWS.fullmatch(target):
             return x
-        each = len(x) // self.size
-        return x[self.rank * each : (self.rank + 1) * each]
+        mine = self.share(len(x)).here
+        return x[mine.start : mine.stop]
 
     def packed(self, target: str, weight: Weight) -> Weight:
         """The same of codes and scales."""
@@ -78,17 +76,17 @@ class Ranks:
             return weight
         if target == "lm_head.weight":
             raise Refused("lm_head is quantised, and a mesh divides a plain one; load it without")
-        each = len(weight.codes) // self.size
-        if weight.codes.dtype is torch.float8_e4m3fn and each % BLOCK and BLOCK % each:
-            raise ValueError(f"{self.size} ranks cut {target} into {each} rows, and its scales are of {BLOCK}")
-        return cut(weight, self.rank * each, (self.rank + 1) * each)
+        mine = self.share(len(weight.codes)).here
+        if weight.codes.dtype is torch.float8_e4m3fn and len(mine) % BLOCK and BLOCK % len(mine):
+            raise ValueError(f"{self.size} ranks cut {target} into {len(mine)} rows, and its scales are of {BLOCK}")
+        return cut(weight, mine.start, mine.stop)
 
     def divide(self, model: Any, backend: Any) -> None:
         """Have a model's modules, which hold shards, compute as parts of a whole."""
         from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Attention
 
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
-        model.set_input_embeddings(ParallelEmbedding(table.weight, self.rank, self.mesh))
+        model.set_input_embeddings(ParallelEmbedding(table.weight, self.share(model.config.vocab_size)))
         model.set_output_embeddings(ParallelHead(head.weight, self.mesh))
         parallel = ParallelProjection(self.layout, self.mesh, backend)
         for layer in model.modules():
@@ -100,15 +98,14 @@ class Ranks:
 class ParallelEmbedding(nn.Module):
     """Rows of a table that is divided over ranks: ``[...] -> [..., d]`` by the rank that has a token's row."""
 
-    def __init__(self, weight: nn.Parameter, rank: int, mesh: DeviceMesh) -> None:
+    def __init__(self, weight: nn.Parameter, share: Share) -> None:
         super().__init__()
-        self.weight, self.first, self._group = weight, rank * len(weight), mesh.get_group()
+        self.weight, self._share = weight, share
 
     def forward(self, ids: Tensor) -> Tensor:
-        own = ids - self.first
-        here = (own >= 0) & (own < len(self.weight))
-        found = embedding(torch.where(here, own, 0), self.weight)
-        return summing(torch.where(here.unsqueeze(-1), found, 0), self._group)()
+        own = self._share.local(ids)
+        found = embedding(own.clamp(min=0), self.weight)
+        return self._share.summed(torch.where((own >= 0).unsqueeze(-1), found, 0))
 
 
 class ParallelHead(nn.Module):

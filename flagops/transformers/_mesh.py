@@ -34,7 +34,7 @@ def divide(
     """Shard attention layers over a mesh. The ranks compare notes first; what is wrong on one raises on all."""
     mesh = ranks_of(mesh, mesh_dim)
     with agreed(mesh) as note:
-        sizes = {_sizes(layer) for layer in layers}
+        sizes = {sizes_of(layer.config) for layer in layers}
         if len(sizes) != 1:
             raise ValueError(f"the layers differ: {', '.join(map(str, sizes))}")
         packed = next((name for layer in layers for name, x in layer.named_parameters() if x.dtype.itemsize == 1), None)
@@ -54,8 +54,8 @@ def divide(
     return [Sharded(layer, parallel, mesh) for layer in layers]
 
 
-def _sizes(attention: Any) -> Sizes:
-    of = attention.config
+def sizes_of(of: Any) -> Sizes:
+    """The output projection of a configuration."""
     return Sizes(of.num_attention_heads, of.head_dim, of.o_groups, of.o_lora_rank, of.hidden_size)
 
 
