@@ -4,8 +4,9 @@
 
 Checkpoints of random codes, with the proportions of real ones and larger than the caches, are loaded by `flagops.load`:
 mapped, packed, and within a budget of memory, where the page cache is emptied before each token. The figures of the
-machine are those of ``flagops bench --roofline``, taken in the same run; they know nothing of these models. A plan is
-kept where what was measured lies within a quarter of it; the exit code is 1 where one is not.
+machine are those of ``flagops bench --roofline``, taken in the same run; they know nothing of these models, but for how
+often an expert was in the budget, which hangs on what a router chooses and is given as to `flagops plan --hit-rate`. A
+plan is kept where what was measured lies within a quarter of it; the exit code is 1 where one is not.
 
 ``--shared`` is for machines that others use meanwhile: one thread, timed by the clock of the process, which stands
 while others have the processor. Waiting for a disk is no time to it, so that the budget is left out.
@@ -111,11 +112,12 @@ def measured(folder: Path, run: Run, here: Machine, settings: Settings) -> Itera
     cold = (lambda: _cold(folder)) if run.budget is not None else (lambda: None)
     found = dict(zip(steps, _timed(loaded, cold, settings), strict=True))
     for phase, step in steps.items():
+        took, hits = found[phase]
         of_step = loads(model, parts, step)
         room = None if run.budget is None else others + run.budget * experts
-        held = times.residence(model, parts, 0, room, step.rows)
+        held = times.residence(model, parts, 0, room, step.rows, hits)
         terms = times.terms(model, of_step, step, here, held, run.pack)
-        planned, took = step.rows / times.seconds(terms), step.rows / found[phase]
+        planned, took = step.rows / times.seconds(terms), step.rows / took
         most = sorted(terms, key=lambda term: -term.seconds)[:3]
         row = [
             folder.name, run.name, phase, amount(sum(load.read for load in of_step)), f"{planned:.2f}", f"{took:.2f}",
@@ -129,21 +131,34 @@ def measured(folder: Path, run: Run, here: Machine, settings: Settings) -> Itera
 
 
 @torch.no_grad()
-def _timed(model: Any, cold: Callable[[], None], settings: Settings) -> tuple[float, float]:
-    """Seconds of a token and of a prompt, the least disturbed, after one of each that compiles and maps."""
+def _timed(model: Any, cold: Callable[[], None], settings: Settings) -> tuple[tuple[float, float | None], ...]:
+    """Seconds of a token and of a prompt, the least disturbed, after one of each that compiles and maps; and how often
+    an expert was there, None where all are."""
     random = torch.Generator().manual_seed(0)
-    prompts, steps = list[float](), list[float]()
+    spent: tuple[list[float], list[float]] = ([], [])
+    there, asked = [0, 0], [0, 0]  # of tokens and of prompts
     for turn in range(TURNS):
         ids = torch.randint(0, model.config.vocab_size, (1, PROMPT), generator=random)
         cache: Any = None
         for count in range(TOKENS):
             cold()
-            start = settings.clock()
+            before, start = _experts(model), settings.clock()
             out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            took, after = settings.clock() - start, _experts(model)
             if turn and count != 1:
-                (steps if count else prompts).append(settings.clock() - start)
+                phase = 0 if count else 1
+                spent[phase].append(took)
+                there[phase] += after[0] - before[0]
+                asked[phase] += sum(after) - sum(before)
             cache, ids = out.past_key_values, torch.randint(0, model.config.vocab_size, (1, 1), generator=random)
-    return roofline.undisturbed(steps), min(prompts)
+    hits = [one / every if every else None for one, every in zip(there, asked, strict=True)]
+    return (roofline.undisturbed(spent[0]), hits[0]), (min(spent[1]), hits[1])
+
+
+def _experts(model: Any) -> tuple[int, int]:
+    """Those that were in memory when they were asked for, and those that were read, so far."""
+    report = model.flagops_arena and model.flagops_arena.report()
+    return (report.hits, report.reads) if report else (0, 0)
 
 
 def _cold(folder: Path) -> None:

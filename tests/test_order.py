@@ -242,16 +242,35 @@ def test_what_a_model_only_asks_for_is_known():
     q = torch.randn(1, 2, 3, 8)
     model = tune_cases.Model("attention", lambda: lambda: F.scaled_dot_product_attention(q, q, q), "cpu")
     found = table(replace={"*": (), "scaled_dot_product_attention.float16": ("numba",), "rms_norm": ("numba",)})
-    assert model.ratio(found, quick=True)[1] == ["scaled_dot_product_attention"]
+    assert model.asked(found) == ["scaled_dot_product_attention"]
+
+
+def test_a_model_is_raced_with_every_table_at_once():
+    x, w = torch.randn(4, 64), torch.randn(64, 64)
+    model = tune_cases.Model("product", lambda: lambda: x @ w, "cpu")
+    found = model.ratios({"one": table(), "other": table(replace={"*": ()})}, 0.97, quick=True)
+    assert found.keys() == {"one", "other"}
+    assert all(0 < ratio.middle < 100 and ratio.error >= 0 for ratio in found.values())
+
+
+def test_a_ratio_is_less_only_where_that_is_shown():
+    quiet = tune_cases.Ratio.of([1.0] * 7, [1.1, 1.1, 1.1, 1.11, 1.09, 1.1, 5.0])
+    noisy = tune_cases.Ratio.of([1.0] * 7, [0.8, 1.1, 1.4, 0.9, 1.05, 1.3, 0.7])
+    assert quiet.below(0.97)
+    assert noisy.middle < 0.97
+    assert not noisy.below(0.97)
+    assert not tune_cases.Ratio.of([1.0] * 7, [0.9] * 7).below(0.97)
 
 
 def test_what_loses_in_a_whole_model_is_given_back(brief, tmp_path, monkeypatch, capsys):
     class Losing:
         title = "a model"
 
-        def ratio(self, table, quick):
-            taken = [op for op in ("linear", "matmul") if table.replaces_any(op)]
-            return 0.8 if "linear" in taken else 1.1, taken
+        def asked(self, table):
+            return [op for op in ("linear", "matmul") if table.replaces_any(op)]
+
+        def ratios(self, tables, least, quick):
+            return {name: tune_cases.Ratio(0.8 if "linear" in self.asked(t) else 1.1) for name, t in tables.items()}
 
     monkeypatch.setattr(tune_cases, "models", lambda device: iter([Losing()]))
     path = tmp_path / "order.json"
@@ -259,7 +278,7 @@ def test_what_loses_in_a_whole_model_is_given_back(brief, tmp_path, monkeypatch,
     found = order.read(path, "it")
     assert not found.replaces_any("linear")
     assert found.replaces_any("matmul")
-    assert found.made["models"] == {"a model": 1.1}
+    assert found.made["models"] == {"a model": "1.10 ± 0.00"}
     assert "linear is left to torch" in capsys.readouterr().out
 
 

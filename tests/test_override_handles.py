@@ -319,6 +319,23 @@ def test_report():
         assert "scaled_dot_product_attention, fused: 1\n" in re.sub(" +\n", "\n", text)
 
 
+def test_what_stays_torchs_costs_nothing():
+    """Neither it nor its parts are registered: a call that is only counted crosses into Python as well."""
+    from flagops import machine, order
+    from flagops.override.interpose import live
+
+    nothing = order.Table(machine.cpu_kind(), {"*": ("numba", "torch")}, {"*": ()}, {}, "nothing")
+    x = torch.randn(1, 2, 8, 4)
+    with order.forced(nothing), flagops.enable() as handle:
+        F.scaled_dot_product_attention(x, x, x)
+        here = {site.name for site in live.values() if handle in site.handles}
+        report = handle.report()
+    assert not report.calls
+    assert "scaled_dot_product_attention" in report.kept
+    assert "scaled_dot_product_attention, fused" not in report.bypassed
+    assert not {name for name in here if "scaled_dot_product" in name or name == "mm"}
+
+
 def test_compiled_graphs_are_counted():
     with flagops.enable(backend="numpy") as handle:
         x = whole(3, 3, dtype=torch.float64).requires_grad_()

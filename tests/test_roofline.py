@@ -45,9 +45,10 @@ def test_attention_and_scores(monkeypatch):
 def test_layers_of_a_model_that_runs():
     """On a machine whose products take no time, each kind of layer takes some."""
     kinds = dict.fromkeys(("f32", "bf16", "fp8", "fp4", "attention"), 1e20)
-    layers, rest = roofline.layers(True, Machine("", 1e20, reads=kinds, rates=kinds), FAST)
+    layers, rest, row = roofline.layers(True, Machine("", 1e20, reads=kinds, rates=kinds), FAST)
     assert layers.keys() == {"sliding", "csa", "hca"}
-    assert min(*layers.values(), rest) > 0
+    assert min(*layers.values(), rest, row) > 0
+    assert row * 1024 < min(layers.values())  # a row of a prompt takes less than one alone
 
 
 def test_a_disk_is_read_in_blocks_of_a_file_that_is_large_enough(tmp_path):
@@ -63,7 +64,7 @@ def test_the_command_writes_what_plan_reads(monkeypatch, tmp_path, capsys):
 
     here = Machine(
         "here", 1e10, reads={"fp4": 1e9}, rates={"fp4": 1e10}, layers={"sliding": 1.0, "csa": 1.0, "hca": 1.0},
-        experts=1.0, step=1.0, process=1, disk=1e9, single=1e9,
+        rows=1e-9, experts=1.0, step=1.0, process=1, disk=1e9, single=1e9,
     )  # fmt: skip
     monkeypatch.setattr(roofline, "machine", lambda settings, disk: here)
     file = tmp_path / "here.json"

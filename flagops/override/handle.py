@@ -41,7 +41,7 @@ WATCHED = {
 }
 """Operators that, where a device has kernels for them, multiply matrices and bypass the replaced ones.
 
-Their calls are counted and not changed."""
+Their calls are counted and not changed; the word before a comma is the operator that they are a part of."""
 
 COMPILED = 'graphs compiled by torch.compile without backend="flagops", but for products that inductor leaves to aten'
 UNSEEN = (
@@ -83,7 +83,10 @@ class Handle:
         self._graphs = _compiled_graphs()
 
     def _install(self) -> None:
-        for name in dict.fromkeys((*self.ops, *WATCHED)):
+        kept = {name for name, places in self._places.items() if not places}
+        # a call that is only counted costs microseconds, and `kept` says already whose it is
+        watched = (name for name, words in WATCHED.items() if kept.isdisjoint((name, words.partition(",")[0])))
+        for name in dict.fromkeys((*self.ops, *watched)):
             lowering = LOWERINGS.get(name)
             wanted = lowering is not None and name in self.ops
             own = self._places.get(name) or self.keys

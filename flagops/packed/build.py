@@ -272,6 +272,7 @@ class Build:
                 module._buffers.update(_initialised(name, module)._buffers)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        model.get_output_embeddings().register_forward_pre_hook(_as_made)
         model.eval()
 
 
@@ -311,6 +312,13 @@ def _powers(config: dict[str, Any]) -> bool:
     """Whether a configuration says that the scales of activations are powers of two."""
     holders = (config, config.get("text_config") or {})
     return any((holder.get("quantization_config") or {}).get("scale_fmt") == "ue8m0" for holder in holders)
+
+
+def _as_made(head: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The last token of a prompt with the strides of a tensor of its own. With those of a slice torch takes the head's
+    product in bfloat16 for one of batches, and copies the weight: 320 ms in place of 7 for 32768 x 2048."""
+    x, *others = args
+    return x.reshape(-1, x.shape[-1]).view(x.shape), *others
 
 
 def _same(out: Output, shape: tuple[int, ...]) -> None:

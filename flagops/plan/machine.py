@@ -25,7 +25,8 @@ class Machine:
     reads: bytes of weights in products of one row, by kind; with FP4 and FP8 that is what decoding takes as well.
     rates: FLOP of each row beyond the first, by kind; of attention and of the indexer's scores all of them.
     layers: seconds of a layer beyond its products, by kind of attention: Python, the calls of operators, threads that
-    meet. experts: the same of each expert that is called by itself. step: of what is no layer.
+    meet. rows: seconds of a layer beyond its products for each number that a further row of a prompt is wide: norms,
+    streams, quantisation. experts: of each expert that is called by itself. step: of what is no layer.
     process: bytes that a process holds before it has a model. disk: bytes read from a cold file, by four threads.
     """
 
@@ -35,6 +36,7 @@ class Machine:
     reads: Mapping[str, float] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, float] = field(default_factory=dict)
+    rows: float = 0.0
     experts: float = 0.0
     step: float = 0.0
     process: int = 0
@@ -44,11 +46,11 @@ class Machine:
     @property
     def whole(self) -> bool:
         """Whether all measured figures are numbers above zero, and all kinds of layers are there; experts that are
-        called one by one may take no longer than together."""
+        called one by one may take no longer than together, and further rows no longer than their products."""
         tables = self.reads, self.rates, self.layers
         if not all(isinstance(table, dict) and table for table in tables) or set(self.layers) != set(ATTENTION_KINDS):
             return False
-        alone = self.bandwidth, self.single, self.process, self.experts or 1, self.step, self.disk or 1
+        alone = self.bandwidth, self.single, self.process, self.experts or 1, self.rows or 1, self.step, self.disk or 1
         every = *alone, *(x for each in tables for x in each.values())
         return all(type(x) in (int, float) and 0 < x < math.inf for x in every)
 
@@ -113,6 +115,7 @@ def described(machine: Machine) -> list[tuple[str, str, str]]:
         rows.append((kind, f"{speed / 1e9:.1f} GFLOP/s", _RATES.get(kind, "rows beyond the first, of 128")))
     for kind, time in machine.layers.items():
         rows.append((f"{kind} layer", f"{1e3 * time:.2f} ms", "besides its products: Python, calls, threads that meet"))
+    rows.append(("a row", f"{1e12 * machine.rows:.0f} ps", "a layer and number of a further row, besides products"))
     rows.append(("an expert", f"{1e6 * machine.experts:.0f} us", "besides, where experts are called one by one"))
     rows.append(("a step", f"{1e3 * machine.step:.2f} ms", "besides its layers"))
     rows.append(("a process", f"{machine.process / 1e6:.0f} MB", "before it has a model"))

@@ -73,6 +73,11 @@ def terms(model: Model, loads: Sequence[Load], step: Step, machine: Machine, hel
         found.append(
             Term("calls", calls, f"Python and meeting of threads: {each}, {1e3 * machine.step:.2f} ms besides")
         )
+        if step.rows > 1:
+            more = step.rows - 1
+            numbers = more * model.layers * model.hidden
+            how = f"{numbers / 1e6:.1f} million numbers of {more} further rows, {1e12 * machine.rows:.0f} ps each"
+            found.append(Term("rows", numbers * machine.rows, how))
         if not pack and held.whole:
             count = model.layers * hit(model, step.rows)
             how = f"{count:.0f} experts one by one, {1e6 * machine.experts:.0f} us each"

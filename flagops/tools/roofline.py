@@ -51,6 +51,9 @@ _SIZES: dict[str, Any] = {
     "index_topk": 512,
 }  # fmt: skip
 _TOKENS = 40
+_PROMPTS = 6
+TOKEN = Step(1, 8 + _TOKENS // 2)
+"""The token that a layer's time is taken of."""
 
 Product = Callable[[Any, Any], Any]
 """Of a row or several, and a weight."""
@@ -72,9 +75,9 @@ def machine(settings: Settings, path: Path | None = None) -> Machine:
         reads |= dict.fromkeys(("attention", "scores"), bandwidth)
         products_alone = Machine("", bandwidth, reads=reads, rates=rates)
         begin("a model, its experts apart")
-        apart, rest = layers(False, products_alone, settings)
+        apart, rest, _ = layers(False, products_alone, settings)
         begin("a model, its experts stacked")
-        stacked, step = layers(True, products_alone, settings)
+        stacked, step, rows = layers(True, products_alone, settings)
         more = sum(apart[kind] - stacked[kind] for kind in stacked) / len(stacked)
         experts = max(0.0, more) / _SIZES["num_experts_per_tok"]
         begin("disk")
@@ -82,8 +85,8 @@ def machine(settings: Settings, path: Path | None = None) -> Machine:
     threads = torch.get_num_threads()
     name = f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else device
     found = dataclasses.replace(
-        products_alone, name=name, layers=stacked, experts=experts, step=(rest + step) / 2, process=process,
-        disk=speed, single=single,
+        products_alone, name=name, layers=stacked, rows=rows, experts=experts, step=(rest + step) / 2,
+        process=process, disk=speed, single=single,
     )  # fmt: skip
     if not found.whole:
         raise ValueError(f"something disturbed this, of which came {found}; repeat it when nothing else runs")
@@ -201,8 +204,9 @@ def attention(settings: Settings) -> dict[str, float]:
 
 
 @torch.no_grad()
-def layers(pack: bool, on: Machine, settings: Settings) -> tuple[dict[str, float], float]:
-    """Seconds of a layer of each kind of a small model, and of what is no layer, beyond what products take."""
+def layers(pack: bool, on: Machine, settings: Settings) -> tuple[dict[str, float], float, float]:
+    """Seconds of a layer of each kind of a small model, and of what is no layer, beyond what products take; and of a
+    number of each further row of a prompt in a layer."""
     begun, spent = dict[int, float](), dict[int, list[float]]()
     with tempfile.TemporaryDirectory(prefix="flagops-") as place:
         folder = Path(place) / "model"
@@ -227,7 +231,11 @@ def layers(pack: bool, on: Machine, settings: Settings) -> tuple[dict[str, float
         for _ in greedy(model, [1, 2, 3, 4, 5, 6, 7, 8], _TOKENS):
             wait()
             whole.append(settings.clock())
-    times = [undisturbed(spent[id(layer)][2:]) for layer in model.model.layers]
+        decoded = {layer: list(taken) for layer, taken in spent.items()}
+        spent.clear()
+        for turn in range(_PROMPTS):
+            model(torch.arange(turn, turn + ROWS)[None].to(settings.device), logits_to_keep=1)
+    times = [undisturbed(decoded[id(layer)][2:]) for layer in model.model.layers]
     alone = {
         kind: dataclasses.replace(sizes, **dict.fromkeys(ATTENTION_KINDS, 0) | {kind: 1}) for kind in ATTENTION_KINDS
     }
@@ -236,12 +244,15 @@ def layers(pack: bool, on: Machine, settings: Settings) -> tuple[dict[str, float
         for i, kind in enumerate(ATTENTION_KINDS)
     }
     steps = [end - start for start, end in itertools.pairwise(whole[2:])]
-    return each, undisturbed(steps) - sum(times) - _products(sizes, on, inside=False)
+    prompt = sum(min(spent[id(layer)][1:]) for layer in model.model.layers)  # the first may compile
+    more = prompt - _products(sizes, on, inside=True, step=Step(ROWS, 0)) - 2 * sum(each.values())
+    rows = max(0.0, more) / ((ROWS - 1) * sizes.layers * sizes.hidden)
+    return each, undisturbed(steps) - sum(times) - _products(sizes, on, inside=False), rows
 
 
-def _products(model: Model, on: Machine, inside: bool) -> float:
-    """Seconds that the products of one token take, inside of layers or outside."""
-    found = loads(model, parts(model, "checkpoint"), Step(1, 8 + _TOKENS // 2))
+def _products(model: Model, on: Machine, inside: bool, step: Step = TOKEN) -> float:
+    """Seconds that the products of a step take, inside of layers or outside."""
+    found = loads(model, parts(model, "checkpoint"), step)
     outside = (Role.EMBEDDING, Role.HEAD)
     return sum(on.seconds(x.kind, x.read, x.flops, x.once) for x in found if (x.role not in outside) is inside)
 

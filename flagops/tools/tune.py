@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
     found = {case: journal.times[case.title] for case in cases}
     table = _table(kind, found, backends)
     if not options.no_models:
-        table = _held_to_models(table, device, options.quick, journal)
+        table = _held_to_models(table, device, options.quick)
     target.write_text(written(table))
     journal.forget()
     taken = sum(map(bool, table.replace.values()))
@@ -152,23 +152,26 @@ def _shortest(rows: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]
     return {key: found[key] for key in sorted(found) if key == "*" or found[key] != found["*"] or "." in key}
 
 
-def _held_to_models(table: order.Table, device: str, quick: bool, journal: _Journal) -> order.Table:
+def _held_to_models(table: order.Table, device: str, quick: bool) -> order.Table:
     """The table without what makes a whole model slower, the costliest operator first."""
-    seen: dict[str, float] = {}
+    seen: dict[str, tune_cases.Ratio] = {}
     for model in tune_cases.models(device):
-        ratio, called = model.ratio(table, quick)
-        while ratio < LEAST and called:
-            others = {op: model.ratio(_without(table, op), quick)[0] for op in called}
-            worst = max(others, key=others.__getitem__)
+        ratio = model.ratios({MODELS: table}, LEAST, quick)[MODELS]
+        asked = model.asked(table) if ratio.below(LEAST) else []
+        while asked and ratio.below(LEAST):
+            others = model.ratios({MODELS: table} | {op: _without(table, op) for op in asked}, LEAST, quick)
+            now = others.pop(MODELS)
+            worst = max(others, key=lambda op: others[op].middle)
+            if others[worst].middle <= now.middle:
+                print(f"{model.title}: {now} times as fast as torch alone, and no faster whatever is left to torch")
+                break
             table, ratio = _without(table, worst), others[worst]
-            called = [op for op in called if op != worst]
-            print(f"{model.title}: {worst} is left to torch, which makes it {ratio:.2f} times as fast as torch alone")
-        seen[model.title] = round(ratio, 3)
+            asked.remove(worst)
+            print(f"{model.title}: {worst} is left to torch, which makes it {ratio} times as fast as torch alone")
+        seen[model.title] = ratio
     if seen:
-        tables.show(
-            "whole models", ("model", "times as fast as torch alone"), [(k, f"{v:.2f}") for k, v in seen.items()]
-        )
-    return dataclasses.replace(table, made={**table.made, MODELS: seen})
+        tables.show("whole models", ("model", "times as fast as torch alone"), [(k, str(v)) for k, v in seen.items()])
+    return dataclasses.replace(table, made={**table.made, MODELS: {name: str(ratio) for name, ratio in seen.items()}})
 
 
 def _without(table: order.Table, operator: str) -> order.Table:

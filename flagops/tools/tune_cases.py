@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
+from math import sqrt
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -242,6 +243,34 @@ def _replacing(call: Call, ops: str | None = None, backend: str | None = None) -
         yield
 
 
+@contextmanager
+def _by(table: order.Table, call: Call) -> Iterator[None]:
+    with order.forced(table), _replacing(call):
+        yield
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast as torch alone something is, the median of interleaved rounds, and its standard error."""
+
+    middle: float
+    error: float = 0.0
+
+    @classmethod
+    def of(cls, torchs: Sequence[float], ours: Sequence[float]) -> Ratio:
+        """The error is that of a median by distances to it, which a few disturbed rounds do not widen."""
+        ratios = [one / other for one, other in zip(torchs, ours, strict=True)]
+        middle = median(ratios)
+        return cls(middle, 1.86 * median(abs(ratio - middle) for ratio in ratios) / sqrt(len(ratios)))
+
+    def below(self, least: float) -> bool:
+        """Whether it was shown to be less: on a machine that others disturb one measurement shows nothing."""
+        return self.middle + 2 * self.error < least
+
+    def __str__(self) -> str:
+        return f"{self.middle:.2f} ± {self.error:.2f}"
+
+
 @dataclass
 class Model:
     """A whole model at one task."""
@@ -251,27 +280,41 @@ class Model:
     device: str
     call: Call | None = None
 
-    def ratio(self, table: order.Table, quick: bool = False) -> tuple[float, list[str]]:
-        """How many times as fast it is under ``enable()`` with a table, as the median of interleaved runs, and the
-        operators that it then calls through us: to leave a call to torch costs time as well."""
+    def asked(self, table: order.Table) -> list[str]:
+        """The operators that it calls through us under ``enable()`` with a table: to leave one of their calls to torch
+        costs time as well."""
         from flagops import enable
         from flagops.override.interpose import live
         from flagops.override.sites import Site
 
         self.call = call = self.call or self.make()
-        with order.forced(table):
+        with order.forced(table), enable() as handle:
             call()
-            with enable() as handle:
-                call()
-                asked = {row.op for row in handle.report().rows}
-                sites = [site for site in live.values() if isinstance(site, Site) and f"aten::{site.name}" in asked]
-                called = {site.lowering.operator for site in sites if site.lowering}
-            race = Race(dict.fromkeys((TORCH, "enable"), _anyway(call)), {"enable": partial(_replacing, call)})
-            times = race.times(
-                measure.Settings(seconds=1 if quick else 4, rounds=3 if quick else 7, device=self.device)
+            found = {row.op for row in handle.report().rows}
+            sites = [site for site in live.values() if isinstance(site, Site) and f"aten::{site.name}" in found]
+            return sorted({site.lowering.operator for site in sites if site.lowering})
+
+    def ratios(self, tables: Mapping[str, order.Table], least: float, quick: bool = False) -> dict[str, Ratio]:
+        """How many times as fast it is under ``enable()`` with each table, all in one race; longer where the first of
+        them looks slower than `least` and was not shown to be."""
+        self.call = call = self.call or self.make()
+        first, *_ = tables
+        within = {name: partial(_by, table, call) for name, table in tables.items()}
+        race = Race(dict.fromkeys((TORCH, *tables), _anyway(call)), within)
+        times: dict[str, list[float]] = defaultdict(list)
+        call()
+        for times_as_long in (1, 3):
+            settings = measure.Settings(
+                seconds=times_as_long * (1 if quick else 4),
+                rounds=times_as_long * (3 if quick else 7),
+                device=self.device,
             )
-        ratios = [one / other for one, other in zip(times[TORCH], times["enable"], strict=True)]
-        return median(ratios), sorted(called)
+            for name, more in race.times(settings).items():
+                times[name] += more
+            found = {name: Ratio.of(times[TORCH], times[name]) for name in tables}
+            if found[first].middle >= least or found[first].below(least):
+                break
+        return found
 
 
 def models(device: str) -> Iterator[Model]:
