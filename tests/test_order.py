@@ -282,6 +282,19 @@ def test_what_loses_in_a_whole_model_is_given_back(brief, tmp_path, monkeypatch,
     assert "linear is left to torch" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("ratio", "code"), [((1.2, 0.01), 0), ((0.95, 0.05), 0), ((0.9, 0.01), 1)])
+def test_models_are_held_to_the_table_in_force(ratio, code, monkeypatch, capsys):
+    class Measured:
+        title = "a model"
+
+        def ratios(self, tables, least, quick):
+            return dict.fromkeys(tables, tune_cases.Ratio(*ratio))
+
+    monkeypatch.setattr(tune_cases, "models", lambda device: iter([Measured()]))
+    assert tune.run(["--check"]) == code
+    assert ("a model" if code else "none") in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_a_case_is_measured_for_real():
     cases = tune_cases.cases(["numba", "torch"], "cpu", quick=True)
     small = next(case for case in cases if case.key == "rms_norm.float32.one")

@@ -234,7 +234,8 @@ def layers(pack: bool, on: Machine, settings: Settings) -> tuple[dict[str, float
         decoded = {layer: list(taken) for layer, taken in spent.items()}
         spent.clear()
         for turn in range(_PROMPTS):
-            model(torch.arange(turn, turn + ROWS)[None].to(settings.device), logits_to_keep=1)
+            ids = torch.arange(turn, turn + ROWS) % model.config.vocab_size
+            model(ids[None].to(settings.device), logits_to_keep=1)
     times = [undisturbed(decoded[id(layer)][2:]) for layer in model.model.layers]
     alone = {
         kind: dataclasses.replace(sizes, **dict.fromkeys(ATTENTION_KINDS, 0) | {kind: 1}) for kind in ATTENTION_KINDS

@@ -27,7 +27,7 @@ MODELS = "models"
 
 
 def run(argv: Sequence[str]) -> int:
-    """The command; 0 when the table is written."""
+    """The command; 0 when the table is written, or kept."""
     options = _parser().parse_args(argv)
     device = contract.device(options.device)
     for name in options.backend or ():
@@ -35,6 +35,8 @@ def run(argv: Sequence[str]) -> int:
     kind = machine.cpu_kind() if device == "cpu" else device
     if options.show:
         return _show(kind)
+    if options.check:
+        return _checked(kind, device, options.quick)
     target = (options.out or order.tuned(kind, config.cache_folder())).absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write there, to be named by FLAGOPS_ORDER, and not where it is found",
     )
     add("--show", action="store_true", help="print the table in force, and measure nothing")
+    add("--check", action="store_true", help="hold whole models to the table in force: exit code 1 where one is slower")
     add("--device", default="cpu", metavar="DEV", help="cpu (the default) or a torch device type")
     add("--backend", action="append", metavar="B", help="measure this backend, repeatable (default: all that are fast)")
     add("--no-models", action="store_true", help="operators alone, which whole models may contradict")
@@ -155,23 +158,48 @@ def _shortest(rows: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]
 def _held_to_models(table: order.Table, device: str, quick: bool) -> order.Table:
     """The table without what makes a whole model slower, the costliest operator first."""
     seen: dict[str, tune_cases.Ratio] = {}
-    for model in tune_cases.models(device):
-        ratio = model.ratios({MODELS: table}, LEAST, quick)[MODELS]
-        asked = model.asked(table) if ratio.below(LEAST) else []
-        while asked and ratio.below(LEAST):
-            others = model.ratios({MODELS: table} | {op: _without(table, op) for op in asked}, LEAST, quick)
-            now = others.pop(MODELS)
-            worst = max(others, key=lambda op: others[op].middle)
-            if others[worst].middle <= now.middle:
-                print(f"{model.title}: {now} times as fast as torch alone, and no faster whatever is left to torch")
-                break
-            table, ratio = _without(table, worst), others[worst]
-            asked.remove(worst)
-            print(f"{model.title}: {worst} is left to torch, which makes it {ratio} times as fast as torch alone")
-        seen[model.title] = ratio
+    models = list(tune_cases.models(device))
+    with contract.Progress(len(models)) as begin:
+        for model in models:
+            begin(model.title)
+            ratio = model.ratios({MODELS: table}, LEAST, quick)[MODELS]
+            asked = model.asked(table) if ratio.below(LEAST) else []
+            while asked and ratio.below(LEAST):
+                others = model.ratios({MODELS: table} | {op: _without(table, op) for op in asked}, LEAST, quick)
+                now = others.pop(MODELS)
+                worst = max(others, key=lambda op: others[op].middle)
+                if others[worst].middle <= now.middle:
+                    print(f"{model.title}: {now} times as fast as torch alone, no faster whatever is left to torch")
+                    break
+                table, ratio = _without(table, worst), others[worst]
+                asked.remove(worst)
+                print(f"{model.title}: {worst} is left to torch, which makes it {ratio} times as fast as torch alone")
+            seen[model.title] = ratio
     if seen:
-        tables.show("whole models", ("model", "times as fast as torch alone"), [(k, str(v)) for k, v in seen.items()])
+        _shown(seen)
     return dataclasses.replace(table, made={**table.made, MODELS: {name: str(ratio) for name, ratio in seen.items()}})
+
+
+def _checked(kind: str, device: str, quick: bool) -> int:
+    """0 where no whole model was shown to be slower by the table in force."""
+    table = order.table(kind)
+    print(f"{kind}: {table.words()}")
+    models = list(tune_cases.models(device))
+    if not models:
+        raise ValueError("no model can be run here; pip install transformers")
+    seen = {}
+    with contract.Progress(len(models)) as begin:
+        for model in models:
+            begin(model.title)
+            seen[model.title] = model.ratios({MODELS: table}, LEAST, quick)[MODELS]
+    _shown(seen)
+    slower = [name for name, ratio in seen.items() if ratio.below(LEAST)]
+    print(f"slower than {LEAST} of torch alone: {'; '.join(slower) or 'none'}")
+    return int(bool(slower))
+
+
+def _shown(seen: Mapping[str, tune_cases.Ratio]) -> None:
+    tables.show("whole models", ("model", "times as fast as torch alone"), [(k, str(v)) for k, v in seen.items()])
 
 
 def _without(table: order.Table, operator: str) -> order.Table:
