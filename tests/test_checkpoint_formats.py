@@ -261,6 +261,21 @@ def test_gpt_oss_as_transformers_expands_it(tmp_path, rng):
         assert torch.equal(found[f"{EXPERTS}.{name}"], mxfp4_of.convert_moe_packed_tensors(blocks, scales))
 
 
+def test_gpt_oss_as_gguf_expands_it(tmp_path, rng):
+    """GGUF's MXFP4 is the same codes in another order: a block's scale, then its halves as low and as high nibbles."""
+    mxfp4 = getattr(pytest.importorskip("gguf.quants"), "MXFP4", None) or pytest.skip("a gguf before MXFP4")
+    tensors, _, config = gpt_oss(rng)
+    src, _ = written(tmp_path / "src", (tensors, {}, config))
+    checkpoint.convert(src, tmp_path / "dst")
+    found = data.read(tmp_path / "dst")[0]
+    for name in ("gate_up_proj", "down_proj"):
+        blocks, scales = (tensors[f"{EXPERTS}.{name}_{end}"].numpy() for end in ("blocks", "scales"))
+        codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(-1, 32)
+        theirs = np.concatenate([scales.reshape(-1, 1), codes[:, :16] | codes[:, 16:] << 4], -1)
+        wanted = torch.from_numpy(mxfp4.dequantize_blocks(theirs)).reshape(*blocks.shape[:2], -1)
+        assert torch.equal(found[f"{EXPERTS}.{name}"].float(), wanted.transpose(1, 2))
+
+
 LIBRARY = {
     "FP8 of channels": "float-quantized",
     "INT4 of 32": "pack-quantized",
