@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+PYTEST = ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def main() -> int:
     installed, library = importlib.metadata.version(name), LIBRARIES[name]
     for version in given[1:] or [version for version in library.versions if version != installed]:
         print(f"{name} {version}", flush=True)
-        command = [environment(name, version), "-m", "pytest", "-q", *library.tests, *more]
+        command = [environment(name, version), *PYTEST, *library.tests, *more]
         failed |= subprocess.run(command, cwd=HERE.parent).returncode
     return failed
 
