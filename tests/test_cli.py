@@ -134,8 +134,14 @@ def test_run_replaces_what_the_settings_say(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("operators", [("matmul", "linear"), pytest.param((), marks=pytest.mark.slow, id="all")])
-def test_warmup_fills_the_cache(tmp_path, operators):
+NORM = "flagops.rms_norm(a, backend='numba')"
+PRODUCTS = "flagops.matmul(a, b, backend='numba'); flagops.linear(a, b.T, backend='numba')"
+
+
+@pytest.mark.parametrize(
+    ("operators", "call"), [(("rms_norm",), NORM), pytest.param((), PRODUCTS, marks=pytest.mark.slow, id="all")]
+)
+def test_warmup_fills_the_cache(tmp_path, operators, call):
     assert flagops("warmup", *operators, "--backend", "numba", FLAGOPS_CACHE=str(tmp_path)).returncode == 0
     compiled = set(tmp_path.rglob("*.nbc"))
     assert compiled
@@ -143,7 +149,7 @@ def test_warmup_fills_the_cache(tmp_path, operators):
         "import torch, flagops\n"
         "for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):\n"
         "    a = torch.ones(33, 65).to(dtype); b = torch.ones(65, 17).to(dtype)\n"
-        "    flagops.matmul(a, b, backend='numba'); flagops.linear(a, b.T, backend='numba')\n"
+        f"    {call}\n"
     )
     environment = os.environ | {"FLAGOPS_CACHE": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)

@@ -287,7 +287,7 @@ def test_a_backend_from_another_package(toy):
 
 
 def test_it_gets_the_parity_suite(toy):
-    script = "from flagops.__main__ import main; raise SystemExit(main(['check', {!r}, '--backend', 'toy']))"
+    script = "from flagops.__main__ import main; raise SystemExit(main('check {} --backend toy --time 2s'.split()))"
     right = _python(script.format("matmul"), PYTHONPATH=str(toy))
     assert right.returncode == 0, right.stderr
     wrong = _python(script.format("linear"), PYTHONPATH=str(toy))
