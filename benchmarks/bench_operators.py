@@ -15,7 +15,7 @@ import torch
 
 from flagops import registry
 from flagops.errors import Unsupported
-from flagops.tools import measure
+from flagops.tools import measure, workloads
 
 SMOKE = 1e8
 """Floating-point operations of the largest workload that runs when nothing is timed."""
@@ -30,7 +30,7 @@ def _cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("op", "workload", "backend"), _cases())
 def test_speed(benchmark: Any, op: Any, workload: str, backend: str) -> None:
-    of = measure.case(op, workload)
+    of = workloads.case(op, workload)
     if benchmark.disabled and op.flops(dict(of.dims), of.batch) > SMOKE:
         pytest.skip("too large for a smoke test")
     trial = measure.prepare(op, workload, cold=not benchmark.disabled)
@@ -48,5 +48,5 @@ def test_speed(benchmark: Any, op: Any, workload: str, backend: str) -> None:
             of(op)(*args, **chosen)
         except Unsupported as reason:
             pytest.skip(str(reason))
-        measure.verify(op, args[:-1], trial.out)
+        workloads.verify(op, args[:-1], trial.out)
         benchmark.pedantic(of(op), setup=fresh, rounds=1 if benchmark.disabled else 10)

@@ -22,7 +22,7 @@ import torch
 import flagops
 from flagops import contract, registry, tables
 from flagops.call import of
-from flagops.tools import bench, measure
+from flagops.tools import bench, measure, workloads
 from flagops.tools.measure import Call, Settings, Trial
 
 promise, targets_v4 = bench.companion("promise"), bench.companion("targets_v4")
@@ -164,7 +164,7 @@ def _checked(trial: Trial, calls: Mapping[str, Call], settings: Settings) -> dic
     for given in (trial.sets[0], trial.sets[-1]):
         measure.poison(trial.out)
         ours(*given, trial.out)
-        measure.verify(trial.op, given, trial.out)
+        workloads.verify(trial.op, given, trial.out)
         times = times or measure.alternate(calls, trial.sets, trial.out, settings)
     return times
 

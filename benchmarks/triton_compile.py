@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 from flagops import arrays, registry, testing
 from flagops.contract import Progress
 from flagops.errors import Unsupported
-from flagops.tools import measure
+from flagops.tools import workloads
 from flagops.tools.programs import CHIPS, COMMON, described, ready, zeros
 
 TARGETS = {target: described(CHIPS[target]) for target in reversed(CHIPS)}
@@ -153,10 +153,10 @@ def calls(name: str) -> Iterator[tuple[str, list[Any]]]:
         cases = {}
         for dtype in (None, *(() if "dtype" in op.scalars and op.aten else DTYPES)):
             with contextlib.suppress(Unsupported):
-                case = measure.case(op, workload, dtype)
+                case = workloads.case(op, workload, dtype)
                 cases[case] = " ".join(filter(None, (name, workload, dtype)))
         for case, label in cases.items():
-            yield label, measure.made(op, case, zeros)
+            yield label, workloads.made(op, case, zeros)
     for seed in range(DRAWS):
         rng = random.Random(f"{name} {seed}")
         case = testing.draw_case(op, lambda options, rng=rng: options[rng.randrange(len(options))], testing.INTERPRETED)

@@ -18,7 +18,7 @@ import flagops
 from flagops import arrays, registry, testing
 from flagops.call import of
 from flagops.errors import Unsupported
-from flagops.tools import bench, measure
+from flagops.tools import bench, measure, workloads
 
 FAST = measure.Settings(seconds=0.01, rounds=3, most=4)
 WORKLOAD = "v4-flash.indexer.weights_proj.1"
@@ -223,8 +223,8 @@ def test_candidates_alternate_on_rotating_inputs_into_nan() -> None:
 @pytest.mark.parametrize("name", registry.cards())
 def test_an_excerpt_of_the_result_is_the_result_of_the_excerpt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     op = registry.operator(name)
-    whole = measure._spread
-    monkeypatch.setattr(measure, "_spread", lambda size, limit, device: whole(size, min(limit, 3), device))
+    whole = workloads._spread
+    monkeypatch.setattr(workloads, "_spread", lambda size, limit, device: whole(size, min(limit, 3), device))
     rng = np.random.default_rng(5)
     for _ in range(15):
         small = testing.Scope((1, 2, 7, 16), 1 << 20, 15)
@@ -235,7 +235,7 @@ def test_an_excerpt_of_the_result_is_the_result_of_the_excerpt(name: str, monkey
         out = tuple(outs) if op.several else outs[0]
         of(op)(*given, out=out, backend="numpy")
         if op.exact or not any(x.isnan().any() for x in outs if x.dtype.itemsize > 1):
-            assert measure.verify(op, given, out) == ("bits" if op.exact else "bound")
+            assert workloads.verify(op, given, out) == ("bits" if op.exact else "bound")
 
 
 @pytest.mark.parametrize("name", dir(flagops.aten))
@@ -251,12 +251,12 @@ def test_operators_of_torch_are_measured_beside_it(name: str, monkeypatch: pytes
             trial = measure.prepare(op, load, cold=False)
             measure.poison(trial.out)
             call(*trial.sets[0], trial.out)
-            measure.verify(op, trial.sets[0], trial.out)
+            workloads.verify(op, trial.sets[0], trial.out)
 
 
 def test_inputs_are_those_of_the_workload() -> None:
     op = registry.operator("sparse_attention")
-    q, kv, sink, indices, scale = measure.inputs(op, measure.case(op, "v4-flash.decode-1"))
+    q, kv, sink, indices, scale = workloads.inputs(op, workloads.case(op, "v4-flash.decode-1"))
     assert q.shape == (1, 1, 64, 512)
     assert q.dtype == kv.dtype == torch.bfloat16
     assert sink.dtype == torch.float32
@@ -267,10 +267,10 @@ def test_inputs_are_those_of_the_workload() -> None:
 
 def test_a_workload_in_another_dtype() -> None:
     matmul, fp4 = registry.operator("matmul"), registry.operator("fp4_dequantize")
-    assert dict(measure.case(matmul, WORKLOAD, "float64").dtypes) == {"a": "float64", "b": "float64"}
-    assert dict(measure.case(fp4, "4096x7168", "float16").scalars)["dtype"] == "float16"
+    assert dict(workloads.case(matmul, WORKLOAD, "float64").dtypes) == {"a": "float64", "b": "float64"}
+    assert dict(workloads.case(fp4, "4096x7168", "float16").scalars)["dtype"] == "float16"
     with pytest.raises(Unsupported):
-        measure.case(fp4, "4096x7168", "float64")
+        workloads.case(fp4, "4096x7168", "float64")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")

@@ -334,9 +334,9 @@ def _repeats(session: Session, case: Case) -> float:
 
 def _workloads(session: Session) -> Iterator[Case]:
     """The named workloads that take about a second at most, in any order."""
-    from flagops.tools import measure
+    from flagops.tools import workloads
 
-    loads = [measure.case(session.op, name) for name in session.op.workloads]
+    loads = [workloads.case(session.op, name) for name in session.op.workloads]
     small = [
         c for c in loads if elements(session.op, c) < 1 << 24 and session.op.flops(dict(c.dims), c.batch) < 1 << 31
     ]
@@ -346,11 +346,11 @@ def _workloads(session: Session) -> Iterator[Case]:
 
 def _workload(session: Session, case: Case) -> float:
     """Rows of a workload spread over all of it."""
-    from flagops.tools import measure
+    from flagops.tools import workloads
 
-    given = measure.inputs(session.op, case, session.record.seed)
+    given = workloads.inputs(session.op, case, session.record.seed)
     out = call.of(session.op)(*given, backend=session.backend)
-    measure.verify(session.op, given, out)
+    workloads.verify(session.op, given, out)
     return 0.0
 
 

@@ -149,21 +149,19 @@ def _writable(folder: Path) -> Path:
     return store.folder
 
 
-def calls(
-    op: Operator, workloads: Iterable[str], dtype: str | None, sizes: Iterable[Mapping[str, int]]
-) -> Iterator[Any]:
-    """What an operator is called with, each with what is said of it."""
-    from flagops.tools import measure
+def calls(op: Operator, names: Iterable[str], dtype: str | None, sizes: Iterable[Mapping[str, int]]) -> Iterator[Any]:
+    """What an operator is called with at workloads, each with what is said of it."""
+    from flagops.tools import workloads
     from flagops.tools.programs import zeros
 
     seen = set()
-    for workload, other in itertools.product(workloads, sizes):
+    for workload, other in itertools.product(names, sizes):
         with contextlib.suppress(Unsupported):
-            case = measure.case(op, workload, dtype, other)
+            case = workloads.case(op, workload, dtype, other)
             if case not in seen:
                 seen.add(case)
                 words = (op.name, workload, dtype, *(f"{axis}={size}" for axis, size in other.items()))
-                yield " ".join(filter(None, words)), measure.made(op, case, zeros)
+                yield " ".join(filter(None, words)), workloads.made(op, case, zeros)
 
 
 def _programs(

@@ -31,7 +31,7 @@ from flagops.plan import checkpoint
 from flagops.plan.cost import Step, loads
 from flagops.plan.machine import ATTENTION_KINDS, Machine
 from flagops.plan.model import Model, Role, parts
-from flagops.tools import measure
+from flagops.tools import measure, workloads
 from flagops.tools.measure import Settings
 
 SIDE = 4096
@@ -114,7 +114,7 @@ def kinds(device: str) -> Iterator[tuple[str, Callable[[int], Any], Product]]:
     """Each kind of weight: how to make a square one, and the product that a model calls with it."""
 
     def codes(size: int, dtype: torch.dtype, columns: int) -> torch.Tensor:
-        return measure.random_values((size, columns), dtype, torch.Generator().manual_seed(0)).to(device)
+        return workloads.random_values((size, columns), dtype, torch.Generator().manual_seed(0)).to(device)
 
     def fp8(size: int) -> Weight:
         scale = codes(-(-size // 128), torch.float8_e8m0fnu, -(-size // 128))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flagops import arrays, order, registry
 from flagops.errors import Unsupported
-from flagops.tools import demo, measure
+from flagops.tools import demo, measure, workloads
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ def cases(backends: Sequence[str], device: str, quick: bool = False) -> Iterator
 def _key(op: Operator, workload: str, dtype: str) -> str:
     """Of a workload in a dtype; "" if the operator has not got it, or if it is too large."""
     try:
-        of = measure.case(op, workload, dtype)
+        of = workloads.case(op, workload, dtype)
     except Unsupported:
         return ""
     dims = dict(of.dims)
