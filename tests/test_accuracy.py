@@ -231,8 +231,8 @@ def test_every_row_says_before_what_it_may_differ_by_and_why():
 
 def test_the_table_of_a_deepseek_v4(folder, tmp_path, capsys):
     """Every row that needs no naming; of one the prompt, text and picture."""
-    numbers, picture = tmp_path / "numbers.json", tmp_path / "picture.png"
-    code = accuracy(folder, "--json", numbers, "--plot", picture, "--greedy")
+    numbers, picture, page = (tmp_path / name for name in ("numbers.json", "picture.png", "table.md"))
+    code = accuracy(folder, "--json", numbers, "--plot", picture, "--markdown", page, "--greedy")
     said = capsys.readouterr().out
     found = json.loads(numbers.read_text())
     rows = {row["name"]: row for row in found["rows"]}
@@ -253,6 +253,7 @@ def test_the_table_of_a_deepseek_v4(folder, tmp_path, capsys):
     assert code == (1 if wrong else 0)
     for name, row in rows.items():
         assert re.search(rf"^ *{name} ", said, re.MULTILINE)
+        assert f"\n| {name} |" in page.read_text()
         assert bool(re.search(rf"^{name} differs by", said, re.MULTILINE)) == row["wrong"]
         assert set(row["kinds"]) == set(KINDS)
         nats = row["nats"]["value"]

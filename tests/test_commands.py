@@ -49,7 +49,9 @@ OUTPUT = {
     + ["--roofline --json {tmp}"],
     "convert": ["{tmp} {file}", "{tmp} {file}/dst"], "verify": [], "tune": ["--out {absent}/x", "--out {tmp}"],
     "train": ["{absent}/x", "{file}", "{file}/x"],
-    "accuracy": [f"{{tmp}} --{kind} {where}" for kind in ("json", "plot") for where in ("{absent}/x", "{tmp}")],
+    "accuracy": [
+        f"{{tmp}} --{kind} {where}" for kind in ("json", "plot", "markdown") for where in ("{absent}/x", "{tmp}")
+    ],
     "generate": [],
 }  # fmt: skip
 WORDS = {

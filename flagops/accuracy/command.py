@@ -50,6 +50,7 @@ def run(argv: Sequence[str]) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     from flagops.deepseek_v4.examples import TRAINED
+    from flagops.tools.bench import write_markdown
     from flagops.train.corpus import Corpus, shipped
 
     from .documents import documents
@@ -71,6 +72,8 @@ def run(argv: Sequence[str]) -> int:
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
     if options.plot:
         draw(options.plot, results)
+    if options.markdown:
+        write_markdown(options.markdown, COLUMNS, [cells(x) for x in results], f"{_title(facts)}. {_meaning(facts)}")
     return _said(facts, results, options.greedy)
 
 
@@ -88,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--row", action="append", metavar="ROW", help=f"only this, repeatable: {', '.join(row.name for row in ROWS)}")
     add("--greedy", action="store_true", help="also show how each row goes on after a held-out text")
     add("--json", type=contract.output, metavar="FILE", help="write every number, and the texts")
+    add("--markdown", type=contract.output, metavar="FILE", help="write the table, with the machine it was made on")
     add("--plot", type=contract.output, metavar="FILE", help="write the differences with their errors as a picture")
     return parser
 
@@ -176,13 +180,8 @@ def words(tokenizer: Any, ids: Sequence[int]) -> str:
 
 def _said(facts: dict[str, Any], results: Sequence[Measured], texts: bool) -> int:
     """The report on standard output; returns the exit code."""
-    title = f"{facts['model']}: {facts['documents']} held-out documents, {facts['tokens']:,} tokens"
-    tables.show(title, COLUMNS, [cells(x) for x in results])
-    print(
-        f"Of {facts['counted']:,} tokens something can be said, {facts['known']:,} of them were said before. ± is a "
-        "standard error, documents being drawn anew; a difference is paired, token by token, with the reference. "
-        "Replaced is the share, of the calls that flagops was asked for, that it computed."
-    )
+    tables.show(_title(facts), COLUMNS, [cells(x) for x in results])
+    print(_meaning(facts))
     for name, reason in facts["left_out"].items():
         print(f"left out: {name}, {' '.join(reason.split())}")
     if texts:
@@ -198,6 +197,18 @@ def _said(facts: dict[str, Any], results: Sequence[Measured], texts: bool) -> in
             f"Expected was: {x.row.why}"
         )
     return 1 if wrong else 0
+
+
+def _title(facts: dict[str, Any]) -> str:
+    return f"{facts['model']}: {facts['documents']} held-out documents, {facts['tokens']:,} tokens"
+
+
+def _meaning(facts: dict[str, Any]) -> str:
+    return (
+        f"Of {facts['counted']:,} tokens something can be said, {facts['known']:,} of them were said before. ± is a "
+        "standard error, documents being drawn anew; a difference is paired, token by token, with the reference. "
+        "Replaced is the share, of the calls that flagops was asked for, that it computed."
+    )
 
 
 def cells(found: Measured) -> tuple[str, ...]:
