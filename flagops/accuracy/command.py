@@ -71,7 +71,7 @@ def run(argv: Sequence[str]) -> int:
     if options.json:
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
     if options.plot:
-        draw(options.plot, results)
+        draw(options.plot, results, _title(facts))
     if options.markdown:
         write_markdown(options.markdown, COLUMNS, [cells(x) for x in results], f"{_title(facts)}. {_meaning(facts)}")
     return _said(facts, results, options.greedy)
@@ -240,7 +240,7 @@ def plus_minus(estimate: Estimate, sign: str = "+") -> str:
     return f"{estimate.value:{sign}.1e} ± {estimate.error:.0e}"
 
 
-def draw(path: Path, results: Sequence[Measured]) -> None:
+def draw(path: Path, results: Sequence[Measured], title: str) -> None:
     """The differences with three standard errors, and what each row may have, on an axis that is linear around zero."""
     from matplotlib.figure import Figure
 
@@ -253,6 +253,7 @@ def draw(path: Path, results: Sequence[Measured]) -> None:
         axes.errorbar(difference.value, at, xerr=BEYOND * difference.error, fmt="o", color="black", capsize=3)
     axes.set_yticks(range(len(found)), [x.row.name for x in found])
     axes.invert_yaxis()
+    axes.set_title(title)
     axes.set_xscale("symlog", linthresh=1e-6)
     axes.set_xlabel(f"nats a token more than the reference, ± {BEYOND} standard errors; bars: what is allowed")
     figure.savefig(path, dpi=120)

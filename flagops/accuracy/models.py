@@ -17,6 +17,7 @@ import flagops
 from flagops import checkpoint
 from flagops.checkpoint import Refused
 from flagops.checkpoint.source import CONFIG, Source
+from flagops.deepseek_v4.examples import TRAINED
 from flagops.packed import load
 from flagops.packed.names import EXPERT, renamed
 from flagops.train.corpus import VOCABULARY
@@ -42,7 +43,7 @@ class Models:
     def __init__(self, path: str | os.PathLike[str], place: Path) -> None:
         self.place, self.has, self.tokenizer = place, set[str](), None
         self._made: dict[tuple[str, ...], Any] = {}
-        self.name = str(path)
+        self.name = "small_v4" if path == TRAINED else str(path)
         if self.name == SMOLLM2:
             from flagops.tools.demo import smollm2_model
 
