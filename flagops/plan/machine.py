@@ -115,7 +115,7 @@ def described(machine: Machine) -> list[tuple[str, str, str]]:
         rows.append((kind, f"{speed / 1e9:.1f} GFLOP/s", _RATES.get(kind, "rows beyond the first, of 128")))
     for kind, time in machine.layers.items():
         rows.append((f"{kind} layer", f"{1e3 * time:.2f} ms", "besides its products: Python, calls, threads that meet"))
-    rows.append(("a row", f"{1e12 * machine.rows:.0f} ps", "a layer and number of a further row, besides products"))
+    rows.append(("a row", f"{1e9 * machine.rows:.1f} ns", "a layer and number of a further row, besides products"))
     rows.append(("an expert", f"{1e6 * machine.experts:.0f} us", "besides, where experts are called one by one"))
     rows.append(("a step", f"{1e3 * machine.step:.2f} ms", "besides its layers"))
     rows.append(("a process", f"{machine.process / 1e6:.0f} MB", "before it has a model"))

@@ -76,7 +76,7 @@ def terms(model: Model, loads: Sequence[Load], step: Step, machine: Machine, hel
         if step.rows > 1:
             more = step.rows - 1
             numbers = more * model.layers * model.hidden
-            how = f"{numbers / 1e6:.1f} million numbers of {more} further rows, {1e12 * machine.rows:.0f} ps each"
+            how = f"{numbers / 1e6:.1f} million numbers of {more} further rows, {1e9 * machine.rows:.1f} ns each"
             found.append(Term("rows", numbers * machine.rows, how))
         if not pack and held.whole:
             count = model.layers * hit(model, step.rows)
