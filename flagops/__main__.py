@@ -56,6 +56,8 @@ def doctor(args: argparse.Namespace) -> int:
     }
     faults = [(name, what, wrong) for name, b in backends.items() for what, wrong in b["faults"].items()]
     faults += [(name, "operators", wrong) for name, wrong in registry.faulty_operators().items()]
+    unknown = [name for name in config.current().backend if name not in registry.backend_names()]
+    faults += [(name, "FLAGOPS_BACKEND", "there is no such backend") for name in unknown]
     failed = bool(faults) or any(wrong for b in backends.values() for wrong in b["self_test"].values())
     if args.json:
         print(json.dumps(report, indent=2))
@@ -314,7 +316,7 @@ def _check_words(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="of the processor for each kernel, and besides what compiles, such as 60s (default: 10s)",
     )
-    add("--examples", type=int, default=0, metavar="N", help="so many drawn cases alone, in place of a time")
+    add("--examples", type=contract.natural, default=0, metavar="N", help="drawn cases alone, in place of a time")
     add("--seed", type=int, metavar="S", help="repeat a run (default: the time)")
     add(
         "--least",

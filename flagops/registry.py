@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -179,7 +180,8 @@ class Broken:
 def backend(name: str) -> Backend:
     """The descriptor of a backend; a ValueError that suggests the right name if there is none."""
     if name not in backend_names():
-        raise ValueError(f"flagops has no backend {name!r}{suggestion(name, backend_names())}")
+        where = "FLAGOPS_BACKEND: " if name in os.environ.get("FLAGOPS_BACKEND", "").split(",") else ""
+        raise ValueError(f"{where}flagops has no backend {name!r}{suggestion(name, backend_names())}")
     try:
         if name in _added:
             found = _added[name]

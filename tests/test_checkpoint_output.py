@@ -213,3 +213,15 @@ def test_nothing_of_a_checkpoint_is_run(trio):
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
     assert not ran.exists()
     assert (trio / "dst" / "modeling_x.py").read_text() == (src / "modeling_x.py").read_text()
+
+
+def test_a_process_that_holds_much_is_refused_only_what_it_asked_for(tmp_path, rng, monkeypatch):
+    """What nobody limited does not depend on the models that the process has loaded besides."""
+    packed, scale, _ = data.fp4(rng, 128, 128)
+    src = data.write(tmp_path / "src", {"m.safetensors": {"e.weight": packed, "e.scale": scale}}, data.CONFIG)
+    for module in ("runs", "work"):
+        monkeypatch.setattr(f"flagops.checkpoint.{module}.resident", lambda: 6 << 30)
+    with pytest.raises(checkpoint.Refused, match="is too little"):
+        checkpoint.convert(src, tmp_path / "dst", memory="4GiB")
+    assert checkpoint.convert(src, tmp_path / "dst").state == "converted"
+    assert checkpoint.verify(src, tmp_path / "dst").state == "verified"

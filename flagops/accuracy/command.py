@@ -9,6 +9,7 @@ import json
 import math
 import os
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -74,7 +75,7 @@ def run(argv: Sequence[str]) -> int:
         draw(options.plot, results, _title(facts))
     if options.markdown:
         write_markdown(options.markdown, COLUMNS, [cells(x) for x in results], f"{_title(facts)}. {_meaning(facts)}")
-    return _said(facts, results, options.greedy)
+    return _said(facts, results, options.greedy, beside=not options.row)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -178,17 +179,18 @@ def words(tokenizer: Any, ids: Sequence[int]) -> str:
     return read(ids)
 
 
-def _said(facts: dict[str, Any], results: Sequence[Measured], texts: bool) -> int:
-    """The report on standard output; returns the exit code."""
+def _said(facts: dict[str, Any], results: Sequence[Measured], texts: bool, beside: bool) -> int:
+    """The report on standard output, with published scores beside the whole table; returns the exit code."""
     tables.show(_title(facts), COLUMNS, [cells(x) for x in results])
-    print(_meaning(facts))
+    print(textwrap.fill(_meaning(facts), 120))
     for name, reason in facts["left_out"].items():
         print(f"left out: {name}, {' '.join(reason.split())}")
     if texts:
         said = [(x["name"], repr(x["goes_on"])) for x in facts["rows"]]
         tables.show(f"what each goes on with, after {facts['prompt'][-60:]!r}", ("row", "text"), said)
-    published.show()
-    print("The smallest of these errors is what a score can tell; the table above tells as much as its ± says.")
+    if beside:
+        published.show()
+        print("The smallest of these errors is what a score can tell; the table above tells as much as its ± says.")
     wrong = [x for x in results if x.wrong]
     for x in wrong:
         print(

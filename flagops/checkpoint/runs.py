@@ -11,6 +11,7 @@ from flagops.config import size as parse_size
 from . import store
 from .conversion import FINISHED, Conversion, Summary, worst
 from .documents import Refused, whole
+from .memory import resident
 from .plan import RECODED_SCALE, TARGETS, Plan
 from .source import JOURNAL, MANIFEST, OURS, resolved
 from .verification import Difference, every, hold
@@ -26,7 +27,7 @@ def convert(
     to: str = "bf16",
     keep: str | Iterable[str] = (),
     shard_size: str | int = "5GiB",
-    memory: str | int = "4GiB",
+    memory: str | int | None = None,
     workers: int | None = None,
     backend: str | None = None,
     dry_run: bool = False,
@@ -46,7 +47,8 @@ def convert(
         keep: patterns (as of `fnmatch`) of the names of tensors to leave as they are stored, a weight and its scale
             together; the configuration then goes on to describe them, and names the modules that were converted.
         shard_size: bytes of tensors in a file, such as ``"5GiB"``; a larger tensor has a file of its own.
-        memory: the most bytes of memory that the process may take.
+        memory: the most bytes of memory that the process may take; None for 4 GiB, or 1 GiB beyond what it holds
+            already where that is more.
         workers: threads; None for one a processor, as far as memory goes.
         backend: of the kernels; None for the fastest.
         dry_run: plan and check, write nothing.
@@ -61,7 +63,7 @@ def convert(
         OSError: reading or writing failed; what is finished stays, and the same call goes on.
         Unsupported: no backend can run.
     """
-    conversion = Conversion(src, dst, to, keep, shard_size, memory, workers, backend, progress or Silent())
+    conversion = Conversion(src, dst, to, keep, shard_size, _most(memory), workers, backend, progress or Silent())
     summary = conversion.convert(dry_run)
     found = None if dry_run or summary.state != FINISHED else conversion.finished()
     if found is None:
@@ -80,7 +82,7 @@ def verify(
     *,
     sample: float = 1.0,
     seed: int | None = None,
-    memory: str | int = "4GiB",
+    memory: str | int | None = None,
     workers: int | None = None,
     backend: str | None = None,
     progress: Progress | None = None,
@@ -108,6 +110,7 @@ def verify(
     for folder in (resolved(src), dst):
         if not folder.is_dir():
             raise Refused(f"{folder} is no folder; give the SRC and the DST of a finished conversion")
+    memory = _most(memory)
     found, going = store.read_manifest(dst, parse_size(memory)), store.place(dst, JOURNAL).exists()
     if found is None:
         if going:
@@ -133,6 +136,11 @@ def verify(
     summary.notes += [f"not of this conversion: {', '.join(extra)}"] if extra else []
     summary.state, summary.compared_tensors, summary.errors = "verified", len(chosen), worst(entries)
     return conversion.measured(summary, conversion.total)
+
+
+def _most(memory: str | int | None) -> str | int:
+    """Of a process that loads models besides, its own size is no reason to refuse what nobody limited."""
+    return max(4 << 30, resident() + (1 << 30)) if memory is None else memory
 
 
 def _sample(plan: Plan, sample: float, seed: int) -> set[str]:

@@ -192,11 +192,13 @@ def _show(outcome: Outcome, wish: dict[str, Any]) -> None:
         cases = sum(r["cases"].values())
         worst = max(r["worst"].values(), default=0)
         share = f"{ran / asked:.0%}" if asked else ""
-        counts = (cases, r["calls"] or "", share, f"{worst:.2f}", f"{r['seconds']:.1f} s")
+        bound = f"{worst:.2f}" if r["result"] == "ok" else ""  # what is wrong is in no case that was compared
+        counts = (cases, r["calls"] or "", share, bound, f"{r['seconds']:.1f} s")
         rows.append((r["operator"], r["backend"], r["result"], *counts))
     columns = ("operator", "backend", "result", "cases", "small calls", "ran", "of its bound", "time")
-    tables.show(f"judged, seed {wish['seed']}", columns, rows)
-    print(_LEGEND)
+    if rows:
+        tables.show(f"judged, seed {wish['seed']}", columns, rows)
+        print(_LEGEND)
     calls = min((r["calls"] for r in outcome.records if r["calls"]), default=0)
     if calls:
         often, seldom = ((1 - 1 / rate) ** calls for rate in (200, 1000))

@@ -62,7 +62,8 @@ def check(wish: dict[str, Any], count: int) -> int:
         (m.operator, m.backend, said, f"{m.old}\n{m.new}" if said == SURVIVED else "")
         for m, said in zip(chosen, verdicts, strict=True)
     ]
-    tables.show(f"mutants, seed {wish['seed']}", ("operator", "backend", "", "edit that was not noticed"), rows)
+    columns = ("operator", "backend", "verdict", "the edit, where it was not noticed")
+    tables.show(f"mutants, seed {wish['seed']}", columns, rows)
     noticed = sum(said.startswith((KILLED, ENDED)) for said in verdicts)
     print(f"{noticed} of {len(chosen)} noticed ({len(every)} follow from the kernels)")
     return 0 if noticed == len(chosen) else 1

@@ -189,7 +189,7 @@ def _busy() -> list[str]:
     if load < 2 * cores:
         return []
     remedy = "" if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" else "; OMP_WAIT_POLICY=passive helps"
-    return [f"other programs share the processors (load {load:.1f} on {cores}), and the times{remedy}"]
+    return [f"these times are disturbed: other programs use the processors too (load {load:.1f} on {cores}){remedy}"]
 
 
 def _timed(clock: Clock | None) -> str:

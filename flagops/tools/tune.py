@@ -29,6 +29,7 @@ MODELS = "models"
 def run(argv: Sequence[str]) -> int:
     """The command; 0 when the table is written, or kept."""
     options = _parser().parse_args(argv)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress is said here, not of each file that is loaded
     device = contract.device(options.device)
     for name in options.backend or ():
         registry.backend(name)
