@@ -141,7 +141,7 @@ def _memory(options: argparse.Namespace, decode: Phase, made: dict[str, Any]) ->
     if memory["process"]:
         text += f" in a process of {amount(memory['process'])}"
     if options.memory is None:
-        return text
+        return f"{text}; all of it counts as being there: --memory SIZE says whether it is"
     if held.whole:
         return f"{text} fit in {amount(options.memory)}"
     if held.room <= 0:
@@ -153,7 +153,7 @@ def _memory(options: argparse.Namespace, decode: Phase, made: dict[str, Any]) ->
 def _verdict(name: str, phase: Phase, on: Machine, made: dict[str, Any]) -> str:
     assert phase.terms
     longest = max(phase.terms, key=lambda term: term.seconds)
-    limit = "expected" if on.measured else "at most, as figures that are published or given are limits"
+    limit = "expected" if on.measured else "at most by these figures; a chip's rate is that of bfloat16"
     text = f"{phase.rate:.4g} tokens a second {limit}; the most of it is {longest.what}"
     million = made["decode" if name == "a step" else "prefill"]["million"]
     facts = [f"{million['kWh']:.4g} kWh"] if million["kWh"] else []

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flagops.checkpoint.progress import amount
+
 from .cost import Load, Step, hit
 from .machine import ATTENTION_KINDS, Machine
 from .model import Model, Part, Role
@@ -65,7 +67,7 @@ def terms(model: Model, loads: Sequence[Load], step: Step, machine: Machine, hel
         times = [machine.seconds(kind, load.read, load.flops, load.once) for load in these]
         experts += sum(time for load, time in zip(these, times, strict=True) if load.role == Role.EXPERTS)
         read, flops = sum(load.read for load in these), sum(load.flops for load in these)
-        found.append(Term(kind, sum(times), f"{read / 1e6:.1f} MB and {flops / 1e6:.1f} MFLOP {_rates(machine, kind)}"))
+        found.append(Term(kind, sum(times), f"{amount(read)} and {flops / 1e9:.3g} GFLOP {_rates(machine, kind)}"))
     if machine.measured:
         counts = dict(zip(ATTENTION_KINDS, (model.sliding, model.csa, model.hca), strict=True))
         calls = machine.step + sum(count * machine.layers[kind] for kind, count in counts.items())
