@@ -6,7 +6,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: run test test-all test-transformers test-numba portability ascend bare docs lint bench mutants clean
+.PHONY: run test test-all test-transformers test-numba portability roofline ascend bare docs lint bench mutants clean
 
 run: .venv/installed
 	$(BIN)/flagops demo
@@ -29,6 +29,10 @@ test-numba: .venv/installed
 # Every Triton kernel compiled for every chip of `flagops chips`, what has changed since the last time.
 portability: .venv/installed
 	$(BIN)/python benchmarks/portability.py $(ARGS)
+
+# What every Triton kernel asks of a chip that is not here, against what its operator needs; ARGS=--save keeps it.
+roofline: .venv/installed
+	$(BIN)/python benchmarks/kernel_roofline.py $(ARGS)
 
 # Every Triton kernel through Huawei's compilers, which have an environment of their own (docs/ascend.md):
 # make ascend ASCEND=ENVIRONMENT/bin/python

@@ -14,7 +14,7 @@ import random
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,7 @@ class Launch:
 
     @classmethod
     def of(cls, kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Launch":
-        values = dict(zip(kernel.arg_names, args, strict=False)) | {
-            k: v for k, v in kwargs.items() if k in kernel.arg_names
-        }
+        values = given(kernel, args, kwargs)
         constants, divisible = [], []
 
         def described(value: Any, param: Any, path: Place) -> Any:
@@ -115,6 +113,12 @@ class Launch:
         return {(self.kernel, *given), (self.kernel, missing, chosen), (self.kernel, axes)}
 
 
+def given(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a launch gives to each parameter of a kernel."""
+    named = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+    return dict(zip(kernel.arg_names, args, strict=False)) | named
+
+
 def _flat(signature: Any) -> Iterator[str]:
     for kind in signature:
         yield from (kind,) if isinstance(kind, str) else _flat(kind)
@@ -132,18 +136,25 @@ def _kind(value: Any) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def recorded(chip: Any) -> Iterator[list[Launch]]:
-    """The launches made within, of which none runs; wrappers believe to be on `chip`."""
-    launches: list[Launch] = []
+def noted(chip: Any, note: Callable[[Launch, Any, dict[str, Any]], None]) -> Iterator[None]:
+    """Launches made within go to ``note(launch, grid, values)``, and none runs; wrappers believe to be on `chip`."""
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(Launch.of(self, args, kwargs))
+        note(Launch.of(self, args, kwargs), grid, given(self, args, kwargs))
 
     original, JITFunction.run, COMMON.pretended = JITFunction.run, run, chip
     try:
-        yield launches
+        yield
     finally:
         JITFunction.run, COMMON.pretended = original, None
+
+
+@contextlib.contextmanager
+def recorded(chip: Any) -> Iterator[list[Launch]]:
+    """The launches made within."""
+    launches: list[Launch] = []
+    with noted(chip, lambda launch, *_: launches.append(launch)):
+        yield launches
 
 
 def calls(name: str) -> Iterator[tuple[str, list[Any]]]:

@@ -38,6 +38,7 @@ class Chip:
     products may run on.
     width: threads of a warp, or float32 of a vector; 1 where there are no warps.
     processors: programs that run at once. shared: bytes on the chip that one program may take.
+    registers, warps: of a processor, registers of 32 bits and the most warps that it holds at once.
     bandwidth: of the memory, GB/s. rate: dense products of bfloat16, or of float16 where that is faster, TFLOP/s.
     """
 
@@ -53,6 +54,8 @@ class Chip:
     width: int | None = None
     processors: int | None = None
     shared: int | None = None
+    registers: int | None = None
+    warps: int | None = None
     bandwidth: float | None = None
     rate: float | None = None
     sources: tuple[str, ...] = ()
@@ -71,6 +74,7 @@ _CAPABILITIES = "https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendic
 _ROCM = "https://rocm.docs.amd.com/en/latest/reference/gpu-specs.html"
 _FLAGTREE = "https://github.com/flagos-ai/FlagTree/tree/main/third_party"
 _GARDEN = "https://glennklockwood.com/garden/processors"
+_OCCUPANCY = "https://indianspeedster.github.io/blog/occupancy-math-mi355x/"
 _BOTH = "https://github.com/alpharomercoma/MI300X-vs-H200/blob/main/METHODOLOGY.md"
 
 _HALF = ("float16", "float32", "float64")
@@ -83,21 +87,21 @@ def _cuda(vendor: str, page: str, name: str, target: str, **facts: Any) -> Chip:
     return Chip(name, vendor, "cuda", "CUDA", target, page, **facts)
 
 
-_nvidia = partial(_cuda, "NVIDIA", "nvidia", state="compiled", width=32)
+_nvidia = partial(_cuda, "NVIDIA", "nvidia", state="compiled", width=32, registers=64 << 10, warps=64)
 _amd = partial(_cuda, "AMD", "amd", state="compiled", width=64, shared=64 << 10)
-_cdna = partial(_amd, matrix=("mfma",))
+_cdna = partial(_amd, matrix=("mfma",), registers=128 << 10)
 _ascend = partial(Chip, page="ascend", dtypes=_NO_DOUBLE, matrix=("Cube",), width=1, shared=192 << 10)
 _vendor = partial(Chip, page="vendors", state="declared")
 
 # fmt: off
 CHIPS = (
-    _nvidia("T4", "sm_75", state="in part", dtypes=_HALF, matrix=(), processors=40, shared=64 << 10,
+    _nvidia("T4", "sm_75", warps=32, state="in part", dtypes=_HALF, matrix=(), processors=40, shared=64 << 10,
             bandwidth=320, rate=65.13, sources=(_CAPABILITIES, "https://sysrqmts.com/en/gpus/nvidia/tesla/t4"),
             note="Triton 3.7 has no matrix instructions for it, and products no tiles for multiply-adds"),
     _nvidia("A100", "sm_80", dtypes=_BRAIN, matrix=("mma",), processors=108, shared=163 << 10, bandwidth=2039, rate=312,
             sources=(_CAPABILITIES, f"{_GARDEN}/A100")),
     _nvidia("L40S", "sm_89", dtypes=_FP8, matrix=("mma",), processors=142, shared=99 << 10, bandwidth=864, rate=362.05,
-            sources=(_CAPABILITIES, "https://www.mullet.se/product.html?product_id=355414")),
+            warps=48, sources=(_CAPABILITIES, "https://www.mullet.se/product.html?product_id=355414")),
     _nvidia("H100", "sm_90", dtypes=_FP8, matrix=("wgmma", "mma"), processors=132, shared=227 << 10, bandwidth=3350,
             rate=989.4, sources=(_CAPABILITIES, f"{_GARDEN}/h100",
                                  "https://archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html")),
@@ -107,7 +111,7 @@ CHIPS = (
             bandwidth=8000, rate=2250, sources=(_CAPABILITIES, f"{_GARDEN}/B200",
                                                 "https://chipsandcheese.com/p/nvidias-b200-keeping-the-cuda-juggernaut")),
     _nvidia("RTX 5090", "sm_120", dtypes=_FP8, matrix=("mma",), processors=170, shared=99 << 10, bandwidth=1792,
-            rate=419.2, sources=(_CAPABILITIES, "https://www.spheron.network/blog/nvidia-rtx-5090-specs/"),
+            warps=48, rate=419.2, sources=(_CAPABILITIES, "https://www.spheron.network/blog/nvidia-rtx-5090-specs/"),
             note="rate: half of the published one with sparsity"),
     _amd("MI50", "gfx906", state="declared", dtypes=_HALF, matrix=(), processors=60, bandwidth=1024, rate=26.5,
          sources=(_ROCM, "https://en.wikipedia.org/wiki/AMD_Instinct"),
@@ -119,10 +123,10 @@ CHIPS = (
     _cdna("MI250", "gfx90a", dtypes=_BRAIN, processors=104, bandwidth=1600, rate=181.04,
          sources=(_ROCM, "https://rocm.docs.amd.com/en/latest/reference/gpu-arch/mi250.html",
                   "https://hmc-tech.com/gpu/amd-instinct-mi200-vs-amd-instinct-mi250"), note="one of its two dies"),
-    _cdna("MI300X", "gfx942", dtypes=_FP8, processors=304, bandwidth=5300, rate=1307.4,
-         sources=(_ROCM, _BOTH), note="its FP8 is another than that of checkpoints"),
-    _cdna("MI355X", "gfx950", dtypes=_FP8, processors=256, shared=160 << 10, bandwidth=8000,
-         sources=(_ROCM, "https://www.tomshardware.com/pc-components/gpus/"
+    _cdna("MI300X", "gfx942", warps=32, dtypes=_FP8, processors=304, bandwidth=5300, rate=1307.4,
+         sources=(_ROCM, _BOTH, _OCCUPANCY), note="its FP8 is another than that of checkpoints"),
+    _cdna("MI355X", "gfx950", warps=32, dtypes=_FP8, processors=256, shared=160 << 10, bandwidth=8000,
+         sources=(_ROCM, _OCCUPANCY, "https://www.tomshardware.com/pc-components/gpus/"
                   "amds-instinct-mi355x-accelerator-will-consume-1-400-watts")),
     _amd("RX 7900 XTX", "gfx1100", dtypes=_BRAIN, matrix=("wmma",), width=32, processors=96, bandwidth=960,
          sources=(_ROCM, "https://guru3d.com/review/xfx-radeon-rx-7900-xtx-magair-review/page-4")),

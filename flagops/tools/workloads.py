@@ -36,13 +36,20 @@ def case(op: Operator, workload: str, dtype: str | None = None, sizes: Mapping[s
     return dataclasses.replace(found, dtypes=tuple(dtypes.items()), scalars=tuple(scalars.items()))
 
 
-def inputs(op: Operator, of: testing.Case, seed: int = 0, device: str = "cpu") -> list[Any]:
-    """The inputs of a case by position, drawn fast: a large tensor repeats one random block of odd length."""
+def inputs(
+    op: Operator, of: testing.Case, seed: int = 0, device: str = "cpu", hollow: Callable[..., Any] | None = None
+) -> list[Any]:
+    """The inputs of a case by position, drawn fast: a large tensor repeats one random block of odd length.
+
+    hollow: makes floats and codes instead, of a name, a shape and a dtype, for who looks at integers alone.
+    """
     import torch
 
     dims, dtypes = dict(of.dims), dict(of.dtypes)
 
     def make(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        if hollow and (dtype.is_floating_point or dtype.itemsize == 1):
+            return hollow(name, shape, dtype)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
         if name == "indices" and "n" in dims:
             return _listed(shape, dims["n"], generator).to(dtype)
