@@ -118,6 +118,38 @@ def test_a_split_sum_equals_the_whole_one(dtype, monkeypatch):
     assert torch.equal(out, (x.double() @ weight.double().T + bias.double()).to(dtype))
 
 
+def test_more_processors_take_smaller_tiles_and_compute_the_same(monkeypatch):
+    module, heights = _kernel("int8_matmul"), []
+    generator = torch.Generator().manual_seed(11)
+    a, b = (
+        torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8) for shape in ((100, 130), (140, 130))
+    )
+    a_scale, b_scale = (torch.rand(n, 1, generator=generator) + 0.5 for n in (100, 140))
+    given = [x.to(DEVICE) for x in (a, a_scale, b, b_scale)]
+    launch = module.launch
+
+    def noting(*given, BM, **options):
+        heights.append(BM)
+        launch(*given, BM=BM, **options)
+
+    monkeypatch.setattr(module, "launch", noting)
+    outs = [torch.empty(100, 140, device=DEVICE) for _ in range(2)]
+    for processors, out in zip((1, 16), outs, strict=True):
+        monkeypatch.setattr(COMMON, "pretended", CHIP._replace(processors=processors))
+        module.int8_matmul(*given, "float32", out)
+    assert heights == [128, 32]
+    assert torch.equal(*outs)
+    testing.assert_of("int8_matmul", outs[0].cpu(), a, a_scale, b, b_scale, "float32")
+
+
+def test_few_tokens_take_few_heads_at_a_time(monkeypatch):
+    """So that there are more programs; of many tokens a program takes many heads, whose keys it reads once."""
+    module = _kernel("sparse_attention")
+    monkeypatch.setattr(COMMON, "pretended", CHIP._replace(processors=132))
+    one, many = (module._choose(tokens, 640, 64, 64, torch.bfloat16, torch.device("cpu"))["BH"] for tokens in (1, 64))
+    assert (one, many) == (16, 64)
+
+
 @pytest.mark.parametrize("sink", (None, 0.5, float("-inf"), float("inf")), ids=str)
 def test_attention_over_split_keys_equals_attention_in_one_pass(sink, monkeypatch):
     module = _kernel("sparse_attention")

@@ -145,6 +145,24 @@ def test_rows_of_several_parts_and_columns(dtype, rng):
     assert _held("aten.argmax", x).tolist() == [20000, 39999]
 
 
+@pytest.mark.parametrize("dtype", ("float32", "int64"))
+def test_sums_along_rows_go_on_from_part_to_part(dtype, rng, monkeypatch):
+    """A row of three parts and columns of three; no program goes through a whole row."""
+    module = importlib.import_module(registry.home("aten.cumsum", "triton"))
+    launch, grids = module.launch, []
+
+    def noting(kernel, grid, *rest, **options):
+        grids.append((kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__, *grid))
+        launch(kernel, grid, *rest, **options)
+
+    monkeypatch.setattr(module, "launch", noting)
+    x = torch.from_numpy(rng.integers(-3, 4, (2, 40000))).to(getattr(torch, dtype))
+    for rows in (x, x[:, :1300].clone().T.contiguous().T):
+        grids.clear()
+        assert torch.equal(_held("aten.cumsum", rows, dtype), rows.cumsum(-1))
+        assert max(grid for name, grid in grids if name == "cumsum_kernel") >= 3, grids
+
+
 def test_rows_keep_what_is_no_number(rng):
     x = torch.from_numpy(rng.standard_normal((3, 20000)).astype(np.float32))
     x[0, 17000], x[1, 18000], x[1, 100], x[2, 5] = np.nan, np.inf, -np.inf, -np.inf

@@ -161,8 +161,9 @@ def combine_kernel(
     tl.store(to, narrow(result, out.dtype.element_ty), channel < W)
 
 
-def _choose(heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """The narrowest tile that holds the head, tall if there are heads to fill it and shared memory to hold it."""
+def _choose(lines: int, keys: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    """The narrowest tile that holds the head, tall if there are heads to fill it, shared memory to hold it, and tokens
+    and keys enough for a program on every processor."""
     kind = "half" if dtype.itemsize == 2 or INTERPRET.value else str(dtype).removeprefix("torch.")
     tiles = TILES[chip(device).kind][kind]
     if kind == "half" and not INTERPRET.value and chip(device).kind == "cuda":  # the query and two tiles of keys
@@ -171,7 +172,10 @@ def _choose(heads: int, width: int, dtype: torch.dtype, device: torch.device) ->
     pieces = {tile["SLICE"] for tile in tiles}
     piece = min((p for p in pieces if p >= width), default=max(p for p in pieces if p <= WIDEST or kind != "half"))
     short, *tall = (tile for tile in tiles if tile["SLICE"] == piece)
-    return tall[-1] if tall and heads > short["BH"] else short
+    if not tall or heads <= short["BH"]:
+        return short
+    most = lines * triton.cdiv(heads, tall[-1]["BH"]) * max(1, keys // (2 * tall[-1]["BK"]))
+    return tall[-1] if most >= chip(device).processors else short
 
 
 def sparse_attention_unsupported(
@@ -194,7 +198,7 @@ def sparse_attention(
         return
     batch, tokens, heads, width = q.shape
     keys, device = indices.shape[2], out.device
-    tile = _choose(heads, width, q.dtype, device)
+    tile = _choose(batch * tokens, keys, heads, width, q.dtype, device)
     pieces = triton.cdiv(width, tile["SLICE"])
     programs, lines = batch * tokens * triton.cdiv(heads, tile["BH"]), batch * tokens * heads
     affordable = config.budget() // 4 // (8 * lines * (width + 2))

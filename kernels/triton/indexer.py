@@ -216,9 +216,9 @@ def lightning_indexer(
     room = min(config.budget() // 4, _SCRATCH)
     entries = n if n == k else max(1, min(n, room // 4 // wide))
     lines = max(1, min(batch * length, room // (entries * wide)))
-    parts = max(
-        1, min(max(4, chip(q.device).processors) // lines, entries // _PART, room // (2 * lines * k * (wide + 4)))
-    )
+    longest = max(1, int((entries / k) ** 0.5))  # more would leave the second choice, of k from each, more than a part
+    parts = min(max(4, chip(q.device).processors) // lines, entries // _PART, room // (2 * lines * k * (wide + 4)))
+    parts = max(1, min(parts, longest))
     if lines < length:
         for b in range(batch):
             for start in range(0, length, lines):

@@ -101,6 +101,10 @@ def int8_kernel(
     tl.store(out_tile, narrow(value, out.dtype.element_ty), (rows < M)[:, None] & (columns < N)[None, :])
 
 
+def _programs(m: int, n: int, tile: dict[str, int]) -> int:
+    return triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"])
+
+
 def int8_matmul_unsupported(
     a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, dtype: str
 ) -> str | None:
@@ -111,7 +115,8 @@ def int8_matmul_unsupported(
 def int8_matmul(
     a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, dtype: str, out: torch.Tensor
 ) -> None:
-    """Sums of integers have no order, so that a tile may be of any size."""
+    """Sums of integers have no order, so that a tile may be of any size: as high as there are rows, unless more than
+    half of the processors would have none."""
     if not out.numel():
         return
     (*lead, n), k, device = out.shape, a.shape[-1], out.device
@@ -119,9 +124,10 @@ def int8_matmul(
     result = matrix(out if out.is_contiguous() else out.new_empty(out.shape))
     m = len(result)
     tiles = TILES[chip(device).kind]
-    tile = next((t for t in tiles if m <= t["BM"]), tiles[-1])
+    highest = next((i for i, t in enumerate(tiles) if m <= t["BM"]), len(tiles) - 1)
+    tile = next((t for t in tiles[highest::-1] if 2 * _programs(m, n, t) >= chip(device).processors), tiles[0])
     launch(
-        int8_kernel, (triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"]),), device,
+        int8_kernel, (_programs(m, n, tile),), device,
         x, factors, b, b_scale, result, m, n, k,
         *x.stride(), factors.stride(0), *b.stride(), b_scale.stride(0), *result.stride(),
         EVEN=k % tile["BK"] == 0, **tile,

@@ -114,8 +114,16 @@ def sum_kernel(
     tl.store(to, narrow(acc, out.dtype.element_ty), inside)
 
 
-def _choose(m: int, n: int, batch: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """As many rows as there are, up to the largest tile that still gives every processor one."""
+def _choose(m: int, n: int, k: int, batch: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    """As many rows as there are, up to the largest tile that still gives every processor one, or for more rows than a
+    tile has that lets programs move fewer bytes, the parts of split sums among them."""
+
+    def moved(tile: Tile) -> int:
+        across, down = triton.cdiv(n, tile["BN"]), triton.cdiv(m, tile["BM"])
+        parts = _parts(batch * across * down, k, batch * m * n, tile, device)
+        sums = 2 * max(4, dtype.itemsize) * parts * m * n if parts > 1 else 0
+        return (m * across + n * down) * k * dtype.itemsize + sums
+
     kind = "half" if dtype.itemsize == 2 else str(dtype).removeprefix("torch.")
     tiles = TILES[chip(device).kind][kind]
     chosen = tiles[0]
@@ -125,7 +133,7 @@ def _choose(m: int, n: int, batch: int, dtype: torch.dtype, device: torch.device
         count = batch * triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"])
         if needed > chip(device).shared or tile["BM"] >= 2 * max(m, chosen["BM"]):
             break
-        if m > chosen["BM"] or count >= chip(device).processors:
+        if count >= chip(device).processors or (m > chosen["BM"] and moved(tile) < moved(chosen)):
             chosen = tile
     return chosen
 
@@ -173,7 +181,7 @@ def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: to
         return
     (outer, *outer_steps), (inner, *inner_steps) = [(1, 0, 0, 0)] * (2 - len(axes)) + axes
 
-    tile = _choose(m, n, outer * inner, a.dtype, device)
+    tile = _choose(m, n, k, outer * inner, a.dtype, device)
     tiles = outer * inner * triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"])
     size = outer * inner * m * n
     parts = _parts(tiles, k, size, tile, device)

@@ -23,8 +23,8 @@ from ._elementwise import TYPES, bits, cast, number, offset
 from ._spelling import folding, spelled
 
 TILE = 1024
-PART = 1 << 14
-"""Elements of a row that a program folds."""
+PART, ACROSS = 1 << 14, 1 << 9
+"""Elements of a row that a program folds; of one across memory, where a program has many rows, fewer."""
 LIMITS = {"int64": (-(2**63), 2**63 - 1), "float32": (-math.inf, math.inf), "float64": (-math.inf, math.inf)}
 
 
@@ -116,21 +116,31 @@ def places_kernel(
 
 @triton.jit
 def cumsum_kernel(
-    x, out, count, n, sizes, x_steps, out_steps, x_n, out_n,
-    STATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, sums, out, count, n, sizes, x_steps, sum_steps, out_steps, x_n, out_n, parts,
+    STATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """With `sums`, those of all parts up to each, a part begins where the one before ends."""
+    row = (tl.program_id(0) // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    part = (tl.program_id(0) % parts).to(tl.int64)
     here = row < count
     x += offset(row, sizes, x_steps)[:, None]
     out += offset(row, sizes, out_steps)[:, None]
-    total = tl.zeros((ROWS,), STATE)
-    for first in range(0, tl.cast(n, tl.int64), BLOCK):
+    if sums is None:
+        total = tl.zeros((ROWS,), STATE)
+    else:
+        total = tl.load(sums + offset(row, sizes, sum_steps) + part - 1, here & (part > 0), other=0)
+    for first in range(part * PART, min(part * PART + PART, n), BLOCK):
         at = (first + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
         inside = here[:, None] & (at < n)
         value = cast(tl.load(x + at * x_n, inside, other=0), STATE)
-        sums = tl.cumsum(value, 1) + total[:, None]
-        tl.store(out + at * out_n, cast(sums, out.dtype.element_ty), inside)
-        total = tl.sum(tl.where(tl.arange(0, BLOCK)[None, :] == BLOCK - 1, sums, 0), 1)
+        so_far = tl.cumsum(value, 1) + total[:, None]
+        tl.store(out + at * out_n, cast(so_far, out.dtype.element_ty), inside)
+        total = tl.sum(tl.where(tl.arange(0, BLOCK)[None, :] == BLOCK - 1, so_far, 0), 1)
+
+
+def span(step: int) -> int:
+    """How many elements of a row one program takes."""
+    return PART if step == 1 else ACROSS
 
 
 def tile(n: int, step: int) -> dict[str, int]:
@@ -166,19 +176,29 @@ def fold(
     count = math.prod(shape)
     if not count:
         return
-    parts = max(1, triton.cdiv(n, PART))
+    parts = max(1, triton.cdiv(n, span(x.stride(-1))))
     target = out if parts == 1 else out.new_empty((*shape, parts), dtype=getattr(torch, state))
+    _folded(how, x, kind, state, target, scalar, found, again, parts)
+    if parts > 1:
+        fold(how, target, state, state, out, scalar, found, again=True)
+
+
+def _folded(
+    how: Fold, x: torch.Tensor, kind: str, state: str, target: torch.Tensor, scalar: Any = 0, found: Any = None,
+    again: bool = False, parts: int = 1,
+) -> None:  # fmt: skip
+    """The state of each part of each row, or of one part the result."""
+    *shape, n = x.shape
+    count = math.prod(shape)
     sizes, (x_steps, found_steps, out_steps) = lead(x, found, target, shape=tuple(shape))
     shaped = tile(n, x.stride(-1))
     launch(
-        fold_kernel, (triton.cdiv(count, shaped["ROWS"]) * parts,), out.device, x, found, target, bits(scalar, state),
+        fold_kernel, (triton.cdiv(count, shaped["ROWS"]) * parts,), x.device, x, found, target, bits(scalar, state),
         count, n, sizes, x_steps, found_steps, out_steps, x.stride(-1), parts, STEP=spelled(_folds, how.step),
         MERGE=spelled(_folds, how.merge), FINISH=spelled(_folds, how.finish), START=_start(how, state),
-        KIND=TYPES[kind], STATE=TYPES[state], FOLDED=folding(_folds, how.merge), AGAIN=again, PART=PART, num_warps=4,
-        **shaped, **keeping_subnormals(out.device),
+        KIND=TYPES[kind], STATE=TYPES[state], FOLDED=folding(_folds, how.merge), AGAIN=again, PART=span(x.stride(-1)),
+        num_warps=4, **shaped, **keeping_subnormals(x.device),
     )  # fmt: skip
-    if parts > 1:
-        fold(how, target, state, state, out, scalar, found, again=True)
 
 
 def places(how: Fold, x: torch.Tensor, values: Any, indices: torch.Tensor, given: Any = None) -> None:
@@ -188,7 +208,8 @@ def places(how: Fold, x: torch.Tensor, values: Any, indices: torch.Tensor, given
     if not count:
         return
     state = "int64" if x.dtype == torch.bool else arithmetic(dtype_name(x))
-    parts = triton.cdiv(n, PART)
+    part = span(x.stride(-1))
+    parts = triton.cdiv(n, part)
     to, where = (values, indices) if parts == 1 else (
         x.new_empty((*shape, parts), dtype=getattr(torch, state)), indices.new_empty((*shape, parts)),
     )  # fmt: skip
@@ -198,7 +219,7 @@ def places(how: Fold, x: torch.Tensor, values: Any, indices: torch.Tensor, given
         places_kernel, (triton.cdiv(count, shaped["ROWS"]) * parts,), indices.device, x, given, to, where, count, n,
         sizes, x_steps, given_steps, out_steps, place_steps, x.stride(-1), parts,
         MERGE=spelled(_folds, how.merge), START=_start(how, state), STATE=TYPES[state],
-        FOLDED=folding(_folds, how.merge, ("s", "k")), PART=PART, num_warps=4, **shaped,
+        FOLDED=folding(_folds, how.merge, ("s", "k")), PART=part, num_warps=4, **shaped,
     )  # fmt: skip
     if parts > 1:
         places(how, to, values, indices, where)
@@ -299,13 +320,20 @@ def logsumexp(x: torch.Tensor, dtype: str, out: torch.Tensor) -> None:
 
 @kernel(deterministic=True, batch_invariant=True)
 def cumsum(x: torch.Tensor, dtype: str, out: torch.Tensor) -> None:
-    """A program for whole rows."""
+    """Of rows of several parts these are summed first, and each goes on from the sum of those before it."""
     *shape, n = x.shape
     if not x.numel():
         return
-    sizes, (x_steps, out_steps) = lead(x, out, shape=tuple(shape))
+    state, parts, sums = arithmetic(dtype), triton.cdiv(n, span(x.stride(-1))), None
+    if parts > 1:
+        sums = x.new_empty((*shape, parts), dtype=getattr(torch, state))
+        _folded(ADD, x, state, state, sums, parts=parts)
+        cumsum(sums, state, sums)
+    sizes, (x_steps, sum_steps, out_steps) = lead(x, sums, out, shape=tuple(shape))
     shaped = tile(n, x.stride(-1))
+    count = math.prod(shape)
     launch(
-        cumsum_kernel, (triton.cdiv(math.prod(shape), shaped["ROWS"]),), out.device, x, out, math.prod(shape), n, sizes,
-        x_steps, out_steps, x.stride(-1), out.stride(-1), STATE=TYPES[arithmetic(dtype)], num_warps=4, **shaped,
+        cumsum_kernel, (triton.cdiv(count, shaped["ROWS"]) * parts,), out.device, x, sums, out, count, n, sizes,
+        x_steps, sum_steps, out_steps, x.stride(-1), out.stride(-1), parts, STATE=TYPES[state], num_warps=4,
+        PART=span(x.stride(-1)), **shaped,
     )  # fmt: skip
