@@ -32,6 +32,9 @@ TILES: dict[str, list[Tile]] = {
 }
 """Tiles by device, smallest first; all are 128 deep."""
 
+FOUR = {kind: [*tiles[:-1], {**tiles[-1], "BN": 32}] for kind, tiles in TILES.items()}
+"""Those of packed weights, whose highest tile would spill what it decodes if it were wider."""
+
 
 @triton.jit
 def factor(scale):
@@ -198,7 +201,7 @@ def quantized_product(
     scale = b_scale if a_scale is None else matrix(a_scale.expand(*lead, a_scale.shape[-1]))
     result = matrix(out if out.is_contiguous() else out.new_empty(out.shape))
     m, size = len(result), result.numel()
-    tiles = TILES[chip(device).kind]
+    tiles = (FOUR if run is fp4_kernel else TILES)[chip(device).kind]
     tile = next((t for t in tiles if m <= t["BM"]), tiles[-1])
     programs = triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"])
     blocks = triton.cdiv(k, 128)
