@@ -32,8 +32,8 @@ TILES: dict[str, list[Tile]] = {
 }
 """Tiles by device, smallest first; all are 128 deep."""
 
-FOUR = {kind: [*tiles[:-1], {**tiles[-1], "BN": 32}] for kind, tiles in TILES.items()}
-"""Those of packed weights, whose highest tile would spill what it decodes if it were wider."""
+FOUR = TILES | {"cuda": [*TILES["cuda"][:-1], TILES["cuda"][-1] | {"BN": 32}]}
+"""Those of packed weights, whose highest tile would spill what it decodes on NVIDIA's if it were wider."""
 
 
 @triton.jit
