@@ -5,6 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import flagops  # noqa: E402
+from flagops.testing import assert_near  # noqa: E402
 
 WAYS = {"together": (80, 40, 24), "gathered": (80, 700, 3)}  # queries, rows, indices
 
@@ -67,3 +68,18 @@ def test_a_row_that_is_not_finite_reaches_only_who_reads_it(way, value):
     for b in range(2):
         untouched[b, indices[b, 0].long().clamp(min=0)] = False
     same(got[1][untouched], clean[1][untouched])
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 0.7])
+def test_gradients_of_any_scale(scale):
+    """Slots without a row have no score, which a scale below zero would turn into the highest."""
+    torch.manual_seed(0)
+    q, kv, sink = (torch.randn(shape, dtype=torch.float64) for shape in ((1, 2, 3, 5), (1, 4, 5), (3,)))
+    indices = torch.tensor([[[0, -1, 3], [-1, -1, 2]]])
+    found = []
+    for backend in ("numba", "torch"):
+        given = [x.clone().requires_grad_() for x in (q, kv, sink)]
+        out = flagops.sparse_attention(*given, indices, scale, backend=backend)
+        found.append(torch.autograd.grad(out.square().sum(), given))
+    for ours, theirs in zip(*found, strict=True):
+        assert_near(ours, theirs, 1000, 1.0)

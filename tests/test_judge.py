@@ -321,3 +321,19 @@ def test_compressing_no_tokens_or_no_sequences_has_gradients(tokens):
     given = [torch.randn(shape, requires_grad=True) for shape in shapes]
     sum(x.sum() for x in flagops.compress_kv(*given, backend="torch")).backward()
     assert all(x.grad.shape == x.shape for x in given)
+
+
+@pytest.mark.parametrize("name", ["swiglu", "aten.silu", "aten.sigmoid", "aten.addcdiv"])
+def test_a_number_in_place_of_a_nan_is_wrong(name):
+    """What may come of infinities is open; a NaN that an input has already is not."""
+    op = registry.operator(name)
+    one = np.full((1, 3), 2.0, np.float32)
+    given = {n: one.copy() if n in op.tensors else None for n in op.inputs}
+    given |= {n: scalar.choices[0] for n, scalar in op.scalars.items() if not callable(scalar.choices)}
+    given[next(iter(op.tensors))][0, 1] = np.nan
+    given = {n: None if n in ("weight", "limit") else x for n, x in given.items()}
+    right = np.asarray(op.reference(*given.values())).astype(np.float32)
+    assert np.isnan(right).tolist() == [[False, True, False]]
+    testing.compare(op, given, right)
+    with pytest.raises(AssertionError, match="expected nan"):
+        testing.compare(op, given, np.nan_to_num(right))

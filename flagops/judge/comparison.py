@@ -36,6 +36,7 @@ def compare(op: Operator, arguments: dict[str, Any], got: Any, label: str = "", 
         dtypes = tuple(x.dtype.name for x in got)
         with np.errstate(all="ignore"), pairing(paired):
             bounds = (None,) * len(got) if op.exact else op.bound(exact, arguments, dtypes)
+        bounds = _certain(op, inputs, exact, bounds)
         worst = 0.0
         for result, x, value, bound in zip(op.results, got, exact, bounds, strict=True):
             if bound is None:
@@ -56,7 +57,35 @@ def compare(op: Operator, arguments: dict[str, Any], got: Any, label: str = "", 
             return 0.0
     with np.errstate(all="ignore"), pairing(paired):
         bound = op.bound(exact, arguments, dtype)
+    (bound,) = _certain(op, inputs, (exact,), (bound,))
     return _near(op, got, exact, bound, label)
+
+
+def _certain(op: Operator, inputs: Sequence[Any], exact: Sequence[Array], bounds: Sequence[Any]) -> list[Any]:
+    """The bounds, finite where a NaN among the inputs makes the result one whatever the other numbers are.
+
+    A bound is infinite where roundings may decide what comes of infinities and overflow; but a NaN that is there
+    already stays one, and a kernel that takes it for a number is wrong. Which these are the reference says of the same
+    inputs with ones in place of all other floats.
+    """
+
+    def open_at(value: Array, bound: Any) -> Any:
+        return False if bound is None else np.isnan(value) & ~np.isfinite(bound)
+
+    unclear = [open_at(value, bound) for value, bound in zip(exact, bounds, strict=True)]
+    if not any(np.any(x) for x in unclear):
+        return list(bounds)
+    ordinary = [
+        np.where(np.isnan(x), x, x.dtype.type(1)) if isinstance(x, np.ndarray) and x.dtype.name in arrays.FLOATS else x
+        for x in inputs
+    ]
+    with np.errstate(all="ignore"):
+        found = op.reference(*ordinary)
+    forced = [np.isnan(x) if x.dtype.kind not in "biu" else False for x in (found if op.several else (found,))]
+    return [
+        bound if bound is None else np.where(where & sure, 0.0, bound)
+        for bound, where, sure in zip(bounds, unclear, forced, strict=True)
+    ]
 
 
 def _near(op: Operator, got: Array, exact: Array, bound: Array, label: str) -> float:

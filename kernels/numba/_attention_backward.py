@@ -129,12 +129,14 @@ def _soften(p, slope, found, scale, sink, has_sink, of_sink):
     real, step = p.tag, lanes(p.tag)
     padded = round_up(found, step)
     factor = cast(real, scale)
-    for j in range(found, padded):
+    for j in range(0, padded, step):
+        vput(p, 0, j, vget(p, 0, j) * factor)
+    for j in range(found, padded):  # no scale turns these
         put(p, 0, j, -np.inf)
         put(slope, 0, j, 0.0)
     top = vsplat(cast(real, -np.inf))
     for j in range(0, padded, step):
-        top = maximum(top, vget(p, 0, j) * factor)
+        top = maximum(top, vget(p, 0, j))
     base = vhighest(top)
     if base == -np.inf:
         base = cast(real, 0.0)
@@ -142,7 +144,7 @@ def _soften(p, slope, found, scale, sink, has_sink, of_sink):
         base = max(base, get(sink, 0, 0))
     mass = vsplat(real)
     for j in range(0, padded, step):
-        share = exp(vget(p, 0, j) * factor - base)
+        share = exp(vget(p, 0, j) - base)
         mass += share
         vput(p, 0, j, share)
     total, idle = np.float64(vsum(mass)), 0.0
