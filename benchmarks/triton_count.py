@@ -7,10 +7,10 @@ out, for no address depends on them. So every load and store has its addresses, 
 
 from __future__ import annotations
 
-import collections
 import ctypes
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -73,7 +73,7 @@ class Counts:
 
     reads: dict[int, Traffic] = field(default_factory=dict)
     writes: dict[int, Traffic] = field(default_factory=dict)
-    dots: collections.Counter[tuple[int, int, int, str]] = field(default_factory=collections.Counter)
+    dots: dict[tuple[int, int, int, str], float] = field(default_factory=lambda: defaultdict(float))
     data: int = 0
 
     def add(self, other: Counts, by: float = 1) -> None:
@@ -81,7 +81,7 @@ class Counts:
             for at, traffic in theirs.items():
                 mine[at] = mine.get(at, Traffic()) + traffic * by
         for shape, count in other.dots.items():
-            self.dots[shape] += count * by  # type: ignore[assignment]
+            self.dots[shape] += count * by
         self.data += other.data
 
 
@@ -190,8 +190,14 @@ def _first(text: str) -> tuple[tuple[int, ...], str]:
 
 def _pointee(text: str) -> str:
     """What the first pointer of a line points to."""
-    found = re.search(r"!tt\.ptr<(\w+)", text)
-    assert found, text
+    return _part(r"!tt\.ptr<(\w+)", text)
+
+
+def _part(pattern: str, text: str) -> str:
+    """What a pattern holds of a line."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise Uncounted(f"not understood: {text[:80]}")
     return found[1]
 
 
@@ -317,7 +323,7 @@ class Program:
             axis = "xyz".index(node.text.split()[0])
             return np.int32((self.place if name == "get_program_id" else self.grid)[axis])
         if node.op == "tt.make_range":
-            start, end = (int(re.search(rf"{word} = (\d+)", node.text).group(1)) for word in ("start", "end"))  # type: ignore[union-attr]
+            start, end = (int(_part(rf"{word} = (\d+)", node.text)) for word in ("start", "end"))
             return np.arange(start, end, dtype=np.int32)
         given = [self.values[word] for word in node.operands]
         lost = next((x for x in given if isinstance(x, Lost)), None)
@@ -340,11 +346,11 @@ class Program:
         if name in ("splat", "broadcast"):
             return np.broadcast_to(given[0], shape)
         if name == "expand_dims":
-            return np.expand_dims(given[0], int(re.search(r"axis = (\d+)", node.text).group(1)))  # type: ignore[union-attr]
+            return np.expand_dims(given[0], int(_part(r"axis = (\d+)", node.text)))
         if name == "reshape":
             return np.reshape(given[0], shape)
         if name == "trans":
-            order = re.search(r"order = array<i32: ([\d, ]+)>", node.text).group(1)  # type: ignore[union-attr]
+            order = _part(r"order = array<i32: ([\d, ]+)>", node.text)
             return np.transpose(given[0], [int(axis) for axis in order.split(",")])
         if name == "unsplat":
             return np.ravel(given[0])[0]

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from flagops import config
 from flagops.backends import Backend
 from flagops.errors import Faulty, Unsupported, said, suggestion
 
@@ -180,7 +181,7 @@ class Broken:
 def backend(name: str) -> Backend:
     """The descriptor of a backend; a ValueError that suggests the right name if there is none."""
     if name not in backend_names():
-        where = "FLAGOPS_BACKEND: " if name in os.environ.get("FLAGOPS_BACKEND", "").split(",") else ""
+        where = "FLAGOPS_BACKEND: " if name in config.names(os.environ.get("FLAGOPS_BACKEND", "")) else ""
         raise ValueError(f"{where}flagops has no backend {name!r}{suggestion(name, backend_names())}")
     try:
         if name in _added:

@@ -104,7 +104,7 @@ def _parser(name: str, text: str, examples: str) -> argparse.ArgumentParser:
 
 
 def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    parser.add_argument("--memory", default="4GiB", metavar="SIZE", help="most memory of the process (default 4GiB)")
+    parser.add_argument("--memory", metavar="SIZE", help="most memory of the process (default 4GiB)")
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one a processor)")
     parser.add_argument("--backend", metavar="B", help="of the kernels: numba, torch, triton, numpy (default: fastest)")
     parser.add_argument("--quiet", action="store_true", help="errors only")

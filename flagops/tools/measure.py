@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flagops import arrays, registry
 from flagops.call import of
@@ -25,9 +25,6 @@ from flagops.errors import Unsupported
 from flagops.machine import cpu_model, torch_has_native_bf16
 from flagops.operator import Operator
 from flagops.tools import workloads
-
-if TYPE_CHECKING:
-    pass
 
 COLD = 128 << 20
 """Bytes of inputs that take turns, so that each call finds its own out of the caches, as a model's layers do."""

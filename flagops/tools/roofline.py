@@ -52,7 +52,7 @@ _SIZES: dict[str, Any] = {
 }  # fmt: skip
 _TOKENS = 40
 _PROMPTS = 6
-TOKEN = Step(1, 8 + _TOKENS // 2)
+_TOKEN = Step(1, 8 + _TOKENS // 2)
 """The token that a layer's time is taken of."""
 
 Product = Callable[[Any, Any], Any]
@@ -251,7 +251,7 @@ def layers(pack: bool, on: Machine, settings: Settings) -> tuple[dict[str, float
     return each, undisturbed(steps) - sum(times) - _products(sizes, on, inside=False), rows
 
 
-def _products(model: Model, on: Machine, inside: bool, step: Step = TOKEN) -> float:
+def _products(model: Model, on: Machine, inside: bool, step: Step = _TOKEN) -> float:
     """Seconds that the products of a step take, inside of layers or outside."""
     found = loads(model, parts(model, "checkpoint"), step)
     outside = (Role.EMBEDDING, Role.HEAD)

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import geometric_mean
@@ -156,26 +156,32 @@ def _shortest(rows: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]
     return {key: found[key] for key in sorted(found) if key == "*" or found[key] != found["*"] or "." in key}
 
 
-def _held_to_models(table: order.Table, device: str, quick: bool) -> order.Table:
-    """The table without what makes a whole model slower, the costliest operator first."""
-    seen: dict[str, tune_cases.Ratio] = {}
+def _models(device: str) -> Iterator[tune_cases.Model]:
+    """The models that can be run here, one after the other, with a word of how many are left."""
     models = list(tune_cases.models(device))
     with contract.Progress(len(models)) as begin:
         for model in models:
             begin(model.title)
-            ratio = model.ratios({MODELS: table}, LEAST, quick)[MODELS]
-            asked = model.asked(table) if ratio.below(LEAST) else []
-            while asked and ratio.below(LEAST):
-                others = model.ratios({MODELS: table} | {op: _without(table, op) for op in asked}, LEAST, quick)
-                now = others.pop(MODELS)
-                worst = max(others, key=lambda op: others[op].middle)
-                if others[worst].middle <= now.middle:
-                    print(f"{model.title}: {now} times as fast as torch alone, no faster whatever is left to torch")
-                    break
-                table, ratio = _without(table, worst), others[worst]
-                asked.remove(worst)
-                print(f"{model.title}: {worst} is left to torch, which makes it {ratio} times as fast as torch alone")
-            seen[model.title] = ratio
+            yield model
+
+
+def _held_to_models(table: order.Table, device: str, quick: bool) -> order.Table:
+    """The table without what makes a whole model slower, the costliest operator first."""
+    seen: dict[str, tune_cases.Ratio] = {}
+    for model in _models(device):
+        ratio = model.ratios({MODELS: table}, LEAST, quick)[MODELS]
+        asked = model.asked(table) if ratio.below(LEAST) else []
+        while asked and ratio.below(LEAST):
+            others = model.ratios({MODELS: table} | {op: _without(table, op) for op in asked}, LEAST, quick)
+            now = others.pop(MODELS)
+            worst = max(others, key=lambda op: others[op].middle)
+            if others[worst].middle <= now.middle:
+                print(f"{model.title}: {now} times as fast as torch alone, no faster whatever is left to torch")
+                break
+            table, ratio = _without(table, worst), others[worst]
+            asked.remove(worst)
+            print(f"{model.title}: {worst} is left to torch, which makes it {ratio} times as fast as torch alone")
+        seen[model.title] = ratio
     if seen:
         _shown(seen)
     return dataclasses.replace(table, made={**table.made, MODELS: {name: str(ratio) for name, ratio in seen.items()}})
@@ -185,14 +191,9 @@ def _checked(kind: str, device: str, quick: bool) -> int:
     """0 where no whole model was shown to be slower by the table in force."""
     table = order.table(kind)
     print(f"{kind}: {table.words()}")
-    models = list(tune_cases.models(device))
-    if not models:
+    seen = {model.title: model.ratios({MODELS: table}, LEAST, quick)[MODELS] for model in _models(device)}
+    if not seen:
         raise ValueError("no model can be run here; pip install transformers")
-    seen = {}
-    with contract.Progress(len(models)) as begin:
-        for model in models:
-            begin(model.title)
-            seen[model.title] = model.ratios({MODELS: table}, LEAST, quick)[MODELS]
     _shown(seen)
     slower = [name for name, ratio in seen.items() if ratio.below(LEAST)]
     print(f"slower than {LEAST} of torch alone: {'; '.join(slower) or 'none'}")
