@@ -169,7 +169,10 @@ def _moved(z: Array, error: Array, dtype: str) -> Array:
     )
     moved = np.maximum(most - code * scale, code * scale - least)
     known = np.isfinite(moved) & (last <= 2 * first)
-    return np.where(np.isnan(scale), 0, np.where(known, moved, np.inf))
+    surely = np.isfinite(error) & (~np.isfinite(z) | np.isinf(low) & (low == high))  # no number, however it is rounded
+    beside = np.pad(surely, [(0, 0)] * (z.ndim - 1) + [(0, -z.shape[-1] % BLOCK)])
+    lost = np.repeat(beside.reshape(*z.shape[:-1], -1, BLOCK).any(-1), BLOCK, -1)[..., : z.shape[-1]]  # all its block
+    return np.where(lost, 0, np.where(known, moved, np.inf))
 
 
 def grouped_output_projection_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:

@@ -12,6 +12,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -337,3 +338,18 @@ def test_a_number_in_place_of_a_nan_is_wrong(name):
     testing.compare(op, given, right)
     with pytest.raises(AssertionError, match="expected nan"):
         testing.compare(op, given, np.nan_to_num(right))
+
+
+def test_what_overflow_makes_is_open_where_no_input_is_nan():
+    """Infinities of a product in between become NaN codes, of other inputs too; only a NaN among these is certain."""
+    op = registry.operator("grouped_output_projection")
+    codes = np.full((128, 128), 448, ml_dtypes.float8_e4m3fn)
+    scales = [np.full((1, 1), value, ml_dtypes.float8_e8m0fnu) for value in (2.0**33, 1)]
+    given = dict(zip(op.inputs, (np.ones((1, 128), np.float16), codes, codes, 1, *scales), strict=True))
+    with np.errstate(all="ignore"):
+        assert np.isnan(op.reference(*given.values())).all()
+    number = np.ones(128, np.float16)
+    testing.compare(op, given, number)
+    given["o"][0, 5] = np.nan
+    with pytest.raises(AssertionError, match="expected nan"):
+        testing.compare(op, given, number)

@@ -13,6 +13,7 @@ from flagops.layouts import bits
 from flagops.operator import Operator
 
 Array = NDArray[Any]
+_WITH_NAN = (*arrays.FLOATS, "float8_e4m3fn", "float8_e8m0fnu")
 
 
 def compare(op: Operator, arguments: dict[str, Any], got: Any, label: str = "", paired: bool = False) -> float:
@@ -66,7 +67,7 @@ def _certain(op: Operator, inputs: Sequence[Any], exact: Sequence[Array], bounds
 
     A bound is infinite where roundings may decide what comes of infinities and overflow; but a NaN that is there
     already stays one, and a kernel that takes it for a number is wrong. Which these are the reference says of the same
-    inputs with ones in place of all other floats.
+    inputs with ones in place of all other floats: those that it does not make with ones in place of the NaNs too.
     """
 
     def open_at(value: Array, bound: Any) -> Any:
@@ -75,13 +76,18 @@ def _certain(op: Operator, inputs: Sequence[Any], exact: Sequence[Array], bounds
     unclear = [open_at(value, bound) for value, bound in zip(exact, bounds, strict=True)]
     if not any(np.any(x) for x in unclear):
         return list(bounds)
-    ordinary = [
-        np.where(np.isnan(x), x, x.dtype.type(1)) if isinstance(x, np.ndarray) and x.dtype.name in arrays.FLOATS else x
-        for x in inputs
-    ]
-    with np.errstate(all="ignore"):
-        found = op.reference(*ordinary)
-    forced = [np.isnan(x) if x.dtype.kind not in "biu" else False for x in (found if op.several else (found,))]
+    floats = [i for i, x in enumerate(inputs) if isinstance(x, np.ndarray) and x.dtype.name in _WITH_NAN]
+
+    def nan(kept: bool) -> list[Any]:
+        some = list(inputs)
+        for i in floats:
+            one = np.ones((), inputs[i].dtype)
+            some[i] = np.where(np.isnan(inputs[i]), inputs[i] if kept else one, one)
+        with np.errstate(all="ignore"):
+            found = op.reference(*some)
+        return [np.isnan(x) if x.dtype.kind not in "biu" else np.False_ for x in (found if op.several else (found,))]
+
+    forced = [with_nan & ~without for with_nan, without in zip(nan(True), nan(False), strict=True)]
     return [
         bound if bound is None else np.where(where & sure, 0.0, bound)
         for bound, where, sure in zip(bounds, unclear, forced, strict=True)

@@ -8,7 +8,6 @@ and `fp8_decode` write, bit for bit.
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 from llvmlite import ir
 from numba.core import types
@@ -16,7 +15,7 @@ from numba.extending import intrinsic
 
 from flagops.backends.numba import features
 
-from .._moe import BLOCK, GROUP
+from .._moe import GROUP
 from . import _ir
 from ._formats import FORMATS, HALF
 from ._ir import LANES, constant, f16, f32, fma, i8, i16, i32, i64, load, lookup, loop, read, shuffle, splat, store
@@ -43,21 +42,6 @@ def fp4_table() -> np.ndarray:
     """What `fp4_row` and `fp4_decode` look scales up in."""
     with np.errstate(over="ignore", invalid="ignore"):
         return (_SCALES.values[:, None] * (_E2M1.values if _PERMUTE else (0.5,))).astype(np.float32)
-
-
-def fp4_pairs() -> np.ndarray:
-    """What `fp4_halves` looks scales up in: the bits of 16 products as bfloat16, twice."""
-    return _products(np.tile(_E2M1.values, 2))
-
-
-def fp8_pairs() -> np.ndarray:
-    """What `fp8_halves` looks scales up in: the bits of 128 magnitudes times the scale as bfloat16."""
-    return _products(np.abs(_E4M3.values[: _E4M3.top + 1]))
-
-
-def _products(values):
-    with np.errstate(over="ignore", invalid="ignore"):
-        return (_SCALES.values[:, None] * values).astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
 def _vector(element, count=LANES):
@@ -131,14 +115,14 @@ def _magnitude(builder, code):
     return builder.and_(code, constant(code.type, _E4M3.top))
 
 
-def _rows(builder, block, valid):
+def rows(builder, block, valid):
     """The address of each of the rows of a block of bytes, the last repeated."""
     (base, step), last = places(builder, block), builder.sub(valid, i64(1))
     rows = [builder.select(builder.icmp_signed("<", i64(j), last), i64(j), last) for j in range(DOT_ROW_COLUMNS)]
     return [builder.add(base, builder.mul(row, step)) for row in rows]
 
 
-def _finish(builder, sums, c, add):
+def finish(builder, sums, c, add):
     folded, (c, _) = fold(builder, sums), places(builder, c)
     store(builder, types.float32, builder.fadd(folded, initial(builder, folded.type, c, i64(0), add)), c)
 
@@ -152,7 +136,7 @@ def fp4_row(typingctx, x, codes, scales, table, valid, groups, c, add):
 
     def generate(context, builder, signature, arguments):
         x, codes, scales, table, valid, groups, c, add = arguments
-        (x, _), codes, scales, sums = places(builder, x), *(_rows(builder, y, valid) for y in (codes, scales)), []
+        (x, _), codes, scales, sums = places(builder, x), *(rows(builder, y, valid) for y in (codes, scales)), []
         for first in range(0, DOT_ROW_COLUMNS, _TOGETHER):
             several = slice(first, first + _TOGETHER)
 
@@ -169,7 +153,7 @@ def fp4_row(typingctx, x, codes, scales, table, valid, groups, c, add):
                 return result
 
             sums += loop(builder, groups, [_ZERO] * _TOGETHER, step)
-        _finish(builder, sums, c, add)
+        finish(builder, sums, c, add)
         return context.get_dummy_value()
 
     i = types.int64
@@ -197,96 +181,16 @@ def fp4_decode(typingctx, codes, scales, table, groups, out):
 
 
 @intrinsic
-def fp4_halves(typingctx, codes, scales, table, groups, out, ahead):
-    """Write groups of weights, scaled, as bfloat16 in their own order; what lies `ahead` of the codes is fetched."""
-
-    def generate(context, builder, signature, arguments):
-        codes, scales, table, groups, out, ahead = arguments
-
-        def step(group, values):
-            at = builder.add(codes, builder.mul(group, i64(GROUP // 2)))
-            _ir.prefetch(builder, builder.add(at, ahead))
-            scale = builder.zext(read(builder, i8, builder.add(scales, group)), i64)
-            products = read(builder, _vector(i16, GROUP), table, builder.mul(scale, i64(2 * GROUP)))
-            byte = builder.zext(read(builder, _vector(i8, 16), at), _vector(i32, 16))
-            # the instruction takes five bits, of which the fifth chooses one of two equal halves
-            index = builder.or_(byte, builder.shl(byte, constant(byte.type, 12)))
-            index = builder.bitcast(index, products.type)
-            weight = _ir.call(builder, "x86.avx512.permvar.hi.512", products, index)
-            _ir.write(builder, weight, builder.add(out, builder.mul(group, i64(2 * GROUP))))
-            return []
-
-        loop(builder, groups, [], step)
-        return context.get_dummy_value()
-
-    return types.none(*[types.int64] * 6), generate
-
-
-@intrinsic
-def fp8_halves(typingctx, codes, scales, table, blocks, out, ahead):
-    """Write blocks of weights, scaled, as bfloat16; what lies `ahead` of the codes is fetched."""
-
-    def generate(context, builder, signature, arguments):
-        codes, scales, table, blocks, out, ahead = arguments
-        kind, count = _vector(i16, PAIR), _E4M3.top + 1
-
-        def step(block, values):
-            scale = builder.zext(read(builder, i8, builder.add(scales, block)), i64)
-            row = builder.add(table, builder.mul(scale, i64(2 * count)))
-            products = [read(builder, kind, row, i64(2 * first)) for first in range(0, count, PAIR)]
-            start = builder.mul(block, i64(BLOCK))
-            for first in range(0, BLOCK, PAIR):
-                at = builder.add(codes, _plus(builder, start, first))
-                if first % 64 == 0:
-                    _ir.prefetch(builder, builder.add(at, ahead))
-                code = builder.zext(read(builder, _vector(i8, PAIR), at), kind)
-                # the instruction takes six bits; the seventh chooses between its results, the eighth is the sign
-                low, high = (
-                    _ir.call(builder, "x86.avx512.vpermi2var.hi.512", products[half], code, products[half + 1])
-                    for half in (0, 2)
-                )
-                above = builder.icmp_unsigned("!=", builder.and_(code, constant(kind, 64)), constant(kind, 0))
-                sign = builder.and_(builder.shl(code, constant(kind, 8)), constant(kind, -(1 << 15)))
-                weight = builder.or_(builder.select(above, high, low), sign)
-                _ir.write(builder, weight, builder.add(out, builder.shl(_plus(builder, start, first), i64(1))))
-            return []
-
-        loop(builder, blocks, [], step)
-        return context.get_dummy_value()
-
-    return types.none(*[types.int64] * 6), generate
-
-
-@intrinsic
-def fp4_arrange(typingctx, x, groups):
-    """Bring groups of float32 into FP4_ORDER, in place."""
-
-    def generate(context, builder, signature, arguments):
-        x, groups = arguments
-
-        def step(group, values):
-            start = builder.mul(group, i64(GROUP))
-            values = _floats(builder, x, start, GROUP)
-            store(builder, types.float32, shuffle(builder, values, values, FP4_ORDER), x, start)
-            return []
-
-        loop(builder, groups, [], step)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.int64), generate
-
-
-@intrinsic
 def fp8_row(typingctx, x, codes, valid, k, c, add):
     """C[DOT_ROW_COLUMNS] = x[k] W^T, plus C if add, of `valid` rows of codes; k is a multiple of PAIR."""
 
     def generate(context, builder, signature, arguments):
         x, codes, valid, k, c, add = arguments
-        (x, _), rows, sums, kind = places(builder, x), _rows(builder, codes, valid), [], _vector(i8, PAIR)
+        (x, _), codes, sums, kind = places(builder, x), rows(builder, codes, valid), [], _vector(i8, PAIR)
         nothing = constant(kind, 0)
         for first in range(0, DOT_ROW_COLUMNS, _TOGETHER):
 
-            def step(index, values, several=rows[first : first + _TOGETHER]):
+            def step(index, values, several=codes[first : first + _TOGETHER]):
                 start = builder.mul(index, i64(PAIR))
                 xs = [_floats(builder, x, _plus(builder, start, i)) for i in (0, LANES)]
                 totals, largest = [], []
@@ -305,7 +209,7 @@ def fp8_row(typingctx, x, codes, valid, k, c, add):
                 bits = builder.bitcast(nan, ir.IntType(PAIR))
                 any_nan = builder.icmp_unsigned("!=", bits, bits.type(0))
                 sums.append(builder.select(any_nan, constant(total.type, float("nan")), total))
-        _finish(builder, sums, c, add)
+        finish(builder, sums, c, add)
         return context.get_dummy_value()
 
     i = types.int64

@@ -2,14 +2,14 @@
 
 One row is bound by the bytes of B, which are decoded in registers; many rows by operations, and decode B in panels that
 stay in L1. A weight is never expanded as a whole. A is widened once, scaled, into rows of float32. Where the processor
-adds products of bfloat16 in pairs, rows and panels of that hold codes times powers of two, exactly; one row is then
-multiplied with decoded panels as well.
+adds products of bfloat16 in pairs, rows and panels of that hold codes times powers of two, exactly.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,22 +19,10 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, threads
 
 from .._moe import BLOCK, GROUP
+from . import _coded_pairs as pairs
 from ._amx import DEPTH, GRID, TILES, restore_tiles, shape_tiles, tile_product
 from ._blocks import Block, alive, at, clear, get, pack, put, round_up, scratch, shifted, turn, unpack, vget, vput
-from ._coded_tiles import (
-    FP8_FACTOR,
-    PAIR,
-    fp4_arrange,
-    fp4_decode,
-    fp4_halves,
-    fp4_pairs,
-    fp4_row,
-    fp4_table,
-    fp8_decode,
-    fp8_halves,
-    fp8_pairs,
-    fp8_row,
-)
+from ._coded_tiles import FP8_FACTOR, PAIR, fp4_decode, fp4_row, fp4_table, fp8_decode, fp8_row
 from ._formats import FORMATS
 from ._gemm import (
     DOT_DEPTH,
@@ -43,6 +31,7 @@ from ._gemm import (
     SERIAL,
     UNIT,
     A,
+    Axes,
     B,
     View,
     _axis,
@@ -60,6 +49,7 @@ from ._vectors import BYTE, FLOAT32, LANES, TAGS, load, size
 
 _FP8_FACTOR = np.float32(FP8_FACTOR)
 _ROWS = 128  # of a block
+_FEW = 64  # rows whose cut is kept
 _A, _A_SCALE, _OUT = range(3)  # of what the offsets of a row are
 
 
@@ -69,7 +59,7 @@ def _values(name: str) -> Any:
     return FORMATS[name].values.astype(np.float32)
 
 
-_products, _pairs = cache(fp4_table), (cache(fp8_pairs), cache(fp4_pairs))
+_floats, _products = cache(fp4_table), (cache(pairs.fp8_table), cache(pairs.fp4_table))
 
 
 @cache
@@ -95,7 +85,7 @@ def _multiply(source, count, factor, target):
 
 
 @jit
-def _fill(start, stop, tag, rows, k, a, column, offsets, scale, scale_step, coded, scales, values, arranged, x):
+def _fill(start, stop, tag, rows, k, a, column, offsets, scale, scale_step, coded, scales, values, packed, x):
     """Rows of activations in the dtype of x, times their scales where there are any; zero beyond `rows` and k."""
     for row in range(start, stop):
         if row >= rows:
@@ -112,8 +102,7 @@ def _fill(start, stop, tag, rows, k, a, column, offsets, scale, scale_step, code
                 part = shifted(x, row, first)
                 _multiply(part, min(BLOCK, k - first), factor, part)
             clear(x.tag, at(x, row, k), x.row - k)
-        if arranged:
-            fp4_arrange(at(x, row, 0), k // GROUP)
+        pairs.arrange(shifted(x, row, 0), packed, round_up(k, BLOCK))
 
 
 @jit
@@ -179,7 +168,7 @@ def _fp4(start, stop, tag, n, groups, mc, nc, x, b, s, table, out, step, offsets
 @jit
 def _paired(start, stop, tag, packed, n, k, mc, nc, x, b, s, table, out, step, offsets, blocks):
     """Panels of bfloat16, each weight times its scale; the columns of a task of FP8 lie under one row of scales."""
-    unit = GROUP if packed else BLOCK
+    unit, per_byte = (GROUP, 2) if packed else (BLOCK, 1)
     deepest, groups = PAIR_DEPTH // unit, -(-k // unit)
     memory, (panel,) = scratch(x.tag, ((DOT_ROW_COLUMNS, PAIR_DEPTH),))
     further, (sums,) = scratch(FLOAT32, ((mc + DOT_ROWS, nc + DOT_WIDTH),))
@@ -191,9 +180,17 @@ def _paired(start, stop, tag, packed, n, k, mc, nc, x, b, s, table, out, step, o
         tiles, parts = -(-columns // across), max(1, -(-groups // deepest))
         for each in range(tiles * parts):
             j, first, valid, deep = _part(each, (tiles, parts, rows), (across, deepest), (columns, groups))
-            _decoded(packed, b, s, table, (group, column + j, first), (valid, deep), k, panel, codes, factors)
-            left, into = shifted(x, row, unit * first), shifted(sums, 0, j)
-            dot_rows(left, panel, rows, valid, unit * deep, into, first > 0)
+            place, left, into = (group, column + j, first), shifted(x, row, unit * first), shifted(sums, 0, j)
+            w, scales = _coded(packed, b, s, place, (valid, deep), k, codes, factors)
+            # of the next tile, as much as this part is of its own, from where the parts before left off
+            ahead = w.base + across * b[2] + (across - 1) * first * unit // per_byte
+            if rows == 1 and packed:
+                pairs.fp4_row(left, w, scales, table, valid, deep, into, first > 0, ahead)
+            elif rows == 1:
+                pairs.fp8_row(left, w, scales, table, valid, deep, into, first > 0, ahead)
+            else:
+                _decoded(packed, w, scales, table, (valid, deep), panel, valid * b[2])
+                dot_rows(left, panel, rows, valid, unit * deep, into, first > 0)
         target = out + column * step * size(tag)
         _emit(tag, sums, rows, columns, np.float32(1), target, step, offsets[row:])
     return alive(memory, further, apart)
@@ -217,7 +214,9 @@ def _squared(start, stop, tag, packed, n, k, mc, nc, x, b, s, table, out, step, 
             valid = min(GRID, columns - i)
             for first in range(0, max(groups, 1), deepest):
                 deep = min(deepest, groups - first)
-                _decoded(packed, b, s, table, (group, column + i, first), (valid, deep), k, panel, codes, factors)
+                place = group, column + i, first
+                w, scales = _coded(packed, b, s, place, (valid, deep), k, codes, factors)
+                _decoded(packed, w, scales, table, (valid, deep), panel, valid * b[2])
                 for j in range(0, rows, GRID):
                     pairs = Block(x.tag, at(x, block * across + j, first * unit * GRID), 2 * GRID)
                     tile_product(panel, pairs, rows - j, unit * deep, shifted(sums, i, j), first > 0)
@@ -229,19 +228,25 @@ def _squared(start, stop, tag, packed, n, k, mc, nc, x, b, s, table, out, step, 
 
 
 @jit
-def _decoded(packed, b, s, table, place, shape, k, panel, codes, factors):
-    """Rows of a panel of bfloat16 from rows of B, each weight times its scale, from a group or block of them on."""
+def _coded(packed, b, s, place, shape, k, codes, factors):
+    """Rows of B and of its scales, from a group or block of them on."""
     unit, per_byte = (GROUP, 2) if packed else (BLOCK, 1)
     (group, column, first), (valid, deep) = place, shape
     begin, length = first * unit // per_byte, deep * unit // per_byte
     w = _bytes(b, group, column, begin, (valid, min(length, k // per_byte - begin)), length, codes)
     above, scaled = (column, valid) if packed else (column // BLOCK, 1)
-    scales = _bytes(s, group, above, first, (scaled, deep), deep, factors)
+    return w, _bytes(s, group, above, first, (scaled, deep), deep, factors)
+
+
+@jit
+def _decoded(packed, w, scales, table, shape, panel, ahead):
+    """Rows of a panel of bfloat16, each weight times its scale."""
+    valid, deep = shape
     for i in range(valid):
         if packed:
-            fp4_halves(at(w, i, 0), at(scales, i, 0), table, deep, at(panel, i, 0), valid * b[2])
+            pairs.fp4_decode(at(w, i, 0), at(scales, i, 0), table, deep, at(panel, i, 0), ahead)
         else:
-            fp8_halves(at(w, i, 0), at(scales, 0, 0), table, deep, at(panel, i, 0), valid * b[2])
+            pairs.fp8_decode(at(w, i, 0), at(scales, 0, 0), table, deep, at(panel, i, 0), ahead)
 
 
 @jit
@@ -310,59 +315,96 @@ def product(
     narrow: whether bfloat16 holds the activations, times their scales.
     """
     n, k, packed = b.shape[-2], a.shape[-1], 2 * b.shape[-1] == a.shape[-1]
-    leads = [a, a_scale.view if a_scale else a, out]
-    axes = [(out.shape[-i], *(_axis(x.shape, x.strides, i)[1] for x in leads)) for i in range(len(out.shape), 1, -1)]
-    offsets = _offsets(axes)
-    m = len(offsets)
-    if not (m and n):
-        return
-    if bounds is None:
-        bounds = np.array([0, m])
-    paired = PAIRS and narrow and b_scale.coded
-    squared = paired and TILES
+    paired = (PAIRS if packed else pairs.BYTES) and narrow and b_scale.coded
+    leads = a, a_scale.view if a_scale else a, out
+    rows = math.prod(out.shape[:-1])
+    cut = _cut if bounds is None and rows <= _FEW else _cut.__wrapped__  # what is kept is as long as they are many
+    steps = tuple([(x.shape[:-1], x.strides[:-1]) for x in leads])
+    parts = cut(steps, rows, n, k, packed, paired, threads() if rows * n * k > SERIAL else 1, config.budget(), bounds)
     kind, item = (TAGS["bfloat16"], 2) if paired else (FLOAT32, 4)
-    ld = round_up.py_func(k, BLOCK) + 64 // item  # rows a power of two apart would share few sets of a cache
-    most = max(_ROWS, config.budget() // 4 // (item * ld) // _ROWS * _ROWS)
-    count = threads() if m * n * k > SERIAL else 1
     scale = (a_scale.view.address, a_scale.view.strides[-1], a_scale.coded) if a_scale else (0, 0, False)
     tables = _address(_values, "e8m0"), _address(_values, "e4m3")
     weights = _matrices(b), _matrices(b_scale.view)
+    ld = _apart(k, item)
+    kernel: Any
+    shape: tuple[Any, ...]
+    table: tuple[Any, ...]
+    for part in parts:
+        memory = np.empty(part.padded * ld * item + 64, np.uint8)
+        x = Block(kind, (pointer(memory) + 63) & ~63, ld)
+        parallel(
+            _fill, part.padded, FLOAT32 if a_scale else TAGS[name], part.rows, k, a.address, a.strides[-1], part.where,
+            *scale, *tables, packed, x, minimum=-(-SERIAL // (16 * max(k, 1))),
+        )  # fmt: skip
+        if paired and TILES:
+            x, memory = _panels(x, k, part)
+        if paired:
+            kernel = _squared if TILES else _paired
+            shape, table = (packed, n, k, part.mc, part.nc), (_address(_products[packed]),)
+        elif packed:
+            kernel, shape, table = _fp4, (n, k // GROUP, part.mc, part.nc), (_address(_floats),)
+        else:
+            kernel, shape, table = _fp8, (n, k, part.mc, part.nc), (b_scale.coded, tables[0])
+        target = out.address, out.strides[-1], part.where, part.blocks
+        parallel(kernel, part.tasks, TAGS[result], *shape, x, *weights, *table, *target, minimum=part.minimum)
+
+
+class _Part(NamedTuple):
+    """Rows that are multiplied together: where each finds its A, scales and C, and how they and columns are cut."""
+
+    rows: int
+    padded: int
+    where: Any
+    blocks: Any
+    mc: int
+    nc: int
+    tasks: int
+    minimum: int
+
+
+def _apart(k: int, item: int) -> int:
+    """From row to row of activations; a power of two apart, they would share few sets of a cache."""
+    return round_up.py_func(k, BLOCK) + 64 // item
+
+
+@lru_cache(maxsize=256)
+def _cut(
+    leads: tuple[tuple[Axes, Axes], ...], m: int, n: int, k: int, packed: bool, paired: bool, team: int, budget: int,
+    bounds: Any,
+) -> list[_Part]:  # fmt: skip
+    """The rows in parts that fit the budget; leads: shapes and strides of A, its scales and C, but the last."""
+    if not (m and n):
+        return []
+    whole = leads[-1][0]
+    offsets = _offsets([(whole[-i], *(_axis(*lead, i)[1] for lead in leads)) for i in range(len(whole), 0, -1)])
+    squared, item = paired and TILES, 2 if paired else 4
+    most = max(_ROWS, budget // 4 // (item * _apart(k, item)) // _ROWS * _ROWS)
+    if bounds is None:
+        bounds = np.array([0, m])
+    parts = []
     for first in range(0, m, most):
         rows = min(most, m - first)
-        padded = rows + DOT_ROWS - 1 if rows > 1 else 1  # a tile may reach beyond its block
-        memory = np.empty(padded * ld * item + 64, np.uint8)
-        x, where = Block(kind, (pointer(memory) + 63) & ~63, ld), offsets[first : first + rows]
-        parallel(
-            _fill, padded, FLOAT32 if a_scale else TAGS[name], rows, k, a.address, a.strides[-1], where, *scale,
-            *tables, packed and not paired, x, minimum=-(-SERIAL // (16 * max(k, 1))),
-        )  # fmt: skip
         mc = min(rows, 2 * _ROWS if squared else _ROWS)
         blocks = row_blocks(bounds, first, first + rows, mc, 1, 1, 1)
-        nc = task_columns(n, len(blocks), count, UNIT) if packed else BLOCK
-        while not packed and nc > 32 and -(-n // nc) * len(blocks) < 4 * count:
+        nc = task_columns(n, len(blocks), team, UNIT) if packed else BLOCK
+        while not packed and nc > 32 and -(-n // nc) * len(blocks) < 4 * team:
             nc //= 2
-        if squared:
-            x, memory = _panels(x, k, mc, row_blocks(bounds, first, first + rows, mc, ld, 1, 1))
-        if paired:
-            loops: Any = _squared if squared else _paired
-            kernel, shape, table = loops, (packed, n, k, mc, nc), (_address(_pairs[packed]),)  # type: Any, Any, Any
-        elif packed:
-            kernel, shape, table = _fp4, (n, k // GROUP, mc, nc), (_address(_products),)
-        else:
-            kernel, shape, table = _fp8, (n, k, mc, nc), (b_scale.coded, tables[0])
         tasks = len(blocks) * -(-n // nc)
-        target = out.address, out.strides[-1], where, blocks
-        minimum = 1 if count > 1 else tasks
-        parallel(kernel, tasks, TAGS[result], *shape, x, *weights, *table, *target, minimum=minimum)
+        padded = rows + DOT_ROWS - 1 if rows > 1 else 1  # a tile may reach beyond its block
+        minimum = 1 if team > 1 else tasks
+        parts.append(_Part(rows, padded, offsets[first : first + rows], blocks, mc, nc, tasks, minimum))
+    return parts
 
 
-def _panels(x: Any, k: int, mc: int, blocks: Any) -> tuple[Any, Any]:
+def _panels(x: Any, k: int, part: _Part) -> tuple[Any, Any]:
     """Rows as `_squared` wants them, those of a block behind those of the one before; and their memory."""
-    deep, across = round_up.py_func(k, BLOCK), round_up.py_func(mc, GRID)
+    deep, across = round_up.py_func(k, BLOCK), round_up.py_func(part.mc, GRID)
+    blocks = part.blocks.copy()
+    blocks[:, A] *= x.row
     memory = np.empty(len(blocks) * across * deep + GRID, np.uint16)
     place = (pointer(memory) + 63) & ~63
-    least = -(-SERIAL // (4 * mc * max(k, 1)))
-    parallel(lay_all, len(blocks), x.tag, deep, mc, deep, (x.base, x.row, 1), blocks, place, minimum=least)
+    least = -(-SERIAL // (4 * part.mc * max(k, 1)))
+    parallel(lay_all, len(blocks), x.tag, deep, part.mc, deep, (x.base, x.row, 1), blocks, place, minimum=least)
     return Block(x.tag, place, deep), memory
 
 

@@ -7,12 +7,13 @@ from typing import Any
 from flagops.arrays import dtype_name
 from flagops.registry import kernel
 
+from ._coded_pairs import BYTES
 from ._gemm import view
 from ._ir import PAIRS
 from ._qmatmul import product, scales
 
 
-@kernel(deterministic=True, batch_invariant=True, paired=PAIRS, note="weights decoded in registers")
+@kernel(deterministic=True, batch_invariant=True, paired=BYTES, note="weights decoded in registers")
 def fp8_matmul(a: Any, a_scale: Any, b: Any, b_scale: Any, dtype: str, out: Any) -> None:
     """A code shifted by 7 bits is a float16, and the scales of both sides go into the row of activations; or a code is
     looked up among the 128 magnitudes under its scale, which bfloat16 holds."""

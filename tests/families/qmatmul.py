@@ -18,15 +18,21 @@ MUTANTS = {
     ],
     "numba/_coded_tiles.py": [
         ("fp4_matmul", "+ 4 * (lane // 4) for lane in range(16)]", "+ 4 * (lane // 8) for lane in range(16)]", 0),
-        ("fp4_matmul", "_SCALES.values[:, None] * values", "2 * _SCALES.values[:, None] * values", 0),
-        ("fp4_matmul", "constant(byte.type, 12)", "constant(byte.type, 8)", 0),
-        ("fp4_matmul", "np.tile(_E2M1.values, 2)", "np.repeat(_E2M1.values, 2)", 0),
-        ("fp8_matmul", "builder.select(above, high, low)", "low", 0),
-        ("fp8_matmul", "constant(kind, -(1 << 15))", "constant(kind, 0)", 0),
-        ("fp8_matmul", "builder.add(scales, block)", "scales", 0),
         ("fp8_matmul", "~(1 << HALF.bits - 2)", "~0", 0),
         ("fp8_matmul", "builder.select(any_nan, constant(total.type, float(\"nan\")), total)", "total", 0),
         ("fp8_matmul", "range(part * LANES, (part + 1) * LANES)", "range(0, LANES)", 0),
+    ],
+    "numba/_coded_pairs.py": [
+        ("fp4_matmul", "_SCALES.values[:, None] * values", "2 * _SCALES.values[:, None] * values", 0),
+        ("fp4_matmul", "np.tile(_E2M1.values, 2)", "np.repeat(_E2M1.values, 2)", 0),
+        ("fp4_matmul", "[4 * (lane // 8) for lane in range(GROUP)]", "[0 for lane in range(GROUP)]", 0),
+        ("fp4_matmul", "4 * word + nibble for", "8 * nibble + word for", 0),
+        ("fp8_matmul", "constant(_OCTETS, -_CODES)", "constant(_OCTETS, 0)", 0),
+        ("fp8_matmul", "[products & 0xFF, products >> 8]", "[products >> 8, products >> 8]", 0),
+        ("fp8_matmul", "16 * lane + 8 * half + byte for", "32 * half + 8 * lane + byte for", 0),
+        ("fp8_matmul", "start = builder.mul(block, i64(BLOCK))\n            further", "start = i64(0)\n            further", 0),
+        ("fp8_matmul", "_fp8_products(builder, builder.add(scales, block), table)\n            start = builder.mul(block, i64(BLOCK))\n            further", "_fp8_products(builder, scales, table)\n            start = builder.mul(block, i64(BLOCK))\n            further", 0),
+        ("fp4_matmul", "result.append(dot_pairs(builder, own, weight, total))", "result.append(dot_pairs(builder, own, weight, totals[0]))", 0),
     ],
     "torch/qmatmul.py": [
         ("fp8_matmul", "rows // 128", "rows // 64", 0),
@@ -46,6 +52,6 @@ MUTANTS = {
     ],
 }  # fmt: skip
 
-PAIRED = {("numba/_qmatmul.py", i) for i in (5, 6)} | {("numba/_coded_tiles.py", i) for i in (1, 2, 3, 4, 5, 6)}
+PAIRED = {("numba/_qmatmul.py", i) for i in (5, 6)} | {("numba/_coded_pairs.py", i) for i in range(10)}
 IN_VECTORS = {("numba/_qmatmul.py", 10)}
 IN_TILES = {("numba/_qmatmul.py", 12)}
