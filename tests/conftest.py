@@ -19,7 +19,7 @@ import random
 import sys
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import CodeType, FunctionType
 
@@ -58,6 +58,9 @@ settings.register_profile("nightly", settings.get_profile("default"), max_exampl
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
 settings.load_profile(PROFILE)
 
+DRAWN = 4
+"""Of tests marked `drawn` a run of the whole suite takes one in so many, by its seed; CI takes all."""
+
 # What a test uses that compares by distance and not bit for bit.
 DISTANCES = {"abs", "allclose", "assert_close", "assert_near", "assert_of", "assert_parity", "compare"}
 DISTANCES |= {"BOUND", "gradcheck", "gradgradcheck"}
@@ -69,6 +72,7 @@ def pytest_addoption(parser):
     parser.addoption("--seconds", type=float, default=20, help="after which a test is not repeated any more")
     parser.addoption("--distances", action="store_true", help="only tests that compare by distance, not bit for bit")
     parser.addoption("--mutants", default="3", help="kernel files of which a process tries an edit, drawn anew, or all")
+    parser.addoption("--every", action="store_true", help="all tests, also those of which a whole run draws a few")
     parser.addoption("--backend", action="append", help="hold only these backends to the parity suite")
     parser.addoption(
         "--device", default="cpu", help="where the ranks of distributed tests compute: cpu, or cuda with NCCL"
@@ -79,10 +83,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.option.seed is None:  # workers of xdist are given it with the other options
         config.option.seed = random.SystemRandom().randrange(1 << 31)
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    if not hasattr(config, "workerinput"):  # they are given it with the other options
+        config.option.every |= not whole or config.option.repeat > 1
 
 
 def pytest_report_header(config):
-    return f"draws: --seed {config.option.seed}"
+    drawn = "" if config.option.every else f", one in {DRAWN} of the longest tests; --every takes all"
+    return f"draws: --seed {config.option.seed}{drawn}"
 
 
 def _seed(config, name):
@@ -159,8 +167,25 @@ def _measures(function, seen=frozenset()):
     )
 
 
+def _left_out(seed, items):
+    """Three quarters of the cases of each test that is marked `drawn`, in so many runs of one that has no others."""
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("drawn"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for test, some in cases.items():
+        draws = random.Random(f"{seed} {test}")
+        kept, rest = divmod(len(some), DRAWN)
+        kept += draws.random() < rest / DRAWN
+        yield from draws.sample(some, len(some) - kept)
+
+
 def pytest_collection_modifyitems(config, items):
     settings.load_profile(PROFILE)
+    if not config.option.every:
+        left = set(_left_out(config.option.seed, items))
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = [item for item in items if item not in left]
     items.sort(
         key=lambda item: "test_mutants.py" not in item.nodeid
     )  # the longest first, so that all workers end alike

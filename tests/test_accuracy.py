@@ -229,6 +229,7 @@ def test_every_row_says_before_what_it_may_differ_by_and_why():
     assert all(row.allowed > 0 and row.why for row in ROWS)
 
 
+@pytest.mark.drawn
 def test_the_table_of_a_deepseek_v4(folder, tmp_path, capsys):
     """Every row that needs no naming; of one the prompt, text and picture."""
     numbers, picture, page = (tmp_path / name for name in ("numbers.json", "picture.png", "table.md"))
@@ -288,6 +289,7 @@ def test_a_kernel_that_is_off_by_one_percent_fails(folder, one_percent_off, caps
     assert "numba differs by" not in said
 
 
+@pytest.mark.drawn
 def test_rows_that_apply_to_another_model(llama, tmp_path, capsys):
     numbers = tmp_path / "numbers.json"
     code = accuracy(llama, "--json", numbers)

@@ -15,6 +15,7 @@ DTYPES = (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)
 SHAPES = ((), (1,), (17,), (3, 5), (2, 1, 7), (4, 33), (0, 3))
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_kernel_equals_its_reference(aten_kernel, times, request):
     """A few cases of each run, since each compiles; ``flagops check aten.add`` takes as many as one likes."""
@@ -107,6 +108,7 @@ BINARY = {
 }
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", BINARY)
 def test_types_are_promoted_as_torch_does(name, rng):
     """Pairs of dtypes, numbers of Python's and tensors of one number; what torch refuses is refused with its error."""
@@ -135,6 +137,7 @@ FUNCTIONS = {name: getattr(torch, name) for name in UNARY.split()} | {
 }  # fmt: skip
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_of_one_operand(name, rng):
     operands = [laid(rng, draw(rng, SHAPES[rng.integers(len(SHAPES))], dtype)) for dtype in DTYPES]

@@ -255,6 +255,7 @@ FORMS = [
 ]  # fmt: skip
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_results_are_torchs(form, rng):
     draws = [Draw(rng, dtype) for dtype in DTYPES for _ in range(6)]

@@ -158,6 +158,7 @@ assert near((first["multinomial"][::2, 0] == 3).double().mean(), 0.75, 1)
 """
 
 
+@pytest.mark.drawn
 def test_a_device_draws_by_its_seed():
     done = subprocess.run([sys.executable, "-c", DEVICE, str(FOLDER)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

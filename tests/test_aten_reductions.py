@@ -69,6 +69,7 @@ EXACT = {
 ROUNDED = {"sum", "prod", "cumsum"}  # of floats
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", EXACT)
 def test_what_is_exact_is_torchs(name, rng):
     calls = []
@@ -114,6 +115,7 @@ def _one(d):
     return d if isinstance(d, int) else -1
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", SUMS)
 def test_what_is_rounded_is_near_float64(name, rng):
     call, weight = SUMS[name]

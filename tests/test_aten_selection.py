@@ -125,6 +125,7 @@ def computes(form, dtype):
     return form not in (searchsorted, bucketize, isin) or dtype != torch.bool
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_results_are_torchs(form, rng):
     draws = [Special(rng, dtype) for dtype in DTYPES if computes(form, dtype) for _ in range(6)]
@@ -133,6 +134,7 @@ def test_results_are_torchs(form, rng):
         assert ((got == expected) | (got.isnan() & expected.isnan())).all()
 
 
+@pytest.mark.drawn
 def test_a_device_without_kernels_gets_them_all(rng):
     """Also those of indexing: what is left to torch has nobody there."""
     script = Path(__file__).with_name("aten_device.py")

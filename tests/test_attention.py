@@ -47,6 +47,7 @@ def ours(q, kv, sink, indices):
     return flagops.sparse_attention(q, kv, sink.to(torch.float64), indices, 0.5)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("seed", range(3))
 def test_both_ways_are_the_formulas_gradient(way, seed):

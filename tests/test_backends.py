@@ -317,6 +317,7 @@ PROCESSORS = {
 }
 
 
+@pytest.mark.drawn
 @pytest.mark.skipif("+sse2" not in numba.features(), reason="not an x86")
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_processors_with_narrower_registers(name, tmp_path):
@@ -361,6 +362,7 @@ UNITS = {
 """What multiplies bfloat16, and the mask that leaves it."""
 
 
+@pytest.mark.drawn
 @pytest.mark.skipif("+avx512bf16" not in numba.features(), reason="no AVX512-BF16")
 @pytest.mark.parametrize("units", UNITS)
 def test_bfloat16_is_multiplied_by_the_units_that_are_not_masked(units, tmp_path):
@@ -406,6 +408,7 @@ def test_tiles_are_left_as_they_were_found(rng):
             assert torch.equal(torch.nn.functional.linear(*pair), before)
 
 
+@pytest.mark.drawn
 def test_kernels_lower_to_neon():
     """As they would be compiled on an aarch64: with fused multiply-adds, and without a call for one."""
     done = subprocess.run(

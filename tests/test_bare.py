@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).with_name("bare")
 
 
@@ -21,6 +23,7 @@ def test_the_device(request):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.drawn
 def test_models_run_with_the_cpu_s_kernels_and_stop_without():
     """With the fallback each phase gives what the CPU gives; without flagops and without it the first call is named."""
     rows = ("--models", "qwen2,vit", "--phases", "forward,greedy,train-foreach")

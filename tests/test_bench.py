@@ -220,6 +220,7 @@ def test_candidates_alternate_on_rotating_inputs_into_nan() -> None:
     assert [i for _, i in seen] == [n % 3 for n in range(len(seen))]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", registry.cards())
 def test_an_excerpt_of_the_result_is_the_result_of_the_excerpt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     op = registry.operator(name)

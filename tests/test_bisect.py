@@ -70,6 +70,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.drawn
 def test_finds_the_call_that_changes_the_output(folder, capfd):
     assert bisect([str(folder / "script.py"), "2", "3", "7", "5"]) == 1
     out = capfd.readouterr().out
@@ -78,6 +79,7 @@ def test_finds_the_call_that_changes_the_output(folder, capfd):
     assert "replaced by linear/crooked; leave it out with FLAGOPS_OPS=all,-addmm" in out
 
 
+@pytest.mark.drawn
 def test_finds_the_call_that_changes_the_exit_code(folder, capfd):
     script = folder / "script.py"
     script.write_text(SCRIPT.replace("y @ y.t()", "y.t() @ y").replace("print(n, y.tolist())", ""))
@@ -87,6 +89,7 @@ def test_finds_the_call_that_changes_the_exit_code(folder, capfd):
     assert "call 4 of 4 changes the result: aten::mm(float32[13, 2], float32[2, 13])" in out
 
 
+@pytest.mark.drawn
 def test_what_is_left_out_changes_nothing(folder, capfd, monkeypatch):
     monkeypatch.setenv("FLAGOPS_OPS", "default,-addmm")
     assert bisect([str(folder / "script.py"), "2", "7"]) == 0
@@ -110,6 +113,7 @@ def test_a_script_that_is_not_reproducible(folder, capfd):
     assert "not reproducible" in capfd.readouterr().out
 
 
+@pytest.mark.drawn
 def test_a_script_that_fails_by_itself(folder, capfd):
     script = folder / "fails.py"
     script.write_text("import torch\ntorch.ones(2, 2) @ torch.ones(2, 2)\nraise SystemExit(4)")
@@ -128,6 +132,7 @@ def test_run_is_the_script_with_replacements(folder):
     assert result.stdout == f"7 {[[6.0] * 7] * 2}\n"
 
 
+@pytest.mark.drawn
 def test_rounding_is_no_change_and_the_bound_is_the_users(folder, capfd):
     (folder / "crooked.py").write_text(CROOKED.replace("(len(weight) == 7)", "1e-5 * (len(weight) == 7)"))
     script = str(folder / "script.py")

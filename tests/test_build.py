@@ -105,6 +105,7 @@ def launched(folder, dtype=None):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.drawn
 def test_launches_on_the_chip_find_what_was_built_and_compile_nothing(image):
     manifest = json.loads((image / "triton/manifest.json").read_text())
     built = {

@@ -30,6 +30,7 @@ def mutations(seed, count, processes=3):
     return counts
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("count", [200, pytest.param(5000, marks=pytest.mark.slow)])
 def test_mutations_meet_no_traceback_hang_wrong_accept_or_wrong_refusal(count):
     assert mutations(random.randrange(1 << 31), count) == {"right": count}

@@ -74,6 +74,7 @@ sys.exit(main(["doctor", "--json"]))
 """
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("device", "page"), [("npu", "ascend"), ("musa", "vendors"), ("mlu", "vendors"), ("mine", "vendors")]
 )

@@ -76,6 +76,7 @@ def test_words_name_operators_and_families():
         registry.named(["aten.softplu"])
 
 
+@pytest.mark.drawn
 def test_check_takes_operators_of_torch_by_name_and_by_family(capsys):
     words = ["--backend", "numpy", "--examples", "2"]
     assert main(["check", "aten.add", "optimizer", *words]) == 0
@@ -91,6 +92,7 @@ def test_check_passes_and_can_be_repeated(capsys):
     assert "seed 7" in capsys.readouterr().out
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -138,6 +140,7 @@ NORM = "flagops.rms_norm(a, backend='numba')"
 PRODUCTS = "flagops.matmul(a, b, backend='numba'); flagops.linear(a, b.T, backend='numba')"
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("operators", "call"), [(("rms_norm",), NORM), pytest.param((), PRODUCTS, marks=pytest.mark.slow, id="all")]
 )

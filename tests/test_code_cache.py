@@ -231,6 +231,7 @@ def warm(tmp_path_factory):
     return cache
 
 
+@pytest.mark.drawn
 def test_damaged_code_is_compiled_again(warm, tmp_path, rng):
     """Of every file a bit is flipped, or the end is lost; the next process has all of it again."""
     shutil.copytree(warm, tmp_path / "cache", copy_function=shutil.copy)
@@ -281,6 +282,7 @@ def test_a_folder_for_reading_alone_is_not_written_by_root_either(tmp_path):
         tmp_path.chmod(0o700)
 
 
+@pytest.mark.drawn
 @posix
 def test_what_is_shipped_is_enough_or_the_lack_is_named(warm, tmp_path):
     """A cache as in an image, where nothing may be compiled or written."""
@@ -318,6 +320,7 @@ def test_what_cannot_be_kept_is_named_as_well(tmp_path):
     assert "FLAGOPS_JIT=error: __main__.constant" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.drawn
 def test_processes_that_compile_at_once_serve_the_next(tmp_path):
     dtypes = ["float16", "float32", "float64"]
     first = [compiled(tmp_path, dtype, wait=False) for dtype in dtypes]

@@ -29,6 +29,7 @@ def reals(op):
     return [name for name, scalar in op.scalars.items() if scalar.torch == "float"]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", [name for name, op in registry.operators().items() if reals(op)])
 def test_numbers_may_change_under_dynamic_shapes(name):
     torch.manual_seed(0)
@@ -77,6 +78,7 @@ def test_settings_around_a_compiled_function_hold():
         assert flagops.coverage("matmul")["calls"][backend] == before + 1
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", registry.operators())
 def test_out_is_written_to(name):
     torch.manual_seed(0)

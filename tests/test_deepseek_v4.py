@@ -302,6 +302,7 @@ class Checked:
         return call
 
 
+@pytest.mark.drawn
 def test_every_call_of_the_model_in_bfloat16_is_right(backend, expected, monkeypatch):
     checked = Checked()
     got, _ = evaluate(checked, torch.bfloat16, expected[0], monkeypatch)

@@ -56,6 +56,7 @@ sys.meta_path.insert(0, Absent())
 """
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("error", ["ModuleNotFoundError(name=name)", "OSError('a library is broken')"])
 def test_with_numpy_and_ml_dtypes_alone(error):
     """An absent or broken torch, numba, triton, rich or safetensors is a reason, never an exception."""
@@ -96,6 +97,7 @@ for home in sorted(homes):
 """Opens every kernel whose library is here, and says which folders and libraries it met."""
 
 
+@pytest.mark.drawn
 def test_no_folder_shadows_a_library(tmp_path):
     """kernels/numba, torch and triton are no packages, and no path leads to them: not even to `kernels`."""
     if not IN_CHECKOUT:
@@ -141,6 +143,7 @@ def built(tmp_path_factory):
     return source, folder / "wheel" / "site", folder / "editable" / "site"
 
 
+@pytest.mark.drawn
 def test_a_wheel_holds_one_package_with_everything(built):
     source, site, _ = built
     shipped = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}

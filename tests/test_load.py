@@ -41,6 +41,7 @@ def wide(folder, dtype):
     return made.eval()
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("activations", ["fp8", "none"])
 @pytest.mark.parametrize("naming", ["original", "transformers", "stacked"])
 def test_every_packed_product_of_a_model_is_within_the_bound_of_its_reference(
@@ -224,6 +225,7 @@ CHILD = """
 BUDGET = 64 << 20
 
 
+@pytest.mark.drawn
 def test_a_process_stays_within_the_checkpoint_and_a_budget(official, tmp_path):
     """Loading takes next to nothing, a forward through every expert what is stored; expanded it would be four times."""
     src, size = generated(tmp_path / "src", n_routed_experts=32, hidden_size=1024, moe_intermediate_size=1024)

@@ -144,6 +144,7 @@ CHILD = """
 """
 
 
+@pytest.mark.drawn
 def test_a_process_stays_within_a_budget_that_is_smaller_than_the_checkpoint(made, tmp_path):
     """Beside the weights it takes what a forward takes of any model."""
     src, size = generated(tmp_path / "src", n_routed_experts=32, hidden_size=1024, moe_intermediate_size=1024)

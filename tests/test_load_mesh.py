@@ -74,6 +74,7 @@ def near(found, expected, tolerance):
     assert np.abs(found[0]["logits"] - expected).max() <= tolerance * np.abs(expected).max()
 
 
+@pytest.mark.drawn
 def test_two_ranks_are_one(pair, expected):
     near(pair[0], expected, 1e-5)
     for mine, again in zip(pair[0], pair[1], strict=True):
@@ -95,6 +96,7 @@ def test_two_ranks_are_one_in_fp8(pair, small, expected):
     near(pair[4], whole(small), 2 * distance)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_four_ranks_share_two_groups(quartet, expected, scheme):
     found = quartet[SCHEMES.index(scheme)]

@@ -52,6 +52,7 @@ def test_weights_sum_to_the_scale_and_the_bias_moves_only_the_selection(seed):
     testing.assert_near(np.sort(everyone, 1), expected, 40, expected * steep)
 
 
+@pytest.mark.drawn
 @pytest.mark.operators("moe_gate")
 def test_equal_logits_come_in_the_order_of_the_experts(kernel, rng):
     """Whatever their number: loops over vectors and over what is left of them must give them one score."""

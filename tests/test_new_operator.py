@@ -74,6 +74,7 @@ print(stubs.names())
 """
 
 
+@pytest.mark.drawn
 def test_one_more_pointwise_operator(tmp_path):
     """A reference, a lane and a lowering are all of it."""
     folder = copied(tmp_path)
@@ -113,6 +114,7 @@ def test_it_touches_its_own_files_alone(checkout):
     assert f"def {NAME}(" in (checkout / "flagops/__init__.pyi").read_text()
 
 
+@pytest.mark.drawn
 def test_the_suite_holds_it(checkout):
     files = ("parity", "torch_ops", "derivatives", "compile", "surroundings", "reference")
     files = (*(f"tests/test_{f}.py" for f in files), "tests/test_rooms.py", "tests/test_layout.py", "tests/test_cli.py")
@@ -124,6 +126,7 @@ def test_the_suite_holds_it(checkout):
     assert "WRONG" not in run(checkout, "-m", "flagops", "check", NAME, "--backend", "torch", "--time", "2s")
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("backend", ["numba", "torch", "triton"])
 def test_its_mutants_are_killed(checkout, backend):
     """They follow from the syntax of its kernels; nobody lists them."""

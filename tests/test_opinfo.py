@@ -97,6 +97,7 @@ def assert_same(got, expected, exact, sample, dtype):
     assert ((got - exact).abs() <= (expected - exact).abs() + slack).all()
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("op", "dtype"), CASES)
 def test_values_layouts_and_out(op, dtype, backend):
@@ -148,6 +149,7 @@ def tangents(op, sample):
         return [forward_ad.unpack_dual(x).tangent for x in results if isinstance(x, torch.Tensor)]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_derivatives(op):
     """First and second derivatives and tangents in float64, where torch has them."""

@@ -158,6 +158,7 @@ def python(script, **environment):
     return done.stdout + done.stderr
 
 
+@pytest.mark.drawn
 def test_a_table_of_this_machine_comes_before_the_shipped_one_while_it_is_true(tmp_path):
     made = {**order.identity(), "date": "2026-01-31"}
     own = order.tuned(KIND, str(tmp_path))

@@ -82,6 +82,7 @@ def call(op, suffix, x, added):
     return getattr(torch, op)(*arguments, **scalars, **({"out": x.out} if suffix else {}))
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("op", "suffix"), [(op, form[len(op) :]) for op in PRODUCTS for form in FORMS[op]])
 def test_every_form_against_float64(op, suffix, backend, monkeypatch):

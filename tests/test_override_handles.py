@@ -112,6 +112,7 @@ class Theirs:
         self.library._destroy()
 
 
+@pytest.mark.drawn
 def test_enabling_thousands_of_times_keeps_no_memory():
     """torch keeps 88 bytes of each Library that was ever made, and 50 of each look at a kernel of its own."""
     script = """

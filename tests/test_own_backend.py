@@ -70,6 +70,7 @@ def commands(folder, *lines):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.drawn
 def test_the_page(tmp_path):
     folder = installed(tmp_path)
     lines = [line.partition("  #")[0] for line in re.findall(r"^\$ flagops (.*)$", PAGE.read_text(), re.M)]

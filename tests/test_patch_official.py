@@ -86,6 +86,7 @@ def test_numerics(model, backend):
     assert {"fp8_fake_quantize", "fp4_fake_quantize", "hadamard"} <= rows(handle).keys()
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("op", OPS)
 def test_numerics_are_a_switch_of_their_own(model, op):
     """Whichever operators are replaced, and wherever transformers' own code runs: with a cache and without."""

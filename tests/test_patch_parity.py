@@ -58,6 +58,7 @@ def test_prefill(models, seed, count, batch, draw):
         assert all(row.replaced.keys() == {backend} and not row.passed for row in rows(handle).values())
 
 
+@pytest.mark.drawn
 @settings(max_examples=2)
 @given(seed=st.integers(0, 1), draw=st.integers(0, 99))
 def test_decode(models, seed, draw):

@@ -265,6 +265,7 @@ def test_a_compiled_layer_of_some_operators(model, own, ops):
     assert flagops.coverage(ops[0])["calls"]["torch"] > 0
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("ops", [OPS, ["sparse_attention"], ["compress_kv", "lightning_indexer"]])
 def test_an_exported_model(model, ops):
     """The graph calls the operators; other tokens than those it was made with give their own logits."""

@@ -46,6 +46,7 @@ def errors(got, exact):
     return {name: float((got[name].double() - x).abs().max() / x.abs().max()) for name, x in exact.items()}
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_in_float64(exact, backend):
     """What differs is the order of summation, so nothing but a wrong formula exceeds this."""
@@ -60,6 +61,7 @@ def test_gradients_in_float64(exact, backend):
     assert not any("indexer" in name for name in got), "a selection has no gradient, as in transformers"
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_in_float32(model, exact, backend):
     """No further from the float64 gradient than a small multiple of what transformers' own are."""

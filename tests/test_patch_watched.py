@@ -155,6 +155,7 @@ class Wrapper(torch.nn.Module):
 PARTS = [name for name, _ in small_deepseek_v4().model.layers[1].named_modules() if name and name != "self_attn"]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_wrapped_module(part, when):

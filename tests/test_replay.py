@@ -81,6 +81,7 @@ def replayed(op, args):
     return launch_of(plan)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", NUMBA)
 def test_a_replay_is_the_kernel_bit_for_bit(name):
     op, recorded, ran = registry.operator(name), 0, 0

@@ -42,6 +42,7 @@ def test_attention_and_scores(monkeypatch):
     assert found["scores"] == 2 * 64 * 128 * 16384 / 2
 
 
+@pytest.mark.drawn
 def test_layers_of_a_model_that_runs():
     """On a machine whose products take no time, each kind of layer takes some."""
     kinds = dict.fromkeys(("f32", "bf16", "fp8", "fp4", "attention"), 1e20)

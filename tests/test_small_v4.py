@@ -117,6 +117,7 @@ def test_layers_of_the_official_names(model, ids, number, kind):
     assert off(found, expected) < 1e-4
 
 
+@pytest.mark.drawn
 def test_divided_over_two_ranks(ids, expected):
     for result in ranks.launch(2, [("trained", {"ids": ids})])[0]:
         if isinstance(result, Exception):

@@ -29,6 +29,7 @@ def test_comparisons_have_computed_bounds_and_draws_have_seeds(pattern):
     assert found <= TASTE[pattern].keys(), "use testing.assert_of or assert_near, whole numbers, or the fixture rng"
 
 
+@pytest.mark.drawn
 def test_a_seed_repeats_every_draw(tmp_path):
     """NumPy's, torch's and hypothesis's; another seed or another test draws otherwise; a failure says how to repeat."""
     for name in ("conftest.py", "interpreter.py"):

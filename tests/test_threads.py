@@ -79,6 +79,7 @@ FORKED = """
 """
 
 
+@pytest.mark.drawn
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("held", ["compiler", "llvm", "plans"])
 def test_a_child_forked_while_another_thread_holds_a_lock(held):
@@ -151,6 +152,7 @@ def test_four_concurrent_threads():
     """)
 
 
+@pytest.mark.drawn
 def test_the_first_calls_may_be_concurrent(tmp_path):
     """No call has compiled anything yet, and the cache is empty."""
     run(
@@ -196,6 +198,7 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     run("assert all(same(name) for name in calls)", FLAGOPS_CACHE=str(folder), LEFT_OUT=f"matmul {SLOW}")
 
 
+@pytest.mark.drawn
 def test_a_second_process_compiles_nothing(tmp_path):
     """And the cache is where it is said to be."""
     script = """

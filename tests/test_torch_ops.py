@@ -31,6 +31,7 @@ def _total(name, result):
     return sum((x.double() * torch.linspace(0.5, 1.5, x.numel()).view(x.shape)).sum() for x in _floats(name, result))
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", registry.operators())
 def test_opcheck(name):
     opcheck(getattr(torch.ops.flagops, name).default, small_call(name, grad=name in DIFFERENTIABLE))
@@ -48,6 +49,7 @@ def test_gradients_reach_only_what_asks(kernel):
         testing.assert_near(got, wanted[position], 1000, wanted[position].abs().max())  # sums in another order
 
 
+@pytest.mark.drawn
 @pytest.mark.operators(*DIFFERENTIABLE)
 def test_half_gradients_have_the_inputs_dtype_and_are_near(kernel):
     torch.manual_seed(0)  # always the same: a draw beside a kink, such as a clamp's, has another slope once rounded
@@ -82,6 +84,7 @@ def test_out_is_refused_where_a_gradient_is_recorded():
     assert not out.requires_grad
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", registry.operators())
 def test_compile_keeps_the_call_in_one_graph(name):
     args = small_call(name, grad=False, dtype=torch.float32)
@@ -103,6 +106,7 @@ def test_compile_trains():
     testing.assert_near(a.grad, b.detach().sum(1).expand(3, 4), 10, b.detach().abs().sum(1).expand(3, 4))
 
 
+@pytest.mark.drawn
 def test_inductor_runs_our_kernel():
     a, b = torch.randn(3, 4), torch.randn(4, 5)
     before = flagops.coverage("matmul")["calls"].get("numba", 0)

@@ -153,6 +153,7 @@ def test_a_bias_moves_towards_who_got_less(corpus):
             assert torch.equal(moved.sign(), (got.float().mean() - got).sign())
 
 
+@pytest.mark.drawn
 def test_an_interrupted_run_ends_with_the_same_bits(corpus, tmp_path):
     """Through longer documents, the indexer's selection and narrow weights."""
     options = loop.Options(steps=6, seed=3, tokens=2048)
@@ -323,6 +324,7 @@ def test_the_command_goes_on_where_it_was_interrupted(small, tmp_path, monkeypat
     assert (parts / "curve.png").read_bytes()[1:4] == b"PNG"
 
 
+@pytest.mark.drawn
 def test_what_a_run_is_asked_for_afterwards(small, tmp_path, capsys):
     run, other = tmp_path / "run", tmp_path / "other"
     assert train(run, "--ablate") == 2

@@ -88,6 +88,7 @@ def assert_same(one, two):
         assert raw(x) == raw(two[name]), name
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES)
 def test_what_is_forgotten_was_never_read(patch):
     """At every place between the ends of windows of attention and compression, and where the room of entries is full;

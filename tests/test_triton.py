@@ -53,6 +53,7 @@ print(json.dumps(list(found.values())))
 """
 
 
+@pytest.mark.drawn
 def test_compiled_for_sm_90_products_run_on_bf16_tensor_cores_and_nothing_spills():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
