@@ -21,6 +21,7 @@ A call counts as ours where the handle's report says that a kernel of ours compu
 
     strict    ours in every sample that reaches it, and right
     basic     right, and left to torch in some samples, for the reasons given
+    kept      torch's everywhere, as it shall be: it draws random numbers, and a program's seed gives torch's
     failed    a wrong value, dtype, shape, stride, alias, error or crash; charged to the replacements that alone give it
     untested  no sample reaches it, or none that is ours
 
@@ -43,31 +44,33 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 
 import flagops
-from flagops import config, registry, tables
-from flagops.override.forms import forms
+from flagops import config, registry
 from flagops.override.lowering import LOWERINGS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from all import processor
 from opinfo_calls import Check, Outcome, Room, checks, equal, infos, observe
 from opinfo_differences import differences
+from opinfo_results import SHOWN, Tally, report, summed, written
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "coverage.json"
 DTYPES = {
     str(x)[6:]: x for x in (*(torch.float32, torch.float64, torch.bfloat16, torch.float16), torch.int64, torch.bool)
 }
 REACH = 5  # samples by which an OpInfo shows which names it reaches
-SHOWN = 3  # failures of an overload in the table
+CALLED = "a sample"  # what its operators stand under in a profile
 PATIENCE = 900  # seconds for one OpInfo in one dtype
 
 
@@ -90,30 +93,11 @@ def served(handle: Any, before: dict[Any, int]) -> tuple[Served, dict[Any, int]]
     return found, now
 
 
-@dataclass
-class Tally:
-    """What the samples of one overload gave."""
-
-    ours: int = 0
-    left: Counter[str] = field(default_factory=Counter)
-    failures: int = 0
-    failed: list[str] = field(default_factory=list)
-
-    def fail(self, text: str) -> None:
-        self.failures += 1
-        self.failed = [*self.failed, text][:SHOWN]
-
-    def add(self, other: dict[str, Any]) -> None:
-        self.ours += other["ours"]
-        self.left.update(other["left"])
-        self.failures += other["failures"]
-        self.failed = [*self.failed, *other["failed"]][:SHOWN]
-
-    @property
-    def verdict(self) -> str:
-        if self.failures:
-            return "failed"
-        return ("basic" if self.left else "strict") if self.ours else "untested"
+def within(event: Any) -> Iterator[str]:
+    """The operators that the profiler saw within an event."""
+    for child in event.cpu_children:
+        yield child.name.removeprefix("aten::")
+        yield from within(child)
 
 
 class Bench:
@@ -134,12 +118,12 @@ class Bench:
         """The replaced names that an OpInfo calls, as torch's own kernels compute them."""
         op = infos()[name]
         dtype = next((x for x in DTYPES.values() if x in op.supported_dtypes("cpu")), None)
-        with flagops.enable("all", backend="torch") as handle:
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
             for check in checks(op, dtype, REACH) if dtype else ():
                 if "," not in check.label:  # other layouts call nothing else
-                    observe(check, Room())
-            rows = handle.report().rows
-        return sorted({base(row.op[6:]) for row in rows})
+                    observe(replace(check, call=record_function(CALLED)(check.call)), Room())
+        called = {name for event in seen.events() if event.name == CALLED for name in within(event)}
+        return [x for x in LOWERINGS if {(name := x.partition(".")[0]), f"{name}_"} & called]
 
     def alone(self, name: str, dtype: str, written: bool) -> dict[str, Any]:
         """Whether torch alone survives the checks."""
@@ -211,6 +195,7 @@ class Bench:
 
 @functools.cache
 def base(overload: str) -> str:
+    """The name of whose forms an overload is one."""
     name = overload.partition(".")[0]
     return name if name in LOWERINGS else name.removesuffix("_")
 
@@ -288,17 +273,23 @@ def judged(worker: Worker, task: list[Any]) -> Any:
     if task[0] != "judge":
         return worker.ask(task)
     died: dict[str, Any] = {}
-    for written in (True, False):
-        answer = worker.ask([*task, written])
-        alone = worker.ask(["alone", *task[1:3], written]) if "crash" in answer else {}
+    for writing in (True, False):
+        answer = worker.ask([*task, writing])
+        alone = worker.ask(["alone", *task[1:3], writing]) if "crash" in answer else {}
         if "crash" not in alone:
             return answer | died
         died = {"torch": alone["crash"]}
     return {"checks": 0, "unstable": 0} | died
 
 
-def answered(tasks: list[list[Any]], words: list[str], workers: int, note: Callable[[list[Any], Any], None]) -> None:
-    """Every task, in whatever order, by so many processes."""
+def answered(
+    tasks: list[list[Any]],
+    words: list[str],
+    workers: int,
+    note: Callable[[list[Any], Any], None],
+    until: float = float("inf"),
+) -> None:
+    """Tasks by so many processes, none begun after a time of `time.monotonic`."""
     waiting: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
     for task in tasks:
         waiting.put(task)
@@ -306,7 +297,7 @@ def answered(tasks: list[list[Any]], words: list[str], workers: int, note: Calla
     def run() -> None:
         worker = Worker(words)
         with contextlib.suppress(queue.Empty):
-            while True:
+            while time.monotonic() < until:
                 task = waiting.get_nowait()
                 note(task, judged(worker, task))
         worker.close()
@@ -338,61 +329,6 @@ def reach(words: list[str], workers: int) -> dict[str, list[str]]:
     return json.loads(kept.read_text())
 
 
-def summed(units: dict[str, Any], reaching: dict[str, list[str]], ops: list[str]) -> dict[str, Tally]:
-    tallies = {overload: Tally() for name in ops for overload in forms(name)}
-    for unit, answer in units.items():
-        name, dtype = unit.rsplit(" ", 1)
-        for overload, found in answer.get("overloads", {}).items():
-            tallies.setdefault(overload, Tally()).add(found)
-        for op in reaching[name] if "crash" in answer else ():
-            for overload in forms(op) if op in ops else ():
-                tallies[overload].fail(f"{name}, {dtype}: the process {answer['crash']}")
-    return dict(sorted(tallies.items()))
-
-
-def written(options: argparse.Namespace, tallies: dict[str, Tally], units: dict[str, Any], path: Path) -> None:
-    verdicts = Counter(tally.verdict for tally in tallies.values())
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": processor(),
-        "torch": torch.__version__,
-        "device": options.device,
-        "backend": options.backend,
-        "verdicts": dict(verdicts),
-        "checks": sum(answer["checks"] for answer in units.values()),
-        "unstable": sum(answer["unstable"] for answer in units.values()),
-        "torch dies": {unit: answer["torch"] for unit, answer in units.items() if "torch" in answer},
-        "stray": [text for answer in units.values() for text in answer.get("stray", ())],
-        "overloads": {overload: {"verdict": tally.verdict, **vars(tally)} for overload, tally in tallies.items()},
-    }
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    rows = []
-    for overload, tally in tallies.items():
-        why = [f"{n} {reason}" for reason, n in tally.left.most_common(SHOWN)] + tally.failed
-        rows.append(
-            (
-                f"`{overload}`",
-                tally.verdict,
-                tally.ours,
-                tally.left.total(),
-                tally.failures,
-                "\n".join(why).replace("|", "\\|"),
-            )
-        )
-    totals = ", ".join(f"{verdicts[name]} {name}" for name in ("strict", "basic", "failed", "untested"))
-    rerun = f"python tests/opinfo_judge.py --backend {options.backend} --device {options.device}"
-    text = [
-        f"OpInfo's samples on {options.device} under `enable(backend={options.backend!r})`: {totals}.",
-        f"{report['checks']} checks of {len(units)} OpInfos and dtypes, {report['date']}, torch {torch.__version__}, "
-        f"{report['cpu']}. Again: `{rerun}`, whose text says what is checked and what the verdicts mean.",
-        f"In {report['unstable']} checks torch gave two answers, {len(report['stray'])} differed where none was ours. "
-        f"Torch alone dies of what {', '.join(report['torch dies']) or 'none'} write; left out there.",
-        "",
-        tables.markdown(("overload", "verdict", "ours", "left to torch", "wrong", "reasons"), rows),
-    ]
-    path.with_suffix(".md").write_text("\n".join(text) + "\n")
-
-
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
@@ -403,8 +339,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cpu", help="cpu, bare (tests/bare), or a device that torch has, such as npu")
     made.add_argument("--most", type=int, metavar="N", help="samples of an OpInfo (default: all)")
     made.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    made.add_argument("--minutes", type=float, metavar="N", help="begin nothing after so long; --again goes on")
     made.add_argument("--again", action="store_true", help="go on where the last run of these words ended")
-    made.add_argument("--json", type=Path, default=RESULTS, help="where to write, and beside it the table in Markdown")
+    made.add_argument(
+        "--json",
+        type=Path,
+        default=RESULTS,
+        help="the file that the rows of this run are joined to, and beside it the table in Markdown",
+    )
     made.add_argument("--worker", help=argparse.SUPPRESS)
     return made
 
@@ -427,7 +369,9 @@ def main() -> int:
         journal.unlink(missing_ok=True)
     units = dict(map(json.loads, journal.read_text().splitlines())) if journal.exists() else {}
     supported = {name: infos()[name].supported_dtypes("cpu") for name in names}
-    wanted = [["judge", name, x, ops] for name in names for x in options.dtypes if DTYPES[x] in supported[name]]
+    wanted = [["judge", name, x, ops] for x in options.dtypes for name in names if DTYPES[x] in supported[name]]
+    own = {base(name).strip("_") for name in ops}
+    wanted.sort(key=lambda task: infos()[task[1]].aten_name not in own)  # what has other names comes last
     tasks = [task for task in wanted if f"{task[1]} {task[2]}" not in units]
     lock = threading.Lock()
 
@@ -440,13 +384,25 @@ def main() -> int:
             what = answer.get("crash") or f"{answer['checks']} checks, {wrong} wrong"
             print(f"{len(units)} of {len(wanted)}: {unit}: {what}", *answer.get("said", ()), sep="\n  ", flush=True)
 
-    answered(tasks, words, options.workers, note)
+    until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+    answered(tasks, words, options.workers, note, until)
     tallies = summed(units, reaching, ops)
-    written(options, tallies, units, options.json)
+    facts = {
+        "when": datetime.datetime.now().isoformat(timespec="minutes"),
+        "samples": options.most,
+        "wanted": len(wanted),
+        "device": options.device,
+        "backend": options.backend,
+        "torch": torch.__version__,
+        "cpu": processor(),
+    }
+    found = report(facts, tallies, units)
+    written(options.json, found)
     for overload, tally in tallies.items():
         for text in tally.failed:
             print(f"{overload}: {text}")
-    print(", ".join(f"{n} {verdict}" for verdict, n in Counter(tally.verdict for tally in tallies.values()).items()))
+    verdicts = Counter(row["verdict"] for row in found["overloads"].values())
+    print(", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()))
     return int(any(tally.failures for tally in tallies.values()))
 
 

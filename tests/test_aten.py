@@ -141,6 +141,16 @@ def test_functions_of_one_operand(name, rng):
     assert held(FUNCTIONS[name], [((x,), f"{name} of {x.dtype} {tuple(x.shape)} {x.stride()}") for x in operands])
 
 
+@pytest.mark.parametrize("dtype", (torch.int64, torch.int32))
+def test_whole_numbers_to_powers_below_zero(dtype):
+    """Of a tensor each has its own; of a number, that one is refused as torch does."""
+    x = torch.arange(-3, 4).to(dtype)
+    for base, exponent in ((x, x[:, None]), (-1, x), (2, x), (x, torch.tensor(-2))):
+        assert torch.equal(under(torch.pow, base, exponent), torch.pow(base, exponent))
+    with flagops.enable("all", backend="numba"), pytest.raises(RuntimeError, match="negative integer powers"):
+        torch.pow(x, -1)
+
+
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.int64))
 def test_destinations(dtype, rng):
     """``out=`` of another shape is resized, of another dtype converted or refused, one that overlaps itself refused."""

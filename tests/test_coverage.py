@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from opinfo_calls import Check, Room, observe
 from opinfo_differences import differences
 from opinfo_judge import Bench
+from opinfo_results import Tally, joined, report, summed, written
 from overriding import everything_taken, untouched  # noqa: F401
 
 
@@ -334,3 +335,43 @@ def test_floats_are_moved_by_their_last_place_and_nothing_else_is(dtype, rng):
     assert (moved != x.double()).all()
     assert torch.equal(Room(moved=1).values(torch.arange(3)), torch.arange(3))
     assert torch.equal(Room(wide=True).values(x), x.double())
+
+
+def run(when, tallies, units=(), backend="numba"):
+    facts = {"when": when, "samples": 1, "wanted": 2, "device": "cpu", "backend": backend, "torch": "2", "cpu": "x"}
+    return report(facts, tallies, dict(units))
+
+
+def test_a_file_of_verdicts_holds_the_newest_run_of_each_overload(tmp_path):
+    right, left, wrong = Tally(ours=2), Tally(ours=1), Tally()
+    left.add({"ours": 0, "left": {"dtype int64": 3}, "failures": 0, "failed": []})
+    wrong.fail("no")
+    first = run("1", {"add.Tensor": right, "mul.Tensor": wrong, "normal_": Tally(), "mm": Tally(), "gone": right})
+    rows = joined({}, first)["overloads"]
+    assert {name: row["verdict"] for name, row in rows.items()} == {
+        "add.Tensor": "strict", "gone": "strict", "mm": "untested", "mul.Tensor": "failed", "normal_": "kept",
+    }  # fmt: skip
+    path = tmp_path / "coverage.json"
+    written(path, first)
+    written(path, run("2", {"mul.Tensor": left}, {"mul float32": {"checks": 7, "unstable": 0}}))
+    found = json.loads(path.read_text())
+    assert found["verdicts"] == {"strict": 1, "basic": 1, "kept": 1, "untested": 1}  # what is not replaced is gone
+    assert {row["run"] for row in found["overloads"].values()} == set(found["runs"]) == {"1", "2"}
+    assert found["runs"]["2"]["checks"] == 7
+    assert "3 dtype int64" in path.with_suffix(".md").read_text()
+    assert joined(found, run("3", {"mm": right}, backend="triton"))["runs"].keys() == {"3"}
+
+
+def test_the_end_of_a_process_counts_against_all_that_the_sample_calls():
+    crash = {"crash": "ended with -11", "checks": 0, "unstable": 0}
+    found = summed({"trace float32": crash}, {"trace": ["sum", "mm"]}, ["sum", "mul"])
+    assert found["sum"].failed == ["trace, float32: the process ended with -11"]
+    assert not found["mul.Tensor"].failures
+    assert "mm" not in found
+
+
+def test_what_a_sample_calls_is_seen_and_what_makes_it_is_not():
+    bench = Bench(Namespace(backend="numba", device="cpu", most=1), lambda _: None)
+    assert {"max", "max.dim"} <= {*bench.reached("max.reduction_with_dim")}
+    assert {"bmm", "neg"} <= {*bench.reached("matrix_exp")}
+    assert not {"uniform_", "isnan"} & {*bench.reached("sum")}

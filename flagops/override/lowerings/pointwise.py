@@ -195,13 +195,12 @@ def pow(to: To, self: Any, exponent: Any) -> Call:
     import torch
 
     dtype = torch.result_type(self, exponent)
-    if not dtype.is_floating_point:
-        if isinstance(exponent, torch.Tensor) or exponent < 0:
-            raise Pass("integers to a power that may be negative")
-        return to("aten.pow", self, to.number(exponent), real(dtype))
-    if not isinstance(exponent, torch.Tensor) and exponent == 2:
-        return to("aten.mul", self, self, real(dtype))
-    return to("aten.pow", _operand(to, self), _operand(to, exponent), real(dtype))
+    computed, number = real(dtype), not isinstance(exponent, torch.Tensor)
+    if number and exponent < 0 and not dtype.is_floating_point:
+        raise Pass(REFUSED)
+    if number and exponent == 2 and dtype.is_floating_point:
+        return to("aten.mul", self, self, computed)
+    return to("aten.pow", _operand(to, self), _operand(to, exponent), computed)
 
 
 def _of_one(name: str, computed: Callable[[Any], str], result: Callable[..., Result] | None = None) -> None:
