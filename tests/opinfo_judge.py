@@ -3,19 +3,21 @@
 Each sample of each OpInfo that reaches a replaced name is called with torch alone and under `flagops.enable`, twice: as
 it is, with tensors not contiguous, transposed, offset by an element, and expanded with stride 0; with seven kinds of
 ``out=``; in place; with gradients; and with the OpInfo's wrong inputs. On tensors of the same layout both must have the
-same dtype, shape, strides, requires_grad, aliasing, warnings and errors (the type, and torch's text or one that names
-the operator), and leave their inputs alone.
+same dtype, shape, strides, requires_grad, aliasing, warnings (but for those of torch's own speed) and errors (the type,
+and torch's text or one that names the operator), and leave their inputs alone, or change them alike.
 
-Values. Integers, bools and what operators compute that are held bit for bit: torch's bits. Other floats: let e be
-torch's result in float64, and o ours. Where o is not torch's,
+Values. Integers, bools and what operators compute that are held bit for bit: torch's bits, but for which of equal
+elements topk, kthvalue and sorts that are not stable choose, which torch leaves open. Other floats: let e be torch's
+result in float64, and o ours. Where o is not torch's,
 
     |o - e| <= max(2 T, ROUNDINGS (u |e| + s))
 
-T is how far torch's own result is from e at most, u half a unit in the last place of the result's dtype, and s how far
-e moves at most, when every float of the input is moved by its last place up or down, by chance, DRAWS times (of float32
-for half types, which kernels widen). So o is as good as torch's, or the rounded result of inputs a few places away.
-Where the overload is but a step (in gradients, and in OpInfos of other names), |e|, T and s are the largest of all
-results of the call: what cancels on the way was as large. What is not finite must be what torch's is.
+T is how far torch's own result is from e at most, u half a unit in the last place of the result's dtype (or of what it
+is without ``out=``, if that is coarser), and s how far e moves at most, when every float of the input is moved by its
+last place up or down, by chance, DRAWS times (of float32 for half types, which kernels widen). So o is as good as
+torch's, or the rounded result of inputs a few places away. Where the overload is but a step (in gradients, and in
+OpInfos of other names), |e|, T and s are the largest of all results of the call: what cancels on the way was as large.
+What is not finite must be what torch's is; where torch alone fails to be, o may be as near to e as u and s allow.
 
 A call counts as ours where the handle's report says that a kernel of ours computed it. Verdicts of an overload:
 
@@ -54,6 +56,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._pytree import tree_leaves
 
 import flagops
 from flagops import config, registry
@@ -61,7 +64,7 @@ from flagops.override.lowering import LOWERINGS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from all import processor
-from opinfo_calls import Check, Outcome, Room, checks, equal, infos, observe
+from opinfo_calls import Attempt, Check, Outcome, Room, checks, equal, infos, observe
 from opinfo_differences import differences
 from opinfo_results import SHOWN, Tally, report, summed, written
 
@@ -111,8 +114,9 @@ class Bench:
 
             bare.load()
 
-    def enabled(self, ops: Any) -> Any:
-        return flagops.enable(ops, backend=self.options.backend)
+    def enabled(self, ops: list[str]) -> Any:
+        """The operators replaced; ``"all"`` is the one of that name."""
+        return flagops.enable(["aten.all" if op == "all" else op for op in ops], backend=self.options.backend)
 
     def reached(self, name: str) -> list[str]:
         """The replaced names that an OpInfo calls, as torch's own kernels compute them."""
@@ -135,18 +139,21 @@ class Bench:
     def judge(self, name: str, dtype: str, ops: list[str], written: bool) -> dict[str, Any]:
         every = list(checks(infos()[name], DTYPES[dtype], self.options.most, written))
         theirs = [observe(check, Room()) for check in every]
-        ours: list[tuple[Outcome, Outcome, Served]] = []
+        tries = [(Attempt(check, self.room), Attempt(check, self.room)) for check in every]
+        calls: list[Served] = []
         with self.enabled(ops) as handle:
             count: dict[Any, int] = {}
-            for check in every:
-                self.note(check.label)
-                twice = observe(check, self.room), observe(check, self.room)
+            for twice in tries:
+                self.note(twice[0].check.label)
+                for attempt in twice:
+                    attempt.call()
                 found, count = served(handle, count)
-                ours.append((*twice, found))
+                calls.append(found)
         tallies: dict[str, Tally] = {}
         stray, unstable = [], 0
-        for check, their, (first, again, found) in zip(every, theirs, ours, strict=True):
+        for check, their, twice, found in zip(every, theirs, tries, calls, strict=True):
             self.note(f"{check.label}, compared")
+            first, again = (attempt.outcome() for attempt in twice)
             if self.options.device != "cpu" and not their.error and (first.error or " ")[0] == "NotImplementedError":
                 missing = re.search(r"aten::([\w.]+)", first.error[1])
                 if missing and base(missing[1]) in LOWERINGS:
@@ -154,7 +161,9 @@ class Bench:
                 continue
             names = {base(overload) for overload in found}
             step = check.label.startswith("gradient") or infos()[name].aten_name not in names
-            texts = [differences(check, x, their, self.exact(found), names, step) for x in (first, again)]
+            called = names | {infos()[name].aten_name}  # an error may come before a call counts
+            exact = self.exact(check, found)
+            texts = [differences(check, x, their, exact, called, step) for x in (first, again)]
             wrong = next(filter(None, texts), "")
             if wrong and not equal(their, observe(check, Room())):
                 unstable += 1  # torch itself gives two answers
@@ -174,9 +183,11 @@ class Bench:
         return {"overloads": plain, "checks": len(every), "stray": stray[:SHOWN], "unstable": unstable}
 
     @staticmethod
-    def exact(found: Served) -> bool:
+    def exact(check: Check, found: Served) -> bool:
+        """Whether all of it is held bit for bit; a mean of what was scattered is divided."""
         cards = {by.partition("/")[0] for who, _ in found.values() for by in who}
-        return bool(cards) and all(registry.operator(card).exact for card in cards)
+        divided = "mean" in [x for x in tree_leaves((check.args, check.named)) if isinstance(x, str)]
+        return bool(cards) and not divided and all(registry.operator(card).exact for card in cards)
 
     def guilty(self, check: Check, theirs: Outcome, found: Served, step: bool) -> list[str]:
         """The overloads whose replacement alone makes the difference; all that were ours where none does."""
@@ -185,10 +196,11 @@ class Bench:
             return ours or list(found)
         alone = []
         for name in {base(overload) for overload in ours}:
+            attempt = Attempt(check, self.room)
             with self.enabled([name]) as handle:
-                outcome = observe(check, self.room)
+                attempt.call()
                 only, _ = served(handle, {})
-            if differences(check, outcome, theirs, self.exact(only), {name}, step):
+            if differences(check, attempt.outcome(), theirs, self.exact(check, only), {name}, step):
                 alone += [overload for overload in ours if base(overload) == name]
         return alone or ours
 

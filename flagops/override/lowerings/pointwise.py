@@ -258,14 +258,20 @@ for _name in ("isnan", "isneginf", "isposinf"):
     _of_one(_name, floats)
 
 
+def _is_tanh(approximate: str) -> bool:
+    if approximate not in ("none", "tanh"):
+        raise Pass(REFUSED)
+    return approximate == "tanh"
+
+
 @lowers("gelu", to="aten.gelu", elementwise=True)
 def gelu(to: To, self: Tensor, *, approximate: str = "none") -> Call:
-    return to("aten.gelu", self, _own_floats(self.dtype), approximate == "tanh")
+    return to("aten.gelu", self, _own_floats(self.dtype), _is_tanh(approximate))
 
 
 @lowers("gelu_backward", to="aten.gelu_backward", elementwise=True)
 def gelu_backward(to: To, grad_output: Tensor, self: Tensor, *, approximate: str = "none") -> Call:
-    return to("aten.gelu_backward", grad_output, self, _own_floats(self.dtype), approximate == "tanh")
+    return to("aten.gelu_backward", grad_output, self, _own_floats(self.dtype), _is_tanh(approximate))
 
 
 @lowers("silu_backward", to="aten.silu_backward", elementwise=True)
@@ -298,9 +304,9 @@ def softplus_backward(to: To, grad_output: Tensor, self: Tensor, beta: Any, thre
     return to("aten.softplus_backward", grad_output, self, _own_floats(self.dtype), beta, threshold)
 
 
-@lowers("native_dropout_backward", to="aten.native_dropout_backward", elementwise=True)
+@lowers("native_dropout_backward", to="aten.native_dropout_backward", elementwise=True, state=default_dtype)
 def native_dropout_backward(to: To, grad_output: Tensor, mask: Tensor, scale: float) -> Call:
-    return to("aten.native_dropout_backward", grad_output, mask, _own_floats(grad_output.dtype), scale)
+    return to("aten.native_dropout_backward", grad_output, mask, floats(grad_output.dtype), scale)
 
 
 def _promote(*operands: Any) -> Any:
@@ -368,7 +374,13 @@ def masked_fill(to: To, self: Tensor, mask: Tensor, value: Any) -> Call:
     return to("aten.where", mask, filler, self, real(self.dtype))
 
 
-@lowers("fill", to="aten.copy", result=_as_self)
+def _as_empty_like(self: Tensor, value: Any) -> Result:
+    import torch
+
+    return tuple(self.shape), torch.empty_like(self, device="meta").stride(), self.dtype
+
+
+@lowers("fill", to="aten.copy", result=_as_empty_like)
 def fill(to: To, self: Tensor, value: Any) -> Call:
     filler = _operand(to, value)
     if filler.dim():
