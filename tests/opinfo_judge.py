@@ -2,9 +2,10 @@
 
 Each sample of each OpInfo that reaches a replaced name is called with torch alone and under `flagops.enable`, twice: as
 it is, with tensors not contiguous, transposed, offset by an element, and expanded with stride 0; with seven kinds of
-``out=``; in place; with gradients; and with the OpInfo's wrong inputs. On tensors of the same layout both must have the
-same dtype, shape, strides, requires_grad, aliasing, warnings (but for those of torch's own speed) and errors (the type,
-and torch's text or one that names the operator), and leave their inputs alone, or change them alike.
+``out=``; in place; with gradients; and with the OpInfo's wrong inputs; over memory that is read, or whose elements are
+one, where torch refuses that or gives the same result. On tensors of the same layout both must have the same dtype,
+shape, strides, requires_grad, aliasing, warnings (but for those of torch's own speed) and errors (the type, and torch's
+text or one that names the operator), and leave their inputs alone, or change them alike.
 
 Values. Integers, bools and what operators compute that are held bit for bit: torch's bits, but for which of equal
 elements topk, kthvalue and sorts that are not stable choose, which torch leaves open. Other floats: let e be torch's

@@ -252,6 +252,56 @@ def test_destinations_that_are_an_operand(call):
     same(y, x, "the operand")
 
 
+def test_all_of_a_tensor_that_repeats_its_elements_is_filled():
+    for call in (lambda x: x.fill_(2.5), lambda x: x.zero_()):
+        x, y = torch.ones(3), torch.ones(3)
+        got = under(lambda y: [call(y.expand(2, 3).t()[1:]) for _ in range(2)], y)  # noqa: B023
+        call(x.expand(2, 3).t()[1:])
+        assert torch.equal(x, y)
+        assert got[1].stride() == (1, 0)
+    with flagops.enable("all", backend="numba"), pytest.raises(RuntimeError, match="single memory location"):
+        torch.ones(3).expand(2, 3).fill_(torch.tensor(3))
+
+
+def test_negated_and_conjugated_views_are_copied_as_what_they_are():
+    """Before and after copies of plain tensors of the same shapes, and as destinations."""
+    z = torch.complex(torch.ones(3), torch.arange(3.0) + 1)
+
+    def copies():
+        made = []
+        for source in (z.imag, z.conj().imag, z.imag, z, z.conj()):
+            made += [torch.zeros_like(source).copy_(source), source.clone(), torch.zeros(2, 3, dtype=z.dtype) + source]
+        negated = torch._neg_view(torch.zeros(3))
+        return [*made, negated.copy_(z.imag).clone(), negated.neg_().clone()]
+
+    expected = copies()
+    with flagops.enable("all", backend="numba"):
+        got = copies()
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", (torch.complex64, torch.complex128, torch.complex32))
+def test_complex_numbers_are_moved(dtype, rng):
+    """Between complex dtypes, from real ones, by themselves and in views."""
+    z = torch.from_numpy(rng.standard_normal((3, 4)) + 1j * rng.standard_normal((3, 4)))
+
+    def moved():
+        made = torch.zeros(4, 3, dtype=dtype)
+        made[1:].copy_(z.t()[1:])
+        return [made, made.clone(), made.t().contiguous(), z.real.to(dtype), torch.full((2,), 2, dtype=dtype)]
+
+    for ours, theirs in zip(under(moved), moved(), strict=True):
+        assert ours.stride() == theirs.stride()
+        assert torch.equal(torch.view_as_real(ours), torch.view_as_real(theirs))
+
+
+def test_sums_of_bools_with_a_factor():
+    x, y = torch.tensor([[True], [False]]), torch.tensor([True, False])
+    for alpha in (0, 1, 2, False):
+        assert torch.equal(under(lambda: torch.add(x, y, alpha=alpha)), torch.add(x, y, alpha=alpha))  # noqa: B023
+
+
 def test_destinations_that_torch_resizes_are_laid_out_as_the_result():
     x = torch.ones(3, 4)
     for call in (lambda out: torch.nonzero(x, out=out), lambda out: torch.add(x.t(), 1, out=out)):

@@ -59,14 +59,30 @@ class Below:
 def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], below: Below) -> Recipe:
     """The recipe for calls like this one. Raises Pass or Unsupported with the reason why torch should take them."""
     given = form.given
-    if not (lowering.into and given is not None and form.schema.arguments[given].is_out):
+    if given is None:
         return _recorded(form, backend, lowering, args, below)
+    if lowering.into and form.schema.arguments[given].is_out:
 
-    def filled(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return form.with_default(args, "dtype", args[given].dtype)
+        def filled(args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return form.with_default(args, "dtype", args[given].dtype)
 
-    recipe = _recorded(form, backend, lowering, filled(args), below)
-    return Recipe(lambda args: recipe.compute(filled(args)), recipe.by)
+        recipe = _recorded(form, backend, lowering, filled(args), below)
+        return Recipe(lambda args: recipe.compute(filled(args)), recipe.by)
+    if lowering.uniform and 0 in args[given].stride() and form.present(args) == [given]:
+
+        def once(args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (*args[:given], _once(args[given]), *args[given + 1 :])
+
+        own = _recorded(form, backend, lowering, once(args), below)
+        return Recipe(lambda args: (own.compute(once(args)), args[given])[1], own.by)
+    return _recorded(form, backend, lowering, args, below)
+
+
+def _once(x: Tensor) -> Tensor:
+    """A view without the elements that are repeated."""
+    for axis, step in enumerate(x.stride()):
+        x = x.narrow(axis, 0, min(x.shape[axis], 1)) if step == 0 else x
+    return x
 
 
 def _recorded(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], below: Below) -> Recipe:
@@ -82,6 +98,8 @@ def _recorded(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...
         a_number = lowering.aten and is_number(x) and x is not written
         if x.layout != torch.strided or (x.device != here and not a_number):
             raise Pass("devices or layouts differ")
+        if x.is_neg() or x.is_conj():
+            raise Pass("a negated or conjugated view")
     choice = below.exists and below.wanted and not lowering.aten
     measured = choice and not (backend or config.current().backend)
     with torch.no_grad():

@@ -26,6 +26,7 @@ from .steps import Steps
 from .timing import Clock, timed, waiting
 
 _PLANS_KEPT = 4096
+_AS_THEY_ARE = ("copy_", "neg_")  # torch gives these negated and conjugated views, to others copies
 _REFUSED = (Pass, Unsupported, IndexError)
 """What leaves a call to torch; of an index that is out of range its kernel says more."""
 
@@ -180,6 +181,7 @@ class Site(Registration):
             facts = f"{name}.shape, {name}.stride(), {name}.dtype"
             facts += "" if self.key == "CPU" else f", {name}.get_device()"  # a device costs more to hash
             facts += f", {name}.requires_grad" if self.composite else ""
+            facts += f", {name}.is_neg(), {name}.is_conj()" if self.name in _AS_THEY_ARE else ""
             facts += f", {name} is {out}" if out not in (None, name) else ""
             if self.lowering and self.lowering.aten and name != out:
                 return f"_exactly({name}) if {name}.__class__ in _plain_types else ({facts})"

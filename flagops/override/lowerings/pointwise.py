@@ -73,8 +73,10 @@ def _sum(to: To, self: Tensor, other: Any, alpha: Any) -> Call:
 
     dtype = torch.result_type(self, other)
     if dtype == torch.bool:
-        if alpha not in (1, True):
-            raise Pass("a multiple of a bool")
+        if isinstance(alpha, float):
+            raise Pass(REFUSED)
+        if not alpha:
+            return to("aten.copy", _operand(to, self).expand(to.out.shape), "bool")
         return to("aten.bitwise_or", _operand(to, self), _operand(to, other), "bool")
     return to("aten.add", _operand(to, self), _operand(to, other), real(dtype), alpha)
 
@@ -380,22 +382,41 @@ def _as_empty_like(self: Tensor, value: Any) -> Result:
     return tuple(self.shape), torch.empty_like(self, device="meta").stride(), self.dtype
 
 
-@lowers("fill", to="aten.copy", result=_as_empty_like)
-def fill(to: To, self: Tensor, value: Any) -> Call:
+@lowers("fill", to="aten.copy", result=_as_empty_like, uniform=True)
+def fill(to: To, self: Tensor, value: Any) -> Lowered:
     filler = _operand(to, value)
     if filler.dim():
         raise Pass("a value that is no single number")
-    return to("aten.copy", filler.expand(to.out.shape), real(to.out.dtype))
+    return _moved(to, filler)
 
 
-@lowers("zero", to="aten.copy", result=_as_self)
-def zero(to: To, self: Tensor) -> Call:
-    return to("aten.copy", to.number(0).expand(to.out.shape), real(to.out.dtype))
+@lowers("zero", to="aten.copy", result=_as_self, uniform=True)
+def zero(to: To, self: Tensor) -> Lowered:
+    return _moved(to, to.number(0))
 
 
 @lowers("copy", to="aten.copy", result=_as_self, elementwise=True)
-def copy(to: To, self: Tensor, src: Tensor, non_blocking: bool = False) -> Call:
-    return to("aten.copy", _operand(to, src).expand(to.out.shape), real(to.out.dtype))
+def copy(to: To, self: Tensor, src: Tensor, non_blocking: bool = False) -> Lowered:
+    return _moved(to, _operand(to, src))
+
+
+def _moved(to: To, source: Tensor) -> Lowered:
+    """Elements into the destination; complex numbers as their two parts."""
+    import torch
+
+    out, source = to.out, source.expand(to.out.shape)
+    if not out.dtype.is_complex:
+        return to("aten.copy", source, real(out.dtype))
+    parts = torch.view_as_real(out)
+    dtype = real(parts.dtype)
+    if source.dtype.is_complex:
+        return to("aten.copy", torch.view_as_real(source), dtype, out=parts)
+
+    def in_steps() -> None:
+        to.run("aten.copy", source, dtype, out=parts[..., 0])
+        to.run("aten.copy", to.number(0).expand(out.shape), dtype, out=parts[..., 1])
+
+    return in_steps
 
 
 @lowers("clamp", to="aten.clamp", elementwise=True)
