@@ -5,6 +5,7 @@ Several indices at once are one: the places that they name together, in memory s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,20 @@ def scatter_value(to: To, self: Tensor, dim: int, index: Tensor, value: Any) -> 
 def scatter_reduced(to: To, self: Tensor, dim: int, index: Tensor, src: Tensor, *, reduce: str) -> Lowered:
     if reduce not in _REDUCES:
         raise Pass(REFUSED)
-    return _scattered(to, self, dim, index, src, _REDUCES[reduce])
+    scattered = _scattered(to, self, dim, index, src, _REDUCES[reduce])
+
+    def in_steps() -> None:
+        warnings.warn(
+            "The reduce argument of torch.scatter with Tensor src is deprecated and will be removed in a future "
+            "PyTorch release. Use torch.scatter_reduce instead for more reduction options.",
+            stacklevel=2,
+        )
+        if isinstance(scattered, Call):
+            to.run(scattered.operator, *scattered.inputs, out=scattered.out)
+        else:
+            scattered()
+
+    return in_steps
 
 
 @lowers("scatter.value_reduce", to="aten.scatter", over=("self",))

@@ -133,6 +133,8 @@ def native_batch_norm(
     results = input.dtype, *[_stats(input, weight)] * 2
     if any(x is not None and x.dtype != y for x, y in zip(to.given, results, strict=False)):
         raise Pass("destinations of other dtypes than the results")  # before the statistics have moved
+    if not training and any(x is not None and x.dim() != 1 for x in to.given[1:]):
+        raise Pass(REFUSED)
     if training:
         x = input.transpose(0, 1).reshape(channels, -1)
         mean, var = (input.new_empty(channels, dtype=acc) for _ in range(2))
