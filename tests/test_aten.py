@@ -307,6 +307,9 @@ def test_sums_of_bools_with_a_factor():
     x, y = torch.tensor([[True], [False]]), torch.tensor([True, False])
     for alpha in (0, 1, 2, False):
         assert torch.equal(under(lambda: torch.add(x, y, alpha=alpha)), torch.add(x, y, alpha=alpha))  # noqa: B023
+        args = x, 0, torch.tensor([1, 1]), torch.tensor([[False], [True]])
+        expected = torch.index_add(*args, alpha=alpha)
+        assert torch.equal(under(lambda: torch.index_add(*args, alpha=alpha)), expected)  # noqa: B023
 
 
 def test_destinations_that_torch_resizes_are_laid_out_as_the_result():
@@ -321,6 +324,9 @@ def test_destinations_that_torch_resizes_are_laid_out_as_the_result():
     "call",
     [
         lambda x: torch.ops.aten.fill(x.t()[::2], 2),
+        lambda x: torch.fliplr(x.view(3, 2, 2)[:, :0]),
+        lambda x: torch.flip(x.view(3, 2, 2).transpose(0, 2)[:, :, :0], (0,)),
+        lambda x: torch.flip(x.view(3, 2, 2).transpose(0, 2)[::2], (0, 1)),
         lambda x: torch.roll(x[:0, ::2], 1),
         lambda x: torch.roll(x[:0, ::2], 1, 0),
         lambda x: x.view(3, 2, 2).transpose(0, 2)[[0, 1]],

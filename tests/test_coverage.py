@@ -19,7 +19,7 @@ from flagops.override.coverage import Coverage, watching
 from flagops.override.forms import kind
 
 sys.path.insert(0, str(Path(__file__).parent))
-from opinfo_calls import Check, Room, observe
+from opinfo_calls import Check, Room, _out, checks, infos, observe
 from opinfo_differences import differences
 from opinfo_judge import Bench
 from opinfo_results import Tally, joined, report, summed, written
@@ -272,6 +272,45 @@ def test_the_judge_by_samples_sees_each_kind_of_difference(said, change, rng):
     assert said in found if said else found == ""
     exact = differences(check, poisoned(theirs, change), theirs, True, {"mm"}, False)
     assert exact, "what is held bit by bit may not be a rounding away"
+
+
+def test_which_of_equal_elements_is_chosen_is_open_and_nothing_else():
+    x = torch.tensor([1, 3, 3, 2])
+    check = Check("sample", torch.topk, (x, 2), picks=(x, -1))
+    theirs = observe(check, Room())
+    for picked, right in (([2, 1], True), ([1, 1], False), ([1, 3], False)):
+        ours = poisoned(theirs, lambda o: o.leaves.__setitem__(1, torch.tensor(picked)))  # noqa: B023
+        assert (differences(check, ours, theirs, True, {"topk"}, False) == "") == (right or picked == [1, 2])
+    swapped = poisoned(theirs, lambda o: o.leaves.__setitem__(1, theirs.leaves[1].flip(0)))
+    assert differences(Check("sample", torch.topk, (x, 2)), swapped, theirs, True, {"topk"}, False)
+
+
+def test_a_wider_destination_holds_what_was_computed():
+    x = torch.linspace(-20, -12, 7)  # where moving an operand moves nothing
+    args = torch.empty(7, dtype=torch.float64), torch.expm1, (x,), {}
+    wide, narrow = (Check("sample", _out, args, writes=True, computed=dtype) for dtype in (None, torch.float32))
+    theirs = observe(wide, Room())
+    ours = poisoned(theirs, lambda o: [x.mul_(1 + 2**-24) for x in o.leaves[:2]])
+    assert differences(narrow, ours, theirs, False, {"expm1"}, False) == ""
+    assert "times what is allowed" in differences(wide, ours, theirs, False, {"expm1"}, False)
+
+
+def test_what_torch_leaves_to_the_order_of_its_loops_is_nobodys_error():
+    labels = {
+        name: {check.label for check in checks(infos()[name], torch.float32, 1)} for name in ("tril", "fill", "add")
+    }
+    assert "sample 0 in place, expanded" not in labels["tril"]  # whose rows differ
+    assert "sample 0 in place, expanded" in labels["fill"]
+    assert "sample 0 in place, expanded" in labels["add"]  # which torch refuses
+
+
+def test_the_judge_calls_nothing_of_its_own_under_a_replacement():
+    bench = Bench(Namespace(backend="numba", device="cpu", most=1), lambda _: None)
+    found = bench.judge("neg", "int64", ["neg", "eq", "all", "isnan", "bitwise_and"], True)
+    assert {name for name, tally in found["overloads"].items() if tally["ours"] or tally["left"]} == {
+        "neg", "neg_", "neg.out",
+    }  # fmt: skip
+    assert not any(tally["failures"] for tally in found["overloads"].values())
 
 
 def test_errors_must_be_torchs_or_name_the_operator():

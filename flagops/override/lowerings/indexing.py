@@ -190,10 +190,16 @@ def _by_row(to: To, self: Tensor, dim: int, index: Tensor, source: Tensor, reduc
 
 @lowers("index_add", to="aten.scatter", over=("self",))
 def index_add(to: To, self: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Lowered:
-    if alpha == 1:
-        return _by_row(to, self, dim, index, source, "sum")
     import torch
 
+    whole = not self.dtype.is_floating_point
+    if whole and isinstance(alpha, float):
+        raise Pass(REFUSED)
+    if alpha == 1 or (alpha and self.dtype == torch.bool):
+        return _by_row(to, self, dim, index, source, "sum")
+    if not alpha and whole:
+        _by_row(to, self, dim, index, source, "sum")  # what torch refuses
+        return to("aten.copy", self, real(self.dtype))
     scaled = torch.empty_like(source)
 
     def in_steps() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..destinations import overlaps_itself
 from ..lowering import REFUSED, Call, Pass, To, lowers
 from ..steps import Steps
-from .pointwise import real
+from .pointwise import as_empty_like, real
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +73,7 @@ def _last_channels(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-@lowers("flip", to="aten.flip")
+@lowers("flip", to="aten.flip", result=as_empty_like)
 def flip(to: To, self: Tensor, dims: Sequence[int]) -> Call:
     rank = self.dim()
     turned = [dim % rank for dim in dims] if rank else []

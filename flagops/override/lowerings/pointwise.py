@@ -376,13 +376,14 @@ def masked_fill(to: To, self: Tensor, mask: Tensor, value: Any) -> Call:
     return to("aten.where", mask, filler, self, real(self.dtype))
 
 
-def _as_empty_like(self: Tensor, value: Any) -> Result:
+def as_empty_like(self: Tensor, *_: Any, **__: Any) -> Result:
+    """As `torch.empty_like` lays it out."""
     import torch
 
     return tuple(self.shape), torch.empty_like(self, device="meta").stride(), self.dtype
 
 
-@lowers("fill", to="aten.copy", result=_as_empty_like, uniform=True)
+@lowers("fill", to="aten.copy", result=as_empty_like, uniform=True)
 def fill(to: To, self: Tensor, value: Any) -> Lowered:
     filler = _operand(to, value)
     if filler.dim():

@@ -52,7 +52,7 @@ def _own_floats(self: Tensor, dtype: Any) -> Any:
 def _reduces(name: str, *names: str, of: Callable[[Tensor, Any], Any], of_bool: str = "") -> None:
     """The card of a name, for all of its forms; `of_bool` is the card where it is computed in bool."""
 
-    @lowers(*(names or (name,)), to=f"aten.{name}", over=(), into=True)
+    @lowers(*(names or (name,)), to=f"aten.{name}", into=True)
     def reduced(to: To, self: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Call:
         dims, computed = axes_of(self, dim), real(of(self, dtype))
         real(self.dtype)
@@ -67,7 +67,7 @@ _reduces("prod", of=_summed, of_bool="all")
 _reduces("mean", of=_own_floats)
 
 
-@lowers("nansum", to="aten.nansum", over=(), into=True)
+@lowers("nansum", to="aten.nansum", into=True)
 def nansum(to: To, self: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Call:
     dims, computed = axes_of(self, dim), real(_summed(self, dtype))
     if self.dtype.is_floating_point and not to.out.dtype.is_floating_point:
@@ -77,7 +77,7 @@ def nansum(to: To, self: Tensor, dim: Dims = None, keepdim: bool = False, *, dty
 
 
 def _extreme(name: str, full: str) -> None:
-    @lowers(name, to=f"aten.{name}", over=())
+    @lowers(name, to=f"aten.{name}")
     def extreme(to: To, self: Tensor, dim: Dims = (), keepdim: bool = False) -> Call:
         dims = axes_of(self, dim)
         return to(f"aten.{name}", rows_of(self, dims), real(self.dtype), out=kept_of(to.out, dims, keepdim))
