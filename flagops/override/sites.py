@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from flagops import config, generated, surroundings
-from flagops.errors import Unsupported
+from flagops.errors import OutOfRange, Unsupported
 
 from .annotations import annotated
 from .destinations import SAID, deliver, refuse_other_dtypes, shared
@@ -27,7 +27,7 @@ from .timing import Clock, timed, waiting
 
 _PLANS_KEPT = 4096
 _AS_THEY_ARE = ("copy_", "neg_")  # torch gives these negated and conjugated views, to others copies
-_REFUSED = (Pass, Unsupported, IndexError)
+_REFUSED = (Pass, Unsupported, OutOfRange)
 """What leaves a call to torch; of an index that is out of range its kernel says more."""
 
 
@@ -250,7 +250,7 @@ class Site(Registration):
 
     def _why(self, error: Exception, args: tuple[Any, ...]) -> str:
         """The reason in an error that leaves a call to torch. Raises that of an index where torch may not be asked."""
-        if not isinstance(error, IndexError):
+        if not isinstance(error, OutOfRange):
             return str(error)
         handle, _ = self._decide(args)
         if self.below is None or (handle and handle.strict):
