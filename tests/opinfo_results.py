@@ -89,7 +89,7 @@ def joined(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         if all(run[word] == new[word] for word in ("device", "backend"))
     }
     known = {overload for name in LOWERINGS for overload in forms(name)}
-    old = {name: row for name, row in before.get("overloads", {}).items() if name in known and row["run"] in alike}
+    old = {name: row for name, row in before.get("overloads", {}).items() if name in known and row.get("run") in alike}
     rows = dict(sorted((old | now["overloads"]).items()))
     has = {row["run"] for row in rows.values()}
     verdicts = Counter(row["verdict"] for row in rows.values())
