@@ -184,6 +184,12 @@ def shared(device: str) -> int:
     return min((chip.shared for chip in of_device(device) if chip.shared), default=LEAST_SHARED)
 
 
+def warps(device: str) -> bool:
+    """Whether chips of a device name run programs in warps, with registers: unless the table knows that none does."""
+    widths = {chip.width for chip in of_device(device)}
+    return widths != {1}
+
+
 def named(words: Iterable[str]) -> list[Chip]:
     """The chips that words name, by name, vendor, torch's device or target; a ValueError that suggests the nearest."""
     found: dict[str, Chip] = {}

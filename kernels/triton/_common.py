@@ -90,14 +90,16 @@ class Chip(NamedTuple):
 
     kind: the column of the tile tables, ``"hip"`` on AMD, ``"cuda"`` elsewhere and under the interpreter.
     processors: programs that run at once; 1 under the interpreter, where splitting a sum gains nothing.
-    shared: bytes of shared memory that one program may take.
+    shared: bytes on the chip that one program may take.
     converts: whether FP8 becomes float16 by an instruction.
+    warps: whether programs run in warps, which keep in registers what they compute; else all lies on the chip.
     """
 
     kind: str
     processors: int
     shared: int
     converts: bool
+    warps: bool = True
 
 
 pretended: Chip | None = None
@@ -113,7 +115,7 @@ def _measured(device: torch.device) -> Chip:
     if device.type == "cpu":
         return Chip("cuda", 1, 227 << 10, False)
     if device.type != "cuda":
-        return Chip("cuda", 1, chips.shared(device.type), False)
+        return Chip("cuda", 1, chips.shared(device.type), False, chips.warps(device.type))
     properties = torch.cuda.get_device_properties(device)
     processors = int(properties.multi_processor_count)
     if torch.version.hip:

@@ -16,6 +16,7 @@ from flagops.registry import kernel
 
 from .._moe import BLOCK, quantised, refusal
 from ._common import chip, dot, launch, narrow, precision, too_long, widen
+from ._room import ADDRESSED, fitting, waiting
 from .matmul import TILES as PLAIN
 from .moe import bits, gated
 from .qmatmul import TILES as CODED
@@ -196,12 +197,15 @@ def _work(ends: torch.Tensor, count: int, height: int) -> torch.Tensor:
 
 def _tile(tiles: list[Tile], rows: float, device: torch.device, item: int) -> Tile:
     """The smallest tile that holds the rows of an expert, or the largest that fits."""
-    fitting = [
-        tile for tile in tiles
-        if max(tile["BM"], tile["BN"]) <= 128
-        and tile["num_stages"] * (tile["BM"] + tile["BN"]) * tile.get("BK", 128) * item <= chip(device).shared
-    ]  # fmt: skip
-    return next((tile for tile in fitting if tile["BM"] >= rows), fitting[-1] if fitting else tiles[0])
+    narrow = [tile for tile in tiles if max(tile["BM"], tile["BN"]) <= 128]
+    cut = ("BK", "BN", "BM") if "BK" in narrow[0] else ("BN", "BM")
+    found = fitting(narrow, device, _held, cut, lambda tile: waiting(tile, item, device))
+    return next((tile for tile in found if tile["BM"] >= rows), found[-1])
+
+
+def _held(tile: Tile) -> int:
+    """Bytes of a tile where a chip holds all. Codes are read byte by byte and take no such room."""
+    return ADDRESSED * max(tile["BM"], tile["BN"]) * tile.get("BK", 0)
 
 
 def _plain(

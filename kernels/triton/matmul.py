@@ -11,6 +11,7 @@ from flagops import config
 from flagops.registry import kernel
 
 from ._common import LONGEST, chip, dot, launch, narrow, precision, too_long, widen
+from ._room import ADDRESSED, fitting, waiting
 
 Tile = dict[str, int]
 
@@ -45,6 +46,11 @@ TILES: dict[str, dict[str, list[Tile]]] = {
     },
 }
 """Tiles by device and dtype, smallest first."""
+
+
+def held(tile: Tile) -> int:
+    """Bytes of a tile where a chip holds all: most by far those of the right operand."""
+    return ADDRESSED * tile["BK"] * tile["BN"]
 
 
 @triton.jit
@@ -125,13 +131,12 @@ def _choose(m: int, n: int, k: int, batch: int, dtype: torch.dtype, device: torc
         return (m * across + n * down) * k * dtype.itemsize + sums
 
     kind = "half" if dtype.itemsize == 2 else str(dtype).removeprefix("torch.")
-    tiles = TILES[chip(device).kind][kind]
+    table = TILES[chip(device).kind][kind]
+    tiles = fitting(table, device, held, ("BK", "BN"), lambda tile: waiting(tile, dtype.itemsize, device))
     chosen = tiles[0]
     for tile in tiles[1:]:
-        buffers = tile["num_stages"] - (chip(device).kind == "hip")  # there one of the stages lies in registers
-        needed = buffers * (tile["BM"] + tile["BN"]) * tile["BK"] * dtype.itemsize
         count = batch * triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"])
-        if needed > chip(device).shared or tile["BM"] >= 2 * max(m, chosen["BM"]):
+        if tile["BM"] >= 2 * max(m, chosen["BM"]):
             break
         if count >= chip(device).processors or (m > chosen["BM"] and moved(tile) < moved(chosen)):
             chosen = tile
