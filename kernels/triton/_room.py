@@ -14,8 +14,7 @@ from ._common import chip
 
 Tile = dict[str, int]
 ADDRESSED = 27
-"""Bytes of an element of an operand that is read in no order of memory: three numbers of 64 bits while its address is
-computed, and the element."""
+"""Bytes of an element of a product's operand: three numbers of 64 bits while its address is computed, and itself."""
 
 
 def fits(device: torch.device, held: int, staged: int = 0) -> bool:
@@ -49,6 +48,14 @@ def fitting(
 def fitted(tile: Tile, device: torch.device, held: Callable[[Tile], int], cut: tuple[str, ...]) -> Tile:
     """A kernel's one tile, as far as it fits."""
     return fitting([tile], device, held, cut)[0]
+
+
+def products(tiles: Sequence[Tile], device: torch.device, item: int) -> list[Tile]:
+    """Of a table for products, whose operands have so many bytes each."""
+    return fitting(
+        tiles, device, lambda tile: ADDRESSED * max(tile["BM"], tile["BN"]) * tile["BK"], ("BK", "BN"),
+        lambda tile: waiting(tile, item, device),
+    )  # fmt: skip
 
 
 def waiting(tile: Tile, item: int, device: torch.device) -> int:

@@ -16,7 +16,7 @@ from flagops.registry import kernel
 
 from .._moe import BLOCK, quantised, refusal
 from ._common import chip, dot, launch, narrow, precision, too_long, widen
-from ._room import ADDRESSED, fitting, waiting
+from ._room import fitting, products, waiting
 from .matmul import TILES as PLAIN
 from .moe import bits, gated
 from .qmatmul import TILES as CODED
@@ -195,17 +195,13 @@ def _work(ends: torch.Tensor, count: int, height: int) -> torch.Tensor:
     return torch.stack((expert, first * used, ends[known] * used), 1).int()
 
 
-def _tile(tiles: list[Tile], rows: float, device: torch.device, item: int) -> Tile:
-    """The smallest tile that holds the rows of an expert, or the largest that fits."""
-    narrow = [tile for tile in tiles if max(tile["BM"], tile["BN"]) <= 128]
-    cut = ("BK", "BN", "BM") if "BK" in narrow[0] else ("BN", "BM")
-    found = fitting(narrow, device, _held, cut, lambda tile: waiting(tile, item, device))
-    return next((tile for tile in found if tile["BM"] >= rows), found[-1])
+def _narrow(tiles: list[Tile]) -> list[Tile]:
+    return [tile for tile in tiles if max(tile["BM"], tile["BN"]) <= 128]
 
 
-def _held(tile: Tile) -> int:
-    """Bytes of a tile where a chip holds all. Codes are read byte by byte and take no such room."""
-    return ADDRESSED * max(tile["BM"], tile["BN"]) * tile.get("BK", 0)
+def _lowest(tiles: list[Tile], rows: float) -> Tile:
+    """The smallest tile that holds the rows of an expert, or the largest."""
+    return next((tile for tile in tiles if tile["BM"] >= rows), tiles[-1])
 
 
 def _plain(
@@ -214,7 +210,8 @@ def _plain(
     """Rows of a, sorted by expert or listed in ``rows``, times b[e, k, n]."""
     experts, depth, width = b.shape
     kind = "half" if a.dtype.itemsize == 2 else str(a.dtype).removeprefix("torch.")
-    tile = _tile(PLAIN[chip(a.device).kind][kind], count / experts, a.device, a.dtype.itemsize)
+    tiles = products(_narrow(PLAIN[chip(a.device).kind][kind]), a.device, a.dtype.itemsize)
+    tile = _lowest(tiles, count / experts)
     work = _work(ends, count, tile["BM"])
     launch(
         grouped_kernel, (len(work), triton.cdiv(width, tile["BN"])), a.device,
@@ -229,7 +226,9 @@ def _coded(
 ) -> None:  # fmt: skip
     """Likewise, a as `through_fp8` leaves it and b[e, n, k] in codes."""
     experts, width = b.shape[:2]
-    tile = _tile(CODED[chip(a.device).kind], count / experts, a.device, 2)
+    tiles = _narrow(CODED[chip(a.device).kind])
+    tiles = fitting(tiles, a.device, lambda tile: 0, (), lambda tile: waiting(tile, 2, a.device))
+    tile = _lowest(tiles, count / experts)
     work = _work(ends, count, tile["BM"])
     launch(
         coded_kernel, (len(work), triton.cdiv(width, tile["BN"])), a.device,

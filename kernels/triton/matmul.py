@@ -11,7 +11,7 @@ from flagops import config
 from flagops.registry import kernel
 
 from ._common import LONGEST, chip, dot, launch, narrow, precision, too_long, widen
-from ._room import ADDRESSED, fitting, waiting
+from ._room import products
 
 Tile = dict[str, int]
 
@@ -46,11 +46,6 @@ TILES: dict[str, dict[str, list[Tile]]] = {
     },
 }
 """Tiles by device and dtype, smallest first."""
-
-
-def held(tile: Tile) -> int:
-    """Bytes of a tile where a chip holds all: most by far those of the right operand."""
-    return ADDRESSED * tile["BK"] * tile["BN"]
 
 
 @triton.jit
@@ -131,8 +126,7 @@ def _choose(m: int, n: int, k: int, batch: int, dtype: torch.dtype, device: torc
         return (m * across + n * down) * k * dtype.itemsize + sums
 
     kind = "half" if dtype.itemsize == 2 else str(dtype).removeprefix("torch.")
-    table = TILES[chip(device).kind][kind]
-    tiles = fitting(table, device, held, ("BK", "BN"), lambda tile: waiting(tile, dtype.itemsize, device))
+    tiles = products(TILES[chip(device).kind][kind], device, dtype.itemsize)
     chosen = tiles[0]
     for tile in tiles[1:]:
         count = batch * triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"])
