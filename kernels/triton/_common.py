@@ -17,6 +17,9 @@ INTERPRET = tl.constexpr(config.interpreting())
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+OLDER = not hasattr(tl, "tuple")
+"""Before Triton 3.3 kernels are rewritten: see `_older`."""
+
 LONGEST = 2**31 - 4096
 """The longest axis whose positions the kernels count in 32 bits; offsets in memory always have 64."""
 
@@ -68,6 +71,11 @@ def attend(score, value, top, total, acc, precision: tl.constexpr):
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
     """Run a kernel on the device of its tensors, on that device's current stream."""
+    if OLDER:
+        from ._older import rewritten
+
+        kernel, options = rewritten(kernel, arguments, options)
+        arguments = ()
     if INTERPRET.value:
         with _interpreter, np.errstate(all="ignore"):
             kernel[grid](*arguments, **options)

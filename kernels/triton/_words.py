@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from ._common import INTERPRET
+from ._common import INTERPRET, OLDER
 
 
 def _in_the_interpreter(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,11 +35,14 @@ def _erf(x: Any) -> Any:
 
 
 LIBRARY = ("exp", "expm1", "log", "log1p", "log2", "sin", "cos", "tanh", "trunc", "rint", "fmod", "copysign")
+OWN = ("exp", "log", "log2", "sin", "cos", "erf")
+"""Triton's own where it is older, for Ascend, whose library has none of these."""
 _FUNCTIONS: dict[str, Any] = (
     {name: _in_the_interpreter(getattr(np, name)) for name in LIBRARY}
     | {"erf": _in_the_interpreter(_erf), "pow": _in_the_interpreter(np.power)}
     if INTERPRET.value
     else {name: getattr(libdevice, name) for name in (*LIBRARY, "erf", "pow")}
+    | ({name: getattr(tl, name) for name in OWN} | {"rint": libdevice.nearbyint} if OLDER else {})
 )
 _exact_rest, _power, _trunc, _copysign = (_FUNCTIONS[name] for name in ("fmod", "pow", "trunc", "copysign"))
 

@@ -15,7 +15,7 @@ from flagops import config
 from flagops.registry import kernel
 
 from .._tensors import matrix
-from ._common import chip, dot, launch, narrow, precision, too_long
+from ._common import chip, dot, launch, narrow, precision, too_long, widen
 from ._room import fitting
 from .dequantize import power_of_two
 from .matmul import sum_kernel
@@ -185,7 +185,7 @@ def multiplied(x, w, acc, PRECISION: tl.constexpr):
     if x.dtype == tl.bfloat16:
         acc = dot(x, w, acc, PRECISION)
     else:
-        acc = dot(x.to(tl.float32), w.to(tl.float32), acc, PRECISION)
+        acc = dot(widen(x), widen(w), acc, PRECISION)
     return acc
 
 
