@@ -16,7 +16,7 @@ from flagops.registry import kernel
 
 from .._moe import BLOCK, quantised, refusal
 from ._common import chip, dot, launch, narrow, precision, too_long, widen
-from ._room import fitting, products, waiting
+from ._room import fitting, products
 from .matmul import TILES as PLAIN
 from .moe import bits, gated
 from .qmatmul import TILES as CODED
@@ -227,7 +227,10 @@ def _coded(
     """Likewise, a as `through_fp8` leaves it and b[e, n, k] in codes."""
     experts, width = b.shape[:2]
     tiles = _narrow(CODED[chip(a.device).kind])
-    tiles = fitting(tiles, a.device, lambda tile: 0, (), lambda tile: waiting(tile, 2, a.device))
+    every = 2 * BLOCK  # bytes of a row, in all stages: on AMD's too, where registers hold what is decoded
+    tiles = fitting(
+        tiles, a.device, lambda tile: 0, (), lambda tile: tile["num_stages"] * (tile["BM"] + tile["BN"]) * every
+    )
     tile = _lowest(tiles, count / experts)
     work = _work(ends, count, tile["BM"])
     launch(
