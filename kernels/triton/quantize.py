@@ -252,7 +252,7 @@ def _encode(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, b
             _at(x, source), _at(codes, target), _at(beside, aside), count, groups, block, n1, n2,
             *x_steps, x.stride(-1), *codes_steps, codes.stride(-1), *scale_steps, beside.stride(-1),
             **flags, LONG=count > LONGEST_COUNT, FLAT=n0 * n1 == 1, GROUPS=together, BLOCK=size,
-            num_warps=tile["num_warps"],
+            num_warps=tile["num_warps"] if each == BESIDE else 8,  # their addresses too take registers
         )  # fmt: skip
 
 
