@@ -94,7 +94,7 @@ def programs(only: str) -> list[tuple[dict[str, str], Any]]:
     from flagops import chips, registry
 
     chip = next(chip for chip in chips.CHIPS if chip.name == CHIP)
-    compiler.TARGETS[TARGET] = None, compiler.COMMON.Chip("cuda", 1, chip.shared, False)  # as for any device but AMD's
+    compiler.TARGETS[TARGET] = None, compiler.COMMON.Chip("cuda", 1, chip.shared, False, chips.warps(chip.device))
     compiler.DTYPES, compiler.DRAWS = DTYPES, 20
     found: dict[str, dict[str, tuple[dict[str, str], Any]]] = {}
     for launch, label in compiler.launches([TARGET], list(registry.cards()))[TARGET].items():

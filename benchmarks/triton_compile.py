@@ -5,6 +5,7 @@ cards in each of their dtypes, and for what those leave out at small drawn cases
 chip lacks, so what compiles holds no such instruction. `portability.py` is the command.
 """
 
+import ast
 import contextlib
 import dataclasses
 import hashlib
@@ -16,6 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # it would turn the kernels into Pytho
 
 import torch
 import triton
+import triton.language as tl
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -99,7 +102,7 @@ class Launch:
     def key(self, target: str) -> str:
         """Changes with whatever the compiler is given."""
         given = [part for _, value in self.constants for part in (value if isinstance(value, tuple) else (value,))]
-        sources = [part.cache_key for part in (self.kernel, *given) if isinstance(part, JITFunction)]
+        sources = [source(part) for part in (self.kernel, *given) if isinstance(part, JITFunction)]
         text = repr((triton.__version__, target, sources, self.signature, self.constants, self.divisible, self.options))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -111,6 +114,20 @@ class Launch:
         chosen = tuple((k, v) for k, v in self.constants if isinstance(v, bool))
         given = [v for _, v in self.constants if isinstance(v, (JITFunction, tuple))]
         return {(self.kernel, *given), (self.kernel, missing, chosen), (self.kernel, axes)}
+
+
+@cache
+def source(function: JITFunction) -> str:
+    """A digest of what a function is made of, wherever it stands in its file: itself, what it calls, constants."""
+    tree = ast.parse(function.src)
+    text = hashlib.sha256(ast.unparse(tree).encode())
+    for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
+        value = function.fn.__globals__.get(name)
+        if isinstance(value, JITFunction):
+            text.update(f"{name} {source(value)}".encode())
+        elif isinstance(value, tl.constexpr):
+            text.update(f"{name} {value.value}".encode())
+    return text.hexdigest()
 
 
 def given(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -137,7 +137,7 @@ CHIPS = (
     _ascend("Ascend 910B", "Huawei", "npu", "PrivateUse1", "Ascend910B", state="lowered", rate=280,
             sources=("https://github.com/triton-lang/triton-ascend/pull/1910",
                      "https://ai.gitee.com/docs/compute/clusters_gpu/ascend_gpu"),
-            note="25 of 44 Triton kernels lower up to the vendor's last step; on chip: the unified buffer; "
+            note="42 of 44 Triton kernels lower up to the vendor's last step; on chip: the unified buffer; "
                  "rate: of float16"),
     _ascend("Ascend 910C", "Huawei", "npu", "PrivateUse1", "", state="declared", bandwidth=3200, rate=780,
             sources=("https://github.com/triton-lang/triton-ascend/pull/1910", "https://techpowerup.com/335749/"
@@ -182,6 +182,12 @@ def of_device(device: str) -> tuple[Chip, ...]:
 def shared(device: str) -> int:
     """Bytes that a program may take on any chip of a device name: the least of those known, or `LEAST_SHARED`."""
     return min((chip.shared for chip in of_device(device) if chip.shared), default=LEAST_SHARED)
+
+
+def warps(device: str) -> bool:
+    """Whether chips of a device name run programs in warps, with registers: unless the table knows that none does."""
+    widths = {chip.width for chip in of_device(device)}
+    return widths != {1}
 
 
 def named(words: Iterable[str]) -> list[Chip]:

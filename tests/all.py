@@ -148,6 +148,11 @@ ROWS = {
         (*KERNELS, "benchmarks/portability.py", "benchmarks/triton_compile.py", "flagops/tools/programs.py"),
         ((sys.executable, "benchmarks/portability.py"),),
     ),
+    "semantics": Row(
+        "every Triton kernel run by another implementation of Triton, which sees stray accesses and races",
+        (*KERNELS, "tests/semantics.py"),
+        ((sys.executable, "tests/semantics.py"),),
+    ),
     "bare": Row(
         "all models and phases on a device that owns no kernel, and its own tests",
         ("flagops/**/*.py", "kernels/**/*.py", "reference/**/*.py", "tests/bare/*"),

@@ -78,7 +78,7 @@ def environment(library: str, version: str) -> Path:
 
 
 def install(python: Path, *packages: str) -> None:
-    options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--ignore-installed")
+    options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--ignore-installed", "--ignore-requires-python")
     subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", *options, *packages], check=True)
 
 

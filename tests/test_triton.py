@@ -96,6 +96,16 @@ def test_interpreter_rounds_to_nearest_even():
     assert same.all(), (out, expected)
 
 
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+def test_fp4_weights_that_are_subnormal_count(dtype):
+    """Triton's own conversion of bfloat16, in its interpreter, takes them for others."""
+    codes = torch.full((1, 16), 0x11, dtype=torch.uint8, device=DEVICE)  # 0.5
+    scale = torch.ones(1, 1, dtype=torch.uint8, device=DEVICE)  # 2^-126
+    out = torch.empty(1, 1, device=DEVICE)
+    _kernel("fp4_matmul").fp4_matmul(torch.ones(1, 32, dtype=dtype, device=DEVICE), None, codes, scale, "float32", out)
+    assert out.item() == 32 * 2.0**-127
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 def test_a_split_sum_equals_the_whole_one(dtype, monkeypatch):
     module = _kernel("linear")

@@ -17,6 +17,9 @@ INTERPRET = tl.constexpr(config.interpreting())
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+OLDER = not hasattr(tl, "tuple")
+"""Before Triton 3.3 kernels are rewritten: see `_older`."""
+
 LONGEST = 2**31 - 4096
 """The longest axis whose positions the kernels count in 32 bits; offsets in memory always have 64."""
 
@@ -68,6 +71,11 @@ def attend(score, value, top, total, acc, precision: tl.constexpr):
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
     """Run a kernel on the device of its tensors, on that device's current stream."""
+    if OLDER:
+        from ._older import rewritten
+
+        kernel, options = rewritten(kernel, arguments, options)
+        arguments = ()
     if INTERPRET.value:
         with _interpreter, np.errstate(all="ignore"):
             kernel[grid](*arguments, **options)
@@ -90,14 +98,16 @@ class Chip(NamedTuple):
 
     kind: the column of the tile tables, ``"hip"`` on AMD, ``"cuda"`` elsewhere and under the interpreter.
     processors: programs that run at once; 1 under the interpreter, where splitting a sum gains nothing.
-    shared: bytes of shared memory that one program may take.
+    shared: bytes on the chip that one program may take.
     converts: whether FP8 becomes float16 by an instruction.
+    warps: whether programs run in warps, which keep in registers what they compute; else all lies on the chip.
     """
 
     kind: str
     processors: int
     shared: int
     converts: bool
+    warps: bool = True
 
 
 pretended: Chip | None = None
@@ -113,7 +123,7 @@ def _measured(device: torch.device) -> Chip:
     if device.type == "cpu":
         return Chip("cuda", 1, 227 << 10, False)
     if device.type != "cuda":
-        return Chip("cuda", 1, chips.shared(device.type), False)
+        return Chip("cuda", 1, chips.shared(device.type), False, chips.warps(device.type))
     properties = torch.cuda.get_device_properties(device)
     processors = int(properties.multi_processor_count)
     if torch.version.hip:

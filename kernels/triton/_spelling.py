@@ -77,7 +77,12 @@ def _tree(merge: Any) -> Any:
 
 
 def _compiled(source: str, place: str, names: dict[str, Any]) -> Any:
-    made = generated.function(source, place, {**WORDS, **names, "tl": tl, "__name__": __name__})
+    return jitted(source, place, {**WORDS, **names, "tl": tl, "__name__": __name__})
+
+
+def jitted(source: str, place: str, names: dict[str, Any], **options: Any) -> Any:
+    """A function of Triton's from its source, with `names` as its globals."""
+    made = generated.function(source, place, names)
     file = made.__code__.co_filename
     linecache.cache[file] = len(source), None, source.splitlines(True), file  # where Triton reads it
-    return triton.jit(made)
+    return triton.jit(made, **options)

@@ -11,9 +11,13 @@ from typing import Any
 import numpy as np
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from ._common import INTERPRET
+
+try:  # by Triton's own names where it knows the vendor's functions, which Ascend's does not
+    from triton.language.extra.ascend import libdevice
+except ImportError:
+    from triton.language.extra import libdevice
 
 
 def _in_the_interpreter(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,11 +39,13 @@ def _erf(x: Any) -> Any:
 
 
 LIBRARY = ("exp", "expm1", "log", "log1p", "log2", "sin", "cos", "tanh", "trunc", "rint", "fmod", "copysign")
+OWN = {name: getattr(tl, name) for name in ("exp", "log", "log2", "sin", "cos", "erf")} | {"rint": libdevice.nearbyint}
+"""For those that the vendor's library lacks, as Ascend's does."""
 _FUNCTIONS: dict[str, Any] = (
     {name: _in_the_interpreter(getattr(np, name)) for name in LIBRARY}
     | {"erf": _in_the_interpreter(_erf), "pow": _in_the_interpreter(np.power)}
     if INTERPRET.value
-    else {name: getattr(libdevice, name) for name in (*LIBRARY, "erf", "pow")}
+    else {name: getattr(libdevice, name, OWN.get(name)) for name in (*LIBRARY, "erf", "pow")}
 )
 _exact_rest, _power, _trunc, _copysign = (_FUNCTIONS[name] for name in ("fmod", "pow", "trunc", "copysign"))
 

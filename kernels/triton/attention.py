@@ -20,6 +20,7 @@ from ._common import (
     precision,
     too_long,
 )
+from ._room import fitting
 
 Tile = dict[str, int]
 
@@ -39,13 +40,14 @@ TILES: dict[str, dict[str, list[Tile]]] = {
             _tile(64, 64, 64, 64, 4, 3),
             _tile(16, 64, 128, 128, 4, 3),
             _tile(64, 64, 128, 128, 4, 3),
-            _tile(16, 64, 256, 256, 4, 3),
+            _tile(16, 32, 256, 256, 4, 3),
             _tile(64, 64, 256, 256, 8, 2),
             _tile(16, 64, 512, 512, 8, 3),
             _tile(32, 32, 512, 512, 8, 2),
             _tile(64, 32, 512, 512, 8, 3),
         ],
         **_FINE,
+        "float32": [_tile(16, 16, 32, 64, 4, 2), _tile(16, 16, 32, 256, 4, 2)],  # eight warps would spill
     },
     "hip": {
         "half": [
@@ -166,10 +168,12 @@ def _choose(lines: int, keys: int, heads: int, width: int, dtype: torch.dtype, d
     """The narrowest tile that holds the head, tall if there are heads to fill it, shared memory to hold it, and tokens
     and keys enough for a program on every processor."""
     kind = "half" if dtype.itemsize == 2 or INTERPRET.value else str(dtype).removeprefix("torch.")
-    tiles = TILES[chip(device).kind][kind]
-    if kind == "half" and not INTERPRET.value and chip(device).kind == "cuda":  # the query and two tiles of keys
-        room = chip(device).shared // dtype.itemsize
-        tiles = [tile for tile in tiles if (tile["BH"] + 2 * tile["BK"]) * tile["SLICE"] < room]
+    weighed = kind == "half" and not INTERPRET.value and chip(device).kind == "cuda"
+    item = dtype.itemsize if weighed else 0
+    tiles = fitting(
+        TILES[chip(device).kind][kind], device, lambda tile: (12 * tile["BH"] + 4 * tile["BK"]) * tile["SLICE"], (),
+        lambda tile: item * (tile["BH"] + 2 * tile["BK"]) * tile["SLICE"],  # the query and two tiles of keys
+    )  # fmt: skip
     pieces = {tile["SLICE"] for tile in tiles}
     piece = min((p for p in pieces if p >= width), default=max(p for p in pieces if p <= WIDEST or kind != "half"))
     short, *tall = (tile for tile in tiles if tile["SLICE"] == piece)

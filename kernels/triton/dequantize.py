@@ -10,6 +10,7 @@ import triton.language as tl
 from flagops.registry import kernel
 
 from ._common import launch, narrow, too_long
+from ._room import fitted
 
 FP4_TILE: dict[str, Any] = {"BLOCK": 128, "num_warps": 8}
 FP8_TILE: dict[str, Any] = {"BR": 32, "BC": 128, "num_warps": 8}
@@ -77,8 +78,9 @@ def fp4_dequantize(packed: torch.Tensor, scale: torch.Tensor, dtype: str, out: t
     if size:
         flat = packed.is_contiguous() and scale.is_contiguous() and out.is_contiguous()
         steps = (*packed.stride(), *scale.stride(), *out.stride())
-        grid = (triton.cdiv(size, FP4_TILE["BLOCK"]),)
-        launch(fp4_kernel, grid, out.device, packed, scale, out, scale.shape[1], size, *steps, FLAT=flat, **FP4_TILE)
+        tile = fitted(FP4_TILE, out.device, lambda tile: 51 * 32 * tile["BLOCK"], ("BLOCK",))
+        grid = (triton.cdiv(size, tile["BLOCK"]),)
+        launch(fp4_kernel, grid, out.device, packed, scale, out, scale.shape[1], size, *steps, FLAT=flat, **tile)
 
 
 def fp8_dequantize_unsupported(

@@ -16,6 +16,7 @@ from flagops.registry import kernel
 
 from .._moe import BLOCK, quantised, refusal
 from ._common import chip, dot, launch, narrow, precision, too_long, widen
+from ._room import fitting, products
 from .matmul import TILES as PLAIN
 from .moe import bits, gated
 from .qmatmul import TILES as CODED
@@ -194,14 +195,13 @@ def _work(ends: torch.Tensor, count: int, height: int) -> torch.Tensor:
     return torch.stack((expert, first * used, ends[known] * used), 1).int()
 
 
-def _tile(tiles: list[Tile], rows: float, device: torch.device, item: int) -> Tile:
-    """The smallest tile that holds the rows of an expert, or the largest that fits."""
-    fitting = [
-        tile for tile in tiles
-        if max(tile["BM"], tile["BN"]) <= 128
-        and tile["num_stages"] * (tile["BM"] + tile["BN"]) * tile.get("BK", 128) * item <= chip(device).shared
-    ]  # fmt: skip
-    return next((tile for tile in fitting if tile["BM"] >= rows), fitting[-1] if fitting else tiles[0])
+def _narrow(tiles: list[Tile]) -> list[Tile]:
+    return [tile for tile in tiles if max(tile["BM"], tile["BN"]) <= 128]
+
+
+def _lowest(tiles: list[Tile], rows: float) -> Tile:
+    """The smallest tile that holds the rows of an expert, or the largest."""
+    return next((tile for tile in tiles if tile["BM"] >= rows), tiles[-1])
 
 
 def _plain(
@@ -210,7 +210,8 @@ def _plain(
     """Rows of a, sorted by expert or listed in ``rows``, times b[e, k, n]."""
     experts, depth, width = b.shape
     kind = "half" if a.dtype.itemsize == 2 else str(a.dtype).removeprefix("torch.")
-    tile = _tile(PLAIN[chip(a.device).kind][kind], count / experts, a.device, a.dtype.itemsize)
+    tiles = products(_narrow(PLAIN[chip(a.device).kind][kind]), a.device, a.dtype.itemsize)
+    tile = _lowest(tiles, count / experts)
     work = _work(ends, count, tile["BM"])
     launch(
         grouped_kernel, (len(work), triton.cdiv(width, tile["BN"])), a.device,
@@ -225,7 +226,12 @@ def _coded(
 ) -> None:  # fmt: skip
     """Likewise, a as `through_fp8` leaves it and b[e, n, k] in codes."""
     experts, width = b.shape[:2]
-    tile = _tile(CODED[chip(a.device).kind], count / experts, a.device, 2)
+    tiles = _narrow(CODED[chip(a.device).kind])
+    every = 2 * BLOCK  # bytes of a row, in all stages: on AMD's too, where registers hold what is decoded
+    tiles = fitting(
+        tiles, a.device, lambda tile: 0, (), lambda tile: tile["num_stages"] * (tile["BM"] + tile["BN"]) * every
+    )
+    tile = _lowest(tiles, count / experts)
     work = _work(ends, count, tile["BM"])
     launch(
         coded_kernel, (len(work), triton.cdiv(width, tile["BN"])), a.device,

@@ -12,6 +12,7 @@ from flagops.registry import kernel
 
 from .._tensors import Results, give, room, tokens
 from ._common import LOG2E, chip, dot, launch, narrow, precision, too_long, widen
+from ._room import fitted
 
 PROJECT = {"BT": 16, "BK": 64, "num_warps": 4, "num_stages": 2}
 COLLAPSE = {"BT": 4, "BD": 512, "num_warps": 4}
@@ -289,6 +290,7 @@ def _run(
     tokens, n, d = x.shape
     columns, device = fn.shape[0], x.device
     base, scale = base.contiguous(), scale.contiguous()
+    collapse = fitted(COLLAPSE, device, lambda tile: 97 * tile["BT"] * tile["BD"], ("BD",))
     together = max(64, IN_L2 // (n * d * x.element_size() + 1))
     for start in range(0, tokens, together):
         rows = slice(start, min(start + together, tokens))
@@ -305,14 +307,14 @@ def _run(
             part, fn, sums, count, max(d, 1), n * d, span, *part.stride(), *fn.stride(), sums.stride(0),
             C=columns, PC=max(16, triton.next_power_of_2(columns)), PRECISION=precision(), **PROJECT,
         )  # fmt: skip
-        blocks = triton.cdiv(count, COLLAPSE["BT"])
-        pieces = max(1, min(chip(device).processors // blocks, triton.cdiv(d, COLLAPSE["BD"])))
-        reach = triton.cdiv(triton.cdiv(d, COLLAPSE["BD"]), pieces) * COLLAPSE["BD"]
+        blocks, wide = triton.cdiv(count, collapse["BT"]), collapse["BD"]
+        pieces = max(1, min(chip(device).processors // blocks, triton.cdiv(d, wide)))
+        reach = triton.cdiv(triton.cdiv(d, wide), pieces) * wide
         launch(
             collapse_kernel, (blocks, pieces), device,
             sums, scale, base, part, y, post, comb, _bits(eps), _bits(norm_eps),
             count, d, depth, parts, reach, iters, *part.stride(), sums.stride(0),
-            FULL=iters > 0, C=columns, N=n, P=triton.next_power_of_2(n), **COLLAPSE,
+            FULL=iters > 0, C=columns, N=n, P=triton.next_power_of_2(n), **collapse,
         )  # fmt: skip
 
 

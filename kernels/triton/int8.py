@@ -13,6 +13,7 @@ from flagops.registry import kernel
 from .._rows import rows
 from .._tensors import matrix
 from ._common import chip, launch, narrow, too_long, widen
+from ._room import products
 from .moe import moved
 from .quantize import NAN, magnitude_of, origins
 
@@ -123,7 +124,7 @@ def int8_matmul(
     x, factors = (matrix(y.expand(*lead, y.shape[-1])) for y in (a, a_scale))
     result = matrix(out if out.is_contiguous() else out.new_empty(out.shape))
     m = len(result)
-    tiles = TILES[chip(device).kind]
+    tiles = products(TILES[chip(device).kind], device, 1)
     highest = next((i for i, t in enumerate(tiles) if m <= t["BM"]), len(tiles) - 1)
     tile = next((t for t in tiles[highest::-1] if 2 * _programs(m, n, t) >= chip(device).processors), tiles[0])
     launch(

@@ -11,6 +11,7 @@ from flagops import config
 from flagops.registry import kernel
 
 from ._common import LONGEST, chip, dot, launch, narrow, precision, too_long, widen
+from ._room import products
 
 Tile = dict[str, int]
 
@@ -125,13 +126,11 @@ def _choose(m: int, n: int, k: int, batch: int, dtype: torch.dtype, device: torc
         return (m * across + n * down) * k * dtype.itemsize + sums
 
     kind = "half" if dtype.itemsize == 2 else str(dtype).removeprefix("torch.")
-    tiles = TILES[chip(device).kind][kind]
+    tiles = products(TILES[chip(device).kind][kind], device, dtype.itemsize)
     chosen = tiles[0]
     for tile in tiles[1:]:
-        buffers = tile["num_stages"] - (chip(device).kind == "hip")  # there one of the stages lies in registers
-        needed = buffers * (tile["BM"] + tile["BN"]) * tile["BK"] * dtype.itemsize
         count = batch * triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"])
-        if needed > chip(device).shared or tile["BM"] >= 2 * max(m, chosen["BM"]):
+        if tile["BM"] >= 2 * max(m, chosen["BM"]):
             break
         if count >= chip(device).processors or (m > chosen["BM"] and moved(tile) < moved(chosen)):
             chosen = tile

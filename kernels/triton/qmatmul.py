@@ -15,7 +15,8 @@ from flagops import config
 from flagops.registry import kernel
 
 from .._tensors import matrix
-from ._common import chip, dot, launch, narrow, precision, too_long
+from ._common import chip, dot, launch, narrow, precision, too_long, widen
+from ._room import fitting
 from .dequantize import power_of_two
 from .matmul import sum_kernel
 
@@ -184,8 +185,15 @@ def multiplied(x, w, acc, PRECISION: tl.constexpr):
     if x.dtype == tl.bfloat16:
         acc = dot(x, w, acc, PRECISION)
     else:
-        acc = dot(x.to(tl.float32), w.to(tl.float32), acc, PRECISION)
+        acc = dot(widen(x), widen(w), acc, PRECISION)
     return acc
+
+
+def _held(tile: Tile, four: bool, coded: bool) -> int:
+    """Bytes of a tile where a chip holds all. Every second code of FP4's activations lies in 32 bytes of its own."""
+    if four:
+        return (136 if coded else 18) * 128 * tile["BM"]
+    return max(18 * tile["BM"], 34 * tile["BN"]) * 128
 
 
 def quantized_product(
@@ -201,7 +209,9 @@ def quantized_product(
     scale = b_scale if a_scale is None else matrix(a_scale.expand(*lead, a_scale.shape[-1]))
     result = matrix(out if out.is_contiguous() else out.new_empty(out.shape))
     m, size = len(result), result.numel()
-    tiles = (FOUR if run is fp4_kernel else TILES)[chip(device).kind]
+    four, coded = run is fp4_kernel, a_scale is not None
+    table = (FOUR if four else TILES)[chip(device).kind]
+    tiles = fitting(table, device, lambda tile: _held(tile, four, coded), ("BM",) if four else ("BN", "BM"))
     tile = next((t for t in tiles if m <= t["BM"]), tiles[-1])
     programs = triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"])
     blocks = triton.cdiv(k, 128)

@@ -15,6 +15,7 @@ from flagops.registry import kernel
 
 from .._rows import rows
 from ._common import launch, narrow, widen
+from ._room import fits, fitted
 
 LONGEST = 8192
 """Elements of a block, or of a row to transform, that a program holds."""
@@ -23,6 +24,10 @@ LONGEST_COUNT = 2**31 - LONGEST
 ENCODE_TILE: dict[str, Any] = {"TILE": 4096, "num_warps": 4}
 HADAMARD_TILE: dict[str, Any] = {"TILE": 4096, "num_warps": 4}
 RECODE_TILE: dict[str, Any] = {"BAND": 128, "num_warps": 8}
+BESIDE, APART = 28, 256
+"""Bytes of an element to encode where a chip holds all: of those that lie side by side, and of those that do not."""
+SPLIT = 1296
+"""Likewise of one to transform: halves of pairs lie in 32 bytes each, at every stage."""
 NAN = tl.constexpr(0x7F800000)
 
 
@@ -234,7 +239,9 @@ def _encode(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, b
     width = x.shape[-1]
     lead = x.shape[:-1] if width else (0,)
     size = triton.next_power_of_2(block)
-    together, warps = max(1, ENCODE_TILE["TILE"] // size), ENCODE_TILE["num_warps"]
+    each = BESIDE if x.stride(-1) == codes.stride(-1) == 1 else APART
+    tile = fitted(ENCODE_TILE, x.device, lambda tile: each * tile["TILE"], ("TILE",))
+    together = max(1, tile["TILE"] // size)
     groups = width // block
     beside = codes if scales is None else scales
     steps = (x.stride()[:-1], codes.stride()[:-1], beside.stride()[:-1])
@@ -244,7 +251,8 @@ def _encode(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, b
             encode_kernel, (triton.cdiv(count, together),), x.device,
             _at(x, source), _at(codes, target), _at(beside, aside), count, groups, block, n1, n2,
             *x_steps, x.stride(-1), *codes_steps, codes.stride(-1), *scale_steps, beside.stride(-1),
-            **flags, LONG=count > LONGEST_COUNT, FLAT=n0 * n1 == 1, GROUPS=together, BLOCK=size, num_warps=warps,
+            **flags, LONG=count > LONGEST_COUNT, FLAT=n0 * n1 == 1, GROUPS=together, BLOCK=size,
+            num_warps=tile["num_warps"] if each == BESIDE else 8,  # their addresses too take registers
         )  # fmt: skip
 
 
@@ -257,19 +265,22 @@ def fp4_to_fp8(packed: torch.Tensor, scale: torch.Tensor, out: tuple[torch.Tenso
         steps = [step for x in (packed, scale, weight, scales, lossless) for step in x.stride()]
         launch(
             recode_kernel, (scales.numel(),), packed.device,
-            packed, scale, weight, scales, lossless, scales.shape[1], *steps, **RECODE_TILE,
+            packed, scale, weight, scales, lossless, scales.shape[1], *steps,
+            **fitted(RECODE_TILE, packed.device, lambda tile: 180 * 128 * tile["BAND"], ("BAND",)),
         )  # fmt: skip
 
 
 def hadamard_unsupported(x: torch.Tensor, scale: float | None) -> str | None:
-    return _too_wide(x.shape[-1])
+    width = x.shape[-1]
+    return _too_wide(width) or (None if fits(x.device, SPLIT * width) else f"{width} channels: no room on the chip")
 
 
 @kernel(deterministic=True, batch_invariant=True)
 def hadamard(x: torch.Tensor, scale: float | None, out: torch.Tensor) -> None:
     """All stages in registers, short rows together."""
     width = x.shape[-1]
-    together = max(1, HADAMARD_TILE["TILE"] // width)
+    tile = fitted(HADAMARD_TILE, x.device, lambda tile: SPLIT * tile["TILE"], ("TILE",))
+    together = max(1, tile["TILE"] // width)
     factor = int(np.float64(width**-0.5 if scale is None else scale).view(np.int64))
     for (source, target), (n0, n1, n2), (x_steps, out_steps) in rows(x.shape[:-1], x.stride()[:-1], out.stride()[:-1]):
         count = n0 * n1 * n2
@@ -277,7 +288,7 @@ def hadamard(x: torch.Tensor, scale: float | None, out: torch.Tensor) -> None:
             hadamard_kernel, (triton.cdiv(count, together),), x.device,
             _at(x, source), _at(out, target), factor, count, n1, n2, *x_steps, x.stride(-1), *out_steps, out.stride(-1),
             LONG=count > LONGEST_COUNT, FLAT=n0 * n1 == 1, ROWS=together, D=width, STAGES=width.bit_length() - 1,
-            num_warps=HADAMARD_TILE["num_warps"],
+            num_warps=tile["num_warps"],
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from flagops.reference.sdpa import factor
 from flagops.registry import kernel
 
 from ._common import INTERPRET, attend, chip, dot, launch, narrow, precision, too_long
+from ._room import fits
 
 WIDEST = 256
 
@@ -135,7 +136,7 @@ def scaled_dot_product_attention(
     width = max(query.shape[-1], depth)
     table = TILES[chip(device).kind][name]
     tile = next(tile for tile in table if tile["SLICE"] >= width)
-    if not INTERPRET.value and 3 * 64 * tile["SLICE"] * query.itemsize * tile["num_stages"] > chip(device).shared:
+    if not fits(device, 0, 3 * 64 * tile["SLICE"] * query.itemsize * tile["num_stages"]):
         tile = {**tile, "num_stages": 1}
     launch(
         dense_kernel, (len(q) * heads * triton.cdiv(length, tile["BM"]),), device,
