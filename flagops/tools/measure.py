@@ -6,7 +6,7 @@ each timing. A ratio of two candidates is the median over rounds of the two time
 A baseline may say more than its call: ``prepare(*inputs)`` is run on every set before, for what is not to be timed, as
 the packing of weights; ``held(*inputs)`` gives the call of the card that its result is held to, where it computes
 another, ``beyond(arguments)`` what further roundings of its own add to the bound, and ``differs`` says in what;
-``elapsed(inputs, out)`` takes the time of calls that run elsewhere; ``backend`` is the only one of ours that it is
+``elapsed(inputs, out, clock)`` takes the time of calls elsewhere; ``backend`` is the only one of ours that it is
 compared with. It may return its result in place of writing into ``out``.
 """
 
@@ -179,7 +179,7 @@ def alternate(
                 poison(out)
             call, given = calls[name], [next(turn) for _ in range(repeats[name])]
 
-            def here(given: Sequence[Sequence[Any]], out: Any, call: Call = call) -> float:
+            def here(given: Sequence[Sequence[Any]], out: Any, clock: str, call: Call = call) -> float:
                 wait()
                 start = settings.clock()
                 for one in given:
@@ -188,7 +188,7 @@ def alternate(
                 return settings.clock() - start
 
             with (within or {}).get(name, nullcontext)():
-                elapsed = getattr(call, "elapsed", here)(given, out) / len(given)
+                elapsed = getattr(call, "elapsed", here)(given, out, settings.clock.__name__) / len(given)
             if count < 0:
                 repeats[name] = max(1, min(1000, math.ceil(1e-3 / elapsed)))
             else:
