@@ -27,7 +27,7 @@ import flagops
 from flagops import dispatch, registry, tables
 from flagops.backends import numba
 from flagops.override.lowering import LOWERINGS
-from flagops.tools import bench, measure
+from flagops.tools import measure, results
 from flagops.transformers._handle import Handle
 
 HEAD = ("call", "way", "frames", "empty", "site", "site / empty", "call", "call / empty", "call - loop")
@@ -219,7 +219,7 @@ def main() -> None:
         calls = [{"call": e.name, "way": e.way, "frames": deepest, **asdict(t)} for e, deepest, t in found]
         options.json.write_text(json.dumps({"machine_info": measure.machine(), "calls": calls}, indent=1) + "\n")
     if options.markdown:
-        bench.write_markdown(options.markdown, HEAD, rows, __doc__ or "")
+        results.write_markdown(options.markdown, HEAD, rows, __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch.multiprocessing as processes
 
 from flagops import tables
 from flagops.distributed import SCHEMES, GroupedOutputProjection, GroupedOutputProjectionParallel, Sizes
-from flagops.tools import bench
+from flagops.tools import results
 
 SIZES = Sizes(heads=32, head_dim=128, groups=2, rank=256, hidden=1024)
 HEAD = ("ranks", "tokens", "scheme", "weights a rank", "sent a token", "time", "of replicate")
@@ -37,7 +37,7 @@ def main() -> None:
     title = "{heads} heads of {head_dim} in {groups} groups, rank {rank}, to {hidden}; bfloat16"
     tables.show(title.format(**vars(SIZES)), HEAD, rows)
     if options.markdown:
-        bench.write_markdown(options.markdown, HEAD, rows, __doc__ or "")
+        results.write_markdown(options.markdown, HEAD, rows, __doc__ or "")
 
 
 def measure(ranks: int, tokens: tuple[int, ...]) -> list[list[str]]:
@@ -76,7 +76,7 @@ def _rank(rank: int, ranks: int, tokens: tuple[int, ...], folder: str) -> None:
                 spent = times[scheme][1:]
                 ratio = median(a / b for a, b in zip(spent, times["replicate"][1:], strict=True))
                 numbers = [f"{cost.weights / 1e6:.2f} MB", f"{cost.sent / 1e3:.2f} kB"]
-                rows.append([f"{ranks}", f"{count}", scheme, *numbers, bench.seconds(median(spent)), f"{ratio:.2f}"])
+                rows.append([f"{ranks}", f"{count}", scheme, *numbers, results.seconds(median(spent)), f"{ratio:.2f}"])
     if rank == 0:
         torch.save(rows, Path(folder, "rows"))
     dist.barrier()

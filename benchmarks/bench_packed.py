@@ -27,7 +27,7 @@ from flagops.checkpoint.memory import peak, resident
 from flagops.checkpoint.progress import amount
 from flagops.deepseek_v4.examples import packed_deepseek_v4
 from flagops.packed.command import greedy
-from flagops.tools import bench, roofline
+from flagops.tools import results, roofline
 
 SIZES = {
     "vocab_size": 16384, "hidden_size": 4096, "moe_intermediate_size": 2048, "num_attention_heads": 64, "head_dim": 512,
@@ -69,7 +69,7 @@ def main() -> None:
     said = f"{amount(size)} of weights, {options.experts} experts a layer; the disk reads {rate / 1e9:.2f} GB/s"
     tables.show(said, HEAD, rows)
     if options.markdown:
-        bench.write_markdown(options.markdown, HEAD, rows, f"{__doc__}\n{said}.")
+        results.write_markdown(options.markdown, HEAD, rows, f"{__doc__}\n{said}.")
 
 
 def _measured(name: str, packed: Path, expanded: Path) -> dict[str, Any]:

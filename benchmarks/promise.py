@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from flagops.tools import bench
+from flagops.tools import results
 
 
 @dataclass(frozen=True)
@@ -41,4 +41,4 @@ def ratio(times: Mapping[str, list[float]], ours: str, theirs: str, work: float 
 
 
 def times_of(times: Mapping[str, list[float]]) -> str:
-    return ", ".join(f"{name} {bench.seconds(median(found))}" for name, found in times.items())
+    return ", ".join(f"{name} {results.seconds(median(found))}" for name, found in times.items())

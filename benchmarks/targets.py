@@ -22,10 +22,10 @@ import torch
 import flagops
 from flagops import contract, registry, tables
 from flagops.call import of
-from flagops.tools import bench, measure, workloads
+from flagops.tools import companions, measure, results, workloads
 from flagops.tools.measure import Call, Settings, Trial
 
-promise, targets_v4 = bench.companion("promise"), bench.companion("targets_v4")
+promise, targets_v4 = companions.load("promise"), companions.load("targets_v4")
 Result, ratio_of, times_of = promise.Result, promise.ratio, promise.times_of
 
 V4_FLASH_ROWS = (1, 16, 128, 1024)
@@ -37,22 +37,22 @@ HEAD = ("target", "promised", "measured", "", "detail")
 
 def run(settings: Settings, json_file: Path | None = None, markdown: Path | None = None) -> int:
     """Measure every target; returns 1 if one was missed."""
-    results: list[Result] = []
+    measured: list[Result] = []
     with torch.no_grad(), contract.Progress(len(TARGETS)) as begin:
-        for measured in TARGETS:
-            begin(measured.__name__)
-            for result in measured(settings):
+        for target in TARGETS:
+            begin(target.__name__)
+            for result in target(settings):
                 print("; ".join(result.cells()), file=sys.stderr)
-                results.append(result)
-    tables.show("targets", HEAD, [result.cells() for result in results])
+                measured.append(result)
+    tables.show("targets", HEAD, [result.cells() for result in measured])
     if json_file:
-        found = [asdict(result) | {"reached": result.reached} for result in results]
+        found = [asdict(result) | {"reached": result.reached} for result in measured]
         run_on = datetime.now(UTC).isoformat(timespec="seconds")
         everything = {"machine_info": measure.machine(), "datetime": run_on, "targets": found}
         json_file.write_text(json.dumps(everything, indent=1) + "\n")
     if markdown:
-        bench.write_markdown(markdown, HEAD, [result.cells() for result in results], __doc__ or "")
-    return 0 if all(result.reached for result in results) else 1
+        results.write_markdown(markdown, HEAD, [result.cells() for result in measured], __doc__ or "")
+    return 0 if all(result.reached for result in measured) else 1
 
 
 def product(settings: Settings) -> Iterator[Result]:
@@ -92,7 +92,7 @@ def dequantize(settings: Settings) -> Iterator[Result]:
         ratio, detail = ratio_of(times, "ours", "fill")
         yield Result(f"{name} 4096x7168 without out to empty().fill_()", ratio, 0.8, detail=detail)
 
-        idiom, baseline = next(iter(bench.baselines(trial.op).items()))
+        idiom, baseline = next(iter(companions.baselines(trial.op).items()))
         times = _checked(trial, {"ours": call, idiom: baseline}, settings)
         ratio, detail = ratio_of(times, "ours", idiom)
         yield Result(f"{name} 4096x7168 to {idiom}", ratio, detail=detail)
@@ -150,7 +150,7 @@ def _trial(name: str, workload: str, settings: Settings) -> Trial:
 def _best(trial: Trial, settings: Settings) -> tuple[str, float]:
     """The backend with the best ratio to the baseline, all timed side by side."""
     backends = measure.candidates(trial.op, measure.usable(settings.device))
-    rows = measure.compare(trial, backends, bench.baselines(trial.op), settings)
+    rows = measure.compare(trial, backends, companions.baselines(trial.op), settings)
     wrong = [f"{row.name}: {row.problem}" for row in rows if row.wrong]
     if wrong:
         raise AssertionError(f"{trial.op.name} {trial.workload} is wrong on {'; '.join(wrong)}")

@@ -21,10 +21,10 @@ import torch
 import flagops
 from flagops import registry
 from flagops.deepseek_v4.examples import random_deepseek_v4
-from flagops.tools import bench, measure
+from flagops.tools import companions, measure, results
 from flagops.tools.measure import Call, Settings
 
-promise = bench.companion("promise")
+promise = companions.load("promise")
 Result, ratio_of = promise.Result, promise.ratio
 
 V4_FLASH = {
@@ -73,21 +73,23 @@ CONTEXT = 32768
 
 def csa_layer(settings: Settings) -> Iterator[Any]:
     ours, theirs = _process("prefill", "patched", 4096), _process("prefill", "eager", 4096)
-    detail = f"{bench.seconds(ours['seconds'])} against {bench.seconds(theirs['seconds'])}, "
+    detail = f"{results.seconds(ours['seconds'])} against {results.seconds(theirs['seconds'])}, "
     detail += f"{ours['extra'] / 1e9:.2f} against {theirs['extra'] / 1e9:.2f} GB above the weights"
     worst = _difference(ours, theirs)
     ratio = theirs["seconds"] / ours["seconds"]
     yield Result("CSA layer, V4-Flash, 4096 tokens, f32, to transformers eager", ratio, 5.0, detail=detail + worst)
     yield Result("the same, memory above the weights", ours["extra"] / 1e9, 1.5, most=True, unit="GB")
     long = _process("prefill", "patched", 16384)
-    detail = f"{bench.seconds(long['seconds'])}, {long['extra'] / 1e9:.2f} GB above the weights"
+    detail = f"{results.seconds(long['seconds'])}, {long['extra'] / 1e9:.2f} GB above the weights"
     yield Result("CSA layer at 16384 tokens completes", float(long["finite"]), 1.0, unit="", detail=detail)
 
 
 def csa_decode(settings: Settings) -> Iterator[Any]:
     ours, theirs = _process("decode", "patched", CONTEXT), _process("decode", "eager", CONTEXT)
     ratio = theirs["seconds"] / ours["seconds"]
-    detail = f"{bench.seconds(ours['seconds'])} against {bench.seconds(theirs['seconds'])}{_difference(ours, theirs)}"
+    detail = (
+        f"{results.seconds(ours['seconds'])} against {results.seconds(theirs['seconds'])}{_difference(ours, theirs)}"
+    )
     yield Result("CSA layer, one token after 32768, to transformers eager", ratio, 20.0, detail=detail)
 
 
@@ -113,7 +115,7 @@ def fp4_token(settings: Settings) -> Iterator[Any]:
     for workload in (n for n in op.workloads if n.startswith("v4-flash.") and n.endswith(".1")):
         trial = measure.prepare(op, workload, settings.device)
         backends = measure.candidates(op, measure.usable(settings.device))
-        rows = measure.compare(trial, backends, bench.baselines(op), settings)
+        rows = measure.compare(trial, backends, companions.baselines(op), settings)
         found = max((row for row in rows if not row.baseline and row.ratio), key=lambda row: row.ratio)
         yield Result(f"fp4_matmul {workload} to torch bf16 on expanded weights", found.ratio, 1.5, detail=found.name)
 

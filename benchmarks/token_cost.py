@@ -34,7 +34,7 @@ from flagops.deepseek_v4.examples import packed_deepseek_v4
 from flagops.plan import checkpoint, times
 from flagops.plan.cost import Step, loads
 from flagops.plan.machine import Machine, described
-from flagops.tools import bench, roofline
+from flagops.tools import results, roofline
 from flagops.tools.measure import Settings
 
 KEPT = 0.25
@@ -97,7 +97,7 @@ def main() -> int:
     tables.show("planned and measured", HEAD, rows)
     if options.markdown:
         note = "\n".join(f"- {what or 'bandwidth'}: {how_much}, {of}" for what, how_much, of in described(here))
-        bench.write_markdown(options.markdown, HEAD, rows, f"{__doc__}\nRun with {' '.join(sys.argv[1:])}:\n\n{note}")
+        results.write_markdown(options.markdown, HEAD, rows, f"{__doc__}\nRun with {' '.join(sys.argv[1:])}:\n\n{note}")
     return int(any(row[7] != "kept" for row in rows))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import os
 import platform
 import sys
@@ -74,3 +75,36 @@ def cpu_model() -> str:
         return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
     except (OSError, KeyError):
         return platform.processor() or platform.machine()
+
+
+FEATURES = (
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni",
+    "amx_tile", "amx_bf16", "amx_int8", "amx_fp16", "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2", "sme",
+)  # fmt: skip
+"""Instructions that products may use, as Linux names them, on x86 and on ARM."""
+
+
+@functools.cache
+def cpu_features() -> tuple[str, ...]:
+    """Which of `FEATURES` the processor has; none where the system does not say."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            words = next((line.split(":", 1)[1].split() for line in file if line.startswith(("flags", "Features"))), [])
+    except OSError:
+        return ()
+    return tuple(name for name in FEATURES if name in words)
+
+
+@functools.cache
+def last_level_cache() -> int:
+    """Bytes of the largest caches of the processors that this process may use, together; 0 where nobody says."""
+    found: dict[str, int] = {}
+    for core in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ():
+        places = glob.glob(f"/sys/devices/system/cpu/cpu{core}/cache/index*")
+        for place in sorted(places)[-1:]:
+            try:
+                with open(f"{place}/size") as size, open(f"{place}/shared_cpu_list") as shared:
+                    found[shared.read()] = int(size.read().strip().removesuffix("K")) << 10
+            except (OSError, ValueError):
+                continue
+    return sum(found.values())

@@ -197,7 +197,8 @@ SCALES = ("float8_e8m0fnu", "uint8", "float32")
         for name, dtype in (("bf16", "bfloat16"), ("fp4", "uint8"), ("fp8", "float8_e4m3fn"))
         for t in (1, 256)
         if model == "flash" or name == "fp4"
-    },
+    }
+    | {f"v4-flash.fp4.{t}": {"t": t, "k": 6, "e": 8, "dtype": "uint8", **V4_FLASH} for t in (16, 64)},
     flops=_flops,
     sizes={"t": (1, 2, 3, 0, 17), "k": (1, 2, 6), "e": (3, 1, 8), "d": (32, 1, 64, 7, 160), "i": (32, 1, 64, 33, 160)}
     | dict.fromkeys(("d_stored", "i_stored", "a", "b", "f", "g"), (1,)),

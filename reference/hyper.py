@@ -108,7 +108,7 @@ def hc_split_sinkhorn_bound(
     },
     scalars={"iters": ITERS, "eps": EPS, "norm_eps": NORM_EPS},
     result={"y": Tensor("... d", "x"), "post": Tensor("... n", "fn"), "comb": Tensor("... n n", "fn")},
-    workloads={f"v4-flash.{rows}": {"batch": (rows,), **V4_FLASH} for rows in (1, 64, 4096)}
+    workloads={f"v4-flash.{rows}": {"batch": (rows,), **V4_FLASH} for rows in (1, 64, 1024, 4096)}
     | {f"v4-pro.{rows}": {"batch": (rows,), **V4_PRO} for rows in (1, 1024)},
     flops=lambda dims, batch: 2.0 * math.prod(batch) * dims["n"] * dims["d"] * (dims["n"] * dims["m"] + 2),
     sizes=SIZES,
@@ -172,7 +172,7 @@ def hc_pre_bound(exact: tuple[Array, ...], arguments: Mapping[str, Any], dtypes:
     result=Tensor("... n d", "y"),
     inplace={"out": "x"},
     separable=("...",),
-    workloads={f"v4-flash.{rows}": {"batch": (rows,), **V4_FLASH} for rows in (1, 64, 4096)}
+    workloads={f"v4-flash.{rows}": {"batch": (rows,), **V4_FLASH} for rows in (1, 64, 1024, 4096)}
     | {f"v4-pro.{rows}": {"batch": (rows,), **V4_PRO} for rows in (1, 1024)},
     flops=lambda dims, batch: 2.0 * math.prod(batch) * dims["n"] * dims["d"] * (dims["n"] + 1),
     integral=True,

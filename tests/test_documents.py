@@ -17,6 +17,7 @@ pytest.importorskip("numba")
 
 from flagops import registry  # noqa: E402
 from flagops.override import interpose  # noqa: E402
+from flagops.tools import companions  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a checkout")
@@ -28,7 +29,7 @@ PAGES = sorted(
     str(p.relative_to(ROOT)) for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"))
 )
 EXAMPLES = sorted(path.name for path in ROOT.glob("examples/*.py"))
-NOT_RUN = 21
+NOT_RUN = 22
 """Blocks that say why they are not run; a new one is a decision."""
 
 STAND_INS = ("kernel", "fast_hadamard_transform")
@@ -176,6 +177,11 @@ def test_readme_names_every_operator_once():
     named = re.findall(r"`(\w+)`", table)
     assert sorted(named) == sorted(registry.operators())
     assert table.count("\n| ") == 2 + 9
+
+
+def test_speeds_are_those_of_the_files_of_results():
+    figures = companions.load("figures")
+    assert figures.wrong() == []
 
 
 def test_every_page_is_reached_from_the_first():

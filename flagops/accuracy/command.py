@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     from flagops.deepseek_v4.examples import TRAINED
-    from flagops.tools.bench import write_markdown
+    from flagops.tools.results import write_markdown
     from flagops.train.corpus import Corpus, shipped
 
     from .documents import documents

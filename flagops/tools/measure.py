@@ -2,6 +2,12 @@
 
 Candidates run in ABBA order on inputs that together do not fit in the caches, into an output that is full of NaN before
 each timing. A ratio of two candidates is the median over rounds of the two times taken side by side.
+
+A baseline may say more than its call: ``prepare(*inputs)`` is run on every set before, for what is not to be timed, as
+the packing of weights; ``held(*inputs)`` gives the call of the card that its result is held to, where it computes
+another, ``beyond(arguments)`` what further roundings of its own add to the bound, and ``differs`` says in what;
+``elapsed(inputs, out, clock)`` takes the time of calls elsewhere; ``backend`` is the only one of ours that it is
+compared with. It may return its result in place of writing into ``out``.
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Any
@@ -22,16 +28,19 @@ from typing import Any
 from flagops import arrays, registry
 from flagops.call import of
 from flagops.errors import Unsupported
-from flagops.machine import cpu_model, torch_has_native_bf16
+from flagops.machine import cpu_features, cpu_model, last_level_cache, torch_has_native_bf16
 from flagops.operator import Operator
 from flagops.tools import workloads
 
 COLD = 128 << 20
-"""Bytes of inputs that take turns, so that each call finds its own out of the caches, as a model's layers do."""
+"""Bytes of inputs that take turns at least, so that each call finds its own out of the caches, as a model's layers do.
+Where the last caches are large, four times their size."""
+SETS = 4096
+"""The most sets of inputs that take turns: of calls so small that these do not fill `COLD`, Python is most."""
+DRAWN = 64
+"""Sets that are drawn; what further ones it takes are copies of these at other addresses."""
 SPREAD = 0.3
 """The share of its median that the middle of a row's times may spread over; beyond, something disturbed them."""
-LARGE = 512 << 20
-"""Inputs of which one set is enough to be cold."""
 
 Call = Callable[..., Any]
 
@@ -50,7 +59,8 @@ class Settings:
 
 @dataclass
 class Row:
-    """One candidate at one workload; times in seconds a call, one for each round."""
+    """One candidate at one workload; times in seconds a call, one for each round; how many times as fast as each
+    baseline it was, of which `ratio` is that to the first."""
 
     operator: str
     workload: str
@@ -64,7 +74,9 @@ class Row:
     flops: float = 0.0
     bytes: float = 0.0
     ratio: float | None = None
+    ratios: dict[str, float] = field(default_factory=dict)
     memory: int | None = None
+    differs: str = ""
 
     @property
     def median(self) -> float:
@@ -86,21 +98,30 @@ class Row:
 @dataclass(frozen=True)
 class Roofline:
     """The best that this machine reached in this run: bytes a second of reading, copying or adding arrays that exceed
-    its caches, FLOP/s of products in float32 and, where it has units for it, bfloat16."""
+    its caches, FLOP/s of products in float32 and, where it has units for it, bfloat16, operations/s in int8."""
 
     bandwidth: float
     matmul: float
     half: float = 0.0
+    int8: float = 0.0
 
     def share(self, row: Row) -> float:
         """Of what bounds a row, how much it reached; above 1 one of the two was measured wrong."""
-        flops = self.matmul if row.dtype in ("float32", "float64") else max(self.matmul, self.half)
-        return max(row.flops / flops, row.bytes / self.bandwidth) / row.median
+        return max(row.flops / self.peak(row), row.bytes / self.bandwidth) / row.median
+
+    def peak(self, row: Row) -> float:
+        """Operations a second that the units which a row may use reach."""
+        halves = 0.0 if row.dtype in ("float32", "float64") else self.half
+        return max(self.matmul, halves, self.int8 if row.operator.startswith("int8") else 0.0)
+
+    def best(self, other: Roofline) -> Roofline:
+        """The higher of two measurements: what else runs only ever takes away."""
+        return Roofline(*(max(x, y) for x, y in zip(astuple(self), astuple(other), strict=True)))
 
     def __str__(self) -> str:
         return (
             f"{self.bandwidth / 1e9:.1f} GB/s, products {self.matmul / 1e9:.0f} GFLOP/s in float32, "
-            f"{self.half / 1e9:.0f} in bfloat16"
+            f"{self.half / 1e9:.0f} in bfloat16, {self.int8 / 1e9:.0f} in int8"
         )
 
 
@@ -117,10 +138,15 @@ def roofline(settings: Settings) -> Roofline:
         "float32": lambda out: torch.matmul(whole[0], whole[1], out=whole[2]),
         "bfloat16": lambda out: torch.matmul(half[0], half[1], out=half[2]),
     }
+    if settings.device in ("cpu", "cuda"):
+        codes = [torch.randint(-99, 99, (2048, 2048), dtype=torch.int8, device=settings.device) for _ in range(2)]
+        sums = torch.empty(2048, 2048, dtype=torch.int32, device=settings.device)
+        calls["int8"] = lambda out: torch._int_mm(*codes, out=sums)
     times = alternate(calls, [()], torch.empty_like(one), settings, poisoned=False)
     best = {name: min(found) for name, found in times.items()}
     bandwidth = max(one.nbytes * arrays / best[name] for name, arrays in (("read", 1), ("copy", 2), ("triad", 3)))
-    return Roofline(bandwidth, 2 * 2048**3 / best["float32"], 2 * 2048**3 / best["bfloat16"])
+    products = (2 * 2048**3 / best.get(name, math.inf) for name in ("float32", "bfloat16", "int8"))
+    return Roofline(bandwidth, *products)
 
 
 def synchronizer(device: str) -> Callable[[], Any]:
@@ -152,13 +178,17 @@ def alternate(
             if poisoned:
                 poison(out)
             call, given = calls[name], [next(turn) for _ in range(repeats[name])]
-            with (within or {}).get(name, nullcontext)():
+
+            def here(given: Sequence[Sequence[Any]], out: Any, clock: str, call: Call = call) -> float:
                 wait()
                 start = settings.clock()
                 for one in given:
                     call(*one, out)
                 wait()
-                elapsed = (settings.clock() - start) / len(given)
+                return settings.clock() - start
+
+            with (within or {}).get(name, nullcontext)():
+                elapsed = getattr(call, "elapsed", here)(given, out, settings.clock.__name__) / len(given)
             if count < 0:
                 repeats[name] = max(1, min(1000, math.ceil(1e-3 / elapsed)))
             else:
@@ -226,9 +256,10 @@ class Trial:
         return Row(self.op.name, self.workload, self.dtype, name, baseline, flops=self.flops, bytes=self.bytes)
 
 
-def turns(used: int) -> int:
+def turns(used: int, cold: int | None = None) -> int:
     """How many sets of inputs of so many bytes it takes for each call to find its own out of the caches."""
-    return 1 if used >= LARGE else min(64, max(2, -(-COLD // max(used, 1))))
+    cold = cold or max(COLD, 4 * last_level_cache())
+    return 1 if used >= 4 * cold else min(SETS, max(2, -(-cold // max(used, 1))))
 
 
 def prepare(op: Operator, workload: str, device: str = "cpu", dtype: str | None = None, cold: bool = True) -> Trial:
@@ -239,32 +270,41 @@ def prepare(op: Operator, workload: str, device: str = "cpu", dtype: str | None 
     sets = [workloads.inputs(op, of, 0, device)]
     used = sum(x.nbytes for x in sets[0] if arrays.is_torch(x))
     if cold:
-        sets += [workloads.inputs(op, of, seed, device) for seed in range(1, turns(used))]
+        count = turns(used)
+        sets += [workloads.inputs(op, of, seed, device) for seed in range(1, min(count, DRAWN))]
+        sets += [[_elsewhere(x) for x in sets[i % DRAWN]] for i in range(DRAWN, count)]
     bound = op.bind((*sets[0], None))
     outs = tuple(
         torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         for shape, dtype in zip(bound.shapes, bound.results, strict=True)
     )
     work = float(op.flops(bound.dims, bound.batch))
-    moved = used + sum(x.nbytes for x in outs)
+    moved = workloads.needed(op, sets[0]) + sum(x.nbytes for x in outs)
     return Trial(op, workload, bound.dtype, sets, outs if op.several else outs[0], work, moved)
+
+
+def _elsewhere(x: Any) -> Any:
+    """A copy of a tensor with its strides."""
+    return x.clone() if arrays.is_torch(x) else x
 
 
 def compare(trial: Trial, calls: Mapping[str, Call], baselines: Mapping[str, Call], settings: Settings) -> list[Row]:
     """Check, then time every candidate at a workload; all are called as ``call(*inputs, out)``.
 
-    A candidate that is wrong, before or after it was timed, has no times; ratios are to the first baseline. A candidate
-    may have `prepare(*inputs)`, which is run on every set before, for what is not to be timed.
+    A candidate that is wrong, before or after it was timed, has no times. Ratios are to every baseline, the first of
+    which that could run gives a row's own.
     """
     import torch
 
     sets, out, every = trial.sets, trial.out, {**calls, **baselines}
     rows = {name: trial.row(name, name in baselines) for name in every}
+    held: dict[tuple[Any, ...], Any] = {}
     with torch.no_grad():
         for name, call in every.items():
-            _attempt(trial, rows[name], call, 0)
+            rows[name].differs = getattr(call, "differs", "")
+            _attempt(trial, rows[name], call, 0, held)
             if not rows[name].problem:
-                rows[name].memory = extra_memory(lambda call=call: call(*sets[0], out), settings.device)  # type: ignore[misc]
+                rows[name].memory = _extra(trial, call, settings)
         able = {name: call for name, call in every.items() if not rows[name].problem}
         for call in able.values():
             prepare = getattr(call, "prepare", lambda *_: None)
@@ -272,27 +312,47 @@ def compare(trial: Trial, calls: Mapping[str, Call], baselines: Mapping[str, Cal
                 prepare(*given)
         times = alternate(able, sets, out, settings)
         for name, call in able.items():
-            _attempt(trial, rows[name], call, -1)
+            _attempt(trial, rows[name], call, -1, held)
             if not rows[name].problem:
                 rows[name].times = times[name]
-    yardstick = next((times[name] for name in baselines if name in able), None)
-    for name in able:
-        if yardstick and rows[name].times:
-            rows[name].ratio = median(b / t for b, t in zip(yardstick, times[name], strict=True))
+    for name, row in rows.items():
+        for other, call in baselines.items():
+            alike = name == other or getattr(call, "backend", name) == name
+            if alike and row.times and rows[other].times:
+                row.ratios[other] = median(b / t for b, t in zip(times[other], times[name], strict=True))
+        row.ratio = next(iter(row.ratios.values()), None)
     return list(rows.values())
 
 
-def _attempt(trial: Trial, row: Row, call: Call, which: int) -> None:
+def _extra(trial: Trial, call: Call, settings: Settings) -> int | None:
+    """Bytes that a call takes; of one that runs in another process nobody here knows."""
+    if hasattr(call, "elapsed"):
+        return None
+    return extra_memory(lambda: call(*trial.sets[0], trial.out), settings.device)
+
+
+def _attempt(trial: Trial, row: Row, call: Call, which: int, held: dict[tuple[Any, ...], Any]) -> None:
+    """Run a candidate on one set and hold its result to the reference, which is computed once for all of them."""
     given, out = trial.sets[which], trial.out
     poison(out)
     try:
-        call(*given, out)
-        row.match = workloads.verify(trial.op, given, out)
+        getattr(call, "prepare", lambda *_: None)(*given)
+        result = call(*given, out)
+        if result is not None and row.baseline:
+            row.differs = "; ".join(filter(None, (getattr(call, "differs", ""), "allocates its result")))
+            for to, x in zip(trial.op.each(out), trial.op.each(result), strict=True):
+                to.copy_(x.view(to.shape))
+        meant, beyond = getattr(call, "held", None), getattr(call, "beyond", None)
+        if (which, meant, beyond) not in held:
+            held[which, meant, beyond] = workloads.Once(trial.op, beyond), meant(*given) if meant else given
+        op, inputs = held[which, meant, beyond]
+        row.match = workloads.verify(op, inputs, out)
     except Unsupported as reason:
         row.problem = str(reason)
+    except AssertionError as error:  # torch's own roundings may exceed our bounds, of which a table says so
+        row.wrong, row.problem = not row.baseline, str(error) or "AssertionError"
     except Exception as error:
-        row.wrong = not row.baseline
-        row.problem = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+        row.wrong, row.problem = True, f"{type(error).__name__}: {error}"
 
 
 def candidates(op: Operator, backends: Sequence[str]) -> dict[str, Call]:
@@ -320,6 +380,8 @@ def machine() -> dict[str, Any]:
 
     facts: dict[str, Any] = {
         "cpu": cpu_model(),
+        "cpu features": " ".join(cpu_features()) or "unknown",
+        "last-level cache": f"{last_level_cache() / 2**20:.0f} MiB" if last_level_cache() else "unknown",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch cpu capability": torch.backends.cpu.get_cpu_capability(),

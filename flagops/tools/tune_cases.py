@@ -192,7 +192,7 @@ def _turn(make: Callable[[], Sequence[Any]]) -> Iterator[Sequence[Any]]:
     """Inputs that take turns, so many that each call finds its own out of the caches."""
     first = make()
     used = sum(x.nbytes for x in first if arrays.is_torch(x))
-    return itertools.cycle([first, *(make() for _ in range(1, measure.turns(used)))])
+    return itertools.cycle([first, *(make() for _ in range(1, min(measure.DRAWN, measure.turns(used))))])
 
 
 def _replaced(

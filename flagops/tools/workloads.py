@@ -53,6 +53,8 @@ def inputs(
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
         if name == "indices" and "n" in dims:
             return _listed(shape, dims["n"], generator).to(dtype)
+        if name == "indices" and dims.get("e", 0) >= shape[1]:  # a router's: no expert twice
+            return torch.rand(shape[0], dims["e"], generator=generator).topk(shape[1]).indices.to(dtype)
         if op.tensors[name].draw and dtypes[name] not in arrays.ONE_BYTE:
             return arrays.as_torch(_drawn(op.tensors[name], tuple(shape), dtypes[name], dims, seed))
         x = random_values(shape, dtype, generator)
@@ -61,21 +63,39 @@ def inputs(
     return [x.to(device) if arrays.is_torch(x) else x for x in made(op, of, make, seed)]
 
 
+SELECTED = {"sparse_attention": ("indices", "n"), "moe_experts": ("indices", "e"), "moe_gate": ("tokens", "v")}
+"""Operators of which an input selects what is read of others: that input, and the axis it selects along."""
+
+
+def needed(op: Operator, given: Sequence[Any]) -> int:
+    """Bytes of the inputs that a call has to read at least: of experts, keys and tables what is selected alone."""
+    named = {n: x for n, x in zip(op.inputs, given, strict=True) if arrays.is_torch(x)}
+    by, axis = SELECTED.get(op.name, ("", ""))
+    if by not in named:
+        return sum(x.nbytes for x in named.values())
+    apart = named[by].flatten(1) if op.tensors[by].axes.startswith("b ") else named[by].flatten()[None]
+    chosen = sum(int((one.unique() >= 0).sum()) for one in apart) / max(len(apart), 1)
+    total = 0.0
+    for name, x in named.items():
+        words = op.tensors[name].axes.split()
+        total += x.nbytes * (min(1.0, chosen / x.shape[words.index(axis)]) if axis in words else 1.0)
+    return int(total)
+
+
 def made(op: Operator, of: testing.Case, make: Callable[..., torch.Tensor], seed: int = 0) -> list[Any]:
     """The inputs of a case by position, each tensor by ``make(name, shape, dtype)`` and laid out as the case says."""
     import torch
 
     dims, dtypes, layouts, scalars = dict(of.dims), dict(of.dtypes), dict(of.layouts), dict(of.scalars)
-    batched = next((n for n, t in op.tensors.items() if t.axes.startswith("...")), None)
     found: list[Any] = []
     for name in op.inputs:
         if name in scalars or name in of.absent:
             found.append(scalars.get(name))
             continue
-        shape = op.shape(op.tensors[name], dims, of.batch if op.aten or name == batched else ())
+        shape = op.shape(op.tensors[name], dims, of.batch)
         dtype = getattr(torch, dtypes[name])
         if layouts.get(name) == "transposed":
-            found.append(make(name, shape[::-1], dtype).permute(*reversed(range(len(shape)))))
+            found.append(make(name, (*shape[:-2], shape[-1], shape[-2]), dtype).mT)  # a weight, rows of it together
         else:
             found.append(make(name, shape, dtype))
     return _fitted(op, found, dims, seed) if op.fit else found
@@ -130,6 +150,30 @@ def _listed(shape: Sequence[int], rows: int, generator: torch.Generator) -> torc
     near = start + torch.arange(window)
     scores = torch.rand(queries, rows, generator=generator).scatter_(1, near, -1.0)
     return torch.cat((near, scores.topk(k - window).indices), 1).view(*shape)
+
+
+class Once:
+    """An operator whose reference and bound are computed once, for several results of the same inputs.
+
+    beyond: of the arguments, what roundings add that the operator does not have.
+    """
+
+    def __init__(self, op: Operator, beyond: Callable[[Mapping[str, Any]], Any] | None = None) -> None:
+        self._op, self._beyond, self._exact, self._bound = op, beyond, None, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._op, name)
+
+    def reference(self, *inputs: Any) -> Any:
+        if self._exact is None:
+            self._exact = self._op.reference(*inputs)
+        return self._exact
+
+    def bound(self, *of: Any) -> Any:
+        if self._bound is None:
+            bound = self._op.bound(*of)
+            self._bound = bound + self._beyond(of[1]) if self._beyond else bound
+        return self._bound
 
 
 def verify(op: Operator, given: Sequence[Any], out: Any) -> str:
