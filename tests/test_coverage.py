@@ -273,6 +273,20 @@ def test_the_judge_by_samples_sees_each_kind_of_difference(said, change, rng):
     assert exact, "what is held bit by bit may not be a rounding away"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_follows_a_step_enlarges_its_roundings(dtype, rng):
+    """Moved inputs do not show them, and in float64 torch's own result does not either."""
+    x, far = torch.from_numpy(rng.uniform(1, 2, 64)).to(dtype), 1e5
+    check = Check("gradient", lambda x: (x + far) - far, (x,))
+    theirs = observe(check, Room())
+    unit = torch.finfo(dtype).eps
+    for off, right in ((0, True), (far * unit, True), (far * unit * 20, False)):
+        ours = poisoned(theirs, lambda o: o.leaves[0].copy_(x + off))  # noqa: B023
+        assert (differences(check, ours, theirs, False, {"add"}, True) == "") == right
+    ours = poisoned(theirs, lambda o: o.leaves[0].copy_(x + far * unit * 2))
+    assert differences(check, ours, theirs, False, {"add"}, False)
+
+
 def test_errors_must_be_torchs_or_name_the_operator():
     check = Check("wrong", torch.mm, (torch.ones(2, 3), torch.ones(2, 3)), wrong=True)
     theirs = observe(check, Room())
@@ -327,10 +341,10 @@ def test_a_wrong_kernel_fails_and_what_torch_computed_is_untested():
 def test_floats_are_moved_by_their_last_place_and_nothing_else_is(dtype, rng):
     x = torch.from_numpy(rng.uniform(1, 2, 64)).to(dtype)
     unit = 2.0**-52 if dtype == torch.float64 else 2.0**-23
-    moved = Room(wide=True, moved=1).values(x)
+    moved = Room(floats=torch.float64, moved=1).values(x)
     assert moved.dtype == torch.float64
     assert ((moved / x.double() - 1).abs() <= 1.5 * unit).all()
     assert len(set((moved > x.double()).tolist())) == 2
     assert (moved != x.double()).all()
     assert torch.equal(Room(moved=1).values(torch.arange(3)), torch.arange(3))
-    assert torch.equal(Room(wide=True).values(x), x.double())
+    assert torch.equal(Room(floats=torch.float64).values(x), x.double())
