@@ -82,6 +82,8 @@ class Lowering:
         apart by the answers.
     result: what torch's result is like, where that is cheaper to say than to ask torch's shape function, or where a
         kernel lays it out in another way; None where torch is to be asked. Raises Pass for what torch refuses.
+    factors: arguments that torch's kernel reads while it writes its result; where that shares memory with one of them,
+        or has to be resized, ours makes it apart.
     elementwise: an element of the result depends on those at its place alone, so that it may be written over them.
     whole: the function computes each call itself, and gives torch's results; it is not recorded.
     random: it draws numbers of its own: where torch has some, those of a seed must not change, and it is not replaced.
@@ -93,6 +95,7 @@ class Lowering:
     composite: bool = False
     state: Callable[[], Sequence[Callable[[], Hashable]]] | None = None
     result: Callable[..., Result] | None = None
+    factors: tuple[str, ...] = ()
     elementwise: bool = False
     whole: bool = False
     random: bool = False
@@ -119,6 +122,7 @@ def lowers(
     composite: bool = False,
     state: Callable[[], Sequence[Callable[[], Hashable]]] | None = None,
     result: Callable[..., Result] | None = None,
+    factors: tuple[str, ...] = (),
     elementwise: bool = False,
     whole: bool = False,
     random: bool = False,
@@ -133,7 +137,9 @@ def lowers(
         for name in names:
             if name in LOWERINGS:
                 raise TypeError(f"aten::{name} has a lowering already")
-            LOWERINGS[name] = Lowering(name, to, function, composite, state, result, elementwise, whole, random)
+            LOWERINGS[name] = Lowering(
+                name, to, function, composite, state, result, factors, elementwise, whole, random
+            )
         return function
 
     return declare

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flagops import arrays, config, dispatch, machine, memory, order, registry, surroundings
@@ -78,10 +79,14 @@ def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], 
             backend = _taken(lowering.operator, destination, needs_grad)
         if form.given is not None:
             other = _unlike(args[form.given], make())
-            if other and (below.alone or lowering.aten):
+            if other and lowering.factors:
+                _refuse_product(form, args, make(), other, below)
+            if other and (below.alone or lowering.aten or lowering.factors):
                 return _delivered(form, backend, lowering, args, below)
             if other:
                 raise Pass(other)
+            if any(args[i] is args[form.given] for i in form.places(lowering.factors)):
+                return _delivered(form, backend, lowering, args, below)
         chosen: list[dispatch.Plan] = []
 
         def step(operator: str, *values: Any, out: Tensor) -> None:
@@ -98,6 +103,9 @@ def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], 
         plan = chosen[-1]
     by = f"{plan.operator.name}/{plan.backend}"
     goal = _Destination(form, by, make, _ready(form, lowering, args))
+    if form.given is not None and lowering.factors:
+        others = _ready(form, lowering, args, but=form.places(lowering.factors))
+        goal = replace(goal, others=others, apart=functools.partial(_apart_from, form, backend, lowering, below))
     guard = guard_of(here)
     if parts is None:
         if needs_grad:
@@ -152,6 +160,40 @@ def _delivered(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ..
     return Recipe(compute, recipe.by)
 
 
+def _apart_from(form: Form, backend: Any, lowering: Lowering, below: Below, args: tuple[Any, ...]) -> Any:
+    """A call whose destination lies over one of its factors, which is not a matter of its signature."""
+    return _delivered(form, backend, lowering, args, below).compute(args)
+
+
+def _refuse_product(form: Form, args: tuple[Any, ...], like: Tensor, problem: str, below: Below) -> None:
+    """Raises what torch does for a destination that its products do not resize, where torch cannot say so itself."""
+    out, argument = args[form.given], form.schema.arguments[form.given]  # type: ignore[index]
+    resized = out.shape != like.shape and argument.is_out and (out.dtype, out.device) == (like.dtype, like.device)
+    if resized:
+        return
+    if below.exists:
+        raise Pass(problem)
+    _torchs_call(form, args)
+    raise RuntimeError(
+        "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
+        "Please clone() the tensor before performing the operation."
+    )
+
+
+def _torchs_call(form: Form, args: tuple[Any, ...]) -> None:
+    """The call itself without memory, which raises what torch's kernels refuse of a destination."""
+    import torch
+
+    name, _, overload = form.name.partition(".")
+    positional, named = form.split(
+        [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, torch.Tensor) else x
+            for x in args
+        ]
+    )
+    getattr(getattr(torch.ops.aten, name), overload or "default")(*positional, **named)
+
+
 def deliver(form: Form, outs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
     """Results into the tensors that a call gives for them, resized as torch does."""
     import torch
@@ -168,11 +210,22 @@ def deliver(form: Form, outs: Sequence[Tensor], results: Sequence[Tensor]) -> No
                 raise RuntimeError(
                     f"output with shape {list(out.shape)} doesn't match the broadcast shape {list(result.shape)}"
                 )
-            from torch._prims_common.wrappers import _maybe_resize_out
-
-            _maybe_resize_out(out, result.shape)
+            _resized(out, result.shape)
         with unbusy():
             out.copy_(result)
+
+
+def _resized(out: Tensor, shape: Sequence[int]) -> None:
+    """Give a destination the shape of the result, with torch's warning where it had elements."""
+    if out.numel():
+        warnings.warn(
+            "An output with one or more elements was resized since it had shape "
+            f"{list(out.shape)}, which does not match the required output shape {list(shape)}. This behavior is "
+            "deprecated, and in a future PyTorch release outputs will not be resized unless they have zero elements. "
+            "You can explicitly reuse an out tensor t by resizing it, inplace, to zero elements with t.resize_(0).",
+            stacklevel=2,
+        )
+    out.resize_(shape)
 
 
 @contextlib.contextmanager
@@ -216,13 +269,21 @@ class _Destination:
     by: str
     make: Callable[[], Tensor]
     ready: Callable[[tuple[Any, ...]], bool]
+    others: Callable[[tuple[Any, ...]], bool] | None = None
+    apart: Callable[[tuple[Any, ...]], Any] | None = None
 
-    def look_closer(self, args: tuple[Any, ...]) -> None:
-        """Raises Pass for a call that is not ready, or beyond the fuel where that is limited."""
+    def look_closer(self, args: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], Any] | None:
+        """What computes a call that is not ready only since its destination lies over a factor; None for one that is.
+
+        Raises Pass for others that are not, and for what is beyond the fuel where that is limited.
+        """
         if not self.ready(args):
+            if self.others and self.others(args):
+                return self.apart
             raise Pass(self.form.without_memory(args) or "out may share memory with an input")
         if fuel.tank is not None and not fuel.tank.take(self.form.name, self.by, self.form.inputs(args)):
             raise Pass("out of fuel")
+        return None
 
     def of(self, args: tuple[Any, ...]) -> Tensor:
         return self.make() if self.form.given is None else args[self.form.given]
@@ -253,7 +314,9 @@ def _replayed(
 
     def compute(args: tuple[Any, ...]) -> Any:
         if fuel.tank is not None or not ready(args):
-            destination.look_closer(args)
+            apart = destination.look_closer(args)
+            if apart:
+                return apart(args)
         out = make() if given is None else args[given]
         held = (*args, out, *numbers) if numbers else (*args, out)
         if values is not None:
@@ -373,9 +436,11 @@ def choose(operator: str, values: Sequence[Any], backend: Any, below: Below | No
     return plan
 
 
-def _ready(form: Form, lowering: Lowering, args: tuple[Any, ...]) -> Callable[[Sequence[Any]], bool]:
+def _ready(
+    form: Form, lowering: Lowering, args: tuple[Any, ...], but: Sequence[int] = ()
+) -> Callable[[Sequence[Any]], bool]:
     """Whether the tensors of a call have memory, and its destination shares none with an input, but for one that it
-    *is*: that the lowering has seen."""
+    *is*: that the lowering has seen; and for those at some positions."""
     spans = {i: ((i,), *arrays.span(args[i])) for i in form.present(args)}
     own = None if form.given is None else args[form.given]
     needs = [
@@ -383,7 +448,7 @@ def _ready(form: Form, lowering: Lowering, args: tuple[Any, ...]) -> Callable[[S
         for i, (path, _, high) in spans.items()
         if high and surroundings.allocated(args[i])
     ]
-    others = [i for i in spans if own is not None and args[i] is not own]
+    others = [i for i in spans if own is not None and args[i] is not own and i not in but]
     apart = [
         (spans[form.given], spans[i], lowering.elementwise and _laid_alike(own, args[i]))
         for i in others
@@ -455,7 +520,9 @@ def _lowered_again(
             _refuse(plan.operator.values(*values))
         plan.run(*plan.clean((*values, out)))
 
-    goal.look_closer(args)
+    apart = goal.look_closer(args)
+    if apart:
+        return apart(args)
     out = goal.of(args)
     with guard() if guard else contextlib.nullcontext():
         call = lowering.function(To(out, form.given is not None, run), **form.named(args))
