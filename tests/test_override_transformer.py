@@ -1,6 +1,7 @@
 """`flagops.enable` and torch's fused operators: norms, attention, grouped and FP8 products."""
 
 import contextlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -107,6 +108,44 @@ def test_norm(backend, dtype):
         flat = x.flatten(-len(shape)), None if weight is None else weight.flatten()
         least = torch.finfo(torch.promote_types(dtype, torch.float32)).eps  # torch's, of what it sums in
         assert_of("rms_norm", got.flatten(-len(shape)), *flat, least if eps is None else eps)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_of_axes_that_are_no_view_as_one(backend):
+    x, weight = torch.randn(2, 5, 4, 3), torch.randn(4, 3, dtype=torch.float32)
+    for y in (x.mT, x.mT.contiguous().mT, x.permute(1, 0, 2, 3), x.to(memory_format=torch.channels_last), x[:, :, ::2]):
+        for axes in (2, 3):
+            shape = y.shape[-axes:]
+            w = weight.T if axes == 2 and shape == (3, 4) else weight if shape == (4, 3) else None
+            expected = F.rms_norm(y, shape, w, -0.01)
+            with flagops.enable("rms_norm", backend) as handle:
+                got = F.rms_norm(y, shape, w, -0.01)
+            assert counted(handle, "rms_norm") == (1, {})
+            assert got.stride() == expected.stride()
+            assert_of("rms_norm", got.flatten(-axes), y.flatten(-axes), None if w is None else w.flatten(), -0.01)
+
+
+def test_gradients_of_attention_lie_as_torchs():
+    def gradients(inputs, named):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        result = F.scaled_dot_product_attention(*leaves, **named)
+        return [result, *torch.autograd.grad(result.square().sum(), leaves)]
+
+    for batch, values, grouped in itertools.product(((), (3,), (2, 4), (2, 2, 4)), (8, 5), (1, 2)):
+        if grouped > 1 and batch != (2, 4):
+            continue
+        fewer = (*batch[:-1], batch[-1] // grouped) if batch else ()
+        q, k, v = (torch.randn(shape) for shape in ((*batch, 6, 8), (*fewer, 7, 8), (*fewer, 7, values)))
+        for turned, named in itertools.product((False, True), ({}, {"is_causal": True}, {"scale": 0.3})):
+            given = [x.mT.contiguous().mT if turned and batch else x for x in (q, k, v)]
+            named = {**named, "enable_gqa": grouped > 1}
+            expected = gradients(given, named)
+            with flagops.enable("scaled_dot_product_attention", BACKENDS[0]) as handle:
+                got = gradients(given, named)
+                assert counted(handle, "scaled_dot_product_attention")[0] == 1
+            assert [x.stride() for x in got] == [x.stride() for x in expected], (batch, values, grouped, turned)
+            for x, y in zip(got, expected, strict=True):
+                assert_near(x, y, 100, 1 + y.abs().sum())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -115,7 +115,8 @@ def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], 
     if needs_grad:
         from .gradients import differentiable
 
-        compute = differentiable(form, plan, *parts, compute)
+        orders = lowering.gradients(**form.named(args)) if lowering.gradients else {}
+        compute = differentiable(form, plan, *parts, compute, orders)
     return Recipe(compute, by)
 
 

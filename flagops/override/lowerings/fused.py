@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from flagops import config
 from flagops.arrays import parse_dtype
 
-from ..lowering import REFUSED, Call, Pass, Result, To, lowers
+from ..lowering import REFUSED, Call, Lowered, Pass, Result, To, lowers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +31,7 @@ def _by_rows(input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
 @lowers("rms_norm", to="rms_norm", composite=True, result=_by_rows)
 def rms_norm(
     to: To, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
-) -> Call:
+) -> Lowered:
     import torch
 
     if not input.is_floating_point():
@@ -40,11 +42,21 @@ def rms_norm(
     if axes == 1:
         return to("rms_norm", input, weight, eps, False)
     shape = (*input.shape[: input.dim() - axes], math.prod(normalized_shape))
+    factors = None if weight is None else weight.reshape(-1)
     try:
         flat, out = input.view(shape), to.out.view(shape)
     except RuntimeError:
-        raise Pass("axes that are no view as one") from None
-    return to("rms_norm", flat, None if weight is None else weight.reshape(-1), eps, False, out=out)
+        return partial(_copied, to, input, shape, factors, eps)
+    return to("rms_norm", flat, factors, eps, False, out=out)
+
+
+def _copied(to: To, input: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float) -> None:
+    """Rows of axes that are no view as one."""
+    if 2 * input.numel() * input.element_size() > config.budget():
+        raise Pass("its temporaries are beyond the budget")
+    made = input.new_empty(shape)
+    to.run("rms_norm", input.reshape(shape), weight, eps, False, out=made)
+    to.out.copy_(made.view(to.out.shape))
 
 
 def _sdpa_switches() -> tuple[Callable[[], bool], ...]:
@@ -77,13 +89,35 @@ def _as_query(
     heads = {x.shape[-3] for x in (query, key, value)} if rank > 2 else {1}
     if rank > 2 and (key.shape[-3] != value.shape[-3] or (len(heads) > 1 and not enable_gqa)):
         raise Pass("heads that differ without enable_gqa")
-    shape = (*query.shape[:-1], value.shape[-1])
-    if query.device.type not in ("cpu", "cuda"):  # others compose it, and have nobody to ask
-        return shape, None
-    choice = torch._fused_sdp_choice(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-    return shape, torch.empty_like(query, device="meta").stride() if choice > 0 else None
+    fused = _is_fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return (*query.shape[:-1], value.shape[-1]), torch.empty_like(query, device="meta").stride() if fused else None
+
+
+def _is_fused(query: Tensor, *rest: Any, **named: Any) -> bool:
+    """Whether torch has one kernel for the call; devices other than its own compose it, and have nobody to ask."""
+    import torch
+
+    return query.device.type in ("cpu", "cuda") and torch._fused_sdp_choice(query, *rest, **named) > 0
+
+
+def _as_tokens(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> dict[str, tuple[int, ...]]:
+    """The CPU's fused kernel has gradients of all heads of a token side by side; that of a product with the transposed
+    key is transposed, unless it is summed over heads that share it."""
+    axes = tuple(range(query.dim()))
+    if _is_fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa):
+        return dict.fromkeys(("query", "key", "value"), (0, 2, 1, 3)) if query.device.type == "cpu" else {}
+    transposed = len(axes) > 2 and key.shape[-3] == query.shape[-3]
+    return {"key": (*axes[:-2], axes[-1], axes[-2])} if transposed else {}
 
 
 @lowers(
@@ -92,6 +126,7 @@ def _as_query(
     composite=True,
     state=_sdpa_switches,
     result=_as_query,
+    gradients=_as_tokens,
 )
 def attention(
     to: To,
