@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from opinfo_own import OWN
 from torch.testing._internal import common_methods_invocations
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 @functools.cache
 def infos() -> dict[str, Any]:
     foreach = (x for name, x in vars(common_methods_invocations).items() if name.startswith("foreach_"))
-    found = [*common_methods_invocations.op_db, *(op for x in foreach if isinstance(x, list) for op in x)]
+    found = [*common_methods_invocations.op_db, *OWN, *(op for x in foreach if isinstance(x, list) for op in x)]
     return {f"{op.name}.{op.variant_test_name}".rstrip("."): op for op in found if hasattr(op, "sample_inputs")}
 
 
@@ -97,6 +98,7 @@ class Check:
     named: dict[str, Any] = field(default_factory=dict)
     writes: bool = False
     wrong: bool = False  # an error is expected
+    apart: Check | None = None  # the same where the result shares no memory with an input
 
 
 def checks(op: Any, dtype: torch.dtype, most: int | None, written: bool = True) -> Iterator[Check]:
@@ -167,7 +169,8 @@ def _written(op: Any, number: int, args: tuple[Any, ...], named: dict[str, Any])
             first, over = memory[:-1].view(alone.shape), memory[1:].view(alone.shape)
             for kind, out in {"is the input": first, "overlaps the input": over}.items():
                 given = (out, op.op, (first, *args[1:]), named)
-                yield Check(f"sample {number}, out= {kind}", _out, given, writes=True)
+                apart = Check(f"sample {number}", op.op, (first, *args[1:]), named)
+                yield Check(f"sample {number}, out= {kind}", _out, given, writes=True, apart=apart)
 
 
 def _out(out: Any, call: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -229,7 +232,7 @@ def observe(check: Check, room: Room) -> Outcome:
             return outcome
         finally:
             torch.set_default_dtype(default)
-    outcome.warned = sorted({str(w.message).split("\n")[0] for w in caught})
+    outcome.warned = sorted({str(w.message).split("\n")[0].partition(" (Triggered internally")[0] for w in caught})
     for x in tree_leaves(result):
         if not isinstance(x, torch.Tensor):
             outcome.leaves.append(x)

@@ -317,8 +317,9 @@ def test_a_wrong_kernel_fails_and_what_torch_computed_is_untested():
     right = bench.judge("mm", "float32", ["mm"], True)
     assert right["overloads"]["mm"]["ours"] > 5
     assert not any(found["failures"] for found in right["overloads"].values())
-    left = bench.judge("mm", "int64", ["mm"], True)["overloads"]["mm"]
-    assert (left["ours"], set(left["left"])) == (0, {"dtype int64"})
+    others = Bench(Namespace(backend="torch", device="cpu", most=3), lambda _: None)
+    left = others.judge("mm", "float32", ["mm"], True)["overloads"]["mm"]
+    assert (left["ours"], set(left["left"])) == (0, {"torch's own kernel is the choice"})
 
     def wrong(ops):
         handle = flagops.enable(ops, backend="numba")
@@ -335,6 +336,19 @@ def test_a_wrong_kernel_fails_and_what_torch_computed_is_untested():
     found = bench.judge("mm", "float32", ["mm"], True)["overloads"]
     assert found["mm"]["failures"]
     assert "a wrong kernel" in found["mm"]["failed"][0]
+
+
+def test_what_torch_leaves_undefined_is_held_to_its_result_apart_or_left():
+    """An ``out=`` over a factor, which torch's kernel overwrites; a destination whose elements share memory."""
+    bench = Bench(Namespace(backend="numba", device="cpu", most=1), lambda _: None)
+    x = torch.arange(1, 37.0).view(6, 6)
+    apart = Check("sample", torch.mm, (x, x))
+    theirs = observe(apart, Room())
+    assert not bench.over_an_input(apart, theirs, False, {"mm"})
+    assert bench.over_an_input(apart, poisoned(theirs, lambda o: o.leaves[0].add_(1)), False, {"mm"})
+    found = bench.judge("addmv", "float32", ["addmv"], True)["overloads"]["addmv_"]
+    assert found["ours"]
+    assert not found["left"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

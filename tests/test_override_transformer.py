@@ -193,6 +193,28 @@ def test_grouped_products(backend):
     assert_of("grouped_matmul", got, a, b, offsets)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_products_of_every_form_and_their_gradients(dtype):
+    """Of small whole numbers, whose sums are exact; gradients are grouped products of other forms."""
+    ends = torch.tensor([8, 8, 24], dtype=torch.int32)
+    shapes = [((24, 16), (3, 16, 40), ends), ((3, 8, 16), (3, 16, 40), None), ((8, 24), (24, 40), ends)]
+    for left, right, offs in [*shapes, ((3, 8, 16), (16, 24), ends)]:
+        a, b = (torch.randint(-2, 3, shape).to(dtype) for shape in (left, right))
+
+        def results():
+            leaves = [x.clone().requires_grad_() for x in (a, b)]  # noqa: B023
+            made = torch._grouped_mm(*leaves, offs=offs)  # noqa: B023
+            return [made, *torch.autograd.grad(made, leaves, torch.ones_like(made))]
+
+        expected = results()
+        with flagops.enable("_grouped_mm", BACKENDS[0]) as handle:
+            got = results()
+            assert counted(handle, "_grouped_mm") == (3, {})
+        for x, y in zip(got, expected, strict=True):
+            assert x.stride() == y.stride()
+            assert torch.equal(x, y), (left, right)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_products_of_fp8(backend):
     a, b = torch.randn(16, 256).to(torch.float8_e4m3fn), torch.randn(32, 256).to(torch.float8_e4m3fn)
@@ -202,17 +224,32 @@ def test_products_of_fp8(backend):
         got = torch._scaled_mm(a, b.t(), scale_a=one, scale_b=two, out_dtype=torch.float32)
         assert counted(handle, "_scaled_mm") == (1, {})
         assert_near(got, expected, 2 * 256, (a.float().abs() * 0.5) @ (b.float().abs() * 3).T)
-        torch._scaled_mm(a, b.t(), scale_a=one, scale_b=two, bias=torch.zeros(32), out_dtype=torch.float32)
-        rows = torch.rand(16, 1), torch.rand(1, 32)
-        with contextlib.suppress(RuntimeError, ValueError):  # not every torch has it on a CPU
-            torch._scaled_mm(a, b.t(), scale_a=rows[0], scale_b=rows[1], out_dtype=torch.bfloat16)
-    assert counted(handle, "_scaled_mm") == (
-        1,
-        {
-            "a bias, a scale of the result or a result in FP8": 1,
-            "scales of rows, or of blocks other than 1 x 128 and 128 x 128": 1,
-        },
-    )
+        with contextlib.suppress(RuntimeError, ValueError):  # torch's own
+            torch._scaled_mm(a, b.t(), scale_a=torch.rand(2, 1), scale_b=two, out_dtype=torch.float32)
+    reason = "scales other than one, one of a row and a column, or of blocks of 1 x 128 and 128 x 128"
+    assert counted(handle, "_scaled_mm") == (1, {reason: 1})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, None])
+def test_products_of_fp8_with_scales_of_rows_and_a_bias(backend, dtype):
+    """Small whole numbers times powers of 2, so that nothing but the result is rounded."""
+    a, b = (torch.randint(-4, 5, shape).to(torch.float8_e4m3fn) for shape in ((16, 48), (32, 48)))
+    bias, half = torch.randint(-9, 9, (32,)).float(), torch.tensor(0.5)
+    rows, columns = 2.0 ** torch.randint(-3, 3, (16, 1)), 2.0 ** torch.randint(-3, 3, (1, 32))
+    for scales, more, result in itertools.product(((half, half), (rows, columns)), (None, bias), (None, half)):
+        named = {"scale_a": scales[0], "scale_b": scales[1], "bias": more, "scale_result": result, "out_dtype": dtype}
+        expected = torch._scaled_mm(a, b.t(), **named)
+        with flagops.enable("_scaled_mm", backend) as handle:
+            got = torch._scaled_mm(a, b.t(), **named)
+            out = torch._scaled_mm(a, b.t(), **named, out=torch.empty(0, dtype=expected.dtype))
+            assert {row.op: row.passed for row in handle.report().rows} == {
+                "aten::_scaled_mm": {},
+                "aten::_scaled_mm.out": {},
+            }
+        for x in (got, out):
+            assert (x.dtype, x.stride()) == (expected.dtype, expected.stride())
+            assert torch.equal(x.float(), expected.float()), named
 
 
 def test_only_what_is_asked_for_and_handles_in_any_order():

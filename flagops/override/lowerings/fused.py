@@ -162,26 +162,59 @@ def _grouped_like(
     self: Tensor, mat2: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
 ) -> Result:
     """Torch's kernel takes more dtypes than its shape function; rows of a result begin at multiples of 16 bytes."""
-    if self.dim() != 2 or mat2.dim() != 3 or self.shape[1] != mat2.shape[1]:
-        return None
+    ranks = self.dim(), mat2.dim()
+    if not {*ranks} <= {2, 3} or self.shape[-1] != mat2.shape[-2] or (offs is None) != (ranks == (3, 3)):
+        raise Pass(REFUSED)
+    if bias is not None or (out_dtype is not None and out_dtype != self.dtype):
+        raise Pass("a bias or another result dtype")
+    groups = self.shape[0] if ranks[0] == 3 else mat2.shape[0] if ranks[1] == 3 else len(offs)  # type: ignore[arg-type]
+    if ranks == (3, 3) and len(self) != len(mat2):
+        raise Pass(REFUSED)
+    if offs is not None and tuple(offs.shape) != (groups,):
+        raise Pass(REFUSED)
     step = 16 // self.element_size()
-    if any(stride % step for x in (self, mat2) for stride in x.stride()[-2:] if stride != 1):
-        return None
-    return (self.shape[0], mat2.shape[2]), (-(-mat2.shape[2] // step) * step, 1)
+    for x in (self, mat2):
+        unit = [i for i in (-2, -1) if x.stride(i) == 1 and x.stride(-3 - i) >= max(1, x.shape[i])]
+        if not unit or any(stride % step for stride in x.stride() if stride != 1):
+            raise Pass(REFUSED)
+    m, n = self.shape[-2], mat2.shape[-1]
+    row = -(-n // step) * step
+    return ((m, n), (row, 1)) if ranks[0] != ranks[1] else ((groups, m, n), (m * row, row, 1))
 
 
 @lowers("_grouped_mm", to="grouped_matmul", result=_grouped_like)
 def grouped(
     to: To, self: Tensor, mat2: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
-) -> Call:
-    if self.dim() != 2 or mat2.dim() != 3 or offs is None:
-        raise Pass("operands other than a matrix and a stack of them")
-    if bias is not None or (out_dtype is not None and out_dtype != self.dtype):
-        raise Pass("a bias or another result dtype")
-    return to("grouped_matmul", self, mat2, offs)
+) -> Lowered:
+    if offs is None:
+        return to("matmul", self, mat2)
+    if mat2.dim() == 3:
+        return to("grouped_matmul", self, mat2, offs)
+    if self.dim() == 3:  # whose columns are the rows of the transposed product
+        return to("grouped_matmul", mat2.t(), self.mT, offs, out=to.out.t())
+    if self.device.type == "cuda":
+        raise Pass("groups of what is summed over, which the host would have to wait for")
+    return partial(_summed_by_group, to, self, mat2, offs)
 
 
-@lowers("_scaled_mm", to="fp8_matmul")
+def _summed_by_group(to: To, self: Tensor, mat2: Tensor, offs: Tensor) -> None:
+    """A product for each group of columns of the one and rows of the other, as gradients of experts' weights are."""
+    start = 0
+    for out, end in zip(to.out, offs.tolist(), strict=True):
+        to.run("matmul", self[:, start:end], mat2[start:end], out=out)
+        start = end
+
+
+def _scaled_like(self: Tensor, mat2: Tensor, out_dtype: Any = None, **_: Any) -> Result:
+    """On a CPU torch takes factors of any strides, which its shape function refuses."""
+    if self.device.type == "cuda":
+        return None
+    if self.dim() != 2 or mat2.dim() != 2 or self.shape[1] != mat2.shape[0]:
+        raise Pass(REFUSED)
+    return (self.shape[0], mat2.shape[1]), None, out_dtype or self.dtype
+
+
+@lowers("_scaled_mm", to="fp8_matmul", result=_scaled_like, factors=("self", "mat2"))
 def scaled(
     to: To,
     self: Tensor,
@@ -192,15 +225,48 @@ def scaled(
     scale_result: Tensor | None = None,
     out_dtype: Any = None,
     use_fast_accum: bool = False,
-) -> Call:
-    if bias is not None or scale_result is not None or out_dtype is None:
-        raise Pass("a bias, a scale of the result or a result in FP8")
+) -> Lowered:
     (m, k), n = self.shape, mat2.shape[1]
     rows, depth = -(-n // 128), -(-k // 128)
+    columns = None
     if scale_a.numel() == 1 and scale_b.numel() == 1:
         left, right = scale_a.reshape(1, 1).expand(m, depth), scale_b.reshape(1, 1).expand(rows, depth)
     elif tuple(scale_a.shape) == (m, depth) and tuple(scale_b.shape) == (depth, rows):
         left, right = scale_a, scale_b.t()
+    elif tuple(scale_a.shape) == (m, 1) and tuple(scale_b.shape) == (1, n):
+        if not (scale_a.is_contiguous() and scale_b.is_contiguous()):
+            raise Pass(REFUSED)
+        left, right, columns = scale_a.expand(m, depth), scale_b.new_ones(1, 1).expand(rows, depth), scale_b
+        # a scale of a column multiplies sums
     else:
-        raise Pass("scales of rows, or of blocks other than 1 x 128 and 128 x 128")
-    return to("fp8_matmul", self, left, mat2.t(), right, parse_dtype(out_dtype))
+        raise Pass("scales other than one, one of a row and a column, or of blocks of 1 x 128 and 128 x 128")
+    wide = to.out.element_size() > 1
+    if wide and columns is None and bias is None:
+        return to("fp8_matmul", self, left, mat2.t(), right, parse_dtype(to.out.dtype))
+    return partial(
+        _scaled_sums,
+        to,
+        (self, left, mat2.t(), right),
+        columns,
+        bias,
+        None if wide or out_dtype is None else scale_result,
+    )
+
+
+def _scaled_sums(
+    to: To, inputs: tuple[Tensor, ...], columns: Tensor | None, bias: Tensor | None, divisor: Tensor | None
+) -> None:
+    """Sums in float32, times the scales of columns, plus a bias, over the scale of a result in FP8; one rounding."""
+    import torch
+
+    if 4 * to.out.numel() > config.budget():
+        raise Pass("its temporaries are beyond the budget")
+    total = torch.empty(to.out.shape, dtype=torch.float32, device=to.out.device)
+    to.run("fp8_matmul", *inputs, "float32", out=total)
+    if columns is not None:
+        total.mul_(columns)
+    if bias is not None:
+        total.add_(bias)
+    if divisor is not None:
+        total.div_(divisor)
+    to.out.copy_(total)
