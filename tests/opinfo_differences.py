@@ -95,7 +95,7 @@ def _too_far(ours: torch.Tensor, theirs: torch.Tensor, noise: Noise, least: list
     size, torchs, spread = (
         x.clamp(min=y) for x, y in zip((exact.abs(), noise.torchs, noise.spread), least, strict=True)
     )
-    smallest = torch.finfo(theirs.dtype).smallest_normal * unit
+    smallest = torch.finfo(theirs.dtype).smallest_normal * 2 * unit  # half of which float64 does not hold
     bound = torch.fmax(times * torchs, ROUNDINGS * (unit * size + spread) + smallest)
     wrong = regular & ~((o - exact).abs() <= bound) & (o != t)
     if not wrong.any():

@@ -380,6 +380,8 @@ def test_nothing_is_multiplied_by_an_alpha_of_zero():
         with flagops.enable(backend="numpy") as handle:
             assert torch.addmm(one.to(dtype), nan.to(dtype), one.to(dtype), alpha=0, beta=3).tolist() == [[3, 3]] * 2
             assert torch.baddbmm(*batched, alpha=0, beta=0).tolist() == [[[0, 0]] * 2]
+            rows = torch.addmm(one[0].to(dtype), nan.to(dtype), one.to(dtype), alpha=0, beta=3)
+            assert rows.tolist() == [[3, 3]] * 2
             assert handle.report().share == 1
 
 

@@ -167,32 +167,30 @@ def _apart_from(form: Form, backend: Any, lowering: Lowering, below: Below, args
 
 
 def _refuse_product(form: Form, args: tuple[Any, ...], like: Tensor, problem: str, below: Below) -> None:
-    """Raises what torch does for a destination that its products do not resize, where torch cannot say so itself."""
+    """Raises what torch does for a destination that its products do not resize: Pass where its kernel can say so."""
     out, argument = args[form.given], form.schema.arguments[form.given]  # type: ignore[index]
-    resized = out.shape != like.shape and argument.is_out and (out.dtype, out.device) == (like.dtype, like.device)
-    if resized:
+    typed = (out.dtype, out.device) == (like.dtype, like.device)
+    if typed and argument.is_out and out.shape != like.shape:
         return
-    if below.exists:
+    if not below.alone:
         raise Pass(problem)
-    _torchs_call(form, args)
+    if out.shape != like.shape and not argument.is_out:
+        sizes = f"input tensor size {list(out.shape)} and output tensor size {list(like.shape)}"
+        raise RuntimeError(f"Bad in-place call: {sizes} should match")
+    if out.dtype != like.dtype:
+        wanted, got = (_CPP.get(arrays.dtype_name(x), arrays.dtype_name(x)) for x in (like, out))
+        raise RuntimeError(f"Expected out tensor to have dtype {wanted}, but got {got} instead")
+    if out.device != like.device:
+        raise RuntimeError(f"Expected out tensor to have device {like.device}, but got {out.device} instead")
     raise RuntimeError(
         "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
         "Please clone() the tensor before performing the operation."
     )
 
 
-def _torchs_call(form: Form, args: tuple[Any, ...]) -> None:
-    """The call itself without memory, which raises what torch's kernels refuse of a destination."""
-    import torch
-
-    name, _, overload = form.name.partition(".")
-    positional, named = form.split(
-        [
-            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, torch.Tensor) else x
-            for x in args
-        ]
-    )
-    getattr(getattr(torch.ops.aten, name), overload or "default")(*positional, **named)
+_CPP = {"float32": "float", "float64": "double", "bfloat16": "c10::BFloat16", "float16": "c10::Half"}
+_CPP |= {"int64": "long int", "int16": "short int", "int32": "int", "int8": "signed char", "uint8": "unsigned char"}
+"""Dtypes as torch's errors call them."""
 
 
 def deliver(form: Form, outs: Sequence[Tensor], results: Sequence[Tensor]) -> None:

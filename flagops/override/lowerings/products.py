@@ -115,11 +115,9 @@ def _sum(
         return to(card, *_factors(card, *factors), out=out)
     if alpha == 0:  # nothing is multiplied, as in BLAS: what is not finite leaves no trace
         dtype = parse_dtype(added.dtype)
-        return (
-            to("aten.mul", added, to.number(beta), dtype)
-            if beta
-            else to("aten.copy", to.number(0).expand(to.out.shape), dtype)
-        )
+        if beta == 0:
+            return to("aten.copy", to.number(0).expand(to.out.shape), dtype)
+        return to("aten.mul", added.expand(to.out.shape), to.number(beta), dtype)
     row = _row(added) if card == "linear" and beta == alpha == 1 and added is not to.out else None
     if row is not None:
         return to(card, *_factors(card, *factors, row.expand(out.shape[-1])), out=out)
