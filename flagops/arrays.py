@@ -144,7 +144,7 @@ def _seen(x: Any, name: str) -> Any:
     low, high = span(x)
     memory = (ctypes.c_char * (high - low)).from_address(address(x) + low)
     steps = [step * x.element_size() for step in x.stride()]
-    return numpy.ndarray(tuple(x.shape), numpy_dtype(name), memory, -low, steps)
+    return numpy.ndarray(tuple(x.shape), numpy_dtype(name), memoryview(memory), -low, steps)
 
 
 def as_torch(x: Any) -> Any:
