@@ -18,6 +18,10 @@ class Uncompiled(RuntimeError):
     """A kernel would have been compiled where FLAGOPS_JIT=error forbids it; the message names it and its arguments."""
 
 
+class OutOfRange(IndexError, RuntimeError):
+    """An index that is out of range; of torch's operators some raise the one and some the other."""
+
+
 def said(error: BaseException) -> str:
     """An error in one line: its type and what it says."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

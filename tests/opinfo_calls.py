@@ -7,7 +7,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -98,12 +98,25 @@ class Check:
     named: dict[str, Any] = field(default_factory=dict)
     writes: bool = False
     wrong: bool = False  # an error is expected
-    apart: Check | None = None  # the same where the result shares no memory with an input
+    computed: torch.dtype | None = None  # where a destination has another one
+    picks: tuple[torch.Tensor, int] | None = None  # of which axis of what indices pick elements, any of equal ones
+
+
+_PICK = ("sort", "argsort", "topk", "kthvalue")  # some of equal elements, which torch leaves open but in stable sorts
 
 
 def checks(op: Any, dtype: torch.dtype, most: int | None, written: bool = True) -> Iterator[Check]:
     """Every call of an OpInfo on strided tensors; written: also those that write in place or to ``out=``."""
+    for check in _checks(op, dtype, most, written):
+        if op.name in _PICK and not check.wrong:
+            (x, *rest), named = check.args[2:] if check.call is _out else (check.args, check.named)
+            rest = rest[op.name in ("topk", "kthvalue") :]
+            if not named.get("stable"):
+                check = replace(check, picks=(x, named.get("dim", rest[0] if rest else -1)))
+        yield check
 
+
+def _checks(op: Any, dtype: torch.dtype, most: int | None, written: bool) -> Iterator[Check]:
     def samples(**options: Any) -> Iterator[tuple[int, Any]]:
         dense = (s for s in op.sample_inputs("cpu", dtype, **options) if _dense(s.input, s.args, s.kwargs))
         return enumerate(itertools.islice(dense, most))
@@ -149,8 +162,10 @@ def _written(op: Any, number: int, args: tuple[Any, ...], named: dict[str, Any])
     if op.inplace_variant is not None:
         for layout, lay in {"": lambda x: x, ", not contiguous": strided, ", expanded": expanded}.items():
             first = tree_map(lambda x: lay(x.detach()) if _strided(x) else x, args[0])  # noqa: B023
-            call = op.inplace_variant
-            yield Check(f"sample {number} in place{layout}", call, (first, *args[1:]), named, writes=True)
+            given, call = (first, *args[1:]), op.inplace_variant
+            check = Check(f"sample {number} in place{layout}", call, given, named, writes=True)
+            if "expanded" not in layout or _settled(check, Check("", op.op, given, named)):
+                yield check
     if not op.supports_out or "out" in named:
         return
     with warnings.catch_warnings(), contextlib.suppress(Exception):  # what torch refuses is another check's
@@ -162,15 +177,24 @@ def _written(op: Any, number: int, args: tuple[Any, ...], named: dict[str, Any])
             made = [make(x.detach()) for x in results]
             if all(x is not None for x in made):
                 out = made[0] if isinstance(whole, torch.Tensor) else tuple(made)
-                yield Check(f"sample {number}, {kind}", _out, (out, op.op, args, named), writes=True)
+                given, computed = (out, op.op, args, named), results[0].dtype
+                yield Check(f"sample {number}, {kind}", _out, given, writes=True, computed=computed)
         first, alone = args[0], results[0].detach()
         if _strided(first) and len(results) == 1 and first.shape == alone.shape and first.dtype == alone.dtype:
             memory = torch.cat((first.detach().reshape(-1), alone.new_zeros(1)))
             first, over = memory[:-1].view(alone.shape), memory[1:].view(alone.shape)
             for kind, out in {"is the input": first, "overlaps the input": over}.items():
-                given = (out, op.op, (first, *args[1:]), named)
-                apart = Check(f"sample {number}", op.op, (first, *args[1:]), named)
-                yield Check(f"sample {number}, out= {kind}", _out, given, writes=True, apart=apart)
+                given = (first, *args[1:])
+                check = Check(f"sample {number}, out= {kind}", _out, (out, op.op, given, named), writes=True)
+                if _settled(check, Check("", op.op, given, named)):
+                    yield check
+
+
+def _settled(check: Check, functional: Check) -> bool:
+    """Whether torch refuses to write over what it reads, or elements that are one, or gives the result none the less:
+    others, it says, depend on the order of its loops."""
+    written, alone = (observe(x, Room()) for x in (check, functional))
+    return bool(written.error) or (not alone.error and same_bits(written.leaves[0], alone.leaves[0]))
 
 
 def _out(out: Any, call: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -215,42 +239,65 @@ class Outcome:
     changed: bool = False
 
 
-def observe(check: Check, room: Room) -> Outcome:
-    args, named = room.values((check.args, check.named))
-    given = [x for x in tree_leaves((args, named)) if isinstance(x, torch.Tensor)]
-    before = [x.detach().cpu().clone() for x in given]
-    default = torch.get_default_dtype()
-    torch.manual_seed(0)
-    outcome = Outcome()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            torch.set_default_dtype(room.floats or default)
-            result = check.call(*args, **named)
-        except Exception as error:
-            outcome.error = type(error).__name__, str(error).split("\n")[0]
+class Attempt:
+    """A call of a check, of which alone something may stand in between: arguments are copied before, outcomes after."""
+
+    def __init__(self, check: Check, room: Room) -> None:
+        self.check, self.room = check, room
+        self.args, self.named = room.values((check.args, check.named))
+        self._given = [x for x in tree_leaves((self.args, self.named)) if isinstance(x, torch.Tensor)]
+        self._before = [x.detach().cpu().clone() for x in self._given]
+        self._result: Any = None
+        self._outcome = Outcome()
+
+    def call(self) -> Attempt:
+        default = torch.get_default_dtype()
+        torch.manual_seed(0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                torch.set_default_dtype(self.room.floats or default)
+                self._result = self.check.call(*self.args, **self.named)
+            except Exception as error:
+                self._outcome.error = type(error).__name__, str(error).split("\n")[0]
+            finally:
+                torch.set_default_dtype(default)
+        self._outcome.warned = sorted({_said(w.message) for w in caught} - {""})
+        return self
+
+    def outcome(self) -> Outcome:
+        outcome, given = self._outcome, self._given
+        if outcome.error:
+            outcome.warned = []
             return outcome
-        finally:
-            torch.set_default_dtype(default)
-    outcome.warned = sorted({str(w.message).split("\n")[0].partition(" (Triggered internally")[0] for w in caught})
-    for x in tree_leaves(result):
-        if not isinstance(x, torch.Tensor):
-            outcome.leaves.append(x)
-            outcome.facts.append(type(x))
-            continue
-        if not _strided(x):
-            outcome.leaves.append(str(x.layout))
-            outcome.facts.append((x.dtype, x.layout))
-            continue
-        outcome.leaves.append(x.detach().cpu().clone())
-        alias = next((i for i, y in enumerate(given) if x is y or _shares(x, y)), None)
-        outcome.facts.append((x.dtype, tuple(x.shape), tuple(x.stride()), x.requires_grad, alias))
-    after = [x.detach().cpu() for x in given]
-    outcome.changed = not all(same_bits(x, y) for x, y in zip(before, after, strict=True))
-    if check.writes:
-        outcome.leaves += [x.clone() for x in after]
-        outcome.facts += [(x.dtype, tuple(x.shape), tuple(x.stride())) for x in given]
-    return outcome
+        for x in tree_leaves(self._result):
+            if not isinstance(x, torch.Tensor):
+                outcome.leaves.append(x)
+                outcome.facts.append(type(x))
+                continue
+            if not _strided(x):
+                outcome.leaves.append(str(x.layout))
+                outcome.facts.append((x.dtype, x.layout))
+                continue
+            outcome.leaves.append(x.detach().cpu().clone())
+            alias = next((i for i, y in enumerate(given) if x is y or _shares(x, y)), None)
+            outcome.facts.append((x.dtype, tuple(x.shape), tuple(x.stride()), x.requires_grad, alias))
+        after = [x.detach().cpu() for x in given]
+        outcome.changed = not all(same_bits(x, y) for x, y in zip(self._before, after, strict=True))
+        if self.check.writes or outcome.changed:
+            outcome.leaves += [x.clone() for x in after]
+            outcome.facts += [(x.dtype, tuple(x.shape), tuple(x.stride())) for x in given]
+        return outcome
+
+
+def observe(check: Check, room: Room) -> Outcome:
+    return Attempt(check, room).call().outcome()
+
+
+def _said(warning: Any) -> str:
+    """A warning without the line of torch's source that it comes from; none where it is of torch's own speed."""
+    said = str(warning).split("\n")[0].partition(" (Triggered internally")[0]
+    return "" if "lower the performance" in said else said
 
 
 def _shares(x: torch.Tensor, y: torch.Tensor) -> bool:
@@ -267,6 +314,7 @@ def same_bits(x: Any, y: Any) -> bool:
         return same_bits(torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj()))
     if not x.is_floating_point():
         return torch.equal(x, y)
+    x, y = x.reshape(-1), y.reshape(-1)  # of more than 64 axes torch compares none
     return bool((((x == y) & (x.signbit() == y.signbit())) | (x.isnan() & y.isnan())).all())
 
 

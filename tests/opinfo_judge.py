@@ -2,33 +2,33 @@
 
 Each sample of each OpInfo that reaches a replaced name is called with torch alone and under `flagops.enable`, twice: as
 it is, with tensors not contiguous, transposed, offset by an element, and expanded with stride 0; with seven kinds of
-``out=``; in place; with gradients; and with the OpInfo's wrong inputs. On tensors of the same layout both must have the
-same dtype, shape, strides, requires_grad, aliasing, warnings and errors (the type, and torch's text or one that names
-the operator), and leave their inputs alone.
+``out=``; in place; with gradients; and with the OpInfo's wrong inputs; over memory that is read, or whose elements are
+one, where torch refuses that or gives the same result. On tensors of the same layout both must have the same dtype,
+shape, strides, requires_grad, aliasing, warnings (but for those of torch's own speed) and errors (the type, and torch's
+text or one that names the operator), and leave their inputs alone, or change them alike.
 
-Values. Integers, bools and what operators compute that are held bit for bit: torch's bits. Other floats: let e be
-torch's result in float64, and o ours. Where o is not torch's,
+Values. Integers, bools and what operators compute that are held bit for bit: torch's bits, but for which of equal
+elements topk, kthvalue and sorts that are not stable choose, which torch leaves open. Other floats: let e be torch's
+result in float64, and o ours. Where o is not torch's,
 
     |o - e| <= max(2 T, ROUNDINGS (u |e| + s))
 
-T is how far torch's own result is from e at most, u half a unit in the last place of the result's dtype, and s how far
-e moves at most, when every float of the input is moved by its last place up or down, by chance, DRAWS times (of float32
-for half types, which kernels widen). In float64, where e is torch's result, T is what it is in float32 times the ratio
-of the units: where an algorithm enlarges roundings, moved inputs need not show it. So o is as good as torch's, or the
-rounded result of inputs a few places away. Where the overload is but a step (in gradients, and in OpInfos of other
-names), |e|, T and s are the largest of all results of the call: what cancels on the way was as large; and for 2 T
-stands ROUNDINGS T: another order of the same sums makes another error of the same size, which what follows enlarges
-(gradients of 150 matrix exponentials have errors of 0.02 to 6 times torch's, as many less as more).
-What is not finite must be what torch's is.
-
-Where an ``out=`` lies in the memory of an input and torch's kernel writes over what it still reads, ours may also be
-what torch gives apart. What torch writes, without an error, to a tensor whose elements share memory is undefined, says
-its documentation of `Tensor.expand`: such calls are left to it, and not counted as left.
+T is how far torch's own result is from e at most, u half a unit in the last place of the result's dtype (or of what it
+is without ``out=``, if that is coarser), and s how far e moves at most, when every float of the input is moved by its
+last place up or down, by chance, DRAWS times (of float32 for half types, which kernels widen). In float64, where e is
+torch's result, T is what it is in float32 times the ratio of the units: where an algorithm enlarges roundings, moved
+inputs need not show it. So o is as good as torch's, or the rounded result of inputs a few places away. Where the
+overload is but a step (in gradients, and in OpInfos of other names), |e|, T and s are the largest of all results of the
+call: what cancels on the way was as large; and for 2 T stands ROUNDINGS T: another order of the same sums makes another
+error of the same size, which what follows enlarges (gradients of 150 matrix exponentials have errors of 0.02 to 6 times
+torch's, as many less as more). What is not finite must be what torch's is; where torch alone fails to be, o may be as
+near to e as u and s allow.
 
 A call counts as ours where the handle's report says that a kernel of ours computed it. Verdicts of an overload:
 
     strict    ours in every sample that reaches it, and right
     basic     right, and left to torch in some samples, for the reasons given
+    kept      torch's everywhere, as it shall be: it draws random numbers, and a program's seed gives torch's
     failed    a wrong value, dtype, shape, stride, alias, error or crash; charged to the replacements that alone give it
     untested  no sample reaches it, or none that is ours
 
@@ -51,32 +51,34 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._pytree import tree_leaves
 
 import flagops
-from flagops import config, registry, tables
-from flagops.override.forms import forms
+from flagops import config, registry
 from flagops.override.lowering import LOWERINGS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from all import processor
-from opinfo_calls import Check, Outcome, Room, checks, equal, infos, observe
+from opinfo_calls import Attempt, Check, Outcome, Room, checks, equal, infos, observe
 from opinfo_differences import differences
+from opinfo_results import SHOWN, Tally, report, summed, written
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "coverage.json"
 DTYPES = {
     str(x)[6:]: x for x in (*(torch.float32, torch.float64, torch.bfloat16, torch.float16), torch.int64, torch.bool)
 }
 REACH = 5  # samples by which an OpInfo shows which names it reaches
-SHOWN = 3  # failures of an overload in the table
-UNDEFINED = {"out may overlap itself"}
+CALLED = "a sample"  # what its operators stand under in a profile
 PATIENCE = 900  # seconds for one OpInfo in one dtype
 
 
@@ -99,30 +101,11 @@ def served(handle: Any, before: dict[Any, int]) -> tuple[Served, dict[Any, int]]
     return found, now
 
 
-@dataclass
-class Tally:
-    """What the samples of one overload gave."""
-
-    ours: int = 0
-    left: Counter[str] = field(default_factory=Counter)
-    failures: int = 0
-    failed: list[str] = field(default_factory=list)
-
-    def fail(self, text: str) -> None:
-        self.failures += 1
-        self.failed = [*self.failed, text][:SHOWN]
-
-    def add(self, other: dict[str, Any]) -> None:
-        self.ours += other["ours"]
-        self.left.update(other["left"])
-        self.failures += other["failures"]
-        self.failed = [*self.failed, *other["failed"]][:SHOWN]
-
-    @property
-    def verdict(self) -> str:
-        if self.failures:
-            return "failed"
-        return ("basic" if self.left else "strict") if self.ours else "untested"
+def within(event: Any) -> Iterator[str]:
+    """The operators that the profiler saw within an event."""
+    for child in event.cpu_children:
+        yield child.name.removeprefix("aten::")
+        yield from within(child)
 
 
 class Bench:
@@ -136,19 +119,20 @@ class Bench:
 
             bare.load()
 
-    def enabled(self, ops: Any) -> Any:
-        return flagops.enable(ops, backend=self.options.backend)
+    def enabled(self, ops: list[str]) -> Any:
+        """The operators replaced; ``"all"`` is the one of that name."""
+        return flagops.enable(["aten.all" if op == "all" else op for op in ops], backend=self.options.backend)
 
     def reached(self, name: str) -> list[str]:
         """The replaced names that an OpInfo calls, as torch's own kernels compute them."""
         op = infos()[name]
         dtype = next((x for x in DTYPES.values() if x in op.supported_dtypes("cpu")), None)
-        with flagops.enable("all", backend="torch") as handle:
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
             for check in checks(op, dtype, REACH) if dtype else ():
                 if "," not in check.label:  # other layouts call nothing else
-                    observe(check, Room())
-            rows = handle.report().rows
-        return sorted({base(row.op[6:]) for row in rows})
+                    observe(replace(check, call=record_function(CALLED)(check.call)), Room())
+        called = {name for event in seen.events() if event.name == CALLED for name in within(event)}
+        return [x for x in LOWERINGS if {(name := x.partition(".")[0]), f"{name}_"} & called]
 
     def alone(self, name: str, dtype: str, written: bool) -> dict[str, Any]:
         """Whether torch alone survives the checks."""
@@ -160,18 +144,21 @@ class Bench:
     def judge(self, name: str, dtype: str, ops: list[str], written: bool) -> dict[str, Any]:
         every = list(checks(infos()[name], DTYPES[dtype], self.options.most, written))
         theirs = [observe(check, Room()) for check in every]
-        ours: list[tuple[Outcome, Outcome, Served]] = []
+        tries = [(Attempt(check, self.room), Attempt(check, self.room)) for check in every]
+        calls: list[Served] = []
         with self.enabled(ops) as handle:
             count: dict[Any, int] = {}
-            for check in every:
-                self.note(check.label)
-                twice = observe(check, self.room), observe(check, self.room)
+            for twice in tries:
+                self.note(twice[0].check.label)
+                for attempt in twice:
+                    attempt.call()
                 found, count = served(handle, count)
-                ours.append((*twice, found))
+                calls.append(found)
         tallies: dict[str, Tally] = {}
         stray, unstable = [], 0
-        for check, their, (first, again, found) in zip(every, theirs, ours, strict=True):
+        for check, their, twice, found in zip(every, theirs, tries, calls, strict=True):
             self.note(f"{check.label}, compared")
+            first, again = (attempt.outcome() for attempt in twice)
             if self.options.device != "cpu" and not their.error and (first.error or " ")[0] == "NotImplementedError":
                 missing = re.search(r"aten::([\w.]+)", first.error[1])
                 if missing and base(missing[1]) in LOWERINGS:
@@ -179,10 +166,10 @@ class Bench:
                 continue
             names = {base(overload) for overload in found}
             step = check.label.startswith("gradient") or infos()[name].aten_name not in names
-            texts = [differences(check, x, their, self.exact(found), names, step) for x in (first, again)]
+            called = names | {infos()[name].aten_name}  # an error may come before a call counts
+            exact = self.exact(check, found)
+            texts = [differences(check, x, their, exact, called, step) for x in (first, again)]
             wrong = next(filter(None, texts), "")
-            if wrong and check.apart and not their.error:
-                wrong = self.over_an_input(check.apart, first, self.exact(found), names)
             if wrong and not equal(their, observe(check, Room())):
                 unstable += 1  # torch itself gives two answers
                 continue
@@ -196,20 +183,16 @@ class Bench:
             for overload, (by, reasons) in found.items() if not their.error else ():
                 tally = tallies.setdefault(overload, Tally())
                 tally.ours += bool(by) and not reasons
-                tally.left.update(reasons - UNDEFINED)
+                tally.left.update(reasons)
         plain = {overload: vars(tally) for overload, tally in tallies.items()}
         return {"overloads": plain, "checks": len(every), "stray": stray[:SHOWN], "unstable": unstable}
 
     @staticmethod
-    def over_an_input(apart: Check, ours: Outcome, exact: bool, names: set[str]) -> str:
-        """What is wrong with a result in the memory of an input, by torch's result apart."""
-        alone = Outcome(ours.leaves[:1], [(*ours.facts[0][:4], None)] if ours.facts else [], error=ours.error)
-        return differences(apart, alone, observe(apart, Room()), exact, names, False)
-
-    @staticmethod
-    def exact(found: Served) -> bool:
+    def exact(check: Check, found: Served) -> bool:
+        """Whether all of it is held bit for bit; a mean of what was scattered is divided."""
         cards = {by.partition("/")[0] for who, _ in found.values() for by in who}
-        return bool(cards) and all(registry.operator(card).exact for card in cards)
+        divided = "mean" in [x for x in tree_leaves((check.args, check.named)) if isinstance(x, str)]
+        return bool(cards) and not divided and all(registry.operator(card).exact for card in cards)
 
     def guilty(self, check: Check, theirs: Outcome, found: Served, step: bool) -> list[str]:
         """The overloads whose replacement alone makes the difference; all that were ours where none does."""
@@ -218,16 +201,18 @@ class Bench:
             return ours or list(found)
         alone = []
         for name in {base(overload) for overload in ours}:
+            attempt = Attempt(check, self.room)
             with self.enabled([name]) as handle:
-                outcome = observe(check, self.room)
+                attempt.call()
                 only, _ = served(handle, {})
-            if differences(check, outcome, theirs, self.exact(only), {name}, step):
+            if differences(check, attempt.outcome(), theirs, self.exact(check, only), {name}, step):
                 alone += [overload for overload in ours if base(overload) == name]
         return alone or ours
 
 
 @functools.cache
 def base(overload: str) -> str:
+    """The name of whose forms an overload is one."""
     name = overload.partition(".")[0]
     return name if name in LOWERINGS else name.removesuffix("_")
 
@@ -305,17 +290,23 @@ def judged(worker: Worker, task: list[Any]) -> Any:
     if task[0] != "judge":
         return worker.ask(task)
     died: dict[str, Any] = {}
-    for written in (True, False):
-        answer = worker.ask([*task, written])
-        alone = worker.ask(["alone", *task[1:3], written]) if "crash" in answer else {}
+    for writing in (True, False):
+        answer = worker.ask([*task, writing])
+        alone = worker.ask(["alone", *task[1:3], writing]) if "crash" in answer else {}
         if "crash" not in alone:
             return answer | died
         died = {"torch": alone["crash"]}
     return {"checks": 0, "unstable": 0} | died
 
 
-def answered(tasks: list[list[Any]], words: list[str], workers: int, note: Callable[[list[Any], Any], None]) -> None:
-    """Every task, in whatever order, by so many processes."""
+def answered(
+    tasks: list[list[Any]],
+    words: list[str],
+    workers: int,
+    note: Callable[[list[Any], Any], None],
+    until: float = float("inf"),
+) -> None:
+    """Tasks by so many processes, none begun after a time of `time.monotonic`."""
     waiting: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
     for task in tasks:
         waiting.put(task)
@@ -323,7 +314,7 @@ def answered(tasks: list[list[Any]], words: list[str], workers: int, note: Calla
     def run() -> None:
         worker = Worker(words)
         with contextlib.suppress(queue.Empty):
-            while True:
+            while time.monotonic() < until:
                 task = waiting.get_nowait()
                 note(task, judged(worker, task))
         worker.close()
@@ -355,61 +346,6 @@ def reach(words: list[str], workers: int) -> dict[str, list[str]]:
     return json.loads(kept.read_text())
 
 
-def summed(units: dict[str, Any], reaching: dict[str, list[str]], ops: list[str]) -> dict[str, Tally]:
-    tallies = {overload: Tally() for name in ops for overload in forms(name)}
-    for unit, answer in units.items():
-        name, dtype = unit.rsplit(" ", 1)
-        for overload, found in answer.get("overloads", {}).items():
-            tallies.setdefault(overload, Tally()).add(found)
-        for op in reaching[name] if "crash" in answer else ():
-            for overload in forms(op) if op in ops else ():
-                tallies[overload].fail(f"{name}, {dtype}: the process {answer['crash']}")
-    return dict(sorted(tallies.items()))
-
-
-def written(options: argparse.Namespace, tallies: dict[str, Tally], units: dict[str, Any], path: Path) -> None:
-    verdicts = Counter(tally.verdict for tally in tallies.values())
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": processor(),
-        "torch": torch.__version__,
-        "device": options.device,
-        "backend": options.backend,
-        "verdicts": dict(verdicts),
-        "checks": sum(answer["checks"] for answer in units.values()),
-        "unstable": sum(answer["unstable"] for answer in units.values()),
-        "torch dies": {unit: answer["torch"] for unit, answer in units.items() if "torch" in answer},
-        "stray": [text for answer in units.values() for text in answer.get("stray", ())],
-        "overloads": {overload: {"verdict": tally.verdict, **vars(tally)} for overload, tally in tallies.items()},
-    }
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    rows = []
-    for overload, tally in tallies.items():
-        why = [f"{n} {reason}" for reason, n in tally.left.most_common(SHOWN)] + tally.failed
-        rows.append(
-            (
-                f"`{overload}`",
-                tally.verdict,
-                tally.ours,
-                tally.left.total(),
-                tally.failures,
-                "\n".join(why).replace("|", "\\|"),
-            )
-        )
-    totals = ", ".join(f"{verdicts[name]} {name}" for name in ("strict", "basic", "failed", "untested"))
-    rerun = f"python tests/opinfo_judge.py --backend {options.backend} --device {options.device}"
-    text = [
-        f"OpInfo's samples on {options.device} under `enable(backend={options.backend!r})`: {totals}.",
-        f"{report['checks']} checks of {len(units)} OpInfos and dtypes, {report['date']}, torch {torch.__version__}, "
-        f"{report['cpu']}. Again: `{rerun}`, whose text says what is checked and what the verdicts mean.",
-        f"In {report['unstable']} checks torch gave two answers, {len(report['stray'])} differed where none was ours. "
-        f"Torch alone dies of what {', '.join(report['torch dies']) or 'none'} write; left out there.",
-        "",
-        tables.markdown(("overload", "verdict", "ours", "left to torch", "wrong", "reasons"), rows),
-    ]
-    path.with_suffix(".md").write_text("\n".join(text) + "\n")
-
-
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
@@ -420,8 +356,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cpu", help="cpu, bare (tests/bare), or a device that torch has, such as npu")
     made.add_argument("--most", type=int, metavar="N", help="samples of an OpInfo (default: all)")
     made.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    made.add_argument("--minutes", type=float, metavar="N", help="begin nothing after so long; --again goes on")
     made.add_argument("--again", action="store_true", help="go on where the last run of these words ended")
-    made.add_argument("--json", type=Path, default=RESULTS, help="where to write, and beside it the table in Markdown")
+    made.add_argument(
+        "--json",
+        type=Path,
+        default=RESULTS,
+        help="the file that the rows of this run are joined to, and beside it the table in Markdown",
+    )
     made.add_argument("--worker", help=argparse.SUPPRESS)
     return made
 
@@ -444,7 +386,9 @@ def main() -> int:
         journal.unlink(missing_ok=True)
     units = dict(map(json.loads, journal.read_text().splitlines())) if journal.exists() else {}
     supported = {name: infos()[name].supported_dtypes("cpu") for name in names}
-    wanted = [["judge", name, x, ops] for name in names for x in options.dtypes if DTYPES[x] in supported[name]]
+    wanted = [["judge", name, x, ops] for x in options.dtypes for name in names if DTYPES[x] in supported[name]]
+    own = {base(name).strip("_") for name in ops}
+    wanted.sort(key=lambda task: infos()[task[1]].aten_name not in own)  # what has other names comes last
     tasks = [task for task in wanted if f"{task[1]} {task[2]}" not in units]
     lock = threading.Lock()
 
@@ -457,13 +401,25 @@ def main() -> int:
             what = answer.get("crash") or f"{answer['checks']} checks, {wrong} wrong"
             print(f"{len(units)} of {len(wanted)}: {unit}: {what}", *answer.get("said", ()), sep="\n  ", flush=True)
 
-    answered(tasks, words, options.workers, note)
+    until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+    answered(tasks, words, options.workers, note, until)
     tallies = summed(units, reaching, ops)
-    written(options, tallies, units, options.json)
+    facts = {
+        "when": datetime.datetime.now().isoformat(timespec="minutes"),
+        "samples": options.most,
+        "wanted": len(wanted),
+        "device": options.device,
+        "backend": options.backend,
+        "torch": torch.__version__,
+        "cpu": processor(),
+    }
+    found = report(facts, tallies, units)
+    written(options.json, found)
     for overload, tally in tallies.items():
         for text in tally.failed:
             print(f"{overload}: {text}")
-    print(", ".join(f"{n} {verdict}" for verdict, n in Counter(tally.verdict for tally in tallies.values()).items()))
+    verdicts = Counter(row["verdict"] for row in found["overloads"].values())
+    print(", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()))
     return int(any(tally.failures for tally in tallies.values()))
 
 

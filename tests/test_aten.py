@@ -1,6 +1,7 @@
 """Torch's own operators by their cards: each kernel against its reference, and each lowering against torch."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -141,6 +142,16 @@ def test_functions_of_one_operand(name, rng):
     assert held(FUNCTIONS[name], [((x,), f"{name} of {x.dtype} {tuple(x.shape)} {x.stride()}") for x in operands])
 
 
+@pytest.mark.parametrize("dtype", (torch.int64, torch.int32))
+def test_whole_numbers_to_powers_below_zero(dtype):
+    """Of a tensor each has its own; of a number, that one is refused as torch does."""
+    x = torch.arange(-3, 4).to(dtype)
+    for base, exponent in ((x, x[:, None]), (-1, x), (2, x), (x, torch.tensor(-2))):
+        assert torch.equal(under(torch.pow, base, exponent), torch.pow(base, exponent))
+    with flagops.enable("all", backend="numba"), pytest.raises(RuntimeError, match="negative integer powers"):
+        torch.pow(x, -1)
+
+
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.int64))
 def test_destinations(dtype, rng):
     """``out=`` of another shape is resized, of another dtype converted or refused, one that overlaps itself refused."""
@@ -161,6 +172,176 @@ def test_destinations(dtype, rng):
     z = torch.arange(6.0)
     with flagops.enable("all", backend="numba"), pytest.raises(RuntimeError, match="memory location"):
         torch.add(z[1:], 1, out=z[:-1])
+
+
+def said(call, *args, **named):
+    """An error or a warning, without the line of torch's source that it comes from."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            call(*args, **named)
+        except Exception as error:
+            return type(error), str(error).split("\n")[0]
+    return {str(w.message).partition(" (Triggered internally")[0] for w in caught}
+
+
+@pytest.mark.parametrize(
+    ("call", "out"),
+    [
+        (lambda x, out: torch.add(x, 1, out=out), torch.ones(3, 2)),
+        (lambda x, out: torch.add(x, 0.5, out=out), torch.ones(4, dtype=torch.int32)),
+        (lambda x, out: torch.abs(x, out=out), torch.ones(4, dtype=torch.float64)),
+        (lambda x, out: torch.cat((x, x), out=out), torch.ones(3)),
+        (lambda x, out: torch.cat((x, x), out=out), torch.ones(8, dtype=torch.int64)),
+        (lambda x, out: torch.nonzero(x, out=out), torch.ones(4, 1, dtype=torch.int32)),
+        (lambda x, out: out.add_(0.5), torch.ones(4, dtype=torch.int64)),
+        (lambda x, out: torch.arange(0, 3, 0.5, out=out), torch.ones(4, dtype=torch.int64)),
+        (lambda x, out: torch.arange(3, out=out), torch.ones(2, 2)),
+        (lambda x, out: torch.index_select(out, 0, torch.tensor([1, 0]), out=out), torch.ones(2)),
+        (lambda x, out: torch.masked_select(out, out > 0, out=out), torch.ones(3)),
+        (lambda x, out: torch.cat((out[:2], x), out=out), torch.ones(6)),
+        (lambda x, out: torch.scatter(x, 0, torch.arange(4), out, out=out), torch.ones(4)),
+        (lambda x, out: torch.gather(x, 0, torch.tensor([4]), out=out), torch.ones(1)),
+        (lambda x, out: torch.gather(x, 0, out[1:], out=out[:1]), torch.tensor([0, 1, 2])),
+        (lambda x, out: torch.kthvalue(out, 2, out=(out, torch.tensor(0))), torch.ones(3)),
+        (lambda x, out: x.index_put_((torch.tensor([7]),), out), torch.ones(1)),
+        (lambda x, out: x.scatter(0, torch.tensor([0]), out, reduce="add"), torch.ones(1)),
+        (
+            lambda x, out: torch.ops.aten.native_batch_norm.out(
+                x.view(2, 2), None, None, x[:2], x[:2], False, 0.1, 1e-5, out=x[:0], save_mean=out, save_invstd=x[:0]
+            ),
+            torch.ones(0, 2),
+        ),
+        (lambda x, out: torch.nn.functional.gelu(out, approximate="no"), torch.ones(1)),
+        (lambda x, out: torch.roll(out, ()), torch.ones(1)),
+        (lambda x, out: torch.aminmax(out.view([1] * 65), dim=0), torch.ones(1)),
+    ],
+)
+def test_what_torch_says_of_destinations_and_wrong_arguments(call, out):
+    torch.set_warn_always(True)
+    try:
+        expected = said(call, torch.ones(4), out.clone())
+        with flagops.enable("all", backend="numba"):
+            assert said(call, torch.ones(4), out.clone()) == expected != set()
+    finally:
+        torch.set_warn_always(False)
+
+
+@pytest.mark.parametrize("name", ("sum", "prod", "mean", "nansum", "cumsum"))
+def test_reductions_compute_in_the_dtype_of_out(name, rng):
+    """What float32 would round away is in a float64, and an integer has none of the fractions."""
+    x = torch.tensor([[1.0, 2.0**-30], [1.5, 2.0**-40]])
+    call = getattr(torch, name)
+    for dtype in (torch.float64, torch.int64)[: 1 if name in ("mean", "nansum") else 2]:
+        for shape in ((0,), (2, 2) if name == "cumsum" else (2,)):
+            made = [torch.empty(shape, dtype=dtype) for _ in range(2)]
+            expected = call(x, 1, out=made[0])
+            got = under(lambda out: [call(x, 1, out=out) for _ in range(2)], made[1])
+            assert got[0] is got[1] is made[1]
+            assert torch.equal(made[1], expected)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: torch.softmax(x, 0, out=x),
+        lambda x: torch.cumsum(x, 1, out=x),
+        lambda x: torch.tril(x, out=x),
+        lambda x: torch.scatter(x, 0, torch.tensor([[2, 0]]), x[:1] + 1, out=x),
+        lambda x: torch.fmod(x, 2, out=x),
+        lambda x: torch.sort(x, 0, descending=True, out=(x, torch.empty(0, dtype=torch.int64)))[0],
+    ],
+)
+def test_destinations_that_are_an_operand(call):
+    x, y = (torch.arange(12.0).view(4, 3) for _ in range(2))
+    expected = call(x)
+    same(under(call, y), expected, "out")
+    same(y, x, "the operand")
+
+
+def test_all_of_a_tensor_that_repeats_its_elements_is_filled():
+    for call in (lambda x: x.fill_(2.5), lambda x: x.zero_()):
+        x, y = torch.ones(3), torch.ones(3)
+        got = under(lambda y: [call(y.expand(2, 3).t()[1:]) for _ in range(2)], y)  # noqa: B023
+        call(x.expand(2, 3).t()[1:])
+        assert torch.equal(x, y)
+        assert got[1].stride() == (1, 0)
+    with flagops.enable("all", backend="numba"), pytest.raises(RuntimeError, match="single memory location"):
+        torch.ones(3).expand(2, 3).fill_(torch.tensor(3))
+
+
+def test_negated_and_conjugated_views_are_copied_as_what_they_are():
+    """Before and after copies of plain tensors of the same shapes, and as destinations."""
+    z = torch.complex(torch.ones(3), torch.arange(3.0) + 1)
+
+    def copies():
+        made = []
+        for source in (z.imag, z.conj().imag, z.imag, z, z.conj()):
+            made += [torch.zeros_like(source).copy_(source), source.clone(), torch.zeros(2, 3, dtype=z.dtype) + source]
+        negated = torch._neg_view(torch.zeros(3))
+        return [*made, negated.copy_(z.imag).clone(), negated.neg_().clone()]
+
+    expected = copies()
+    with flagops.enable("all", backend="numba"):
+        got = copies()
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", (torch.complex64, torch.complex128, torch.complex32))
+def test_complex_numbers_are_moved(dtype, rng):
+    """Between complex dtypes, from real ones, by themselves and in views."""
+    z = torch.from_numpy(rng.standard_normal((3, 4)) + 1j * rng.standard_normal((3, 4)))
+
+    def moved():
+        made = torch.zeros(4, 3, dtype=dtype)
+        made[1:].copy_(z.t()[1:])
+        return [made, made.clone(), made.t().contiguous(), z.real.to(dtype), torch.full((2,), 2, dtype=dtype)]
+
+    for ours, theirs in zip(under(moved), moved(), strict=True):
+        assert ours.stride() == theirs.stride()
+        assert torch.equal(torch.view_as_real(ours), torch.view_as_real(theirs))
+
+
+def test_sums_of_bools_with_a_factor():
+    x, y = torch.tensor([[True], [False]]), torch.tensor([True, False])
+    for alpha in (0, 1, 2, False):
+        assert torch.equal(under(lambda: torch.add(x, y, alpha=alpha)), torch.add(x, y, alpha=alpha))  # noqa: B023
+        args = x, 0, torch.tensor([1, 1]), torch.tensor([[False], [True]])
+        expected = torch.index_add(*args, alpha=alpha)
+        assert torch.equal(under(lambda: torch.index_add(*args, alpha=alpha)), expected)  # noqa: B023
+
+
+def test_destinations_that_torch_resizes_are_laid_out_as_the_result():
+    x = torch.ones(3, 4)
+    for call in (lambda out: torch.nonzero(x, out=out), lambda out: torch.add(x.t(), 1, out=out)):
+        outs = [torch.empty(0, dtype=torch.int64 if i < 2 else torch.float32) for i in range(4)]
+        pair = outs[:2] if "nonzero" in call.__code__.co_names else outs[2:]
+        assert under(call, pair[0]).stride() == call(pair[1]).stride() == (1, len(pair[1]))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: torch.ops.aten.fill(x.t()[::2], 2),
+        lambda x: torch.fliplr(x.view(3, 2, 2)[:, :0]),
+        lambda x: torch.flip(x.view(3, 2, 2).transpose(0, 2)[:, :, :0], (0,)),
+        lambda x: torch.flip(x.view(3, 2, 2).transpose(0, 2)[::2], (0, 1)),
+        lambda x: torch.roll(x[:0, ::2], 1),
+        lambda x: torch.roll(x[:0, ::2], 1, 0),
+        lambda x: x.view(3, 2, 2).transpose(0, 2)[[0, 1]],
+        lambda x: x.view(3, 2, 2).transpose(0, 2)[:, :, torch.tensor([[0, 2], [1, 1]]).t()],
+        lambda x: x.t()[torch.tensor([[0, 1], [3, 3]]).t(), 1],
+        lambda x: x.view(3, 2, 2).transpose(0, 2)[:, [0]],
+        lambda x: x.view(3, 2, 2).transpose(0, 1)[[0], :, [1]],
+        lambda x: torch.kthvalue(x, 2, 0, keepdim=True).values,
+        lambda x: torch.nonzero(x * 0),
+        lambda x: x.t().put(torch.tensor([1]), torch.tensor([5.0])),
+    ],
+)
+def test_results_are_laid_out_as_torchs(call):
+    x = torch.arange(12.0).view(3, 4)
+    same(under(call, x), call(x), "layout")
 
 
 def test_strict_names_what_no_kernel_takes():

@@ -19,9 +19,10 @@ from flagops.override.coverage import Coverage, watching
 from flagops.override.forms import kind
 
 sys.path.insert(0, str(Path(__file__).parent))
-from opinfo_calls import Check, Room, observe
+from opinfo_calls import Check, Room, _out, checks, infos, observe
 from opinfo_differences import differences
 from opinfo_judge import Bench
+from opinfo_results import Tally, joined, report, summed, written
 from overriding import everything_taken, untouched  # noqa: F401
 
 
@@ -287,6 +288,45 @@ def test_what_follows_a_step_enlarges_its_roundings(dtype, rng):
     assert differences(check, ours, theirs, False, {"add"}, False)
 
 
+def test_which_of_equal_elements_is_chosen_is_open_and_nothing_else():
+    x = torch.tensor([1, 3, 3, 2])
+    check = Check("sample", torch.topk, (x, 2), picks=(x, -1))
+    theirs = observe(check, Room())
+    for picked, right in (([2, 1], True), ([1, 1], False), ([1, 3], False)):
+        ours = poisoned(theirs, lambda o: o.leaves.__setitem__(1, torch.tensor(picked)))  # noqa: B023
+        assert (differences(check, ours, theirs, True, {"topk"}, False) == "") == (right or picked == [1, 2])
+    swapped = poisoned(theirs, lambda o: o.leaves.__setitem__(1, theirs.leaves[1].flip(0)))
+    assert differences(Check("sample", torch.topk, (x, 2)), swapped, theirs, True, {"topk"}, False)
+
+
+def test_a_wider_destination_holds_what_was_computed():
+    x = torch.linspace(-20, -12, 7)  # where moving an operand moves nothing
+    args = torch.empty(7, dtype=torch.float64), torch.expm1, (x,), {}
+    wide, narrow = (Check("sample", _out, args, writes=True, computed=dtype) for dtype in (None, torch.float32))
+    theirs = observe(wide, Room())
+    ours = poisoned(theirs, lambda o: [x.mul_(1 + 2**-24) for x in o.leaves[:2]])
+    assert differences(narrow, ours, theirs, False, {"expm1"}, False) == ""
+    assert "times what is allowed" in differences(wide, ours, theirs, False, {"expm1"}, False)
+
+
+def test_what_torch_leaves_to_the_order_of_its_loops_is_nobodys_error():
+    labels = {
+        name: {check.label for check in checks(infos()[name], torch.float32, 1)} for name in ("tril", "fill", "add")
+    }
+    assert "sample 0 in place, expanded" not in labels["tril"]  # whose rows differ
+    assert "sample 0 in place, expanded" in labels["fill"]
+    assert "sample 0 in place, expanded" in labels["add"]  # which torch refuses
+
+
+def test_the_judge_calls_nothing_of_its_own_under_a_replacement():
+    bench = Bench(Namespace(backend="numba", device="cpu", most=1), lambda _: None)
+    found = bench.judge("neg", "int64", ["neg", "eq", "all", "isnan", "bitwise_and"], True)
+    assert {name for name, tally in found["overloads"].items() if tally["ours"] or tally["left"]} == {
+        "neg", "neg_", "neg.out",
+    }  # fmt: skip
+    assert not any(tally["failures"] for tally in found["overloads"].values())
+
+
 def test_errors_must_be_torchs_or_name_the_operator():
     check = Check("wrong", torch.mm, (torch.ones(2, 3), torch.ones(2, 3)), wrong=True)
     theirs = observe(check, Room())
@@ -338,19 +378,6 @@ def test_a_wrong_kernel_fails_and_what_torch_computed_is_untested():
     assert "a wrong kernel" in found["mm"]["failed"][0]
 
 
-def test_what_torch_leaves_undefined_is_held_to_its_result_apart_or_left():
-    """An ``out=`` over a factor, which torch's kernel overwrites; a destination whose elements share memory."""
-    bench = Bench(Namespace(backend="numba", device="cpu", most=1), lambda _: None)
-    x = torch.arange(1, 37.0).view(6, 6)
-    apart = Check("sample", torch.mm, (x, x))
-    theirs = observe(apart, Room())
-    assert not bench.over_an_input(apart, theirs, False, {"mm"})
-    assert bench.over_an_input(apart, poisoned(theirs, lambda o: o.leaves[0].add_(1)), False, {"mm"})
-    found = bench.judge("addmv", "float32", ["addmv"], True)["overloads"]["addmv_"]
-    assert found["ours"]
-    assert not found["left"]
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_floats_are_moved_by_their_last_place_and_nothing_else_is(dtype, rng):
     x = torch.from_numpy(rng.uniform(1, 2, 64)).to(dtype)
@@ -362,3 +389,43 @@ def test_floats_are_moved_by_their_last_place_and_nothing_else_is(dtype, rng):
     assert (moved != x.double()).all()
     assert torch.equal(Room(moved=1).values(torch.arange(3)), torch.arange(3))
     assert torch.equal(Room(floats=torch.float64).values(x), x.double())
+
+
+def run(when, tallies, units=(), backend="numba"):
+    facts = {"when": when, "samples": 1, "wanted": 2, "device": "cpu", "backend": backend, "torch": "2", "cpu": "x"}
+    return report(facts, tallies, dict(units))
+
+
+def test_a_file_of_verdicts_holds_the_newest_run_of_each_overload(tmp_path):
+    right, left, wrong = Tally(ours=2), Tally(ours=1), Tally()
+    left.add({"ours": 0, "left": {"dtype int64": 3}, "failures": 0, "failed": []})
+    wrong.fail("no")
+    first = run("1", {"add.Tensor": right, "mul.Tensor": wrong, "normal_": Tally(), "mm": Tally(), "gone": right})
+    rows = joined({}, first)["overloads"]
+    assert {name: row["verdict"] for name, row in rows.items()} == {
+        "add.Tensor": "strict", "gone": "strict", "mm": "untested", "mul.Tensor": "failed", "normal_": "kept",
+    }  # fmt: skip
+    path = tmp_path / "coverage.json"
+    written(path, first)
+    written(path, run("2", {"mul.Tensor": left}, {"mul float32": {"checks": 7, "unstable": 0}}))
+    found = json.loads(path.read_text())
+    assert found["verdicts"] == {"strict": 1, "basic": 1, "kept": 1, "untested": 1}  # what is not replaced is gone
+    assert {row["run"] for row in found["overloads"].values()} == set(found["runs"]) == {"1", "2"}
+    assert found["runs"]["2"]["checks"] == 7
+    assert "3 dtype int64" in path.with_suffix(".md").read_text()
+    assert joined(found, run("3", {"mm": right}, backend="triton"))["runs"].keys() == {"3"}
+
+
+def test_the_end_of_a_process_counts_against_all_that_the_sample_calls():
+    crash = {"crash": "ended with -11", "checks": 0, "unstable": 0}
+    found = summed({"trace float32": crash}, {"trace": ["sum", "mm"]}, ["sum", "mul"])
+    assert found["sum"].failed == ["trace, float32: the process ended with -11"]
+    assert not found["mul.Tensor"].failures
+    assert "mm" not in found
+
+
+def test_what_a_sample_calls_is_seen_and_what_makes_it_is_not():
+    bench = Bench(Namespace(backend="numba", device="cpu", most=1), lambda _: None)
+    assert {"max", "max.dim"} <= {*bench.reached("max.reduction_with_dim")}
+    assert {"bmm", "neg"} <= {*bench.reached("matrix_exp")}
+    assert not {"uniform_", "isnan"} & {*bench.reached("sum")}

@@ -56,6 +56,12 @@ class Form:
         pairs = zip(self.schema.arguments, args, strict=True)
         return {a.name + "_" * keyword.iskeyword(a.name): x for a, x in pairs if not a.is_out}
 
+    def with_default(self, args: tuple[Any, ...], name: str, value: Any) -> tuple[Any, ...]:
+        """The arguments with a value for one that the call leaves out; as they are where the overload has none."""
+        return tuple(
+            value if a.name == name and x is None else x for a, x in zip(self.schema.arguments, args, strict=True)
+        )
+
     def present(self, args: Sequence[Any]) -> list[int]:
         """The positions of the tensors of a call. Torch hands on a number of Python's as that, not as the tensor that
         the schema says."""
@@ -103,6 +109,12 @@ class Form:
         name, takes = self.schema.name[6:].removesuffix("_"), _taken(self.schema)
         alike = (s for s in _schemas()[name] if not _written(s) and _taken(s) == takes)
         return getattr(getattr(torch.ops.aten, name), next(alike).overload_name or "default")
+
+    def overload(self) -> Any:
+        """Torch's own overload, ``torch.ops.aten.mm.out``."""
+        import torch
+
+        return getattr(getattr(torch.ops.aten, self.schema.name[6:]), self.schema.overload_name or "default")
 
 
 def _written(schema: torch.FunctionSchema) -> tuple[int, ...]:

@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 Steps = tuple[int, ...]
 
 
-def laid_out(operands: Sequence[Tensor], computed: str) -> tuple[Steps, Steps | None]:
+def laid_out(operands: Sequence[Tensor], computed: str | None) -> tuple[Steps, Steps | None]:
     """Shape and strides (None: row by row) of the result. Raises RuntimeError where operands do not broadcast.
 
-    computed: the dtype to which operands are brought; on the CPU torch copies those of another one first.
+    computed: the dtype to which operands are brought, None if each keeps its own; on the CPU torch copies those of
+    another one first.
     """
     import torch
 
-    operands = [_converted(x, computed) for x in operands]
+    if computed is not None:
+        operands = [_converted(x, computed) for x in operands]
     shape: Steps = tuple(torch.broadcast_shapes(*(x.shape for x in operands)))  # type: ignore[no-untyped-call]
     if all(tuple(x.shape) == shape for x in operands):
         if all(x.is_contiguous() for x in operands):

@@ -88,6 +88,9 @@ class Lowering:
         or has to be resized, ours makes it apart.
     elementwise: an element of the result depends on those at its place alone, so that it may be written over them.
     whole: the function computes each call itself, and gives torch's results; it is not recorded.
+    uniform: all elements of the result are one number, so that a tensor that repeats its elements may have them.
+    over: the arguments that torch lets ``out=`` be, None for all.
+    into: where its `dtype` is not given it computes in that of ``out=``.
     random: it draws numbers of its own: where torch has some, those of a seed must not change, and it is not replaced.
     """
 
@@ -101,6 +104,9 @@ class Lowering:
     factors: tuple[str, ...] = ()
     elementwise: bool = False
     whole: bool = False
+    uniform: bool = False
+    over: tuple[str, ...] | None = None
+    into: bool = False
     random: bool = False
 
     @property
@@ -129,6 +135,9 @@ def lowers(
     factors: tuple[str, ...] = (),
     elementwise: bool = False,
     whole: bool = False,
+    uniform: bool = False,
+    over: tuple[str, ...] | None = None,
+    into: bool = False,
     random: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a function as the lowering of these names to a flagops operator.
@@ -142,7 +151,20 @@ def lowers(
             if name in LOWERINGS:
                 raise TypeError(f"aten::{name} has a lowering already")
             LOWERINGS[name] = Lowering(
-                name, to, function, composite, state, result, gradients, factors, elementwise, whole, random
+                name,
+                to,
+                function,
+                composite,
+                state,
+                result,
+                gradients,
+                factors,
+                elementwise,
+                whole,
+                uniform,
+                over,
+                into,
+                random,
             )
         return function
 

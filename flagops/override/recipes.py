@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,8 @@ from flagops import arrays, config, dispatch, machine, memory, order, registry, 
 from flagops.replay import Replay
 
 from . import fuel
+from .destinations import AN_INPUT, ITSELF, SAID, deliver, overlaps_itself, refuse_other_dtypes, refuse_product, shared
 from .forms import Form, Part, View, form_of
-from .interpose import thread
 from .iteration import laid_out
 from .lowering import REFUSED, Call, Lowering, Pass, To
 
@@ -42,12 +41,14 @@ class Below:
 
     exists: where there is none, what torch's shape function refuses is refused to the caller.
     whole: it does not consist of calls that meet us again.
-    wanted: it may be asked; a strict handle lets nobody.
+    wanted: it may compute the call; a strict handle lets nobody.
+    ask: calls it, None where it does not exist.
     """
 
     exists: bool
     whole: bool
     wanted: bool
+    ask: Callable[[Sequence[Any]], Any] | None = None
 
     @property
     def alone(self) -> bool:
@@ -57,6 +58,34 @@ class Below:
 
 def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], below: Below) -> Recipe:
     """The recipe for calls like this one. Raises Pass or Unsupported with the reason why torch should take them."""
+    given = form.given
+    if given is None:
+        return _recorded(form, backend, lowering, args, below)
+    if lowering.into and form.schema.arguments[given].is_out:
+
+        def filled(args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return form.with_default(args, "dtype", args[given].dtype)
+
+        recipe = _recorded(form, backend, lowering, filled(args), below)
+        return Recipe(lambda args: recipe.compute(filled(args)), recipe.by)
+    if lowering.uniform and 0 in args[given].stride() and form.present(args) == [given]:
+
+        def once(args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (*args[:given], _once(args[given]), *args[given + 1 :])
+
+        own = _recorded(form, backend, lowering, once(args), below)
+        return Recipe(lambda args: (own.compute(once(args)), args[given])[1], own.by)
+    return _recorded(form, backend, lowering, args, below)
+
+
+def _once(x: Tensor) -> Tensor:
+    """A view without the elements that are repeated."""
+    for axis, step in enumerate(x.stride()):
+        x = x.narrow(axis, 0, min(x.shape[axis], 1)) if step == 0 else x
+    return x
+
+
+def _recorded(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], below: Below) -> Recipe:
     import torch
 
     tensors = [args[i] for i in form.present(args)]
@@ -69,19 +98,26 @@ def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], 
         a_number = lowering.aten and is_number(x) and x is not written
         if x.layout != torch.strided or (x.device != here and not a_number):
             raise Pass("devices or layouts differ")
+        if x.is_neg() or x.is_conj():
+            raise Pass("a negated or conjugated view")
     choice = below.exists and below.wanted and not lowering.aten
     measured = choice and not (backend or config.current().backend)
     with torch.no_grad():
+        if lowering.aten:
+            _refuse_shared(form, args, lowering, below)
         make = _maker(form, lowering, args, here, below)
         roles = _apart(args, form)
         destination = make() if form.given is None else roles[form.given]
         if measured:
             backend = _taken(lowering.operator, destination, needs_grad)
         if form.given is not None:
-            other = _unlike(args[form.given], make())
+            like = make()
+            other = _unlike(args[form.given], like)
             if other and lowering.factors:
-                _refuse_product(form, args, make(), other, below)
-            if other and (below.alone or lowering.aten or lowering.factors):
+                refuse_product(form, args[form.given], like, other, below.alone)
+                return _delivered(form, backend, lowering, args, below)
+            if other and (below.alone or lowering.aten):
+                refuse_other_dtypes(form, args, [like.dtype], below.ask if below.wanted else None)
                 return _delivered(form, backend, lowering, args, below)
             if other:
                 raise Pass(other)
@@ -155,7 +191,9 @@ def _delivered(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ..
     given = form.given
 
     def compute(args: tuple[Any, ...]) -> Any:
-        deliver(form, [args[given]], [recipe.compute(of(args))])  # type: ignore[index]
+        if not lowering.factors:  # whose results are made apart
+            _refuse_shared(form, args, lowering, below)
+        deliver(form, args, [recipe.compute(of(args))], lowering.over)
         return args[given]  # type: ignore[index]
 
     return Recipe(compute, recipe.by)
@@ -166,75 +204,13 @@ def _apart_from(form: Form, backend: Any, lowering: Lowering, below: Below, args
     return _delivered(form, backend, lowering, args, below).compute(args)
 
 
-def _refuse_product(form: Form, args: tuple[Any, ...], like: Tensor, problem: str, below: Below) -> None:
-    """Raises what torch does for a destination that its products do not resize: Pass where its kernel can say so."""
-    out, argument = args[form.given], form.schema.arguments[form.given]  # type: ignore[index]
-    typed = (out.dtype, out.device) == (like.dtype, like.device)
-    if typed and argument.is_out and out.shape != like.shape:
-        return
-    if not below.alone:
-        raise Pass(problem)
-    if out.shape != like.shape and not argument.is_out:
-        sizes = f"input tensor size {list(out.shape)} and output tensor size {list(like.shape)}"
-        raise RuntimeError(f"Bad in-place call: {sizes} should match")
-    if out.dtype != like.dtype:
-        wanted, got = (_CPP.get(arrays.dtype_name(x), arrays.dtype_name(x)) for x in (like, out))
-        raise RuntimeError(f"Expected out tensor to have dtype {wanted}, but got {got} instead")
-    if out.device != like.device:
-        raise RuntimeError(f"Expected out tensor to have device {like.device}, but got {out.device} instead")
-    raise RuntimeError(
-        "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
-        "Please clone() the tensor before performing the operation."
-    )
-
-
-_CPP = {"float32": "float", "float64": "double", "bfloat16": "c10::BFloat16", "float16": "c10::Half"}
-_CPP |= {"int64": "long int", "int16": "short int", "int32": "int", "int8": "signed char", "uint8": "unsigned char"}
-"""Dtypes as torch's errors call them."""
-
-
-def deliver(form: Form, outs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-    """Results into the tensors that a call gives for them, resized as torch does."""
-    import torch
-
-    for position, out, result in zip(form.outs, outs, results, strict=True):
-        if out is result or out is None:
-            continue
-        argument = form.schema.arguments[position]
-        if not torch.can_cast(result.dtype, out.dtype):
-            kinds = (arrays.dtype_name(x).capitalize() for x in (result, out))
-            raise RuntimeError("result type {} can't be cast to the desired output type {}".format(*kinds))
-        if out.shape != result.shape:
-            if not argument.is_out:
-                raise RuntimeError(
-                    f"output with shape {list(out.shape)} doesn't match the broadcast shape {list(result.shape)}"
-                )
-            _resized(out, result.shape)
-        with unbusy():
-            out.copy_(result)
-
-
-def _resized(out: Tensor, shape: Sequence[int]) -> None:
-    """Give a destination the shape of the result, with torch's warning where it had elements."""
-    if out.numel():
-        warnings.warn(
-            "An output with one or more elements was resized since it had shape "
-            f"{list(out.shape)}, which does not match the required output shape {list(shape)}. This behavior is "
-            "deprecated, and in a future PyTorch release outputs will not be resized unless they have zero elements. "
-            "You can explicitly reuse an out tensor t by resizing it, inplace, to zero elements with t.resize_(0).",
-            stacklevel=2,
-        )
-    out.resize_(shape)
-
-
-@contextlib.contextmanager
-def unbusy() -> Iterator[None]:
-    """What torch calls within a call that is ours is ours too."""
-    busy, thread.busy = thread.busy, False
-    try:
-        yield
-    finally:
-        thread.busy = busy
+def _refuse_shared(form: Form, args: Sequence[Any], lowering: Lowering, below: Below) -> None:
+    """Raise what torch raises of a destination that overlaps an input or itself; Pass where its kernel says so."""
+    refused = shared(form, args, lowering.over)
+    if refused and not below.exists:
+        raise RuntimeError(SAID[refused])
+    if refused:
+        raise Pass(refused)
 
 
 def _apart(args: tuple[Any, ...], form: Form) -> list[Any]:
@@ -279,7 +255,7 @@ class _Destination:
         if not self.ready(args):
             if self.others and self.others(args):
                 return self.apart
-            raise Pass(self.form.without_memory(args) or "out may share memory with an input")
+            raise Pass(self.form.without_memory(args) or AN_INPUT)
         if fuel.tank is not None and not fuel.tank.take(self.form.name, self.by, self.form.inputs(args)):
             raise Pass("out of fuel")
         return None
@@ -407,18 +383,7 @@ def _unlike(out: Tensor, like: Tensor) -> str | None:
         return "dtypes, devices or layouts differ"
     if out.shape != like.shape:
         return "out has another shape than the result"
-    return "out may overlap itself" if out.numel() and overlaps_itself(out) else None
-
-
-def overlaps_itself(x: Tensor) -> bool:
-    """Whether two elements of a tensor may be one in memory."""
-    reach = 0
-    for step, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1:
-            if step <= reach:
-                return True
-            reach += (size - 1) * step
-    return False
+    return ITSELF if out.numel() and overlaps_itself(out) else None
 
 
 def choose(operator: str, values: Sequence[Any], backend: Any, below: Below | None = None) -> dispatch.Plan:

@@ -14,17 +14,21 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from flagops import config, generated, surroundings
-from flagops.errors import Unsupported
+from flagops.errors import OutOfRange, Unsupported
 
 from .annotations import annotated
+from .destinations import SAID, deliver, refuse_other_dtypes, shared
 from .forms import DEVICES, Form
 from .interpose import Counter, Registration, thread
-from .lowering import Lowering, Pass
-from .recipes import Below, deliver, device_of, record, refuse_as_torch
+from .lowering import REFUSED, Lowering, Pass
+from .recipes import Below, device_of, record, refuse_as_torch
 from .steps import Steps
 from .timing import Clock, timed, waiting
 
 _PLANS_KEPT = 4096
+_AS_THEY_ARE = ("copy_", "neg_")  # torch gives these negated and conjugated views, to others copies
+_REFUSED = (Pass, Unsupported, OutOfRange)
+"""What leaves a call to torch; of an index that is out of range its kernel says more."""
 
 
 class Wish(Protocol):
@@ -71,7 +75,7 @@ def call(_keyset, {parameters}):
         return _site.below_with(_keyset, _args)
 {aside}
     _plans, _signature = _site.plans, ({signature})
-    _compute, _count = _plans.get(_signature) or _plan(_plans, _signature, _args)
+    _compute, _count = _plans.get(_signature) or _plan(_plans, _signature, _keyset, _args)
     if _profiler._is_profiler_enabled:
         _compute, _count = _annotated(_site, (_compute, _count), _args)
     if _compute is None:
@@ -81,7 +85,7 @@ def call(_keyset, {parameters}):
     try:
         _result = _compute(_args)
     except _refused as _error:
-        _reason = str(_error)
+        _reason = _why(_error, _args)
     else:
         _count()
         return _result
@@ -131,7 +135,13 @@ class Site(Registration):
         names, parameters, signature = [], [], ["_current()"]
         space: dict[str, Any] = {"_site": self, "_thread": thread, "_current": config.current}
         space |= {"_profiler": sys.modules["torch.autograd.profiler"], "_annotated": annotated}
-        space |= {"_plan": self._plan, "_left": self._left, "_refused": (Pass, Unsupported), "_exactly": _exactly}
+        space |= {
+            "_plan": self._plan,
+            "_left": self._left,
+            "_refused": _REFUSED,
+            "_why": self._why,
+            "_exactly": _exactly,
+        }
         space["_plain_types"] = frozenset((int, float, bool, complex, type(None)))
         if self.composite:
             space |= {"_aside": self._aside, "_plain": _plain(), "_grad": surroundings.probes()[1]}
@@ -171,6 +181,7 @@ class Site(Registration):
             facts = f"{name}.shape, {name}.stride(), {name}.dtype"
             facts += "" if self.key == "CPU" else f", {name}.get_device()"  # a device costs more to hash
             facts += f", {name}.requires_grad" if self.composite else ""
+            facts += f", {name}.is_neg(), {name}.is_conj()" if self.name in _AS_THEY_ARE else ""
             facts += f", {name} is {out}" if out not in (None, name) else ""
             if self.lowering and self.lowering.aten and name != out:
                 return f"_exactly({name}) if {name}.__class__ in _plain_types else ({facts})"
@@ -191,6 +202,9 @@ class Site(Registration):
             return self.torch(keyset, *args, **named)
         finally:
             thread.busy = busy
+
+    def _ask(self, keyset: Any) -> Callable[[Sequence[Any]], Any] | None:
+        return functools.partial(self.below_with, keyset) if self.below is not None else None
 
     def _watch(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if not thread.busy:  # else it is a part of a call that is counted
@@ -234,6 +248,15 @@ class Site(Registration):
             self._nobody(reason, lambda: 0, args)
         return self.below_with(keyset, args)
 
+    def _why(self, error: Exception, args: tuple[Any, ...]) -> str:
+        """The reason in an error that leaves a call to torch. Raises that of an index where torch may not be asked."""
+        if not isinstance(error, OutOfRange):
+            return str(error)
+        handle, _ = self._decide(args)
+        if self.below is None or (handle and handle.strict):
+            raise error
+        return REFUSED
+
     def _refuse_unasked(self, key: str) -> None:
         """Raises where a strict handle that did not ask for this operator lets nobody else compute it."""
         if any(handle.strict and key in handle.keys for handle in self.handles.copy()):
@@ -262,21 +285,32 @@ class Site(Registration):
             missing = self.form.without_memory(args)
             if missing:
                 raise Pass(missing)
+            refused = shared(self.form, args, self.lowering.over)
+            if refused and self.below is None:
+                raise RuntimeError(SAID[refused])
+            if refused:
+                raise Pass(refused)
             with steps.device():
                 results: Any = self.lowering.function(steps, **self.form.named(args))
-        except (Pass, Unsupported) as reason:
-            return self._left(keyset, args, str(reason))
+            made = self._brought(results, args, self.lowering.over, None if handle.strict else self._ask(keyset))
+        except _REFUSED as error:
+            return self._left(keyset, args, self._why(error, args))
         fate = self.name, key, steps.by(self.lowering.operator), ""
         handle.counter(*fate)()
         if handle.timed:
             waiting(key)()
             clock = handle.clock(*fate)
             clock.note(perf_counter() - start, first=not clock.first)
+        return made
+
+    def _brought(self, results: Any, args: tuple[Any, ...], over: Sequence[str] | None, ask: Any) -> Any:
+        """What a whole lowering made, in the tensors that the call gives for it."""
         if not self.form.outs or results is None:
             return results
-        outs = [args[i] for i in self.form.outs]
         several = isinstance(results, (tuple, list))
-        deliver(self.form, outs, results if several else (results,))
+        outs, made = [args[i] for i in self.form.outs], results if several else (results,)
+        refuse_other_dtypes(self.form, args, [x.dtype for x in made], ask)
+        deliver(self.form, args, made, over)
         return tuple(outs) if several else outs[0]
 
     def _decide(self, args: tuple[Any, ...]) -> tuple[Wish | None, str]:
@@ -288,7 +322,7 @@ class Site(Registration):
         wanted = (h for h in reversed(self.handles.copy()) if h.wants(name, key))
         return next(wanted, None), key
 
-    def _plan(self, plans: dict[Any, Plan], signature: Any, args: tuple[Any, ...]) -> Plan:
+    def _plan(self, plans: dict[Any, Plan], signature: Any, keyset: Any, args: tuple[Any, ...]) -> Plan:
         handle, key = self._decide(args)
         plan: Plan
         missing = self.form.without_memory(args)
@@ -303,7 +337,7 @@ class Site(Registration):
             by = reason = ""
             thread.busy = True
             try:
-                below = Below(exists=self.below is not None, whole=self.owned, wanted=not handle.strict)
+                below = Below(self.below is not None, self.owned, not handle.strict, self._ask(keyset))
                 recipe = record(self.form, handle.backend, self.lowering, args, below)
                 compute, by = recipe.compute, recipe.by
             except (Pass, Unsupported) as error:

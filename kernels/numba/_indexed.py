@@ -14,6 +14,7 @@ import numpy as np
 
 from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, strides
+from flagops.errors import OutOfRange
 
 from .._rows import merged
 from ._elementwise import _bytes
@@ -23,10 +24,6 @@ ROWS, COUNT, ACROSS, LIMIT, AXES = 0, 1, 2, 3, 4
 """Of a plan: rows of other axes, indices, elements moved by one index, how far an index goes, axes of the rows."""
 FIRST = 5  # where each operand's steps along the indices, along what one moves, and along the rows' axes begin
 ASSIGN, SUM, PROD, AMAX, AMIN = range(5)
-
-
-class OutOfRange(IndexError, RuntimeError):
-    """An index that is out of range; of torch's operators some raise the one and some the other."""
 
 
 class Alarm:

@@ -10,6 +10,8 @@ from ..lowering import REFUSED, Pass
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MOST = 64  # axes that torch takes
+
 Dims = int | Sequence[int] | None
 
 
@@ -23,6 +25,8 @@ def axis_of(dim: int, rank: int) -> int:
 
 def axes_of(x: Tensor, dim: Dims) -> list[int]:
     """The axes that are meant, in their order: all for none. Raises Pass for what torch refuses."""
+    if x.dim() > _MOST:
+        raise Pass(REFUSED)
     every = list(range(max(x.dim(), 1)))
     dims = every if dim is None else [dim] if isinstance(dim, int) else list(dim) or every
     found = sorted(axis_of(d, x.dim()) for d in dims)

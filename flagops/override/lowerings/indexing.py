@@ -5,11 +5,13 @@ Several indices at once are one: the places that they name together, in memory s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..destinations import overlaps_itself
+from ..iteration import laid_out
 from ..lowering import REFUSED, Call, Lowered, Pass, Result, To, lowers
-from ..recipes import overlaps_itself
 from ..steps import Steps
 from ._views import as_rows, axis_of, last
 from .movement import copied, goal
@@ -28,7 +30,7 @@ def indices(x: Tensor) -> Tensor:
     return x
 
 
-@lowers("index_select", to="aten.gather")
+@lowers("index_select", to="aten.gather", over=())
 def index_select(to: To, self: Tensor, dim: int, index: Tensor) -> Call:
     if index.dim() > 1:
         raise Pass(REFUSED)
@@ -49,7 +51,7 @@ def _cut(x: Tensor, index: Tensor, dim: int) -> Tensor:
     return x.movedim(dim, -1)
 
 
-@lowers("gather", to="aten.gather")
+@lowers("gather", to="aten.gather", over=())
 def gather(to: To, self: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Call:
     dim = axis_of(dim, self.dim())
     real(self.dtype)
@@ -97,36 +99,49 @@ def _value(to: To, like: Tensor, value: Any) -> Tensor:
     return made
 
 
-@lowers("scatter.src", to="aten.scatter")
+@lowers("scatter.src", to="aten.scatter", over=("self",))
 def scatter_src(to: To, self: Tensor, dim: int, index: Tensor, src: Tensor) -> Lowered:
     return _scattered(to, self, dim, index, src)
 
 
-@lowers("scatter.value", to="aten.scatter")
+@lowers("scatter.value", to="aten.scatter", over=("self",))
 def scatter_value(to: To, self: Tensor, dim: int, index: Tensor, value: Any) -> Lowered:
     return _scattered(to, self, dim, index, _value(to, self, value).expand(index.shape))
 
 
-@lowers("scatter.reduce", to="aten.scatter")
+@lowers("scatter.reduce", to="aten.scatter", over=("self",))
 def scatter_reduced(to: To, self: Tensor, dim: int, index: Tensor, src: Tensor, *, reduce: str) -> Lowered:
     if reduce not in _REDUCES:
         raise Pass(REFUSED)
-    return _scattered(to, self, dim, index, src, _REDUCES[reduce])
+    scattered = _scattered(to, self, dim, index, src, _REDUCES[reduce])
+
+    def in_steps() -> None:
+        warnings.warn(
+            "The reduce argument of torch.scatter with Tensor src is deprecated and will be removed in a future "
+            "PyTorch release. Use torch.scatter_reduce instead for more reduction options.",
+            stacklevel=2,
+        )
+        if isinstance(scattered, Call):
+            to.run(scattered.operator, *scattered.inputs, out=scattered.out)
+        else:
+            scattered()
+
+    return in_steps
 
 
-@lowers("scatter.value_reduce", to="aten.scatter")
+@lowers("scatter.value_reduce", to="aten.scatter", over=("self",))
 def scatter_value_reduced(to: To, self: Tensor, dim: int, index: Tensor, value: Any, *, reduce: str) -> Lowered:
     if reduce not in _REDUCES:
         raise Pass(REFUSED)
     return _scattered(to, self, dim, index, _value(to, self, value).expand(index.shape), _REDUCES[reduce])
 
 
-@lowers("scatter_add", to="aten.scatter")
+@lowers("scatter_add", to="aten.scatter", over=("self",))
 def scatter_add(to: To, self: Tensor, dim: int, index: Tensor, src: Tensor) -> Lowered:
     return _scattered(to, self, dim, index, src, "sum")
 
 
-@lowers("scatter_reduce.two", to="aten.scatter")
+@lowers("scatter_reduce.two", to="aten.scatter", over=("self",))
 def scatter_reduce(
     to: To, self: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
 ) -> Lowered:
@@ -173,12 +188,18 @@ def _by_row(to: To, self: Tensor, dim: int, index: Tensor, source: Tensor, reduc
     return to("aten.scatter", x, where, values, reduce, True, False, out=last(to.out, dim))
 
 
-@lowers("index_add", to="aten.scatter")
+@lowers("index_add", to="aten.scatter", over=("self",))
 def index_add(to: To, self: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Lowered:
-    if alpha == 1:
-        return _by_row(to, self, dim, index, source, "sum")
     import torch
 
+    whole = not self.dtype.is_floating_point
+    if whole and isinstance(alpha, float):
+        raise Pass(REFUSED)
+    if alpha == 1 or (alpha and self.dtype == torch.bool):
+        return _by_row(to, self, dim, index, source, "sum")
+    if not alpha and whole:
+        _by_row(to, self, dim, index, source, "sum")  # what torch refuses
+        return to("aten.copy", self, real(self.dtype))
     scaled = torch.empty_like(source)
 
     def in_steps() -> None:
@@ -189,7 +210,7 @@ def index_add(to: To, self: Tensor, dim: int, index: Tensor, source: Tensor, *, 
     return in_steps
 
 
-@lowers("index_copy", to="aten.scatter")
+@lowers("index_copy", to="aten.scatter", over=("self",))
 def index_copy(to: To, self: Tensor, dim: int, index: Tensor, source: Tensor) -> Lowered:
     return _by_row(to, self, dim, index, source, "assign")
 
@@ -254,16 +275,16 @@ def _coordinates(steps: Steps, x: Tensor) -> Tensor:
             rest = steps.run("aten.floor_divide", rest, size, "int64", out=torch.empty_like(rest))
         else:
             copied(steps, rest, out[0])
-    return out.t()
+    return out.as_strided((count, x.dim()), (1, count))
 
 
-@lowers("nonzero", to="aten.nonzero", whole=True)
+@lowers("nonzero", to="aten.nonzero", whole=True, over=())
 def nonzero(steps: Steps, self: Tensor) -> Tensor:
     real(self.dtype)
     return _coordinates(steps, self)
 
 
-@lowers("masked_select", to="aten.gather", whole=True)
+@lowers("masked_select", to="aten.gather", whole=True, over=())
 def masked_select(steps: Steps, self: Tensor, mask: Tensor) -> Tensor:
     import torch
 
@@ -363,6 +384,7 @@ class _Picked:
         self.before = first if last - first + 1 == len(found) else 0
         rest = [x.shape[axis] for axis in self.others]
         self.shape = (*rest[: self.before], *own, *rest[self.before :])
+        self._where = where
         self._length = 1 + sum((x.shape[axis] - 1) * x.stride(axis) for axis in found)
 
     def seen(self, x: Tensor) -> Tensor:
@@ -374,13 +396,21 @@ class _Picked:
         shape = [x.shape[axis] for axis in self.others] + [self._length]
         return x.as_strided(shape, [x.stride(axis) for axis in self.others] + [1])
 
+    def strides(self, x: Tensor) -> tuple[int, ...] | None:
+        """Of torch's result, which follows those of `x` and of the indices; None row by row."""
+        steps = [x.stride(axis) for axis in self.others]
+        steps[self.before : self.before] = [0] * self.inner
+        behind = len(self.others) - self.before
+        places = [i[(None,) * self.before + (..., *(None,) * behind)] for i in self._where]
+        return laid_out([x.new_empty(0, device="meta").as_strided(self.shape, steps), *places], None)[1]
+
     def rows(self, y: Tensor) -> Tensor:
         """A tensor of `shape` with the axes by index as one, the last."""
         y = y.flatten(self.before, self.before + self.inner - 1) if self.inner else y.unsqueeze(self.before)
         return y.movedim(self.before, -1)
 
 
-@lowers("index.Tensor", to="aten.gather", whole=True)
+@lowers("index.Tensor", to="aten.gather", whole=True, over=())
 def index(steps: Steps, self: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
     real(self.dtype)
     picked = _Picked(steps, self, indices)
@@ -388,7 +418,8 @@ def index(steps: Steps, self: Tensor, indices: Sequence[Tensor | None]) -> Tenso
     if not out.is_contiguous():
         out = out.new_empty(picked.shape)
     steps.run("aten.gather", picked.seen(self), picked.places, True, out=picked.rows(out))
-    return out
+    layout = None if steps.given else picked.strides(self)
+    return out if layout is None else copied(steps, out, out.new_empty_strided(out.shape, layout))
 
 
 @lowers("_index_put_impl", to="aten.scatter", whole=True)
@@ -427,7 +458,7 @@ def index_put(
     return out if target is out else copied(steps, target, out)
 
 
-@lowers("take", to="aten.gather", whole=True)
+@lowers("take", to="aten.gather", whole=True, over=())
 def take(steps: Steps, self: Tensor, index: Tensor) -> Tensor:
     import torch
 
@@ -451,4 +482,4 @@ def put(steps: Steps, self: Tensor, index: Tensor, source: Tensor, accumulate: b
     made = copied(steps, self, flat).view(-1)
     reduce = "sum" if accumulate else "assign"
     steps.run("aten.scatter", made, index.reshape(-1), source.reshape(-1), reduce, True, True, out=made)
-    return flat
+    return flat if self.is_contiguous() else copied(steps, flat, torch.empty_like(self))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..destinations import overlaps_itself
 from ..lowering import REFUSED, Call, Pass, To, lowers
-from ..recipes import overlaps_itself
 from ..steps import Steps
-from .pointwise import real
+from .pointwise import as_empty_like, real
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,11 +38,13 @@ def copied(steps: Steps, x: Tensor, out: Tensor) -> Tensor:
     return steps.run("aten.copy", x.expand(out.shape), real(out.dtype), out=out) if out.numel() else out
 
 
-@lowers("cat", to="aten.copy", whole=True)
+@lowers("cat", to="aten.copy", whole=True, over=())
 def cat(steps: Steps, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     import torch
 
     dtype = functools.reduce(torch.promote_types, [x.dtype for x in tensors])
+    if any(x is out for x in tensors for out in steps.given):  # even an empty one
+        raise Pass(REFUSED)
     parts = [x for x in tensors if tuple(x.shape) != (0,)]  # which torch takes beside any shape
     if not parts:
         return goal(steps, (0,), dtype, *tensors)
@@ -70,7 +73,7 @@ def _last_channels(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-@lowers("flip", to="aten.flip")
+@lowers("flip", to="aten.flip", result=as_empty_like)
 def flip(to: To, self: Tensor, dims: Sequence[int]) -> Call:
     rank = self.dim()
     turned = [dim % rank for dim in dims] if rank else []
@@ -83,17 +86,19 @@ def flip(to: To, self: Tensor, dims: Sequence[int]) -> Call:
 
 @lowers("roll", to="aten.copy", whole=True)
 def roll(steps: Steps, self: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor:
-    if not dims and len(shifts) == 1:
+    if not shifts or (len(shifts) != len(dims) and (dims or len(shifts) > 1)):
+        raise Pass(REFUSED)
+    if not dims:
         out = goal(steps, self.shape, self.dtype, self)
         flat = _rolled(steps, self.reshape(-1), shifts[0], 0)
         return copied(steps, flat.view(self.shape), out)
-    if len(shifts) != len(dims):
-        raise Pass(REFUSED)
+    if not self.numel():
+        return self.clone()
     for shift, dim in zip(shifts, dims, strict=True):
         if not -self.dim() <= dim < self.dim():
             raise Pass(REFUSED)
         self = _rolled(steps, self, shift, dim % self.dim())
-    return self if dims else self.clone()
+    return self
 
 
 def _rolled(steps: Steps, x: Tensor, shift: int, dim: int) -> Tensor:
@@ -128,15 +133,40 @@ def _ends(steps: Steps, dtype: Any, *numbers: Any) -> list[Tensor]:
     return [steps.number(kind(x)) for x in values]
 
 
+def _line(steps: Steps, count: int, warns: bool = False) -> Tensor:
+    """Where so many numbers go: a destination of as many elements keeps its shape."""
+    import torch
+
+    given = steps.given[0]
+    assert given is not None
+    if given.numel() != count:
+        if given.numel() and warns:
+            warnings.warn(
+                f"The number of elements in the out tensor of shape {list(given.shape)} is {given.numel()} which does "
+                f"not match the computed number of elements {count}. Note that this may occur as a result of rounding "
+                f"error. The out tensor will be resized to a tensor of shape ({count},).",
+                stacklevel=2,
+            )
+        given.resize_(count)
+    return given if given.is_contiguous() else torch.empty_like(given, memory_format=torch.contiguous_format)
+
+
 @lowers("arange.start_out", to="aten.arange", whole=True)
 def arange(steps: Steps, start: Any, end: Any, step: Any = 1) -> Tensor:
+    import torch
+
     dtype = steps.given[0].dtype  # type: ignore[union-attr]
+    if not all(map(math.isfinite, (start, end, step))):
+        raise Pass(REFUSED)
+    if dtype == torch.int64:  # which torch counts in, others in float64
+        start, end, step = map(int, (start, end, step))
     whole = all(isinstance(x, int) for x in (start, end, step))
-    if step == 0 or (end - start) * step < 0 or not all(map(math.isfinite, (start, end, step))):
+    if step == 0 or (end - start) * step < 0:
         raise Pass(REFUSED)
     count = -((start - end) // step) if whole else math.ceil((float(end) - float(start)) / float(step))
-    out = goal(steps, (count,), dtype)
-    return steps.run("aten.arange", *_ends(steps, dtype, start, step), count, real(dtype), out=out)
+    ends, computed, out = _ends(steps, dtype, start, step), real(dtype), _line(steps, count, warns=True)
+    steps.run("aten.arange", *ends, count, computed, out=out.view(-1))
+    return out
 
 
 @lowers("linspace.out", to="aten.linspace", whole=True)
@@ -144,8 +174,9 @@ def linspace(call: Steps, start: Any, end: Any, steps: int) -> Tensor:
     dtype = call.given[0].dtype  # type: ignore[union-attr]
     if steps < 0 or not dtype.is_floating_point:
         raise Pass("integers, which torch cuts from steps of its own" if steps >= 0 else REFUSED)
-    out = goal(call, (steps,), dtype)
-    return call.run("aten.linspace", *_ends(call, dtype, start, end), steps, real(dtype), out=out)
+    ends, computed, out = _ends(call, dtype, start, end), real(dtype), _line(call, steps)
+    call.run("aten.linspace", *ends, steps, computed, out=out.view(-1))
+    return out
 
 
 @lowers("eye.m_out", "eye.out", to="aten.copy", whole=True)
@@ -153,7 +184,10 @@ def eye(steps: Steps, n: int, m: int | None = None) -> Tensor:
     m = n if m is None else m
     if n < 0 or m < 0:
         raise Pass(REFUSED)
-    out = goal(steps, (n, m), steps.given[0].dtype)  # type: ignore[union-attr]
+    (out,) = steps.given
+    assert out is not None
+    real(out.dtype)
+    out.resize_(n, m)
     copied(steps, steps.number(0), out)
     copied(steps, steps.number(1), out.diagonal())
     return out

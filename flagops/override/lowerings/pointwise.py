@@ -73,8 +73,10 @@ def _sum(to: To, self: Tensor, other: Any, alpha: Any) -> Call:
 
     dtype = torch.result_type(self, other)
     if dtype == torch.bool:
-        if alpha not in (1, True):
-            raise Pass("a multiple of a bool")
+        if isinstance(alpha, float):
+            raise Pass(REFUSED)
+        if not alpha:
+            return to("aten.copy", _operand(to, self).expand(to.out.shape), "bool")
         return to("aten.bitwise_or", _operand(to, self), _operand(to, other), "bool")
     return to("aten.add", _operand(to, self), _operand(to, other), real(dtype), alpha)
 
@@ -195,13 +197,12 @@ def pow(to: To, self: Any, exponent: Any) -> Call:
     import torch
 
     dtype = torch.result_type(self, exponent)
-    if not dtype.is_floating_point:
-        if isinstance(exponent, torch.Tensor) or exponent < 0:
-            raise Pass("integers to a power that may be negative")
-        return to("aten.pow", self, to.number(exponent), real(dtype))
-    if not isinstance(exponent, torch.Tensor) and exponent == 2:
-        return to("aten.mul", self, self, real(dtype))
-    return to("aten.pow", _operand(to, self), _operand(to, exponent), real(dtype))
+    computed, number = real(dtype), not isinstance(exponent, torch.Tensor)
+    if number and exponent < 0 and not dtype.is_floating_point:
+        raise Pass(REFUSED)
+    if number and exponent == 2 and dtype.is_floating_point:
+        return to("aten.mul", self, self, computed)
+    return to("aten.pow", _operand(to, self), _operand(to, exponent), computed)
 
 
 def _of_one(name: str, computed: Callable[[Any], str], result: Callable[..., Result] | None = None) -> None:
@@ -259,14 +260,20 @@ for _name in ("isnan", "isneginf", "isposinf"):
     _of_one(_name, floats)
 
 
+def _is_tanh(approximate: str) -> bool:
+    if approximate not in ("none", "tanh"):
+        raise Pass(REFUSED)
+    return approximate == "tanh"
+
+
 @lowers("gelu", to="aten.gelu", elementwise=True)
 def gelu(to: To, self: Tensor, *, approximate: str = "none") -> Call:
-    return to("aten.gelu", self, _own_floats(self.dtype), approximate == "tanh")
+    return to("aten.gelu", self, _own_floats(self.dtype), _is_tanh(approximate))
 
 
 @lowers("gelu_backward", to="aten.gelu_backward", elementwise=True)
 def gelu_backward(to: To, grad_output: Tensor, self: Tensor, *, approximate: str = "none") -> Call:
-    return to("aten.gelu_backward", grad_output, self, _own_floats(self.dtype), approximate == "tanh")
+    return to("aten.gelu_backward", grad_output, self, _own_floats(self.dtype), _is_tanh(approximate))
 
 
 @lowers("silu_backward", to="aten.silu_backward", elementwise=True)
@@ -299,9 +306,9 @@ def softplus_backward(to: To, grad_output: Tensor, self: Tensor, beta: Any, thre
     return to("aten.softplus_backward", grad_output, self, _own_floats(self.dtype), beta, threshold)
 
 
-@lowers("native_dropout_backward", to="aten.native_dropout_backward", elementwise=True)
+@lowers("native_dropout_backward", to="aten.native_dropout_backward", elementwise=True, state=default_dtype)
 def native_dropout_backward(to: To, grad_output: Tensor, mask: Tensor, scale: float) -> Call:
-    return to("aten.native_dropout_backward", grad_output, mask, _own_floats(grad_output.dtype), scale)
+    return to("aten.native_dropout_backward", grad_output, mask, floats(grad_output.dtype), scale)
 
 
 def _promote(*operands: Any) -> Any:
@@ -369,22 +376,48 @@ def masked_fill(to: To, self: Tensor, mask: Tensor, value: Any) -> Call:
     return to("aten.where", mask, filler, self, real(self.dtype))
 
 
-@lowers("fill", to="aten.copy", result=_as_self)
-def fill(to: To, self: Tensor, value: Any) -> Call:
+def as_empty_like(self: Tensor, *_: Any, **__: Any) -> Result:
+    """As `torch.empty_like` lays it out."""
+    import torch
+
+    return tuple(self.shape), torch.empty_like(self, device="meta").stride(), self.dtype
+
+
+@lowers("fill", to="aten.copy", result=as_empty_like, uniform=True)
+def fill(to: To, self: Tensor, value: Any) -> Lowered:
     filler = _operand(to, value)
     if filler.dim():
         raise Pass("a value that is no single number")
-    return to("aten.copy", filler.expand(to.out.shape), real(to.out.dtype))
+    return _moved(to, filler)
 
 
-@lowers("zero", to="aten.copy", result=_as_self)
-def zero(to: To, self: Tensor) -> Call:
-    return to("aten.copy", to.number(0).expand(to.out.shape), real(to.out.dtype))
+@lowers("zero", to="aten.copy", result=_as_self, uniform=True)
+def zero(to: To, self: Tensor) -> Lowered:
+    return _moved(to, to.number(0))
 
 
 @lowers("copy", to="aten.copy", result=_as_self, elementwise=True)
-def copy(to: To, self: Tensor, src: Tensor, non_blocking: bool = False) -> Call:
-    return to("aten.copy", _operand(to, src).expand(to.out.shape), real(to.out.dtype))
+def copy(to: To, self: Tensor, src: Tensor, non_blocking: bool = False) -> Lowered:
+    return _moved(to, _operand(to, src))
+
+
+def _moved(to: To, source: Tensor) -> Lowered:
+    """Elements into the destination; complex numbers as their two parts."""
+    import torch
+
+    out, source = to.out, source.expand(to.out.shape)
+    if not out.dtype.is_complex:
+        return to("aten.copy", source, real(out.dtype))
+    parts = torch.view_as_real(out)
+    dtype = real(parts.dtype)
+    if source.dtype.is_complex:
+        return to("aten.copy", torch.view_as_real(source), dtype, out=parts)
+
+    def in_steps() -> None:
+        to.run("aten.copy", source, dtype, out=parts[..., 0])
+        to.run("aten.copy", to.number(0).expand(out.shape), dtype, out=parts[..., 1])
+
+    return in_steps
 
 
 @lowers("clamp", to="aten.clamp", elementwise=True)

@@ -52,7 +52,7 @@ def _own_floats(self: Tensor, dtype: Any) -> Any:
 def _reduces(name: str, *names: str, of: Callable[[Tensor, Any], Any], of_bool: str = "") -> None:
     """The card of a name, for all of its forms; `of_bool` is the card where it is computed in bool."""
 
-    @lowers(*(names or (name,)), to=f"aten.{name}")
+    @lowers(*(names or (name,)), to=f"aten.{name}", into=True)
     def reduced(to: To, self: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Call:
         dims, computed = axes_of(self, dim), real(of(self, dtype))
         real(self.dtype)
@@ -67,9 +67,11 @@ _reduces("prod", of=_summed, of_bool="all")
 _reduces("mean", of=_own_floats)
 
 
-@lowers("nansum", to="aten.nansum")
+@lowers("nansum", to="aten.nansum", into=True)
 def nansum(to: To, self: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Call:
     dims, computed = axes_of(self, dim), real(_summed(self, dtype))
+    if self.dtype.is_floating_point and not to.out.dtype.is_floating_point:
+        raise Pass(REFUSED)
     x, out = rows_of(self, dims), kept_of(to.out, dims, keepdim)
     return to("aten.nansum" if to.out.dtype.is_floating_point else "aten.sum", x, computed, out=out)
 
@@ -205,7 +207,7 @@ def logsumexp(to: To, self: Tensor, dim: Dims, keepdim: bool = False) -> Call:
     return to("aten.logsumexp", rows_of(self, dims), floats(self.dtype), out=kept_of(to.out, dims, keepdim))
 
 
-@lowers("cumsum", to="aten.cumsum")
+@lowers("cumsum", to="aten.cumsum", into=True)
 def cumsum(to: To, self: Tensor, dim: int, *, dtype: Any = None) -> Call:
     computed = real(_summed(self, dtype))
     if computed == "bool":

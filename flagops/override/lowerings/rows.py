@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flagops.arrays import parse_dtype
 
+from ..destinations import overlaps_itself
 from ..lowering import REFUSED, Call, Pass, To, lowers
 from ._views import last
 from .pointwise import real
@@ -127,6 +128,13 @@ def native_batch_norm(
     _floats(input, *[x for x in (weight, bias) if x is not None])
     acc = torch.promote_types(input.dtype, torch.float32)
     channels = input.shape[1]
+    if any(x is not None and overlaps_itself(x) for x in (running_mean, running_var)):
+        raise Pass("running statistics that overlap themselves")
+    results = input.dtype, *[_stats(input, weight)] * 2
+    if any(x is not None and x.dtype != y for x, y in zip(to.given, results, strict=False)):
+        raise Pass("destinations of other dtypes than the results")  # before the statistics have moved
+    if not training and any(x is not None and x.dim() != 1 for x in to.given[1:]):
+        raise Pass(REFUSED)
     if training:
         x = input.transpose(0, 1).reshape(channels, -1)
         mean, var = (input.new_empty(channels, dtype=acc) for _ in range(2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from ..destinations import resized
 from ..lowering import REFUSED, Pass, lowers
 from ..steps import Steps
 from ._views import axis_of, last, size_of
@@ -50,14 +51,20 @@ def topk(
     return _chosen(steps, "aten.topk", self, dim, k, largest, count=k)
 
 
-@lowers("kthvalue", to="aten.topk", whole=True)
+@lowers("kthvalue", to="aten.topk", whole=True, over=())
 def kthvalue(steps: Steps, self: Tensor, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     if not 1 <= k <= size_of(self, dim):
         raise RuntimeError("kthvalue(): selected number k out of range for dimension")
     dim = axis_of(dim, self.dim())
     found = _chosen(steps, "aten.topk", self, dim, k, False, count=k)
     values, indices = (x if not self.dim() else x.narrow(dim, k - 1, 1) for x in found)
-    return (values, indices) if keepdim or not self.dim() else (values.squeeze(dim), indices.squeeze(dim))
+    if not keepdim and self.dim():
+        for out, made in zip(steps.given, (values, indices), strict=False):
+            if out is not None and out.shape != made.squeeze(dim).shape:  # torch keeps the axis until the end
+                resized(out, made)
+                out.squeeze_(dim)
+        values, indices = values.squeeze(dim), indices.squeeze(dim)
+    return values.contiguous(), indices.contiguous()
 
 
 def _brought(steps: Steps, x: Any, dtype: Any, like: Tensor) -> Tensor:
