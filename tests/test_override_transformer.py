@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import flagops
+from flagops.override.forms import form_of
+from flagops.override.lowering import LOWERINGS
+from flagops.override.steps import Steps
 from flagops.testing import assert_near, assert_of
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -123,6 +126,36 @@ def test_norms_of_axes_that_are_no_view_as_one(backend):
             assert counted(handle, "rms_norm") == (1, {})
             assert got.stride() == expected.stride()
             assert_of("rms_norm", got.flatten(-axes), y.flatten(-axes), None if w is None else w.flatten(), -0.01)
+
+
+@pytest.mark.parametrize("backend", usable("numba", "numpy"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_norm_that_cuda_has_in_one_kernel(dtype, backend):
+    """Its two results and its backward, called as a site calls them: a CPU composes it of parts that are replaced."""
+
+    def computed(name, *args):
+        overload = getattr(torch.ops.aten, name).default
+        steps = Steps(form_of(overload, name), backend, args)
+        result = LOWERINGS[name].function(steps, *args)
+        assert steps.by("").endswith(backend)
+        return result
+
+    wide = torch.promote_types(dtype, torch.float32)
+    for shape, weighted, eps in itertools.product(((7,), (3, 7)), (False, True), (None, 0.1)):
+        x, w = torch.randn(4, 3, 7).to(dtype), torch.randn(shape).to(dtype) if weighted else None
+        leaves = [t.clone().requires_grad_() for t in (x, w) if t is not None]
+        rstd = leaves[0].to(wide).square().mean(tuple(range(-len(shape), 0)), keepdim=True)
+        rstd = (rstd + (torch.finfo(wide).eps if eps is None else eps)).rsqrt()
+        y = (leaves[0].to(wide) * rstd * (leaves[1] if weighted else 1)).to(dtype)
+        slope = torch.randn_like(y)
+        expected = [y, rstd, *torch.autograd.grad(y, leaves, slope)]
+        got = computed("_fused_rms_norm", x, list(shape), w, eps)
+        grads = computed("_fused_rms_norm_backward", slope, x, list(shape), got[1], w, [True, weighted])
+        assert (grads[1] is not None) is weighted
+        for a, b in zip([*got, *grads[: 1 + weighted]], expected, strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            assert_near(a, b, 100, 1 + b.detach().abs().sum())
+        assert computed("_fused_rms_norm_backward", slope, x, list(shape), got[1], w, [False, False]) == (None, None)
 
 
 def test_gradients_of_attention_lie_as_torchs():

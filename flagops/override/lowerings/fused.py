@@ -19,6 +19,8 @@ from ..lowering import REFUSED, Call, Lowered, Pass, Result, To, lowers
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..steps import Steps
+
 
 def _by_rows(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Result:
     """Row by row, but for images, which may lie channels last."""
@@ -57,6 +59,51 @@ def _copied(to: To, input: Tensor, shape: tuple[int, ...], weight: Tensor | None
     made = input.new_empty(shape)
     to.run("rms_norm", input.reshape(shape), weight, eps, False, out=made)
     to.out.copy_(made.view(to.out.shape))
+
+
+@lowers("_fused_rms_norm", to="rms_norm", whole=True)
+def fused_rms_norm(
+    to: Steps, input: Tensor, normalized_shape: Any, weight: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    """What torch's `rms_norm` is made of where a device has it in one kernel: the norm, and what divided the rows."""
+    import torch
+
+    _by_rows(input, normalized_shape, weight)
+    acc, axes = torch.promote_types(input.dtype, torch.float32), len(normalized_shape)
+    eps = torch.finfo(acc).eps if eps is None else eps
+    lead = input.shape[: input.dim() - axes]
+    rows = input.reshape(*lead, math.prod(normalized_shape))
+    y = input.new_empty(rows.shape)
+    to.run("rms_norm", rows, None if weight is None else weight.reshape(-1), eps, False, out=y)
+    rstd = (rows.to(acc).square().mean(-1) + eps).rsqrt()
+    return y.view(input.shape), rstd.view(*lead, *[1] * axes)
+
+
+@lowers("_fused_rms_norm_backward", to="aten.sum", whole=True)
+def fused_rms_norm_backward(
+    to: Steps,
+    grad_out: Tensor,
+    input: Tensor,
+    normalized_shape: Any,
+    rstd: Tensor,
+    weight: Tensor | None,
+    output_mask: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    import torch
+
+    _by_rows(input, normalized_shape, weight)
+    acc = torch.promote_types(input.dtype, torch.float32)
+    n = math.prod(normalized_shape)
+    grad, rows = (x.reshape(-1, n).to(acc) for x in (grad_out, input))
+    root, dtype = rstd.reshape(-1, 1).to(acc), parse_dtype(acc)
+    y = rows * root
+    slope = grad if weight is None else grad * weight.reshape(-1).to(acc)
+    inward = to.run("aten.sum", slope * y, dtype, out=rows.new_empty(len(rows))).unsqueeze(-1) / n
+    dx = ((slope - y * inward) * root).to(input.dtype).view(input.shape)
+    if weight is None or not output_mask[1]:
+        return dx if output_mask[0] else None, None
+    dweight = to.run("aten.sum", (grad * y).t(), dtype, out=rows.new_empty(n))
+    return dx if output_mask[0] else None, dweight.to(weight.dtype).view(weight.shape)
 
 
 def _sdpa_switches() -> tuple[Callable[[], bool], ...]:
