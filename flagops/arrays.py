@@ -122,15 +122,29 @@ def codes(x: Any) -> Any:
 
 
 def as_numpy(x: Any) -> Any:
-    """A CPU tensor (or array) as a NumPy array on the same memory; bfloat16 and FP8 become ml_dtypes."""
+    """A tensor in the host's memory (or an array) as a NumPy array on it; bfloat16 and FP8 become ml_dtypes."""
     if not is_torch(x):
         return x
     torch, name = sys.modules["torch"], dtype_name(x)
     x = x.detach()
+    if x.device.type != "cpu" and in_host_memory(x):
+        return _seen(x, "uint8" if name == "float4_e2m1fn_x2" else name)
     if name in ("bfloat16", "float8_e4m3fn", "float8_e8m0fnu"):
         raw = torch.uint8 if x.dtype.itemsize == 1 else torch.uint16
         return x.view(raw).numpy().view(numpy_dtype(name))
     return codes(x).numpy() if name == "float4_e2m1fn_x2" else x.numpy()
+
+
+def _seen(x: Any, name: str) -> Any:
+    """A tensor of a device whose memory the host addresses, which torch does not hand to NumPy."""
+    import ctypes
+
+    import numpy
+
+    low, high = span(x)
+    memory = (ctypes.c_char * (high - low)).from_address(address(x) + low)
+    steps = [step * x.element_size() for step in x.stride()]
+    return numpy.ndarray(tuple(x.shape), numpy_dtype(name), memoryview(memory), -low, steps)
 
 
 def as_torch(x: Any) -> Any:

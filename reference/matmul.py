@@ -1,4 +1,4 @@
-"""Matrix products."""
+"""Matrix products: of floats, a linear layer, and of integers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flagops.arrays import FLOATS
+from flagops.arrays import FLOATS, INTEGERS
 from flagops.operator import Dims, Tensor, operator
 
 from ._rounding import Array, contraction_bound, flushed, magnitude, wide
@@ -135,3 +135,32 @@ def linear_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Arra
     absolute = np.matmul(magnitude(x), magnitude(weight).T) + (0 if bias is None else magnitude(wide(bias)))
     bound = contraction_bound(exact, absolute, x.shape[-1] + 1, dtype)
     return bound + flushed(x, weight.T, x.shape[-1], dtype)
+
+
+@operator(
+    name="aten.integer_matmul",
+    tensors={"a": Tensor("... m k", INTEGERS), "b": Tensor("... k n", "a")},
+    result=Tensor("... m n", "a"),
+    workloads={f"square-512.{dtype}": {"m": 512, "n": 512, "k": 512, "dtype": dtype} for dtype in ("int64", "int32")},
+    flops=_flops,
+    exact=True,
+    cases=({"m": 130, "n": 17, "k": 2080}, {"m": 1, "n": 9, "k": 4133}),
+)
+def integer_matmul(a: Array, b: Array) -> Array:
+    """Matrix product of integers over the last two axes.
+
+    Args:
+        a: ``[..., m, k]``, int64, int32, int16, int8 or uint8, any strides.
+        b: ``[..., k, n]``, dtype of ``a``; the leading axes of both broadcast.
+        out: ``[..., m, n]`` to write into, dtype of ``a``, sharing memory with neither; allocated if None.
+
+    Returns:
+        ``[..., m, n]``: of each sum the low bits that its dtype holds, so that it wraps around and has no order.
+
+    Raises:
+        TypeError: an argument is no array, kinds are mixed, or a dtype does not fit.
+        ValueError: ranks, sizes or devices do not fit.
+
+    Source: torch's ``aten::mm``, ``aten::bmm``, ``aten::mv`` and ``aten::dot`` of integers on a CPU.
+    """
+    return np.matmul(a, b)

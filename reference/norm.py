@@ -22,7 +22,7 @@ def _weights(dtypes: Mapping[str, str]) -> tuple[str, ...]:
 @operator(
     tensors={"x": Tensor("... n", FLOATS), "weight": Tensor("n", _weights, optional=True)},
     scalars={
-        "eps": real((1e-6, 1e-20, 0.5), least=0),
+        "eps": real((1e-6, 1e-20, 0.5, -0.5)),
         "stepwise": flag(),
     },
     result=Tensor("... n", "x"),
@@ -42,7 +42,7 @@ def rms_norm(x: Array, weight: Array | None = None, eps: float = 1e-6, stepwise:
     Args:
         x: ``[..., n]``, float16, bfloat16, float32 or float64, any strides.
         weight: ``[n]``, float32 or the dtype of ``x`` (float64 for float64); None for none.
-        eps: added to the mean, at least 0.
+        eps: added to the mean; a row whose sum with it is below 0 becomes NaN.
         stepwise: round to the dtype of ``x`` after every step (square, mean, sum with eps, reciprocal root, product,
             product with the weight), as DeepSeek-V4's inference code does for single heads; the mean is that of a
             float64 sum and goes through float32, the other steps are float32. The same bits on every backend. Only in
@@ -55,7 +55,7 @@ def rms_norm(x: Array, weight: Array | None = None, eps: float = 1e-6, stepwise:
 
     Raises:
         TypeError: an argument is no array, kinds are mixed, or a dtype does not fit.
-        ValueError: ``eps`` is negative or not finite, or ranks, sizes or devices do not fit.
+        ValueError: ``eps`` is not finite, or ranks, sizes or devices do not fit.
 
     Source: DeepSeek-V4's inference code and transformers, which agree but for the steps.
     """
@@ -84,7 +84,8 @@ def _in_steps(x: Array, w: Any, eps: float) -> Array:
 
 
 def rms_norm_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
-    """The relative error of the mean, halved by the root, and a few roundings; infinite where squares overflow."""
+    """The relative error of the mean, halved by the root, and a few roundings; infinite where squares overflow, and
+    where the root of what is left may be that of a number on the other side of 0."""
     if arguments["stepwise"] and dtype in HALF:
         return np.zeros(exact.shape)
     x, eps = wide(arguments["x"]), arguments["eps"]
@@ -93,11 +94,12 @@ def rms_norm_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Ar
     with np.errstate(all="ignore"):
         mean = _mean(magnitude(x))
         total = mean + eps
-        delta = ((n + 3) * acc.u * total + (n + 2) * acc.tiny) / total
+        delta = ((n + 3) * acc.u * (mean + abs(eps)) + (n + 2) * acc.tiny) / np.abs(total)
         spread = np.where(delta < 0.5, 1 / np.sqrt(1 - np.minimum(delta, 0.5)) - 1, np.inf)
         y = magnitude(x / np.sqrt(_mean(x) + eps))
         error = (spread + 8 * acc.u) * magnitude(exact) + acc.tiny * (1 + magnitude(w))
         bound = error + out.u * (magnitude(exact) + error) + out.tiny
         bound = np.where((n * mean + eps < acc.largest / 2) | (total == 0), bound, np.inf)
         unclear = (y <= 4 * acc.tiny) & (y + magnitude(x) > 0) & ~np.isfinite(w)  # perhaps 0 times infinity
-    return np.where(np.isnan(bound) | unclear, np.inf, bound)
+        below = (total < 0) & (delta < 0.5)
+    return np.where(below, 0, np.where(np.isnan(bound) | unclear, np.inf, bound))

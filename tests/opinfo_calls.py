@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from opinfo_own import OWN
 from torch.testing._internal import common_methods_invocations
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 @functools.cache
 def infos() -> dict[str, Any]:
     foreach = (x for name, x in vars(common_methods_invocations).items() if name.startswith("foreach_"))
-    found = [*common_methods_invocations.op_db, *(op for x in foreach if isinstance(x, list) for op in x)]
+    found = [*common_methods_invocations.op_db, *OWN, *(op for x in foreach if isinstance(x, list) for op in x)]
     return {f"{op.name}.{op.variant_test_name}".rstrip("."): op for op in found if hasattr(op, "sample_inputs")}
 
 
@@ -43,10 +44,10 @@ LAYOUTS = {"not contiguous": strided, "transposed": transposed, "offset": offset
 
 @dataclass(frozen=True)
 class Room:
-    """Where a call runs: on which device, in float64 instead of its floats, with floats moved by their last place."""
+    """Where a call runs: on which device, in one dtype instead of its floats, with floats moved by their last place."""
 
     device: str = "cpu"
-    wide: bool = False
+    floats: torch.dtype | None = None
     moved: int = 0
 
     def memory(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,12 +55,13 @@ class Room:
         storage = x.untyped_storage()
         memory = torch.empty(0, dtype=x.dtype).set_(storage, 0, (storage.nbytes() // x.element_size(),)).clone()
         if x.is_floating_point() and self.moved:
-            unit = torch.finfo(x.dtype if x.dtype.itemsize > 2 else torch.float32).eps
+            narrow = x.dtype.itemsize == 2 or self.floats == torch.float32
+            unit = torch.finfo(torch.float32 if narrow else x.dtype).eps
             signs = torch.randint(0, 2, memory.shape, generator=torch.Generator().manual_seed(self.moved))
             memory = memory.double() * (1 + unit * (2 * signs.double() - 1))
-            memory = memory if self.wide else memory.to(x.dtype)
-        if x.is_floating_point() and self.wide:
-            memory = memory.double()
+            memory = memory if self.floats else memory.to(x.dtype)
+        if x.is_floating_point() and self.floats:
+            memory = memory.to(self.floats)
         return memory.to(self.device)
 
     def values(self, tree: Any) -> Any:
@@ -78,8 +80,8 @@ class Room:
                 if id(x) not in known:
                     known[id(x)] = tensor(x).requires_grad_(x.requires_grad)
                 return known[id(x)]
-            if isinstance(x, torch.dtype) and x.is_floating_point and self.wide:
-                return torch.float64
+            if isinstance(x, torch.dtype) and x.is_floating_point and self.floats:
+                return self.floats
             is_device = isinstance(x, torch.device) or x == "cpu"
             return torch.device(self.device) if is_device else x
 
@@ -254,7 +256,7 @@ class Attempt:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                torch.set_default_dtype(torch.float64 if self.room.wide else default)
+                torch.set_default_dtype(self.room.floats or default)
                 self._result = self.check.call(*self.args, **self.named)
             except Exception as error:
                 self._outcome.error = type(error).__name__, str(error).split("\n")[0]

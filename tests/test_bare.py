@@ -19,7 +19,8 @@ def run(*arguments, **environment):
 def test_the_device(request):
     """Memory, views, copies, storages, seeds, autocast, and what has no kernel."""
     options = ("-q", "-p", "no:cacheprovider", "--seed", request.config.option.seed)
-    done = run("-m", "pytest", *options, FOLDER / "checks.py", PYTHONPATH=str(FOLDER.parent))
+    files = FOLDER / "checks.py", FOLDER / "products.py"
+    done = run("-m", "pytest", *options, *files, PYTHONPATH=str(FOLDER.parent))
     assert done.returncode == 0, done.stdout + done.stderr
 
 

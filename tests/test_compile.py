@@ -49,8 +49,8 @@ def test_a_default_number_under_dynamic_shapes():
 def test_a_number_that_does_not_fit_is_refused_under_compile():
     call = compiled(lambda x, eps: flagops.rms_norm(x, None, eps), dynamic=True)
     call(A, 1e-5)
-    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="eps must be a finite number of at least 0"):
-        call(A, -1.0)
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="eps must be a finite number"):
+        call(A, float("inf"))
 
 
 def test_settings_within_a_compiled_function_hold():

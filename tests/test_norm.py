@@ -43,6 +43,14 @@ def test_steps_are_those_of_bfloat16_arithmetic(kernel):
 
 
 @pytest.mark.operators("rms_norm")
+def test_a_number_may_be_taken_from_the_mean(kernel):
+    x = torch.tensor([[2.0, 2.0], [1.0, 1.0], [0.0, 0.0]])
+    got = flagops.rms_norm(x, None, -3.0, backend=kernel[1])
+    assert got[0].tolist() == [2, 2]
+    assert got[1:].isnan().all()
+
+
+@pytest.mark.operators("rms_norm")
 def test_an_input_may_be_its_own_result(kernel):
     x = torch.randn(5, 3, 33).transpose(0, 1)
     expected = flagops.rms_norm(x, backend=kernel[1])
@@ -51,7 +59,7 @@ def test_an_input_may_be_its_own_result(kernel):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="eps must be a finite number of at least 0"):
-        flagops.rms_norm(torch.ones(3), eps=-1.0)
+    with pytest.raises(ValueError, match="eps must be a finite number, got inf"):
+        flagops.rms_norm(torch.ones(3), eps=float("inf"))
     with pytest.raises(TypeError, match="weight is float64"):
         flagops.rms_norm(torch.ones(3), torch.ones(3).double())

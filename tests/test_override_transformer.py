@@ -1,6 +1,7 @@
 """`flagops.enable` and torch's fused operators: norms, attention, grouped and FP8 products."""
 
 import contextlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import flagops
+from flagops.override.forms import form_of
+from flagops.override.lowering import LOWERINGS
+from flagops.override.steps import Steps
 from flagops.testing import assert_near, assert_of
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -110,6 +114,74 @@ def test_norm(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_of_axes_that_are_no_view_as_one(backend):
+    x, weight = torch.randn(2, 5, 4, 3), torch.randn(4, 3, dtype=torch.float32)
+    for y in (x.mT, x.mT.contiguous().mT, x.permute(1, 0, 2, 3), x.to(memory_format=torch.channels_last), x[:, :, ::2]):
+        for axes in (2, 3):
+            shape = y.shape[-axes:]
+            w = weight.T if axes == 2 and shape == (3, 4) else weight if shape == (4, 3) else None
+            expected = F.rms_norm(y, shape, w, -0.01)
+            with flagops.enable("rms_norm", backend) as handle:
+                got = F.rms_norm(y, shape, w, -0.01)
+            assert counted(handle, "rms_norm") == (1, {})
+            assert got.stride() == expected.stride()
+            assert_of("rms_norm", got.flatten(-axes), y.flatten(-axes), None if w is None else w.flatten(), -0.01)
+
+
+@pytest.mark.parametrize("backend", usable("numba", "numpy"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_norm_that_cuda_has_in_one_kernel(dtype, backend):
+    """Its two results and its backward, called as a site calls them: a CPU composes it of parts that are replaced."""
+
+    def computed(name, *args):
+        overload = getattr(torch.ops.aten, name).default
+        steps = Steps(form_of(overload, name), backend, args)
+        result = LOWERINGS[name].function(steps, *args)
+        assert steps.by("").endswith(backend)
+        return result
+
+    wide = torch.promote_types(dtype, torch.float32)
+    for shape, weighted, eps in itertools.product(((7,), (3, 7)), (False, True), (None, 0.1)):
+        x, w = torch.randn(4, 3, 7).to(dtype), torch.randn(shape).to(dtype) if weighted else None
+        leaves = [t.clone().requires_grad_() for t in (x, w) if t is not None]
+        rstd = leaves[0].to(wide).square().mean(tuple(range(-len(shape), 0)), keepdim=True)
+        rstd = (rstd + (torch.finfo(wide).eps if eps is None else eps)).rsqrt()
+        y = (leaves[0].to(wide) * rstd * (leaves[1] if weighted else 1)).to(dtype)
+        slope = torch.randn_like(y)
+        expected = [y, rstd, *torch.autograd.grad(y, leaves, slope)]
+        got = computed("_fused_rms_norm", x, list(shape), w, eps)
+        grads = computed("_fused_rms_norm_backward", slope, x, list(shape), got[1], w, [True, weighted])
+        assert (grads[1] is not None) is weighted
+        for a, b in zip([*got, *grads[: 1 + weighted]], expected, strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            assert_near(a, b, 100, 1 + b.detach().abs().sum())
+        assert computed("_fused_rms_norm_backward", slope, x, list(shape), got[1], w, [False, False]) == (None, None)
+
+
+def test_gradients_of_attention_lie_as_torchs():
+    def gradients(inputs, named):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        result = F.scaled_dot_product_attention(*leaves, **named)
+        return [result, *torch.autograd.grad(result.square().sum(), leaves)]
+
+    for batch, values, grouped in itertools.product(((), (3,), (2, 4), (2, 2, 4)), (8, 5), (1, 2)):
+        if grouped > 1 and batch != (2, 4):
+            continue
+        fewer = (*batch[:-1], batch[-1] // grouped) if batch else ()
+        q, k, v = (torch.randn(shape) for shape in ((*batch, 6, 8), (*fewer, 7, 8), (*fewer, 7, values)))
+        for turned, named in itertools.product((False, True), ({}, {"is_causal": True}, {"scale": 0.3})):
+            given = [x.mT.contiguous().mT if turned and batch else x for x in (q, k, v)]
+            named = {**named, "enable_gqa": grouped > 1}
+            expected = gradients(given, named)
+            with flagops.enable("scaled_dot_product_attention", BACKENDS[0]) as handle:
+                got = gradients(given, named)
+                assert counted(handle, "scaled_dot_product_attention")[0] == 1
+            assert [x.stride() for x in got] == [x.stride() for x in expected], (batch, values, grouped, turned)
+            for x, y in zip(got, expected, strict=True):
+                assert_near(x, y, 100, 1 + y.abs().sum())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_training_of_a_module_of_torch(backend):
     """An encoder layer with norms, attention and products in training: same loss, same gradients."""
 
@@ -154,6 +226,28 @@ def test_grouped_products(backend):
     assert_of("grouped_matmul", got, a, b, offsets)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_products_of_every_form_and_their_gradients(dtype):
+    """Of small whole numbers, whose sums are exact; gradients are grouped products of other forms."""
+    ends = torch.tensor([8, 8, 24], dtype=torch.int32)
+    shapes = [((24, 16), (3, 16, 40), ends), ((3, 8, 16), (3, 16, 40), None), ((8, 24), (24, 40), ends)]
+    for left, right, offs in [*shapes, ((3, 8, 16), (16, 24), ends)]:
+        a, b = (torch.randint(-2, 3, shape).to(dtype) for shape in (left, right))
+
+        def results():
+            leaves = [x.clone().requires_grad_() for x in (a, b)]  # noqa: B023
+            made = torch._grouped_mm(*leaves, offs=offs)  # noqa: B023
+            return [made, *torch.autograd.grad(made, leaves, torch.ones_like(made))]
+
+        expected = results()
+        with flagops.enable("_grouped_mm", BACKENDS[0]) as handle:
+            got = results()
+            assert counted(handle, "_grouped_mm") == (3, {})
+        for x, y in zip(got, expected, strict=True):
+            assert x.stride() == y.stride()
+            assert torch.equal(x, y), (left, right)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_products_of_fp8(backend):
     a, b = torch.randn(16, 256).to(torch.float8_e4m3fn), torch.randn(32, 256).to(torch.float8_e4m3fn)
@@ -163,17 +257,32 @@ def test_products_of_fp8(backend):
         got = torch._scaled_mm(a, b.t(), scale_a=one, scale_b=two, out_dtype=torch.float32)
         assert counted(handle, "_scaled_mm") == (1, {})
         assert_near(got, expected, 2 * 256, (a.float().abs() * 0.5) @ (b.float().abs() * 3).T)
-        torch._scaled_mm(a, b.t(), scale_a=one, scale_b=two, bias=torch.zeros(32), out_dtype=torch.float32)
-        rows = torch.rand(16, 1), torch.rand(1, 32)
-        with contextlib.suppress(RuntimeError, ValueError):  # not every torch has it on a CPU
-            torch._scaled_mm(a, b.t(), scale_a=rows[0], scale_b=rows[1], out_dtype=torch.bfloat16)
-    assert counted(handle, "_scaled_mm") == (
-        1,
-        {
-            "a bias, a scale of the result or a result in FP8": 1,
-            "scales of rows, or of blocks other than 1 x 128 and 128 x 128": 1,
-        },
-    )
+        with contextlib.suppress(RuntimeError, ValueError):  # torch's own
+            torch._scaled_mm(a, b.t(), scale_a=torch.rand(2, 1), scale_b=two, out_dtype=torch.float32)
+    reason = "scales other than one, one of a row and a column, or of blocks of 1 x 128 and 128 x 128"
+    assert counted(handle, "_scaled_mm") == (1, {reason: 1})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, None])
+def test_products_of_fp8_with_scales_of_rows_and_a_bias(backend, dtype):
+    """Small whole numbers times powers of 2, so that nothing but the result is rounded."""
+    a, b = (torch.randint(-4, 5, shape).to(torch.float8_e4m3fn) for shape in ((16, 48), (32, 48)))
+    bias, half = torch.randint(-9, 9, (32,)).float(), torch.tensor(0.5)
+    rows, columns = 2.0 ** torch.randint(-3, 3, (16, 1)), 2.0 ** torch.randint(-3, 3, (1, 32))
+    for scales, more, result in itertools.product(((half, half), (rows, columns)), (None, bias), (None, half)):
+        named = {"scale_a": scales[0], "scale_b": scales[1], "bias": more, "scale_result": result, "out_dtype": dtype}
+        expected = torch._scaled_mm(a, b.t(), **named)
+        with flagops.enable("_scaled_mm", backend) as handle:
+            got = torch._scaled_mm(a, b.t(), **named)
+            out = torch._scaled_mm(a, b.t(), **named, out=torch.empty(0, dtype=expected.dtype))
+            assert {row.op: row.passed for row in handle.report().rows} == {
+                "aten::_scaled_mm": {},
+                "aten::_scaled_mm.out": {},
+            }
+        for x in (got, out):
+            assert (x.dtype, x.stride()) == (expected.dtype, expected.stride())
+            assert torch.equal(x.float(), expected.float()), named
 
 
 def test_only_what_is_asked_for_and_handles_in_any_order():

@@ -106,6 +106,30 @@ def refuse_other_dtypes(form: Form, args: Sequence[Any], made: Sequence[Any], as
     _converted.add(known)
 
 
+def refuse_product(form: Form, out: Tensor, like: Tensor, problem: str, alone: bool) -> None:
+    """Raise what torch does for a destination that its products do not resize; alone: it has no kernel that says so,
+    else Pass."""
+    argument, typed = form.schema.arguments[form.given], (out.dtype, out.device) == (like.dtype, like.device)  # type: ignore[index]
+    if typed and argument.is_out and out.shape != like.shape:
+        return
+    if not alone:
+        raise Pass(problem)
+    if out.shape != like.shape and not argument.is_out:
+        sizes = f"input tensor size {list(out.shape)} and output tensor size {list(like.shape)}"
+        raise RuntimeError(f"Bad in-place call: {sizes} should match")
+    if out.dtype != like.dtype:
+        wanted, got = (_CPP.get(arrays.dtype_name(x), arrays.dtype_name(x)) for x in (like, out))
+        raise RuntimeError(f"Expected out tensor to have dtype {wanted}, but got {got} instead")
+    if out.device != like.device:
+        raise RuntimeError(f"Expected out tensor to have device {like.device}, but got {out.device} instead")
+    raise RuntimeError(SAID[ITSELF])
+
+
+_CPP = {"float32": "float", "float64": "double", "bfloat16": "c10::BFloat16", "float16": "c10::Half"}
+_CPP |= {"int64": "long int", "int16": "short int", "int32": "int", "int8": "signed char", "uint8": "unsigned char"}
+"""Dtypes as torch's structured kernels call them."""
+
+
 def _without_memory(x: Tensor) -> Tensor:
     import torch
 

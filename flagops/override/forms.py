@@ -69,6 +69,10 @@ class Form:
 
         return [i for i in self.tensors if isinstance(args[i], torch.Tensor)]
 
+    def places(self, names: Sequence[str]) -> list[int]:
+        """The positions of arguments."""
+        return [i for i, argument in enumerate(self.schema.arguments) if argument.name in names]
+
     def with_tensors(self, args: Sequence[Any]) -> Sequence[Any]:
         """The arguments with tensors for numbers, where torch's own kernels ask for them, such that types are promoted
         alike: beside tensors with axes one without any counts as little as a number does."""

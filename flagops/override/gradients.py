@@ -6,7 +6,7 @@ again from the saved inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,12 @@ def differentiable(
     parts: Sequence[Part],
     constants: Sequence[Any],
     compute: Callable[[tuple[Any, ...]], Any],
+    orders: Mapping[str, tuple[int, ...]],
 ) -> Callable[[tuple[Any, ...]], Any]:
-    """`compute` with gradients. Raises Unsupported for an operator that has no backward."""
+    """`compute` with gradients, laid out in memory in `orders` of their axes. Raises Unsupported for an operator that
+    has no backward."""
     backward = dispatch.backward(plan.operator, plan.kernel)
-    own = _Backward(form, plan, parts[:-1], constants, backward, compute)
+    own = _Backward(form, plan, parts[:-1], constants, backward, compute, orders)
     return lambda args: _apply(own, *args)
 
 
@@ -39,11 +41,13 @@ class _Backward:
         constants: Sequence[Any],
         backward: Callable[..., Any],
         compute: Callable[[tuple[Any, ...]], Any],
+        orders: Mapping[str, tuple[int, ...]],
     ) -> None:
         self.form, self.parts, self.constants = form, parts, constants
         self.backward, self.compute = backward, compute
         self.shape = plan.bound.shape
         self.tensors = plan.operator.tensor_positions
+        self.orders = [orders.get(argument.name) for argument in form.schema.arguments]
 
     def ours(self, grad: torch.Tensor, args: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
         """Gradients of the kernel's arguments, brought back through the views to those of the call."""
@@ -70,7 +74,9 @@ class _Backward:
             if view is not None:
                 (gradient,) = torch.autograd.grad(clean[position], leaves[i], gradient, retain_graph=True)
             result[i] = gradient if result[i] is None else result[i] + gradient
-        return result
+        return [
+            x if x is None or order is None else _laid(x, order) for x, order in zip(result, self.orders, strict=True)
+        ]
 
     def torchs(self, grad: torch.Tensor, args: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
         """Gradients through what torch composes, which can be differentiated and transformed again."""
@@ -86,6 +92,12 @@ class _Backward:
         again = torch.is_grad_enabled()
         found = iter(torch.autograd.grad(y, wanted, grad, create_graph=again, allow_unused=True))
         return [next(found) if need else None for need in needs]
+
+
+def _laid(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """A tensor whose memory has its axes in an order, from the slowest to the fastest."""
+    back = [order.index(axis) for axis in range(len(order))]
+    return x.permute(*order).contiguous().permute(*back)
 
 
 class _Own(torch.autograd.Function):

@@ -82,6 +82,10 @@ class Lowering:
         apart by the answers.
     result: what torch's result is like, where that is cheaper to say than to ask torch's shape function, or where a
         kernel lays it out in another way; None where torch is to be asked. Raises Pass for what torch refuses.
+    gradients: by argument, its axes from the slowest to the fastest in memory of torch's gradient, where that is not as
+        our backward lays it out.
+    factors: arguments that torch's kernel reads while it writes its result; where that shares memory with one of them,
+        or has to be resized, ours makes it apart.
     elementwise: an element of the result depends on those at its place alone, so that it may be written over them.
     whole: the function computes each call itself, and gives torch's results; it is not recorded.
     uniform: all elements of the result are one number, so that a tensor that repeats its elements may have them.
@@ -96,6 +100,8 @@ class Lowering:
     composite: bool = False
     state: Callable[[], Sequence[Callable[[], Hashable]]] | None = None
     result: Callable[..., Result] | None = None
+    gradients: Callable[..., dict[str, tuple[int, ...]]] | None = None
+    factors: tuple[str, ...] = ()
     elementwise: bool = False
     whole: bool = False
     uniform: bool = False
@@ -125,6 +131,8 @@ def lowers(
     composite: bool = False,
     state: Callable[[], Sequence[Callable[[], Hashable]]] | None = None,
     result: Callable[..., Result] | None = None,
+    gradients: Callable[..., dict[str, tuple[int, ...]]] | None = None,
+    factors: tuple[str, ...] = (),
     elementwise: bool = False,
     whole: bool = False,
     uniform: bool = False,
@@ -143,7 +151,20 @@ def lowers(
             if name in LOWERINGS:
                 raise TypeError(f"aten::{name} has a lowering already")
             LOWERINGS[name] = Lowering(
-                name, to, function, composite, state, result, elementwise, whole, uniform, over, into, random
+                name,
+                to,
+                function,
+                composite,
+                state,
+                result,
+                gradients,
+                factors,
+                elementwise,
+                whole,
+                uniform,
+                over,
+                into,
+                random,
             )
         return function
 

@@ -9,14 +9,14 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flagops import arrays, config, dispatch, machine, memory, order, registry, surroundings
 from flagops.replay import Replay
 
 from . import fuel
-from .destinations import AN_INPUT, ITSELF, SAID, deliver, overlaps_itself, refuse_other_dtypes, shared
+from .destinations import AN_INPUT, ITSELF, SAID, deliver, overlaps_itself, refuse_other_dtypes, refuse_product, shared
 from .forms import Form, Part, View, form_of
 from .iteration import laid_out
 from .lowering import REFUSED, Call, Lowering, Pass, To
@@ -113,11 +113,16 @@ def _recorded(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...
         if form.given is not None:
             like = make()
             other = _unlike(args[form.given], like)
+            if other and lowering.factors:
+                refuse_product(form, args[form.given], like, other, below.alone)
+                return _delivered(form, backend, lowering, args, below)
             if other and (below.alone or lowering.aten):
                 refuse_other_dtypes(form, args, [like.dtype], below.ask if below.wanted else None)
                 return _delivered(form, backend, lowering, args, below)
             if other:
                 raise Pass(other)
+            if any(args[i] is args[form.given] for i in form.places(lowering.factors)):
+                return _delivered(form, backend, lowering, args, below)
         chosen: list[dispatch.Plan] = []
 
         def step(operator: str, *values: Any, out: Tensor) -> None:
@@ -134,6 +139,9 @@ def _recorded(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...
         plan = chosen[-1]
     by = f"{plan.operator.name}/{plan.backend}"
     goal = _Destination(form, by, make, _ready(form, lowering, args))
+    if form.given is not None and lowering.factors:
+        others = _ready(form, lowering, args, but=form.places(lowering.factors))
+        goal = replace(goal, others=others, apart=functools.partial(_apart_from, form, backend, lowering, below))
     guard = guard_of(here)
     if parts is None:
         if needs_grad:
@@ -143,7 +151,8 @@ def _recorded(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...
     if needs_grad:
         from .gradients import differentiable
 
-        compute = differentiable(form, plan, *parts, compute)
+        orders = lowering.gradients(**form.named(args)) if lowering.gradients else {}
+        compute = differentiable(form, plan, *parts, compute, orders)
     return Recipe(compute, by)
 
 
@@ -182,11 +191,17 @@ def _delivered(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ..
     given = form.given
 
     def compute(args: tuple[Any, ...]) -> Any:
-        _refuse_shared(form, args, lowering, below)
+        if not lowering.factors:  # whose results are made apart
+            _refuse_shared(form, args, lowering, below)
         deliver(form, args, [recipe.compute(of(args))], lowering.over)
         return args[given]  # type: ignore[index]
 
     return Recipe(compute, recipe.by)
+
+
+def _apart_from(form: Form, backend: Any, lowering: Lowering, below: Below, args: tuple[Any, ...]) -> Any:
+    """A call whose destination lies over one of its factors, which is not a matter of its signature."""
+    return _delivered(form, backend, lowering, args, below).compute(args)
 
 
 def _refuse_shared(form: Form, args: Sequence[Any], lowering: Lowering, below: Below) -> None:
@@ -229,13 +244,21 @@ class _Destination:
     by: str
     make: Callable[[], Tensor]
     ready: Callable[[tuple[Any, ...]], bool]
+    others: Callable[[tuple[Any, ...]], bool] | None = None
+    apart: Callable[[tuple[Any, ...]], Any] | None = None
 
-    def look_closer(self, args: tuple[Any, ...]) -> None:
-        """Raises Pass for a call that is not ready, or beyond the fuel where that is limited."""
+    def look_closer(self, args: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], Any] | None:
+        """What computes a call that is not ready only since its destination lies over a factor; None for one that is.
+
+        Raises Pass for others that are not, and for what is beyond the fuel where that is limited.
+        """
         if not self.ready(args):
+            if self.others and self.others(args):
+                return self.apart
             raise Pass(self.form.without_memory(args) or AN_INPUT)
         if fuel.tank is not None and not fuel.tank.take(self.form.name, self.by, self.form.inputs(args)):
             raise Pass("out of fuel")
+        return None
 
     def of(self, args: tuple[Any, ...]) -> Tensor:
         return self.make() if self.form.given is None else args[self.form.given]
@@ -266,7 +289,9 @@ def _replayed(
 
     def compute(args: tuple[Any, ...]) -> Any:
         if fuel.tank is not None or not ready(args):
-            destination.look_closer(args)
+            apart = destination.look_closer(args)
+            if apart:
+                return apart(args)
         out = make() if given is None else args[given]
         held = (*args, out, *numbers) if numbers else (*args, out)
         if values is not None:
@@ -375,9 +400,11 @@ def choose(operator: str, values: Sequence[Any], backend: Any, below: Below | No
     return plan
 
 
-def _ready(form: Form, lowering: Lowering, args: tuple[Any, ...]) -> Callable[[Sequence[Any]], bool]:
+def _ready(
+    form: Form, lowering: Lowering, args: tuple[Any, ...], but: Sequence[int] = ()
+) -> Callable[[Sequence[Any]], bool]:
     """Whether the tensors of a call have memory, and its destination shares none with an input, but for one that it
-    *is*: that the lowering has seen."""
+    *is*: that the lowering has seen; and for those at some positions."""
     spans = {i: ((i,), *arrays.span(args[i])) for i in form.present(args)}
     own = None if form.given is None else args[form.given]
     needs = [
@@ -385,7 +412,7 @@ def _ready(form: Form, lowering: Lowering, args: tuple[Any, ...]) -> Callable[[S
         for i, (path, _, high) in spans.items()
         if high and surroundings.allocated(args[i])
     ]
-    others = [i for i in spans if own is not None and args[i] is not own]
+    others = [i for i in spans if own is not None and args[i] is not own and i not in but]
     apart = [
         (spans[form.given], spans[i], lowering.elementwise and _laid_alike(own, args[i]))
         for i in others
@@ -457,7 +484,9 @@ def _lowered_again(
             _refuse(plan.operator.values(*values))
         plan.run(*plan.clean((*values, out)))
 
-    goal.look_closer(args)
+    apart = goal.look_closer(args)
+    if apart:
+        return apart(args)
     out = goal.of(args)
     with guard() if guard else contextlib.nullcontext():
         call = lowering.function(To(out, form.given is not None, run), **form.named(args))

@@ -17,7 +17,7 @@ _NAMED = 12  # operators that were never called, before the rest is a number
 REMEDIES = (
     (r"torch's own kernel .*faster", 'enable(backend="{backend}") takes it, `flagops tune` measures this machine'),
     (r"dtypes(,| differ)", "bring the operands to one dtype"),
-    (r"dtype (u?int|bool|complex)", "no product of ours takes it: a floating dtype, or torch's kernel"),
+    (r"dtype (bool|complex)", "no product of ours takes it: floats, integers, or torch's kernel"),
     (r"dropout", "model.eval(), or no dropout in attention"),
     (r"out may share memory", "give the call an out= of its own"),
     (r"heads that differ", "enable_gqa=True"),

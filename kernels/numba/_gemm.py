@@ -21,7 +21,7 @@ from flagops.backends.numba import jit, parallel, pointer, strides, threads
 
 from ._amx import DEPTH, GRID, TILES, restore_tiles, rows_of_tiles, shape_tiles, tile_product
 from ._blocks import Block, alive, at, clear, pack, round_up, scratch, shifted, turn, unpack_sum, zip_rows
-from ._ir import PAIRS
+from ._ir import PAIRS, STORAGE
 from ._tiles import (
     DOT_COLUMNS,
     DOT_ROW_COLUMNS,
@@ -397,8 +397,8 @@ def _shared(
     `blocks` cuts them into blocks of at most so many rows, as `row_blocks` does.
     """
     paired = paired and PAIRS and name == "bfloat16"
-    factor = TAGS[name] if paired else TAGS["float64" if name == "float64" else "float32"]
-    width, deepest = (2, PAIR_DEPTH) if paired else (8 if name == "float64" else 4, DOT_DEPTH)
+    real = STORAGE[name].arithmetic
+    factor, width, deepest = (TAGS[name], 2, PAIR_DEPTH) if paired else (TAGS[real.name], real.bitwidth // 8, DOT_DEPTH)
     bk, bn = steps
     along = bk == 1 and (bn != 1 or n == 1)
     if paired and TILES:

@@ -123,11 +123,22 @@ STORAGE = {
     ),
     **{f"int{kind.width}": Storage(kind, getattr(types, f"int{kind.width}")) for kind in (i8, i16, i32, i64)},
     **{f"uint{kind.width}": Storage(kind, getattr(types, f"uint{kind.width}")) for kind in (i8, i16, i32, i64)},
+    "low16": Storage(
+        i16, types.int32,
+        lambda builder, value: builder.sext(value, like(value.type, i32)),
+        lambda builder, value: builder.trunc(value, like(value.type, i16)),
+    ),
+    "low8": Storage(
+        i8, types.int32,
+        lambda builder, value: builder.sext(value, like(value.type, i32)),
+        lambda builder, value: builder.trunc(value, like(value.type, i8)),
+    ),
 }  # fmt: skip
-"""Every dtype that a kernel may name, a row each."""
+"""Every dtype that a kernel may name, a row each; ``low8`` and ``low16`` are the low bits of an int32."""
 
 TAGS: dict[str, Any] = {
-    name: named(name)[1] if name in ("bfloat16", "float16") else np.dtype(name).type(0) for name in STORAGE
+    name: named(name)[1] if name in ("bfloat16", "float16", "low8", "low16") else np.dtype(name).type(0)
+    for name in STORAGE
 }
 
 
@@ -245,6 +256,9 @@ def dot_quads(builder: Builder, a: Value, b: Value, c: Value) -> Value:
 
 
 def fma(builder: Builder, a: Value, b: Value, c: Value) -> Value:
+    """``a * b + c``, rounded once where the processor can; integers wrap around."""
+    if isinstance(element_of(a.type), ir.IntType):
+        return builder.add(builder.mul(a, b), c)
     return generic(builder, "fma", a, b, c) if FUSED else builder.fadd(builder.fmul(a, b), c)
 
 

@@ -111,11 +111,15 @@ def initial(builder, kind, base, index, add):
 
 
 def _zero(kind):
-    return constant(kind, 0 if kind.element == i32 else 0.0)
+    return constant(kind, 0 if _whole(kind) else 0.0)
 
 
 def _added(builder, a, b):
-    return builder.add(a, b) if a.type.element == i32 else builder.fadd(a, b)
+    return builder.add(a, b) if _whole(a.type) else builder.fadd(a, b)
+
+
+def _whole(kind):
+    return isinstance(kind.element, ir.IntType)
 
 
 def _outer(rows, vectors):

@@ -47,3 +47,13 @@ def linear_backward(grad: Any, x: Any, weight: Any, bias: Any, needs: tuple[bool
     if needs[2]:
         contract(name, ones(name, g.shape[-2]), g, view(grads[2]), paired=True)
     return grads
+
+
+_LOW = {"int16": "low16", "int8": "low8", "uint8": "low8"}  # the low bits of sums in int32, whatever the sign
+
+
+@kernel(deterministic=True, batch_invariant=True)
+def integer_matmul(a: Any, b: Any, out: Any) -> None:
+    """The loops of `matmul`, with sums in int32 or int64 that wrap around."""
+    name = dtype_name(out)
+    contract(_LOW.get(name, name), view(a), view(b), view(out))

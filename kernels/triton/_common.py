@@ -51,10 +51,15 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, precision: tl.constexpr):
-    """``acc + a @ b`` in the accumulator's precision; tensor cores take halves as they are."""
-    if INTERPRET:
-        a, b = widen(a), widen(b)
-    return tl.dot(a, b, acc, input_precision=precision, out_dtype=acc.dtype)
+    """``acc + a @ b`` in the accumulator's precision; tensor cores take halves as they are, and no wide integers."""
+    if a.dtype.is_int():
+        a, b = a.to(acc.dtype), b.to(acc.dtype)
+        acc += tl.sum(a[:, :, None] * b[None, :, :], 1)
+    else:
+        if INTERPRET:
+            a, b = widen(a), widen(b)
+        acc = tl.dot(a, b, acc, input_precision=precision, out_dtype=acc.dtype)
+    return acc
 
 
 @triton.jit

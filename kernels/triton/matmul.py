@@ -32,6 +32,7 @@ TILES: dict[str, dict[str, list[Tile]]] = {
         ],
         "float32": [_tile(16, 64, 32, 4, 3), _tile(64, 64, 16, 4, 3), _tile(128, 128, 16, 8, 3)],
         "float64": [_tile(16, 32, 16, 4, 2), _tile(64, 64, 16, 8, 2)],
+        "integers": [_tile(16, 32, 16, 4, 2)],
     },
     "hip": {
         "half": [
@@ -43,6 +44,7 @@ TILES: dict[str, dict[str, list[Tile]]] = {
         ],
         "float32": [_tile(16, 64, 32, 4, 2), _tile(64, 64, 16, 4, 2), _tile(128, 64, 16, 8, 2)],
         "float64": [_tile(16, 32, 16, 4, 2), _tile(64, 64, 16, 8, 2)],
+        "integers": [_tile(16, 32, 16, 4, 2)],
     },
 }
 """Tiles by device and dtype, smallest first."""
@@ -53,7 +55,7 @@ def product_kernel(
     a, b, bias, out, M, N, K, inner, span,
     a_outer, a_inner, a_m, a_k, b_outer, b_inner, b_k, b_n, bias_n, out_part, out_outer, out_inner, out_m, out_n,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    BIAS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     batch = tl.program_id(0) // (tiles_m * tiles_n)
@@ -75,7 +77,7 @@ def product_kernel(
     b_tile = b + depth.to(tl.int64)[:, None] * b_k + (columns % N).to(tl.int64)[None, :] * b_n
     step = tl.full((), BK, tl.int64)
 
-    acc = tl.zeros((BM, BN), dtype=tl.float64 if a.dtype.element_ty == tl.float64 else tl.float32)
+    acc = tl.zeros((BM, BN), dtype=SUM)
     end = min(K, (part + 1) * span)
     for k in range(part * span, end, BK):
         if EVEN:
@@ -126,6 +128,7 @@ def _choose(m: int, n: int, k: int, batch: int, dtype: torch.dtype, device: torc
         return (m * across + n * down) * k * dtype.itemsize + sums
 
     kind = "half" if dtype.itemsize == 2 else str(dtype).removeprefix("torch.")
+    kind = kind if dtype.is_floating_point else "integers"
     tiles = products(TILES[chip(device).kind][kind], device, dtype.itemsize)
     chosen = tiles[0]
     for tile in tiles[1:]:
@@ -186,10 +189,11 @@ def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: to
     parts = _parts(tiles, k, size, tile, device)
     span = triton.cdiv(triton.cdiv(k, tile["BK"]), parts) * tile["BK"]
     parts = max(1, triton.cdiv(k, span)) if span else 1
+    total = torch.promote_types(a.dtype, torch.float32 if a.is_floating_point() else torch.int32)
     steps = (outer_steps[2], inner_steps[2], out_m, out.stride(-1))
     to, to_steps, part_step = out, steps, 0
     if parts > 1:
-        to = torch.empty((parts, size), dtype=torch.promote_types(a.dtype, torch.float32), device=device)
+        to = torch.empty((parts, size), dtype=total, device=device)
         to_steps, part_step = (inner * m * n, m * n, n, 1), size
     bias_n = 0 if bias is None else bias.stride(0)
     launch(
@@ -197,7 +201,8 @@ def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: to
         a, b, bias, to, m, n, k, inner, span,
         outer_steps[0], inner_steps[0], a_m, a.stride(-1), outer_steps[1], inner_steps[1], b.stride(-2), b.stride(-1),
         bias_n, part_step, *to_steps,
-        GROUP=8, BIAS=bias is not None and parts == 1, EVEN=k % tile["BK"] == 0, PRECISION=precision(), **tile,
+        GROUP=8, BIAS=bias is not None and parts == 1, EVEN=k % tile["BK"] == 0, PRECISION=precision(),
+        SUM=getattr(tl, str(total).removeprefix("torch.")), **tile,
     )  # fmt: skip
     if parts > 1:
         launch(
@@ -226,3 +231,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
     if x.dim() == 1:
         x, out = x[None], out[None]
     product(x, weight.t(), bias, out)
+
+
+def integer_matmul_unsupported(a: torch.Tensor, b: torch.Tensor) -> str | None:
+    return too_long(a, b)
+
+
+@kernel(deterministic=True)
+def integer_matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """Sums in int32 or int64, of which the low bits are left."""
+    product(a, b, None, out)

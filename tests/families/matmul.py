@@ -29,6 +29,11 @@ MUTANTS = {
         ("matmul", "at(near, j, 0)", "at(near, 0, 0)", 0),
         ("linear", "(columns, rows), flat.base, (1, nc)", "(columns, rows), flat.base, (nc, 1)", 0),
     ],
+    "numba/matmul.py": [
+        ("aten.integer_matmul", '"int16": "low16"', '"int16": "low8"', 0),
+        ("aten.integer_matmul", '"int8": "low8"', '"int8": "low16"', 0),
+        ("matmul", "view(a), view(b), view(out), paired=True", "view(a), view(a), view(out), paired=True", 0),
+    ],
     "numba/_amx.py": [
         ("matmul", "near, a_row, i)", "near, a_row, 0)", 0),
         ("matmul", "if columns > GRID // 2:", "if columns > GRID:", 0),
@@ -48,6 +53,8 @@ MUTANTS = {
         ("matmul", "constant(bits.type, 0x7FFF)", "constant(bits.type, 0x8000)", 0),
         ("matmul", "builder.and_(high, constant(bits.type, 1))", "high", 0),
         ("linear", "result, end)", "result, before)", 0),
+        ("aten.integer_matmul", "builder.add(builder.mul(a, b), c)", "builder.add(builder.add(a, b), c)", 0),
+        ("aten.integer_matmul", "builder.trunc(value, like(value.type, i16))", "builder.trunc(builder.lshr(value, constant(value.type, 1)), like(value.type, i16))", 0),
     ],
     "numba/_vectors.py": [
         ("rms_norm", "for i in (0, half))", "for i in (0, 0))", 0),
@@ -65,6 +72,7 @@ MUTANTS = {
     ],
     "numba/_tiles.py": [
         ("matmul", "builder.select(add, old, _zero(kind))", "old", 0),
+        ("aten.integer_matmul", "builder.add(a, b) if _whole(a.type)", "a if _whole(a.type)", 0),
         ("linear", "builder.select(inside, i64(j), last)", "i64(0)", 0),
         ("linear", "odd = [lane + step for lane in even]", "odd = even", 0),
         ("matmul", "builder.add(first, i64(v * lanes * product.pair))", "first", 0),
@@ -81,11 +89,13 @@ MUTANTS = {
         ("matmul", "EVEN=k % tile[\"BK\"] == 0", "EVEN=True", 0),
         ("matmul", "within * b_inner", "within * a_inner", 0),
         ("linear", "columns.to(tl.int64) * bias_n", "columns.to(tl.int64)", 0),
+        ("aten.integer_matmul", "else torch.int32)", "else torch.float32)", 0),
     ],
     "triton/_common.py": [
         ("matmul", "a, b = widen(a), widen(b)", "a, b = a, b", 0),
         ("matmul", "+ 0x7FFF + (kept & 1)", "+ 0x8000", 0),
         ("matmul", "+ 0x7FFF + (kept & 1)", "", 0),
+        ("aten.integer_matmul", "a[:, :, None] * b[None, :, :]", "a[:, :, None] + b[None, :, :]", 0),
         ("sparse_attention", "total = total * fade + tl.sum(p, 1)", "total = total + tl.sum(p, 1)", 0),
         ("sparse_attention", "acc * fade[:, None], precision", "acc, precision", 0),
         ("scaled_dot_product_attention", "total = total * fade + tl.sum(p, 1)", "total = total + tl.sum(p, 1)", 0),

@@ -1,4 +1,4 @@
-"""Torch's matrix products: views as one product, a bias as a linear layer, and scaled sums.
+"""Torch's matrix products: views as one product, a bias as a linear layer, and scaled sums; integers have their own.
 
 Where a kernel could not keep to torch's meaning, `Pass` sends the call to torch's own kernel, which computes it or
 raises torch's own error.
@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flagops import config
-from flagops.arrays import parse_dtype
+from flagops.arrays import FLOATS, INTEGERS, parse_dtype
 
 from ..lowering import REFUSED, Call, Lowered, Pass, Result, To, lowers
 
@@ -31,80 +31,102 @@ def _product(ranks: tuple[int, int], left: Tensor, right: Tensor, added: Tensor 
     return shape, None
 
 
+_INTEGER = "aten.integer_matmul"
+
+
 def _expands(shape: Sequence[int], to: Sequence[int]) -> bool:
     return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
 
 
-@lowers("bmm", to="matmul", result=lambda self, mat2: _product((3, 3), self, mat2))
-@lowers("mm", to="matmul", result=lambda self, mat2: _product((2, 2), self, mat2))
+@lowers("bmm", to="matmul", result=lambda self, mat2: _product((3, 3), self, mat2), factors=("self", "mat2"))
+@lowers("mm", to="matmul", result=lambda self, mat2: _product((2, 2), self, mat2), factors=("self", "mat2"))
 def product(to: To, self: Tensor, mat2: Tensor) -> Call:
-    _alike(to, self, mat2)
-    return to("matmul", self, mat2)
+    return to(_card(to, self, mat2), self, mat2)
 
 
-@lowers("baddbmm", to="matmul", result=lambda self, batch1, batch2, **_: _product((3, 3), batch1, batch2, self))
+@lowers(
+    "baddbmm",
+    to="matmul",
+    result=lambda self, batch1, batch2, **_: _product((3, 3), batch1, batch2, self),
+    factors=("batch1", "batch2"),
+)
 def baddbmm(to: To, self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Lowered:
-    _alike(to, batch1, batch2, self)
-    return _sum("matmul", to, self, (batch1, batch2), to.out, beta, alpha)
+    return _sum(_card(to, batch1, batch2, self), to, self, (batch1, batch2), to.out, beta, alpha)
 
 
-@lowers("mv", to="matmul", result=lambda self, vec: _product((2, 1), self, vec))
+@lowers("mv", to="matmul", result=lambda self, vec: _product((2, 1), self, vec), factors=("self", "vec"))
 def mv(to: To, self: Tensor, vec: Tensor) -> Call:
-    _alike(to, self, vec)
-    return to("matmul", vec.unsqueeze(0), self.t(), out=to.out.unsqueeze(0))
+    return to(_card(to, self, vec), vec.unsqueeze(0), self.t(), out=to.out.unsqueeze(0))
 
 
-@lowers("dot", to="matmul", result=lambda self, tensor: _product((1, 1), self, tensor))
+@lowers("dot", to="matmul", result=lambda self, tensor: _product((1, 1), self, tensor), factors=("self", "tensor"))
 def dot(to: To, self: Tensor, tensor: Tensor) -> Call:
-    _alike(to, self, tensor)
-    return to("matmul", self.unsqueeze(0), tensor.unsqueeze(1), out=to.out.view(1, 1))
+    return to(_card(to, self, tensor), self.unsqueeze(0), tensor.unsqueeze(1), out=to.out.view(1, 1))
 
 
-@lowers("addmm", to="linear", result=lambda self, mat1, mat2, **_: _product((2, 2), mat1, mat2, self))
+@lowers(
+    "addmm",
+    to="linear",
+    result=lambda self, mat1, mat2, **_: _product((2, 2), mat1, mat2, self),
+    factors=("mat1", "mat2"),
+)
 def addmm(to: To, self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Lowered:
-    _alike(to, mat1, mat2, self)
-    return _sum("linear", to, self, (mat1, mat2.t()), to.out, beta, alpha)
+    return _sum(_card(to, mat1, mat2, self, floats="linear"), to, self, (mat1, mat2), to.out, beta, alpha)
 
 
-@lowers("addmv", to="linear", result=lambda self, mat, vec, **_: _product((2, 1), mat, vec, self))
+@lowers(
+    "addmv",
+    to="linear",
+    result=lambda self, mat, vec, **_: _product((2, 1), mat, vec, self),
+    factors=("mat", "vec"),
+)
 def addmv(to: To, self: Tensor, mat: Tensor, vec: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Lowered:
-    _alike(to, mat, vec, self)
+    card = _card(to, mat, vec, self, floats="linear")
     if not mat.numel():
         raise Pass("an empty matrix, for which torch gives what is added in its own shape")
-    return _sum("linear", to, self, (vec.unsqueeze(0), mat), to.out.unsqueeze(0), beta, alpha)
+    return _sum(card, to, self, (vec.unsqueeze(0), mat.t()), to.out.unsqueeze(0), beta, alpha)
 
 
-def _alike(to: To, *inputs: Tensor) -> None:
-    """Kernels multiply floats of one dtype and leave their factors alone."""
-    first = inputs[0]
-    if not first.dtype.is_floating_point or first.dtype.itemsize == 1:
-        raise Pass(f"dtype {parse_dtype(first.dtype)}")
-    for x in (*inputs, to.out):
-        if x.dtype != first.dtype:
-            raise Pass("dtypes differ")
-    if to.given and any(x is to.out for x in inputs[:2]):
-        raise Pass("out may share memory with an input")
+def _card(to: To, *inputs: Tensor, floats: str = "matmul") -> str:
+    """The card of a product; kernels multiply numbers of one dtype."""
+    first = parse_dtype(inputs[0].dtype)
+    if first not in (*FLOATS, *INTEGERS):
+        raise Pass(f"dtype {first}")
+    if any(x.dtype != inputs[0].dtype for x in (*inputs, to.out)):
+        raise Pass("dtypes differ")
+    return floats if first in FLOATS else _INTEGER
 
 
 def _sum(
-    operator: str, to: To, added: Tensor, factors: tuple[Tensor, Tensor], out: Tensor, beta: Any, alpha: Any
+    card: str, to: To, added: Tensor, factors: tuple[Tensor, Tensor], out: Tensor, beta: Any, alpha: Any
 ) -> Lowered:
-    """``beta * added + alpha * product``, where `out` is the destination as the operator has it."""
+    """``beta * added + alpha * product``, where `out` is the destination as the product has it."""
     for name, value in (("beta", beta), ("alpha", alpha)):
         if not isinstance(value, (int, float)):
             raise Pass(f"{name} is a {type(value).__name__}")
-    bias = (None,) if operator == "linear" else ()
+        if card == _INTEGER and not math.isfinite(value):
+            raise Pass(REFUSED)
     if not factors[0].shape[-1]:
         alpha = 1  # torch multiplies nothing then, not even a NaN
+        if card == _INTEGER and isinstance(beta, float):
+            raise Pass(REFUSED)
+    beta, alpha = (int(x) if card == _INTEGER else float(x) for x in (beta, alpha))  # torch cuts off fractions
     if beta == 0 and alpha == 1:
-        return to(operator, *factors, *bias, out=out)
-    if alpha == 0:
-        raise Pass("alpha is 0, which torch does not multiply")
-    if bias and beta == alpha == 1 and added is not to.out:
-        row = _row(added)
-        if row is not None:
-            return to(operator, *factors, row.expand(out.shape[-1]), out=out)
-    return partial(_scaled, operator, to, added, factors, bias, out, float(beta), float(alpha))
+        return to(card, *_factors(card, *factors), out=out)
+    if alpha == 0:  # nothing is multiplied, as in BLAS: what is not finite leaves no trace
+        dtype = parse_dtype(added.dtype)
+        if beta == 0:
+            return to("aten.copy", to.number(0).expand(to.out.shape), dtype)
+        return to("aten.mul", added.expand(to.out.shape), to.number(beta), dtype)
+    row = _row(added) if card == "linear" and beta == alpha == 1 and added is not to.out else None
+    if row is not None:
+        return to(card, *_factors(card, *factors, row.expand(out.shape[-1])), out=out)
+    return partial(_scaled, card, to, added, factors, out, beta, alpha)
+
+
+def _factors(card: str, left: Tensor, right: Tensor, bias: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """The inputs of a card that multiplies two matrices."""
+    return (left, right.mT, bias) if card == "linear" else (left, right)
 
 
 def _row(added: Tensor) -> Tensor | None:
@@ -115,20 +137,14 @@ def _row(added: Tensor) -> Tensor | None:
 
 
 def _scaled(
-    operator: str,
-    to: To,
-    added: Tensor,
-    factors: Sequence[Tensor],
-    bias: tuple[None, ...],
-    out: Tensor,
-    beta: float,
-    alpha: float,
+    card: str, to: To, added: Tensor, factors: tuple[Tensor, Tensor], out: Tensor, beta: Any, alpha: Any
 ) -> None:
-    """The product, then scale and sum in float32 (float64) and one rounding; half types are multiplied in float32."""
+    """The product, then scale and sum in float32 (float64, integers) and one rounding; halves are multiplied in
+    float32."""
     import torch
 
-    half = added.dtype.itemsize == 2
-    if half and added.device.type != "cpu":
+    half = added.dtype.itemsize == 2 and added.is_floating_point()
+    if half and added.device.type == "cuda":
         raise Pass("a scaled or full matrix is added in half precision")
     wide = torch.float32 if half else added.dtype
     apart = half or added is to.out
@@ -136,7 +152,7 @@ def _scaled(
     if copies * wide.itemsize > config.budget():
         raise Pass("its temporaries are beyond the budget")
     total = torch.empty_like(out, dtype=wide) if apart else out
-    to.run(operator, *(x.to(wide) for x in factors), *bias, out=total)
+    to.run(card, *_factors(card, *(x.to(wide) for x in factors)), out=total)
     if alpha != 1:
         total.mul_(alpha)
     total = total.view(to.out.shape)
