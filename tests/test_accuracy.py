@@ -199,6 +199,7 @@ def test_a_comparison_by_hand(monkeypatch, chunk):
     assert same[1:] == [0, 0, 2, 0, 0]
 
 
+@pytest.mark.drawn
 def test_eight_bits_enter_linear_layers_and_both_products_of_an_expert(folder, tmp_path):
     model = Models(folder, tmp_path)._wide("float32")
     eight = copy.deepcopy(model)

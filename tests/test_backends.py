@@ -110,6 +110,7 @@ def run(script, folder, words=(), **environment):
     )
 
 
+@pytest.mark.drawn
 def test_a_package_written_for_the_first_release(oldchip, tmp_path):
     script = """
         import numpy, flagops
@@ -127,6 +128,7 @@ def test_a_package_written_for_the_first_release(oldchip, tmp_path):
     assert "oldchip has no kernel for fp8_quantize" in done.stderr, done.stderr
 
 
+@pytest.mark.drawn
 def test_its_compiled_code_is_never_older_than_what_it_calls(oldchip, tmp_path):
     """Each edit changes the result by its factor: of the kernel, a helper, a sibling family, and the package above."""
     script = "import numpy, flagops; print(flagops.matmul(*[numpy.ones((1, 1))] * 2, backend='oldchip')[0, 0])"

@@ -125,6 +125,7 @@ def test_rate_and_time_left(capsys, monkeypatch):
     assert capsys.readouterr().err == " 25.0% of 4.0 MB, 50.0 kB/s, 60 s left, 'b.weight'\n"
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("options", [("--to", "bf16", "--workers", "2"), ("--to", "fp8", "--workers", "1")])
 def test_memory_stays_under_the_limit(tmp_path, options):
     """Tensors larger than the whole limit, one shard, and the peak that the system counted."""

@@ -67,6 +67,7 @@ def test_every_life_keeps_what_the_one_before_finished(source, tmp_path):
     assert json.loads(done.stdout)["lives"] > 2
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("times", [2, pytest.param(60, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments(source, tmp_path, times):
     src, reference = source

@@ -255,6 +255,7 @@ def test_names_of_any_bytes_are_copied_and_printed_in_lines(trio, capfd):
     assert all(line.isprintable() for line in shown.split("\n"))
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("where", "text"),
     [*(("index", text) for text in ("objects", "lists", "texts", "one character wide", "names")),

@@ -122,6 +122,7 @@ def test_check_without_a_usable_backend_fails():
     assert "TRITON_INTERPRET=1" in done.stderr
 
 
+@pytest.mark.drawn
 def test_run_replaces_what_the_settings_say(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

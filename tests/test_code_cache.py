@@ -255,6 +255,7 @@ def test_a_cache_serves_at_another_path(warm, tmp_path):
     assert compiled(tmp_path / "image" / "cache", folder=tree) == 0
 
 
+@pytest.mark.drawn
 def test_a_cache_that_cannot_be_written_serves(warm, tmp_path, monkeypatch):
     shutil.copytree(warm, tmp_path / "cache")
     folders = [path for path in (tmp_path / "cache").rglob("*") if path.is_dir()]

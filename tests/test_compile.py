@@ -96,6 +96,7 @@ def test_out_is_written_to(name):
         assert torch.equal(*bits)
 
 
+@pytest.mark.drawn
 def test_inductor_writes_to_out():
     out = torch.empty(3, 5)
     got = torch.compile(lambda a, b, out: flagops.matmul(a, b, out=out) + 1, fullgraph=True)(A, B, out)

@@ -28,6 +28,7 @@ def document(capsys, *argv):
     return code, {row["backend"]: row for row in printed["parts"][0]["rows"]}
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("backends", [("torch", "numba", "numpy"), pytest.param((), marks=pytest.mark.slow, id="all")])
 def test_command(backends):
     """As a user types it, without a network; Triton's interpreter takes half a minute."""

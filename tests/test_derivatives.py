@@ -50,6 +50,7 @@ def close(got, expected):
     return bool(((got - expected).abs() <= 2.0**-53 * 2**16 * weight).all())
 
 
+@pytest.mark.drawn
 @pytest.mark.operators(*DIFFERENTIABLE)
 def test_first_derivatives(kernel):
     call, given = function(*kernel)

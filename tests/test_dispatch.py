@@ -286,6 +286,7 @@ def test_a_backend_from_another_package(toy):
     assert "its descriptor failed to load: ModuleNotFoundError: No module named 'flagops_absent'" in done.stderr
 
 
+@pytest.mark.drawn
 def test_it_gets_the_parity_suite(toy):
     script = "from flagops.__main__ import main; raise SystemExit(main('check {} --backend toy --time 2s'.split()))"
     right = _python(script.format("matmul"), PYTHONPATH=str(toy))

@@ -117,6 +117,7 @@ def expected(sizes, dtype, tokens, seed):
     return exact, bound + 2 * unit(dtype).u * (magnitude(exact) + summands)  # each rank's summand is rounded too
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(("processes", "groups"), [(2, (4, 2, 1)), (4, (8, 4, 2, 1)), (8, (16, 8, 4, 2))])
 def test_every_scheme_equals_the_reference(processes, groups, request, rng):
     seed = int(rng.integers(1 << 16))
@@ -175,6 +176,7 @@ def shapes(draw, processes):
     return "project", arguments | {"tokens": draw(st.sampled_from([0, 1, 2, 7])), "seed": draw(st.integers(0, 9))}
 
 
+@pytest.mark.drawn
 @settings(max_examples=1, phases=[Phase.generate])  # a case costs processes: what fails is shown as it was drawn
 @given(st.lists(shapes(4), min_size=25, max_size=25))
 def test_shapes_at_random(todo):
@@ -187,6 +189,7 @@ def test_shapes_at_random(todo):
         _same_gradients(case, result, case["seed"])
 
 
+@pytest.mark.drawn
 def test_fp8_weights_on_every_scheme():
     import flagops
     from flagops.arrays import as_numpy
@@ -254,6 +257,7 @@ def test_a_failing_rank_ends_the_job_with_its_message():
     assert "rank 1: ValueError: o has shape" in str(result[0])
 
 
+@pytest.mark.drawn
 def test_a_whole_model_with_its_heads_divided(request):
     """Prefill, steps on the cache, and training, against the same operators on one process and transformers' own."""
     todo = [
@@ -294,6 +298,7 @@ for scheme in SCHEMES:
 """
 
 
+@pytest.mark.drawn
 def test_memory_of_one_rank_of_many(request):
     script = FAKE.format(tests=str(Path(__file__).parent), device=request.config.getoption("--device"))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)

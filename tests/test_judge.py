@@ -121,6 +121,7 @@ def test_pairs_are_covered_sooner_than_by_chance(rng):
     assert Coverage().best(blind[:3]) in blind[:3]
 
 
+@pytest.mark.drawn
 def test_every_axis_gets_long(rng):
     for name in registry.operators().keys() - {"fp4_to_fp8"}:  # whose axes count blocks of 128 x 128
         op = registry.operator(name)
@@ -169,6 +170,7 @@ def test_replaced_names_are_seen_and_put_back(monkeypatch):
     assert watch.changes() == []
 
 
+@pytest.mark.drawn
 @pytest.mark.operators("linear", "swiglu", "hadamard", "hc_head")
 def test_right_gradients_pass_and_wrong_ones_do_not(kernel, rng, monkeypatch):
     op, backend = registry.operator(kernel[0]), kernel[1]
@@ -196,6 +198,7 @@ def test_right_gradients_pass_and_wrong_ones_do_not(kernel, rng, monkeypatch):
     assert seen > 3
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("backend", ("numba", "torch"))
 def test_a_right_kernel_passes(backend):
     name = random.choice(["rms_norm", "matmul", "fp8_quantize", "hc_post", "rotary_embedding", "fp4_dequantize"])
@@ -206,6 +209,7 @@ def test_a_right_kernel_passes(backend):
     assert record.share() == 1
 
 
+@pytest.mark.drawn
 def test_wrong_kernels_are_caught():
     """One of each group, drawn; ``make test-all ROWS=judge`` tries all, ten times each."""
     groups = {}

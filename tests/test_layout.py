@@ -167,6 +167,7 @@ def test_a_wheel_holds_one_package_with_everything(built):
     assert "WRONG" not in python(script, cwd=site.parent, PYTHONPATH=str(site))
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_an_installation_opens_every_kernel(built, kind):
     """With nothing on the path but what pip would install and the libraries that are installed here."""

@@ -59,6 +59,7 @@ def test_every_packed_product_of_a_model_is_within_the_bound_of_its_reference(
     assert not model.flagops.report().bypassed
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("pack", [False, True])
 def test_unquantised_activations_in_float32_are_the_expanded_model(official, expanded, pack):
     """As near to float64 as transformers' own float32: weights and scales are exact in both, sums are not."""

@@ -31,6 +31,7 @@ def test_singular_values_become_one(kernel, shape):
     assert (got - torch.from_numpy(u @ v.T)).abs().max() < 1e-3
 
 
+@pytest.mark.drawn
 @pytest.mark.operators("newton_schulz")
 def test_transposed_zero_scaled_and_stacked(kernel, rng):
     _, backend = kernel

@@ -179,6 +179,7 @@ def test_what_is_wrong_is_a_row_and_never_an_error_of_others(tmp_path):
     assert set(said) == unusable, "a named backend that cannot run says so"
 
 
+@pytest.mark.drawn
 def test_a_mutant_that_survives_is_a_failure(tmp_path):
     """An edit that no result can tell: of what is multiplied by nothing."""
     kernel = blocks("python")["chip_kernels.py"] + "\n    out.add_(0 * (len(x) - 1))\n"
@@ -189,6 +190,7 @@ def test_a_mutant_that_survives_is_a_failure(tmp_path):
     assert "out.add_(0 * (len(x) + 1))" in out
 
 
+@pytest.mark.drawn
 def test_a_failure_is_one_in_junit(tmp_path):
     kernel = blocks("python")["chip_kernels.py"].replace("+ eps", "- eps")
     (tmp_path / "chip_kernels.py").write_text(kernel)

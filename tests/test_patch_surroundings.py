@@ -235,6 +235,7 @@ def test_a_mixture_of_dtypes(own):
     assert handle.report().share == 1
 
 
+@pytest.mark.drawn
 def test_a_compiled_layer(model, own):
     """In one graph each; the compiler sees a patch come and go."""
     ids = tokens(24)
@@ -252,6 +253,7 @@ def test_a_compiled_layer(model, own):
     close(plain, expected)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("ops", [["sparse_attention"], [op for op in OPS if op != "sparse_attention"]])
 def test_a_compiled_layer_of_some_operators(model, own, ops):
     """No part asks a tensor for a value, whichever operators are replaced."""

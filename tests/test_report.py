@@ -212,6 +212,7 @@ def test_forked_workers_are_named_as_not_counted():
     assert "1 forked meanwhile" in str(handle.report())
 
 
+@pytest.mark.drawn
 def test_run_prints_it_in_the_end(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

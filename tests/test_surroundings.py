@@ -140,6 +140,7 @@ def test_flops_of_a_backward():
     assert counter.get_total_flops() == 3 * 2 * 3 * 4 * 5
 
 
+@pytest.mark.drawn
 def test_flops_are_counted_by_a_counter_older_than_our_operators():
     script = """
         import sys, torch

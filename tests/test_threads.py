@@ -192,6 +192,7 @@ def test_set_num_threads_is_obeyed_and_changes_no_result():
     """)
 
 
+@pytest.mark.drawn
 def test_a_cache_that_cannot_be_written(tmp_path):
     folder = tmp_path / "file"
     folder.write_text("in the way")

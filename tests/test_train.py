@@ -300,6 +300,7 @@ def log(folder):
     return [{name: x for name, x in line.items() if name != "seconds"} for line in lines]
 
 
+@pytest.mark.drawn
 def test_the_command_goes_on_where_it_was_interrupted(small, tmp_path, monkeypatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(whole, "--every", 2) == 0

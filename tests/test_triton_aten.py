@@ -211,6 +211,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.drawn
 def test_compiled_programs_round_once_and_load_whole_vectors():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -52,6 +52,7 @@ def computed(x):
     return x.astype(np.float32) if x.dtype.itemsize == 2 and x.dtype.kind not in "iu" else x
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("dtype", FLOATS + INTEGERS)
 def test_arithmetic_of_vectors_is_that_of_numpy(dtype, rng):
     words = [operator.add, operator.sub, operator.mul, np.maximum, np.minimum]
@@ -89,6 +90,7 @@ def test_signs_and_magnitudes(dtype, rng):
     testing.assert_bits(each(lambda a: abs(a), dtype, dtype, a), np.abs(a))
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("dtype", ("float32", "float16", "float64", "int8", "uint8", "int32", "uint64"))
 def test_a_comparison_is_stored_as_bool_and_chooses(dtype, rng):
     a, b = drawn(rng, dtype), drawn(rng, dtype)
