@@ -209,7 +209,6 @@ def test_a_right_kernel_passes(backend):
     assert record.share() == 1
 
 
-@pytest.mark.drawn
 def test_wrong_kernels_are_caught():
     """One of each group, drawn; ``make test-all ROWS=judge`` tries all, ten times each."""
     groups = {}
