@@ -200,7 +200,8 @@ def _write(options: argparse.Namespace, rows: list[Row], roofline: Roofline, abo
         results.write_json(options.json, rows, roofline, about)
     if options.markdown:
         note = "\n".join([str(roofline), *(f"{name}: {version}" for name, version in about.items())])
-        results.write_markdown(options.markdown, results.HEAD, [results.cells(row, roofline) for row in rows], note)
+        table = [[row.operator, *results.cells(row, roofline)] for row in rows]
+        results.write_markdown(options.markdown, ("operator", *results.HEAD), table, note)
     if options.html:
         page.write(options.html, rows, roofline, about)
     if options.plot:
