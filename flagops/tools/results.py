@@ -32,7 +32,7 @@ def cells(row: Row, roofline: Roofline) -> list[str]:
         f"{(high - low) / row.median:.0%}{' ~' if row.disturbed else ''}",
         f"{row.bytes / row.median / 1e9:.1f}",
         f"{row.flops / row.median / 1e9:.1f}",
-        f"{roofline.share(row):.0%}{' !' if roofline.share(row) > 1 else ''}",
+        f"{roofline.share(row):.0%}{' !' if roofline.exceeded(row) else ''}",
         "\n".join(f"{ratio:.2f} {name if several else ''}".strip() for name, ratio in row.ratios.items()),
         f"{row.memory / 2**20:.0f} MiB" if row.memory is not None else "?",
         f"{row.match}; {row.differs}" if row.differs else row.match,
