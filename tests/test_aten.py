@@ -333,7 +333,7 @@ def test_destinations_that_torch_resizes_are_laid_out_as_the_result():
         lambda x: torch.flip(x.view(3, 2, 2).transpose(0, 2)[::2], (0, 1)),
         lambda x: x.t().index_fill(0, torch.tensor([1]), 5.0),
         lambda x: x[:1, ::2].index_fill(1, torch.tensor([1]), torch.tensor(5.0)),
-        lambda x: x.gather(0, torch.zeros(0, dtype=torch.int64)),
+        lambda x: x.gather(0, torch.zeros(0, dtype=torch.uint8)),
         lambda x: torch.roll(x[:0, ::2], 1),
         lambda x: torch.roll(x[:0, ::2], 1, 0),
         lambda x: x.view(3, 2, 2).transpose(0, 2)[[0, 1]],

@@ -55,9 +55,9 @@ def _cut(x: Tensor, index: Tensor, dim: int) -> Tensor:
 def gather(to: To, self: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Call:
     dim = axis_of(dim, self.dim())
     real(self.dtype)
-    x, where = as_rows(self), as_rows(indices(index))
-    if not index.numel():  # of whatever axes
+    if not index.numel():  # of whatever axes and dtype
         return to("aten.copy", to.out, real(self.dtype))
+    x, where = as_rows(self), as_rows(indices(index))
     return to("aten.gather", _cut(x, where, dim), where.movedim(dim, -1), False, out=last(to.out, dim))
 
 
