@@ -59,9 +59,11 @@ def differences(check: Check, ours: Outcome, theirs: Outcome, exact: bool, names
 
 def _equal_picks(check: Check, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     """Whether both are indices of the same elements but for the choice among equal ones, none of them twice."""
-    if check.picks is None or theirs.dtype != torch.int64 or ours.shape != theirs.shape or not ours.dim():
+    if check.picks is None or theirs.dtype != torch.int64 or ours.shape != theirs.shape:
         return False
     x, dim = check.picks
+    if not x.dim():
+        return False
     if ours.dim() < x.dim():
         ours, theirs = ours.unsqueeze(dim), theirs.unsqueeze(dim)
     twice = (ours.sort(dim).values.diff(dim=dim) == 0).any()

@@ -208,6 +208,10 @@ def said(call, *args, **named):
         (lambda x, out: torch.gather(x, 0, out[1:], out=out[:1]), torch.tensor([0, 1, 2])),
         (lambda x, out: torch.kthvalue(out, 2, out=(out, torch.tensor(0))), torch.ones(3)),
         (lambda x, out: x.index_put_((torch.tensor([7]),), out), torch.ones(1)),
+        (lambda x, out: torch.cat((x, out), out=out), torch.ones(0)),
+        (lambda x, out: torch.take(out, torch.tensor([], dtype=torch.int64), out=out), torch.ones(0)),
+        (lambda x, out: x[:1].var(), torch.ones(1)),
+        (lambda x, out: torch.std_mean(x.view(2, 2), 1, correction=2), torch.ones(1)),
         (lambda x, out: x.scatter(0, torch.tensor([0]), out, reduce="add"), torch.ones(1)),
         (
             lambda x, out: torch.ops.aten.native_batch_norm.out(
@@ -330,6 +334,9 @@ def test_destinations_that_torch_resizes_are_laid_out_as_the_result():
         lambda x: torch.fliplr(x.view(3, 2, 2)[:, :0]),
         lambda x: torch.flip(x.view(3, 2, 2).transpose(0, 2)[:, :, :0], (0,)),
         lambda x: torch.flip(x.view(3, 2, 2).transpose(0, 2)[::2], (0, 1)),
+        lambda x: x.t().index_fill(0, torch.tensor([1]), 5.0),
+        lambda x: x[:1, ::2].index_fill(1, torch.tensor([1]), torch.tensor(5.0)),
+        lambda x: x.gather(0, torch.zeros(0, dtype=torch.uint8)),
         lambda x: torch.roll(x[:0, ::2], 1),
         lambda x: torch.roll(x[:0, ::2], 1, 0),
         lambda x: x.view(3, 2, 2).transpose(0, 2)[[0, 1]],

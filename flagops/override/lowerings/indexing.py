@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..destinations import overlaps_itself
 from ..iteration import laid_out
-from ..lowering import REFUSED, Call, Lowered, Pass, Result, To, lowers
+from ..lowering import REFUSED, Call, Lowered, Pass, To, lowers
 from ..steps import Steps
 from ._views import as_rows, axis_of, last
 from .movement import copied, goal
-from .pointwise import real
+from .pointwise import as_empty_like, real
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +55,8 @@ def _cut(x: Tensor, index: Tensor, dim: int) -> Tensor:
 def gather(to: To, self: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Call:
     dim = axis_of(dim, self.dim())
     real(self.dtype)
+    if not index.numel():  # of whatever axes and dtype
+        return to("aten.copy", to.out, real(self.dtype))
     x, where = as_rows(self), as_rows(indices(index))
     return to("aten.gather", _cut(x, where, dim), where.movedim(dim, -1), False, out=last(to.out, dim))
 
@@ -172,10 +174,6 @@ def scatter_reduce(
     return in_steps
 
 
-def _as_self(self: Tensor, *_: Any, **__: Any) -> Result:
-    return tuple(self.shape), None, self.dtype
-
-
 def _by_row(to: To, self: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str) -> Lowered:
     """An index for all rows of an axis."""
     dim = axis_of(dim, self.dim())
@@ -215,12 +213,12 @@ def index_copy(to: To, self: Tensor, dim: int, index: Tensor, source: Tensor) ->
     return _by_row(to, self, dim, index, source, "assign")
 
 
-@lowers("index_fill.int_Scalar", to="aten.scatter", result=_as_self)
+@lowers("index_fill.int_Scalar", to="aten.scatter", result=as_empty_like)
 def index_fill_number(to: To, self: Tensor, dim: int, index: Tensor, value: Any) -> Lowered:
     return _filled(to, self, dim, index, _value(to, self, value))
 
 
-@lowers("index_fill.int_Tensor", to="aten.scatter", result=_as_self)
+@lowers("index_fill.int_Tensor", to="aten.scatter", result=as_empty_like)
 def index_fill(to: To, self: Tensor, dim: int, index: Tensor, value: Any) -> Lowered:
     import torch
 
@@ -462,7 +460,7 @@ def index_put(
 def take(steps: Steps, self: Tensor, index: Tensor) -> Tensor:
     import torch
 
-    if index.dtype != torch.int64:
+    if index.dtype != torch.int64 or any(x is out for x in (self, index) for out in steps.given):  # even an empty one
         raise Pass(REFUSED)
     real(self.dtype)
     out = goal(steps, index.shape, self.dtype, self, index)

@@ -6,12 +6,13 @@ Axes that are no view as one are copied, and such a call is lowered again each t
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flagops.arrays import parse_dtype
 
-from ..lowering import REFUSED, Call, Pass, To, lowers
+from ..lowering import REFUSED, Call, Lowered, Pass, To, lowers
 from ._views import Dims, axes_of, last
 from .pointwise import default_dtype, floats, real
 
@@ -145,12 +146,31 @@ def _norm(to: To, self: Tensor, ord: Any, dim: Dims, keepdim: bool, dtype: Any) 
     return to("aten.linalg_vector_norm", rows_of(self, dims), computed, ord, out=kept_of(to.out, dims, keepdim))
 
 
+def _lacks_freedom(x: Tensor, free: Any) -> bool:
+    """Whether a row has no more elements than are taken away; where there is none it has no element."""
+    return (x.shape[-1] if math.prod(x.shape[:-1]) else 0) <= free
+
+
+def _warn_of_freedom(name: str) -> None:
+    warnings.warn(
+        f"{name}(): degrees of freedom is <= 0. Correction should be strictly less than the reduction factor (input "
+        "numel divided by output numel).",
+        stacklevel=3,
+    )
+
+
 def _spread(name: str, root: bool) -> None:
     @lowers(name, to="aten.var")
-    def spread(to: To, self: Tensor, dim: Dims = None, *, correction: Any = None, keepdim: bool = False) -> Call:
+    def spread(to: To, self: Tensor, dim: Dims = None, *, correction: Any = None, keepdim: bool = False) -> Lowered:
         dims, computed = axes_of(self, dim), real(_own_floats(self, None))
-        free = 1 if correction is None else correction
-        return to("aten.var", rows_of(self, dims), computed, free, root, out=kept_of(to.out, dims, keepdim))
+        x, free = rows_of(self, dims), 1 if correction is None else correction
+        call = to("aten.var", x, computed, free, root, out=kept_of(to.out, dims, keepdim))
+
+        def warned() -> None:
+            _warn_of_freedom(name)
+            to.run(call.operator, *call.inputs, out=call.out)
+
+        return warned if _lacks_freedom(x, free) else call
 
     @lowers(f"{name}_mean", to="aten.var", whole=True)
     def spread_and_mean(
@@ -158,6 +178,8 @@ def _spread(name: str, root: bool) -> None:
     ) -> Any:
         dims, computed = axes_of(self, dim), real(_own_floats(self, None))
         x, free = rows_of(self, dims), 1 if correction is None else correction
+        if _lacks_freedom(x, free):
+            _warn_of_freedom(f"{name}_mean")
         spread = to.run("aten.var", x, computed, free, root, out=self.new_empty(x.shape[:-1]))
         mean = to.run("aten.mean", x, computed, out=self.new_empty(x.shape[:-1]))
         return with_axes(self, dims, keepdim, spread), with_axes(self, dims, keepdim, mean)
