@@ -114,7 +114,8 @@ def _recorded(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...
             like = make()
             other = _unlike(args[form.given], like)
             if other and lowering.factors:
-                refuse_product(form, args[form.given], like, other, below.alone)
+                alone = below.alone and here.type not in ("cpu", "cuda")  # where what torch composes it of refuses it
+                refuse_product(form, args[form.given], like, other, alone)
                 return _delivered(form, backend, lowering, args, below)
             if other and (below.alone or lowering.aten):
                 refuse_other_dtypes(form, args, [like.dtype], below.ask if below.wanted else None)

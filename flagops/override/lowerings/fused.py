@@ -79,7 +79,7 @@ def fused_rms_norm(
     return y.view(input.shape), rstd.view(*lead, *[1] * axes)
 
 
-@lowers("_fused_rms_norm_backward", to="aten.sum", whole=True)
+@lowers("_fused_rms_norm_backward", to="rms_norm", whole=True)
 def fused_rms_norm_backward(
     to: Steps,
     grad_out: Tensor,
