@@ -78,6 +78,8 @@ def held(name: str, seconds: int) -> tuple[int, list[str]]:
             case = testing.draw_case(
                 operator, lambda given, rng=rng: given[rng.randrange(len(given))], testing.INTERPRETED, ["torch"]
             )
+            if "far" in dict(case.layouts).values():  # ttsem copies all the memory between
+                continue
             try:
                 testing.assert_parity(operator, "triton", case)
                 cases += 1

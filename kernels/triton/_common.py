@@ -12,6 +12,8 @@ import triton.language as tl
 
 from flagops import chips, config
 
+from ._older import rewritten
+
 INTERPRET = tl.constexpr(config.interpreting())
 """The interpreter multiplies raw bits of bfloat16 in ``dot`` and truncates float32 to bfloat16; the helpers do not."""
 
@@ -77,8 +79,6 @@ def attend(score, value, top, total, acc, precision: tl.constexpr):
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
     """Run a kernel on the device of its tensors, on that device's current stream."""
     if OLDER:
-        from ._older import rewritten
-
         kernel, options = rewritten(kernel, arguments, options)
         arguments = ()
     if INTERPRET.value:

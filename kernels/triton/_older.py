@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from ._spelling import jitted
+from ._source import jitted
 
 Shape = Any
 """Of a tuple: one of shapes; None stands for None, and ``...`` for what is passed."""

@@ -2,17 +2,14 @@
 
 import ast
 import inspect
-import linecache
 from functools import cache
 from types import ModuleType
 from typing import Any
 
-import triton
 import triton.language as tl
 
-from flagops import generated
-
 from ._common import INTERPRET
+from ._source import jitted
 from ._words import WORDS
 
 
@@ -78,11 +75,3 @@ def _tree(merge: Any) -> Any:
 
 def _compiled(source: str, place: str, names: dict[str, Any]) -> Any:
     return jitted(source, place, {**WORDS, **names, "tl": tl, "__name__": __name__})
-
-
-def jitted(source: str, place: str, names: dict[str, Any], **options: Any) -> Any:
-    """A function of Triton's from its source, with `names` as its globals."""
-    made = generated.function(source, place, names)
-    file = made.__code__.co_filename
-    linecache.cache[file] = len(source), None, source.splitlines(True), file  # where Triton reads it
-    return triton.jit(made, **options)
