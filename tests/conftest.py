@@ -81,11 +81,19 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    if config.option.seed is None:  # workers of xdist are given it with the other options
+    if hasattr(config, "workerinput"):
+        config.option.seed, config.option.every = config.workerinput["draws"]
+        return
+    if config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(1 << 31)
     whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
-    if not hasattr(config, "workerinput"):  # they are given it with the other options
-        config.option.every |= not whole or config.option.repeat > 1
+    config.option.every |= not whole or config.option.repeat > 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """All workers of xdist draw alike."""
+    node.workerinput["draws"] = node.config.option.seed, node.config.option.every
 
 
 def pytest_report_header(config):
