@@ -171,7 +171,9 @@ def _moved(z: Array, error: Array, dtype: str) -> Array:
     known = np.isfinite(moved) & (last <= 2 * first)
     surely = np.isfinite(error) & (~np.isfinite(z) | np.isinf(low) & (low == high))  # no number, however it is rounded
     beside = np.pad(surely, [(0, 0)] * (z.ndim - 1) + [(0, -z.shape[-1] % BLOCK)])
-    lost = np.repeat(beside.reshape(*z.shape[:-1], -1, BLOCK).any(-1), BLOCK, -1)[..., : z.shape[-1]]  # all its block
+    lost = np.repeat(beside.reshape(*z.shape[:-1], beside.shape[-1] // BLOCK, BLOCK).any(-1), BLOCK, -1)[
+        ..., : z.shape[-1]
+    ]  # all its block
     return np.where(lost, 0, np.where(known, moved, np.inf))
 
 

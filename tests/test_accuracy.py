@@ -283,6 +283,7 @@ def one_percent_off(monkeypatch):
     forget()
 
 
+@pytest.mark.drawn
 def test_a_kernel_that_is_off_by_one_percent_fails(folder, one_percent_off, capsys):
     assert accuracy(folder, "--row", "torch", "--row", "numba") == 1
     said = capsys.readouterr().out
@@ -341,6 +342,7 @@ def test_what_is_refused_and_why(folder, llama, tmp_path, capsys, monkeypatch):
     assert "empty" in refused(capsys, tmp_path / "empty")
 
 
+@pytest.mark.drawn
 def test_what_one_row_cannot_is_left_out_with_the_reason_unless_it_was_asked_for(llama, capsys, monkeypatch):
     def no(*_, **__):
         raise checkpoint.Refused("it holds a dragon")

@@ -16,11 +16,11 @@ def run(*arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
-def test_the_device(request):
-    """Memory, views, copies, storages, seeds, autocast, and what has no kernel."""
+@pytest.mark.parametrize("file", ["checks.py", pytest.param("products.py", marks=pytest.mark.drawn)])
+def test_the_device(file, request):
+    """Memory, views, copies, storages, seeds, autocast, and what has no kernel; products of every kind."""
     options = ("-q", "-p", "no:cacheprovider", "--seed", request.config.option.seed)
-    files = FOLDER / "checks.py", FOLDER / "products.py"
-    done = run("-m", "pytest", *options, *files, PYTHONPATH=str(FOLDER.parent))
+    done = run("-m", "pytest", *options, FOLDER / file, PYTHONPATH=str(FOLDER.parent))
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -179,6 +179,7 @@ def test_it_is_found_by_its_name():
     assert lookup_backend("flagops") is backend
 
 
+@pytest.mark.drawn
 def test_only_other_graphs_bypass():
     x = torch.randn(3, 8)
     with flagops.enable("default", backend=BACKENDS[0]) as handle:

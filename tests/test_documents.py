@@ -104,7 +104,10 @@ def commands_of(block: Block) -> list[str]:
     return [line.removeprefix("$ ") for line in block.text.splitlines() if line.startswith("$ ")]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE])
+DRAWN = [page for page in PAGES if page not in (*ELSEWHERE, "README.md")]
+
+
+@pytest.mark.parametrize("page", ["README.md", *(pytest.param(page, marks=pytest.mark.drawn) for page in DRAWN)])
 def test_every_block_runs_as_printed(page, place, monkeypatch):
     """Blocks of Python go on from each other, as a reader types them, on a machine that is his alone."""
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)

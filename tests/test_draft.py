@@ -189,6 +189,7 @@ def test_experts_of_the_layer_are_read_on_demand(random):
     assert model.flagops_arena.report().reads > 0
 
 
+@pytest.mark.drawn
 def test_two_ranks_are_one(random):
     """Divided as the model is; every rank makes the same tokens."""
     model = flagops.load(random, draft=True, dtype="float32", activations="none")

@@ -144,6 +144,7 @@ def test_few_queries_of_many_entries(seed, budget, backend):
     assert got == operator.reference(*call, k, np.array([visible], np.int32))[0].tolist()
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 def test_memory_is_flat_in_queries_and_entries(backend):
     """The scores alone would take 244 and 250 MiB; what a process holds is read off, with what its allocator keeps."""

@@ -322,6 +322,7 @@ def test_out_over_a_factor_is_the_result_of_memory_apart(op, backend):
 INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("op", "suffix"), [(op, form[len(op) :]) for op in PRODUCTS for form in FORMS[op]])
 def test_integers_are_torchs_and_wrap_around(op, suffix, backend, rng):

@@ -83,6 +83,7 @@ print(json.dumps(rows))
 """
 
 
+@pytest.mark.drawn
 def test_kernels_that_changed_since_compile_as_well_as_before(rng):
     """A few programs of what changed on three targets, or of what did not, which must come out as kept.
 

@@ -342,6 +342,7 @@ def test_what_a_run_is_asked_for_afterwards(small, tmp_path, capsys):
     assert "another run: seed 0 instead of 5" in capsys.readouterr().err
 
 
+@pytest.mark.drawn
 def test_a_grid_runs_each_cell_once(small, tmp_path, monkeypatch, capsys):
     assert train(tmp_path, "--grid") == 0
     table = capsys.readouterr().out

@@ -90,6 +90,7 @@ CALLS = (
 )  # fmt: skip
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", CALLS)
 def test_tiles_of_a_small_room_compute_the_same(name, on, rng):
     """Against the reference, with the tiles of a chip that has 32 KB for all that a program holds."""

@@ -140,8 +140,8 @@ def shared(form: Form, args: Sequence[Any], over: Sequence[str] | None) -> str |
     """Which of `SAID` is true of the destinations of a call, or None. over: the arguments that they may be."""
     from torch.utils._pytree import tree_leaves
 
-    for i in form.outs:
-        out = args[i]
+    written = [(i, out) for i in form.outs for out in tree_leaves(args[i])]  # a foreach form has lists
+    for i, out in written:
         if out is None or not out.numel():
             continue
         if overlaps_itself(out):

@@ -176,10 +176,14 @@ class Handle:
             if count:
                 (row.passed if reason else row.replaced)[reason or by] = count
         called = {name for (name, _), row in rows.items() if row.calls}
+        uncalled = {name for name in self.ops if called.isdisjoint(forms(name))}
+        # what a device may make of an operator that has a public name is not what was asked for
+        asked = {LOWERINGS[name].operator for name in self.ops if name[0] != "_"}
+        uncalled -= {name for name in uncalled if name[0] == "_" and LOWERINGS[name].operator in asked}
         return Report(
             tuple(row for row in rows.values() if row.calls),
             bypassed,
-            uncalled=tuple(sorted(name for name in self.ops if called.isdisjoint(forms(name)))),
+            uncalled=tuple(sorted(uncalled)),
             kept=tuple(name for name, places in self._places.items() if not places and not LOWERINGS[name].aten),
             forks=forks.value() - self._forks,
             coverage=coverage,
