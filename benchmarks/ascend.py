@@ -113,7 +113,7 @@ def lowered(
     todo: list[tuple[dict[str, str], Any]], jobs: int, until: float
 ) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
     """Programs with the stage that each reached, and why no further, those that a time allows."""
-    from flagops.contract import Progress
+    from flagops.tools.contract import Progress
 
     _queue[:] = todo
     with multiprocessing.get_context("fork").Pool(jobs) as pool, Progress(len(todo)) as begin:

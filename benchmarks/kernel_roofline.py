@@ -25,9 +25,9 @@ import triton_compile as compiler
 from triton_count import INTEGERS, Counts, Memory, Program, Traffic, Uncounted, parsed
 
 from flagops import arrays, chips, registry, tables
-from flagops.contract import Progress
 from flagops.operator import Operator
 from flagops.tools import workloads
+from flagops.tools.contract import Progress
 from flagops.tools.programs import CHIPS, ready, zeros
 
 RESULTS = Path(__file__).parent / "results" / "kernel_roofline.json"

@@ -27,7 +27,7 @@ import triton
 from triton_compile import CHIPS, COMMON, TARGETS, Launch, Row, faults, kernels, rows, tried
 
 from flagops import registry
-from flagops.contract import Progress
+from flagops.tools.contract import Progress
 
 RESULTS = Path(__file__).parent / "results" / "portability.json"
 MEASURES = ("key", "registers", "spilled", "shared", "matrix", "halves", "refused")

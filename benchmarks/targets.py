@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import flagops
-from flagops import contract, registry, tables
+from flagops import registry, tables
 from flagops.call import of
-from flagops.tools import companions, measure, results, workloads
+from flagops.tools import companions, contract, measure, results, workloads
 from flagops.tools.measure import Call, Settings, Trial
 
 promise, targets_v4 = companions.load("promise"), companions.load("targets_v4")

@@ -27,14 +27,14 @@ from typing import Any
 
 import torch
 
-from flagops import contract, packed, tables
+from flagops import packed, tables
 from flagops.checkpoint.memory import resident
 from flagops.checkpoint.progress import amount
 from flagops.deepseek_v4.examples import packed_deepseek_v4
 from flagops.plan import checkpoint, times
 from flagops.plan.cost import Step, loads
 from flagops.plan.machine import Machine, described
-from flagops.tools import results, roofline
+from flagops.tools import contract, results, roofline
 from flagops.tools.measure import Settings
 
 KEPT = 0.25

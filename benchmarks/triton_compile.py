@@ -30,9 +30,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from flagops import arrays, registry, testing
-from flagops.contract import Progress
 from flagops.errors import Unsupported
 from flagops.tools import workloads
+from flagops.tools.contract import Progress
 from flagops.tools.programs import CHIPS, COMMON, described, ready, zeros
 
 TARGETS = {target: described(CHIPS[target]) for target in reversed(CHIPS)}

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
-from flagops import __version__, chips, config, contract, registry, tables
+from flagops import __version__, chips, config, registry, tables
 from flagops.errors import Unsupported, said
+from flagops.tools import contract
 
 LIBRARIES = ("numpy", "ml_dtypes", "torch", "numba", "triton", "transformers", "safetensors", "rich")
 
@@ -332,7 +333,7 @@ def _check_words(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command as `flagops.contract` says; returns its exit code."""
+    """Run a command as `flagops.tools.contract` says; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
 
     def run() -> int:

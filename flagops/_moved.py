@@ -10,7 +10,8 @@ from typing import Any
 MOVED = {
     "report": "override",
     **dict.fromkeys(("cache", "examples", "indices", "layers", "weights"), "deepseek_v4"),
-    **dict.fromkeys(("bench", "bisect", "demo", "demo_table", "measure", "shares", "stubs"), "tools"),
+    **dict.fromkeys(("bench", "bisect", "contract", "demo", "demo_table", "measure", "shares", "stubs"), "tools"),
+    **dict.fromkeys(("batching", "derivatives", "generated", "memory", "replay", "surroundings"), "calls"),
 }
 
 

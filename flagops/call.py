@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import flagops.calls.surroundings as surroundings
 import flagops.dispatch as dispatch
-import flagops.surroundings as surroundings
 
 if TYPE_CHECKING:
     from flagops.operator import Operator

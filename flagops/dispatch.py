@@ -16,11 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import flagops.surroundings as surroundings
-from flagops import arrays, config, generated, memory, order, registry
+import flagops.calls.surroundings as surroundings
+from flagops import arrays, config, order, registry
+from flagops.calls import generated, memory
+from flagops.calls.memory import Span
+from flagops.calls.replay import Place, Replay
 from flagops.errors import Unsupported
-from flagops.memory import Span
-from flagops.replay import Place, Replay
 
 if TYPE_CHECKING:
     from flagops.operator import Bound, Operator

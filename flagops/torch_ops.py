@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.utils import flop_counter
 
-from flagops import arrays, batching, derivatives, dispatch, memory, registry, surroundings
+from flagops import arrays, dispatch, registry
+from flagops.calls import batching, derivatives, memory, surroundings
 from flagops.errors import Unsupported
 from flagops.operator import Operator
 

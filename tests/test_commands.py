@@ -1,4 +1,4 @@
-"""What every command keeps (`flagops.contract`), over all of them: a new command without rows here fails."""
+"""What every command keeps (`flagops.tools.contract`), over all of them: a new command without rows here fails."""
 
 import argparse
 import contextlib
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from flagops import contract
 from flagops.__main__ import FORWARDED, main, parser
+from flagops.tools import contract
 
 COMMANDS = tuple(next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices)
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 import flagops
-from flagops import config, dispatch, replay
+from flagops import config, dispatch
+from flagops.calls import replay
 from flagops.testing import assert_near, assert_of
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import flagops
-from flagops import registry, replay
+from flagops import registry
 from flagops.backends import _launches, numba
+from flagops.calls import replay
 
 sys.path.insert(0, str(Path(__file__).parent))
 from overriding import counted, untouched, usable  # noqa: F401

@@ -43,7 +43,7 @@ def installed(folder, edit=None):
 
 SCRIPT = """
 import contextlib, io, json, sys
-from flagops import contract
+from flagops.tools import contract
 from flagops.__main__ import main
 for words in json.loads(sys.argv[1]):
     said = io.StringIO(), io.StringIO()

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import flagops
-from flagops import dispatch, registry, replay, testing
+from flagops import dispatch, registry, testing
 from flagops.backends import _launches, numba
+from flagops.calls import replay
 from flagops.errors import Unsupported
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -15,9 +15,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flagops import contract, registry, tables
+from flagops import registry, tables
 from flagops.deepseek_v4.examples import read
 from flagops.errors import suggestion
+from flagops.tools import contract
 
 from . import published
 from .rows import REFERENCE, ROWS, Row

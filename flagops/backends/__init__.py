@@ -30,7 +30,7 @@ class Backend(Protocol):
     A backend may also have ``self_test()``, which `flagops doctor` runs where the backend is available: what it relies
     on and its library does not promise, each by name with what is wrong with it or None.
 
-    What it may have besides, to make repeated calls cheaper, stands in `flagops.replay`.
+    What it may have besides, to make repeated calls cheaper, stands in `flagops.calls.replay`.
     """
 
     name: str

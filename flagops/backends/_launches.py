@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flagops import arrays, generated
-from flagops.replay import Place
+from flagops import arrays
+from flagops.calls import generated
+from flagops.calls.replay import Place
 
 _KEPT = 4096  # bytes of an array that is kept for calls of one signature
 _MOST = 64  # launches of one call: whoever waits for what a loop writes would wait for ever

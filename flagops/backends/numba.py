@@ -20,7 +20,7 @@ from typing import Any
 
 from .. import arrays, config
 from ..arrays import is_numpy, is_torch
-from ..replay import Place
+from ..calls.replay import Place
 from . import _launches, _pool, _team, missing
 from ._store import Refused, Store
 

@@ -8,8 +8,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from flagops.contract import Parser
 from flagops.errors import Unsupported
+from flagops.tools.contract import Parser
 
 from .conversion import Summary
 from .documents import line

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from flagops import __version__, contract, registry, tables
+from flagops import __version__, registry, tables
+from flagops.tools import contract
 
 from . import mutants
 from .session import LEAST_SHARE, Record

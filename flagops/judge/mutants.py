@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flagops import contract, registry, tables
+from flagops import registry, tables
 from flagops.errors import Unsupported
+from flagops.tools import contract
 
 from .derived import compiled, derived, mutate
 

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flagops import contract, dispatch, tables
+from flagops import dispatch, tables
+from flagops.tools import contract
 
 from . import interpose
 from .annotations import Fate, fates_of

@@ -7,7 +7,7 @@ import keyword
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flagops import surroundings
+from flagops.calls import surroundings
 
 from .interpose import COMPOSITE
 from .lowering import LOWERINGS

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from flagops import dispatch, surroundings
+from flagops import dispatch
+from flagops.calls import surroundings
 
 from .forms import Form, Part
 from .interpose import thread

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from flagops import arrays, config, dispatch, machine, memory, order, registry, surroundings
-from flagops.replay import Replay
+from flagops import arrays, config, dispatch, machine, order, registry
+from flagops.calls import memory, surroundings
+from flagops.calls.replay import Replay
 
 from . import fuel
 from .destinations import AN_INPUT, ITSELF, SAID, deliver, overlaps_itself, refuse_other_dtypes, refuse_product, shared

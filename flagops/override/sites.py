@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, Protocol
 
-from flagops import config, generated, surroundings
+from flagops import config
+from flagops.calls import generated, surroundings
 from flagops.errors import OutOfRange, Unsupported
 
 from .annotations import annotated

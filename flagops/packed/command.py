@@ -15,7 +15,7 @@ from flagops import config, registry
 from flagops.checkpoint import Refused
 from flagops.checkpoint.memory import peak
 from flagops.checkpoint.progress import amount
-from flagops.contract import Parser, Progress, natural
+from flagops.tools.contract import Parser, Progress, natural
 
 from .load import ACTIVATIONS, load
 

@@ -9,9 +9,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from flagops import config, contract
+from flagops import config
 from flagops.distributed import plan as schemes
 from flagops.errors import suggestion
+from flagops.tools import contract
 
 from . import checkpoint, machine, report
 from .cost import ENTRIES, Step, cache_held, loads

@@ -13,9 +13,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from flagops import contract, registry, tables
+from flagops import registry, tables
 from flagops.errors import Unsupported, suggestion
-from flagops.tools import baseline, companions
+from flagops.tools import baseline, companions, contract
 from flagops.tools.baseline import Baseline
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flagops import contract
+from flagops.tools import contract
 
 UNLIMITED = 10**12
 WITHIN = 1e-4

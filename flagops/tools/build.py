@@ -26,10 +26,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flagops import __version__, chips, config, contract, registry
+from flagops import __version__, chips, config, registry
 from flagops.backends import missing
 from flagops.errors import Unsupported, said, suggestion
 from flagops.operator import Operator
+from flagops.tools import contract
 
 if TYPE_CHECKING:
     from flagops.tools.programs import Program

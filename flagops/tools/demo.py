@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flagops import registry
-from flagops.contract import Parser
 from flagops.tools import demo_table, measure
+from flagops.tools.contract import Parser
 from flagops.tools.demo_table import ALONE, BOUND_BFLOAT16, MEASURED, Part, Progress, Row
 
 if TYPE_CHECKING:

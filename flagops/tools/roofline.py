@@ -22,7 +22,6 @@ import torch
 import flagops
 from flagops import packed
 from flagops.checkpoint.memory import resident
-from flagops.contract import Progress
 from flagops.deepseek_v4.examples import packed_deepseek_v4
 from flagops.machine import cpu_model
 from flagops.packed.command import greedy
@@ -32,6 +31,7 @@ from flagops.plan.cost import Step, loads
 from flagops.plan.machine import ATTENTION_KINDS, Machine
 from flagops.plan.model import Model, Role, parts
 from flagops.tools import measure, workloads
+from flagops.tools.contract import Progress
 from flagops.tools.measure import Settings
 
 SIDE = 4096

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import geometric_mean
 
-from flagops import config, contract, machine, order, registry, tables
-from flagops.tools import tune_cases
+from flagops import config, machine, order, registry, tables
+from flagops.tools import contract, tune_cases
 from flagops.tools.tune_cases import TORCH, Case, Times
 
 GAIN = 1.03

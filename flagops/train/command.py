@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flagops import contract, tables
+from flagops import tables
+from flagops.tools import contract
 
 if TYPE_CHECKING:
     from .corpus import Corpus

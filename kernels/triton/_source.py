@@ -5,7 +5,7 @@ from typing import Any
 
 import triton
 
-from flagops import generated
+from flagops.calls import generated
 
 
 def jitted(source: str, place: str, names: dict[str, Any], **options: Any) -> Any:

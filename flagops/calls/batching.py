@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flagops.derivatives import Ops
+from flagops.calls.derivatives import Ops
 from flagops.operator import Tensor
 
 Axes = Sequence[int | None]

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
-from flagops import arrays, generated, surroundings
-from flagops.replay import Path
+from flagops import arrays
+from flagops.calls import generated, surroundings
+from flagops.calls.replay import Path
 
 if TYPE_CHECKING:
     from flagops.operator import Operator

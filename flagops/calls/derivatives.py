@@ -18,7 +18,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from flagops import dispatch, memory, registry, surroundings
+from flagops import dispatch, registry
+from flagops.calls import memory, surroundings
 from flagops.errors import Unsupported
 from flagops.operator import Operator
 
