@@ -71,7 +71,7 @@ def pytest_addoption(parser):
     parser.addoption("--repeat", type=int, default=1, help="run each test so many times, with other draws")
     parser.addoption("--seconds", type=float, default=20, help="after which a test is not repeated any more")
     parser.addoption("--distances", action="store_true", help="only tests that compare by distance, not bit for bit")
-    parser.addoption("--mutants", default="3", help="kernel files of which a process tries an edit, drawn anew, or all")
+    parser.addoption("--mutants", default="2", help="kernel files of which a process tries an edit, drawn anew, or all")
     parser.addoption("--every", action="store_true", help="all tests, also those of which a whole run draws a few")
     parser.addoption("--backend", action="append", help="hold only these backends to the parity suite")
     parser.addoption(

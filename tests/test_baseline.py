@@ -235,6 +235,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("tag", "problem"), [("right", ""), ("wrong", "elements are off"), ("without", "has no operator matmul")]
 )

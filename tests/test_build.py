@@ -123,6 +123,7 @@ def test_launches_on_the_chip_find_what_was_built_and_compile_nothing(image):
     assert sorted(image.rglob("*")) == before
 
 
+@pytest.mark.drawn
 def test_what_was_not_built_is_named_with_its_sizes(image):
     loaded, said = launched(image, dtype="float32")
     assert not loaded

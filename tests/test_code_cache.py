@@ -246,6 +246,7 @@ def test_damaged_code_is_compiled_again(warm, tmp_path, rng):
         assert compiled(tmp_path / "cache") == 0, damage
 
 
+@pytest.mark.drawn
 def test_a_cache_serves_at_another_path(warm, tmp_path):
     """As in an image: the cache and the installation were both copied."""
     shutil.copytree(warm, tmp_path / "image" / "cache")

@@ -215,6 +215,7 @@ def test_fp8_weights_on_every_scheme():
             assert_near(np.float64(found["bytes"]), np.float64(found["cost"].weights), 4)
 
 
+@pytest.mark.drawn
 def test_a_checkpoint_moves_between_numbers_of_ranks(tmp_path):
     folders = [
         {"sizes": sizes, "dtype": "float32", "folder": str(tmp_path / str(fp8)), "fp8": fp8}

@@ -81,6 +81,7 @@ def clear(model, ids, count):
     return found
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("kind", ["text", "facts"])
 def test_the_text_is_that_without_drafts(fitted, kind):
     """Some guesses are right and some are not; the prompt is longer than a window."""

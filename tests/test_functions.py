@@ -198,6 +198,7 @@ def test_integers_are_divided_and_nothing_traps(name, dtype, rng):
 TYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "bfloat16", "float16", "float32", "float64")
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("source", TYPES)
 def test_conversions_are_those_of_torch(source, rng):
     """Floats that no integer type of 32 bits holds are left to the next test, where C++ promises nothing."""

@@ -90,6 +90,7 @@ def test_a_product_of_what_is_quantised(rng):
     assert (abs(got - x.astype(float) @ w.T.astype(float)) <= 0.51 * steps + 64 * a_scale * b_scale.T).all()
 
 
+@pytest.mark.drawn
 @pytest.mark.skipif("+avx512vnni" not in numba.features(), reason="no AVX512-VNNI")
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_instruction_is_used_unless_it_is_masked(masked, tmp_path):

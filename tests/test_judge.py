@@ -244,6 +244,7 @@ def fp4_dequantize_unsupported(packed, scale, dtype):
 """
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -266,6 +267,7 @@ def test_a_time_is_a_number_of_seconds_minutes_or_hours(text):
         duration(text)
 
 
+@pytest.mark.drawn
 def test_a_file_is_judged_and_failures_do_not_end_the_others(tmp_path, capsys):
     file, report = tmp_path / "my_kernels.py", tmp_path / "report.json"
     file.write_text(FILE)

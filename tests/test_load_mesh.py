@@ -87,6 +87,7 @@ def test_two_ranks_are_one(pair, expected):
         assert "has its part" in mine["refused"][1]
 
 
+@pytest.mark.drawn
 def test_two_ranks_are_one_in_fp8(pair, small, expected):
     """A sum in another order may choose the next code: no further from one process than FP8 is from plain."""
     quantised = whole(small, dtype="float32")
