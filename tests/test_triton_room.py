@@ -121,6 +121,7 @@ REWRITTEN = (
 def test_kernels_rewritten_without_tuples_compute_the_same(name, monkeypatch, rng):
     """As Triton 3.2 takes them, run by the interpreter of this Triton."""
     monkeypatch.setattr(COMMON, "OLDER", True)
-    before = OLDER._written.cache_info().currsize
+    before = OLDER._written.cache_info()
     _hold(f"aten.{name}", rng, 4)
-    assert OLDER._written.cache_info().currsize > before
+    after = OLDER._written.cache_info()  # another test may have had it written
+    assert after.hits + after.misses > before.hits + before.misses
