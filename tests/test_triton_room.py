@@ -121,7 +121,14 @@ REWRITTEN = (
 def test_kernels_rewritten_without_tuples_compute_the_same(name, monkeypatch, rng):
     """As Triton 3.2 takes them, run by the interpreter of this Triton."""
     monkeypatch.setattr(COMMON, "OLDER", True)
-    before = OLDER._written.cache_info()
+
+    def asked():
+        return sum(OLDER._written.cache_info()[:2])  # another test may have had it written
+
+    before = asked()
     _hold(f"aten.{name}", rng, 4)
-    after = OLDER._written.cache_info()  # another test may have had it written
-    assert after.hits + after.misses > before.hits + before.misses
+    for _ in range(30):  # cases without elements launch nothing
+        if asked() > before:
+            return
+        _hold(f"aten.{name}", rng, 1)
+    pytest.fail("no kernel was written again")
