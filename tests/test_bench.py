@@ -198,6 +198,8 @@ def test_unknown_names_are_errors() -> None:
         bench.run(["matmull", "--device", "cpu"])
     with pytest.raises(ValueError, match="no workload contains"):
         bench.run(["--workload", "v5-flash", "--device", "cpu"])
+    with pytest.raises(ValueError, match=r"no workload of rms_norm contains '4096x4096.1'; known: v4"):
+        bench.run(["rms_norm", "--workload", "4096x4096.1", "--device", "cpu"])  # linear has it
 
 
 def test_only_a_fresh_process_can_do_without_bf16() -> None:

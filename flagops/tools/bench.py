@@ -101,17 +101,24 @@ def _parser() -> argparse.ArgumentParser:
 def _selected(options: argparse.Namespace) -> list[tuple[Operator, list[str]]]:
     from flagops import testing
 
-    chosen = []
-    for op in registry.named(options.operators) or registry.operators().values():
+    chosen, operators = [], list(registry.named(options.operators) or registry.operators().values())
+    for op in operators:
         names = [name for name in op.workloads if _asked(name, options.workload, op)]
         if options.quick:
             names = [n for n in names if op.flops(dict((c := testing.workload(op, n)).dims), c.batch) <= QUICK]
         if names:
             chosen.append((op, names))
     if not chosen:
-        known = {name for op in registry.cards().values() for name in op.workloads}
-        asked = " or ".join(repr(word) for word in options.workload or [])
-        raise ValueError(f"no workload contains {asked}{suggestion(options.workload[0], known) if asked else ''}")
+        if not options.workload:
+            raise ValueError("no workload is left" + " by --quick" * options.quick)
+        known = {name for op in operators for name in op.workloads}
+        asked = " or ".join(repr(word) for word in options.workload)
+        of = f" of {', '.join(options.operators)}" if options.operators else ""
+        near = suggestion(options.workload[0], known)
+        left = any(_asked(name, options.workload, op) for op in operators for name in op.workloads)
+        raise ValueError(
+            f"--quick leaves no workload{of} with {asked}" if left else f"no workload{of} contains {asked}{near}"
+        )
     return chosen
 
 
