@@ -140,7 +140,7 @@ def refuse_traced_overlap(operator: Operator, args: Sequence[Any]) -> None:
             if x.untyped_storage()._cdata == out.untyped_storage()._cdata:
                 (low, high), (first, last) = arrays.span(out), arrays.span(x)
                 start, there = out.storage_offset() * out.element_size(), x.storage_offset() * x.element_size()
-                if _meet((there + first, there + last), (start + low, start + high)):
+                if meet((there + first, there + last), (start + low, start + high)):
                     raise ValueError(f"{operator.name}: out shares memory with {operator.parameters[position]}")
 
 
@@ -172,14 +172,14 @@ def refuse_overlap(
         own = origin + low, origin + high
         for position, first, last in spans:
             there = address(args[position])
-            if _meet((there + first, there + last), own) and not (position == same and there == origin):
+            if meet((there + first, there + last), own) and not (position == same and there == origin):
                 raise ValueError(f"{operator.name}: out shares memory with {operator.parameters[position]}")
-        if any(_meet(own, other) for other in taken):
+        if any(meet(own, other) for other in taken):
             raise ValueError(f"{operator.name}: results share memory with each other")
         taken.append(own)
 
 
-def _meet(one: tuple[int, int], two: tuple[int, int]) -> bool:
+def meet(one: tuple[int, int], two: tuple[int, int]) -> bool:
     """Whether two extents share a byte. One without bytes meets none, wherever it lies: NumPy puts a reversed array
     without elements beyond its memory, amid somebody else's."""
     return max(one[0], two[0]) < min(one[1], two[1])

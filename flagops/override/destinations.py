@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flagops import arrays
+from flagops.calls import memory
 
 from .forms import Form
 from .interpose import thread
@@ -179,8 +180,8 @@ def overlaps_itself(x: Tensor) -> bool:
 def _meet(x: Tensor, y: Tensor) -> bool:
     if not x.numel() or x.untyped_storage()._cdata != y.untyped_storage()._cdata:
         return False
-    (low, high), (least, most) = ([z.data_ptr() + end for end in arrays.span(z)] for z in (x, y))
-    return low < most and least < high
+    one, two = ((z.data_ptr() + low, z.data_ptr() + high) for z in (x, y) for low, high in [arrays.span(z)])
+    return memory.meet(one, two)
 
 
 def _same_place(x: Tensor, y: Tensor) -> bool:

@@ -104,17 +104,19 @@ class Form:
 
     def functional(self) -> Any:
         """Torch's overload that makes its result: ``mm.default`` for ``mm.out``, ``add.Tensor`` for ``add_.Tensor``."""
-        import torch
-
         name, takes = self.schema.name[6:].removesuffix("_"), _taken(self.schema)
         alike = (s for s in _schemas()[name] if not _written(s) and _taken(s) == takes)
-        return getattr(getattr(torch.ops.aten, name), next(alike).overload_name or "default")
+        return _overload(next(alike))
 
     def overload(self) -> Any:
         """Torch's own overload, ``torch.ops.aten.mm.out``."""
-        import torch
+        return _overload(self.schema)
 
-        return getattr(getattr(torch.ops.aten, self.schema.name[6:]), self.schema.overload_name or "default")
+
+def _overload(schema: torch.FunctionSchema) -> Any:
+    import torch
+
+    return getattr(getattr(torch.ops.aten, schema.name[6:]), schema.overload_name or "default")
 
 
 def _written(schema: torch.FunctionSchema) -> tuple[int, ...]:
@@ -187,7 +189,7 @@ def kind(overload: str) -> str:
     name = schema.name[6:]
     if name.removeprefix("new_").startswith(("empty", "_empty")) or name in ("resize_", "resize_as_", "set_"):
         return "allocation"
-    if torch.Tag.inplace_view in getattr(getattr(torch.ops.aten, name), schema.overload_name or "default").tags:
+    if torch.Tag.inplace_view in _overload(schema).tags:
         return "view"
     if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
         return "computing"

@@ -112,17 +112,7 @@ def _sdpa_switches() -> tuple[Callable[[], bool], ...]:
     return torch._C._get_flash_sdp_enabled, torch._C._get_overrideable_sdp_enabled
 
 
-def _as_query(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Result:
+def _as_query(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool = False, **rest: Any) -> Result:
     """Torch's fused kernels lay their result out as the query; the composed one as it is shaped."""
     import torch
 
@@ -136,32 +126,22 @@ def _as_query(
     heads = {x.shape[-3] for x in (query, key, value)} if rank > 2 else {1}
     if rank > 2 and (key.shape[-3] != value.shape[-3] or (len(heads) > 1 and not enable_gqa)):
         raise Pass("heads that differ without enable_gqa")
-    fused = _is_fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    fused = _is_fused(query, key=key, value=value, enable_gqa=enable_gqa, **rest)
     return (*query.shape[:-1], value.shape[-1]), torch.empty_like(query, device="meta").stride() if fused else None
 
 
-def _is_fused(query: Tensor, *rest: Any, **named: Any) -> bool:
+def _is_fused(query: Tensor, **rest: Any) -> bool:
     """Whether torch has one kernel for the call; devices other than its own compose it, and have nobody to ask."""
     import torch
 
-    return query.device.type in ("cpu", "cuda") and torch._fused_sdp_choice(query, *rest, **named) > 0
+    return query.device.type in ("cpu", "cuda") and torch._fused_sdp_choice(query, **rest) > 0
 
 
-def _as_tokens(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> dict[str, tuple[int, ...]]:
+def _as_tokens(query: Tensor, key: Tensor, **rest: Any) -> dict[str, tuple[int, ...]]:
     """The CPU's fused kernel has gradients of all heads of a token side by side; that of a product with the transposed
     key is transposed, unless it is summed over heads that share it."""
     axes = tuple(range(query.dim()))
-    if _is_fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa):
+    if _is_fused(query, key=key, **rest):
         return dict.fromkeys(("query", "key", "value"), (0, 2, 1, 3)) if query.device.type == "cpu" else {}
     transposed = len(axes) > 2 and key.shape[-3] == query.shape[-3]
     return {"key": (*axes[:-2], axes[-1], axes[-2])} if transposed else {}
