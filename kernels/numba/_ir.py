@@ -107,6 +107,15 @@ class Storage(NamedTuple):
         return SIZE[self.memory]
 
 
+def _low(memory: ir.Type) -> Storage:
+    """The low bits of an int32."""
+    return Storage(
+        memory, types.int32,
+        lambda builder, value: builder.sext(value, like(value.type, i32)),
+        lambda builder, value: builder.trunc(value, like(value.type, memory)),
+    )  # fmt: skip
+
+
 STORAGE = {
     "float32": Storage(f32, types.float32),
     "float64": Storage(f64, types.float64),
@@ -123,16 +132,8 @@ STORAGE = {
     ),
     **{f"int{kind.width}": Storage(kind, getattr(types, f"int{kind.width}")) for kind in (i8, i16, i32, i64)},
     **{f"uint{kind.width}": Storage(kind, getattr(types, f"uint{kind.width}")) for kind in (i8, i16, i32, i64)},
-    "low16": Storage(
-        i16, types.int32,
-        lambda builder, value: builder.sext(value, like(value.type, i32)),
-        lambda builder, value: builder.trunc(value, like(value.type, i16)),
-    ),
-    "low8": Storage(
-        i8, types.int32,
-        lambda builder, value: builder.sext(value, like(value.type, i32)),
-        lambda builder, value: builder.trunc(value, like(value.type, i8)),
-    ),
+    "low16": _low(i16),
+    "low8": _low(i8),
 }  # fmt: skip
 """Every dtype that a kernel may name, a row each; ``low8`` and ``low16`` are the low bits of an int32."""
 

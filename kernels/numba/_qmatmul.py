@@ -182,12 +182,13 @@ def _paired(start, stop, tag, packed, n, k, mc, nc, x, b, s, table, out, step, o
             j, first, valid, deep = _part(each, (tiles, parts, rows), (across, deepest), (columns, groups))
             place, left, into = (group, column + j, first), shifted(x, row, unit * first), shifted(sums, 0, j)
             w, scales = _coded(packed, b, s, place, (valid, deep), k, codes, factors)
-            # of the next tile, as much as this part is of its own, from where the parts before left off
-            ahead = w.base + across * b[2] + (across - 1) * first * unit // per_byte
-            if rows == 1 and packed:
-                pairs.fp4_row(left, w, scales, table, valid, deep, into, first > 0, ahead)
-            elif rows == 1:
-                pairs.fp8_row(left, w, scales, table, valid, deep, into, first > 0, ahead)
+            if rows == 1:
+                # of the next tile, as much as this part is of its own, from where the parts before left off
+                ahead = w.base + across * b[2] + (across - 1) * first * unit // per_byte
+                if packed:
+                    pairs.fp4_row(left, w, scales, table, valid, deep, into, first > 0, ahead)
+                else:
+                    pairs.fp8_row(left, w, scales, table, valid, deep, into, first > 0, ahead)
             else:
                 _decoded(packed, w, scales, table, (valid, deep), panel, valid * b[2])
                 dot_rows(left, panel, rows, valid, unit * deep, into, first > 0)

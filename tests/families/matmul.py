@@ -54,7 +54,7 @@ MUTANTS = {
         ("matmul", "builder.and_(high, constant(bits.type, 1))", "high", 0),
         ("linear", "result, end)", "result, before)", 0),
         ("aten.integer_matmul", "builder.add(builder.mul(a, b), c)", "builder.add(builder.add(a, b), c)", 0),
-        ("aten.integer_matmul", "builder.trunc(value, like(value.type, i16))", "builder.trunc(builder.lshr(value, constant(value.type, 1)), like(value.type, i16))", 0),
+        ("aten.integer_matmul", "builder.trunc(value, like(value.type, memory))", "builder.trunc(builder.lshr(value, constant(value.type, 1)), like(value.type, memory))", 0),
     ],
     "numba/_vectors.py": [
         ("rms_norm", "for i in (0, half))", "for i in (0, 0))", 0),
