@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-ORDER = ROOT / "flagops" / "orders" / "cpu-avx512-bf16.json"
+ORDER = ROOT / "flagops" / "orders" / "cpu-amd-avx512-bf16.json"
 MATMUL = "matmul bfloat16 V4-Flash, {} rows, worst to torch"
 CSA = "CSA layer, V4-Flash, 4096 tokens, f32, to transformers eager"
 TOKEN = "CSA layer, one token after 32768, to transformers eager"

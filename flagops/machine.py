@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import os
@@ -13,8 +14,8 @@ from flagops import arrays
 
 
 def kind(x: Any) -> str:
-    """The class of machine that fits where an array lies: ``cpu-avx512-bf16-amx``, ``cpu-avx512-bf16``, ``cpu-avx512``,
-    ``cpu-avx2``, ``cpu``, ``cuda``, or torch's name of another device."""
+    """The class of machine that fits where an array lies: ``cpu-intel-avx512-bf16-amx``, ``cpu-amd-avx2``, ``cpu``,
+    ``cuda``, or torch's name of another device."""
     if arrays.is_torch(x) and x.device.type != "cpu":
         return str(x.device.type)
     return cpu_kind()
@@ -26,7 +27,8 @@ def torchs_own(kind: str) -> bool:
 
 
 def cpu_kind() -> str:
-    """By the instructions that torch's kernels use: ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA can tell it not to."""
+    """By who made it, since the library that multiplies for torch (MKL) has better code for Intel's, and by the
+    instructions that torch's kernels use: ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA can tell it not to."""
     torch = sys.modules.get("torch")
     return "cpu" if torch is None else _cpu_kind(torch)
 
@@ -35,7 +37,21 @@ def cpu_kind() -> str:
 def _cpu_kind(torch: Any) -> str:
     units = torch.backends.cpu.get_cpu_capability().lower().partition("_")[0]
     named = units.startswith("avx"), _native_bf16(torch), _tiles(torch)
-    return "-".join(["cpu", *(unit for unit, there in zip((units, "bf16", "amx"), named, strict=True) if there)])
+    parts = ["cpu", cpu_vendor(), *(unit for unit, there in zip((units, "bf16", "amx"), named, strict=True) if there)]
+    return "-".join(part for part in parts if part)
+
+
+VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd", "HygonGenuine": "amd"}
+"""By what an x86 processor says of itself. Hygon's are AMD's Zen."""
+
+
+@functools.cache
+def cpu_vendor() -> str:
+    """``intel``, ``amd`` or, of another's and where nobody says, nothing."""
+    said = platform.processor()  # Windows' words hold it
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        said = next((line for line in file if line.startswith("vendor_id")), said)
+    return next((vendor for word, vendor in VENDORS.items() if word in said), "")
 
 
 def torch_has_native_bf16() -> bool:

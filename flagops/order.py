@@ -5,7 +5,7 @@ else that of ``orders/``, made by the same command on a machine of the class.
 
     {"run": {"*": ["numba", "torch"], "matmul.bfloat16.many": ["torch", "numba"]},
      "replace": {"matmul.float32": ["numba"], "scaled_dot_product_attention.training": []},
-     "kind": "cpu-avx512-bf16", "made": {...}, "measured": {...}}
+     "kind": "cpu-amd-avx512-bf16", "made": {...}, "measured": {...}}
 
 A key is an operator, ``.dtype`` of its result and ``.one``, ``.few`` or ``.many`` rows, the longest that is there, or
 ``*``. `run` lists backends, of which the first that takes the call computes it. `replace` lists those that take a call

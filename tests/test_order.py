@@ -35,7 +35,14 @@ def test_shipped_tables_name_what_exists():
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("cpu-unheard-of", "cpu"), ("cuda", "cuda"), ("npu", "other"), ("cpu-avx512-bf16", "cpu-avx512-bf16")],
+    [
+        ("cpu-unheard-of", "cpu"),
+        ("cuda", "cuda"),
+        ("npu", "other"),
+        ("cpu-amd-avx512-bf16", "cpu-amd-avx512-bf16"),
+        ("cpu-amd-avx512-bf16-more", "cpu-amd-avx512-bf16"),
+        ("cpu-avx512-bf16", "cpu"),
+    ],
 )
 def test_the_nearest_class_serves_a_machine_without_a_table(kind, name):
     assert order.shipped(kind).source == f"flagops/orders/{name}.json"
@@ -243,7 +250,62 @@ def test_what_a_model_only_asks_for_is_known():
     q = torch.randn(1, 2, 3, 8)
     model = tune_cases.Model("attention", lambda: lambda: F.scaled_dot_product_attention(q, q, q), "cpu")
     found = table(replace={"*": (), "scaled_dot_product_attention.float16": ("numba",), "rms_norm": ("numba",)})
-    assert model.asked(found) == ["scaled_dot_product_attention"]
+    assert model.asked(found) == (set(), {"scaled_dot_product_attention"})
+
+
+def test_the_calls_of_a_model_that_are_taken_are_known_by_key():
+    x, w = torch.randn(3, 64), torch.randn(64, 64)
+
+    def call():
+        return x @ w, x[:1] @ w, x.bfloat16() @ w.bfloat16()
+
+    model = tune_cases.Model("products", lambda: call, "cpu")
+    found = table(replace={"*": (), "matmul": ("numba",), "matmul.float32.few": (), "rms_norm": ("numba",)})
+    taken, operators = model.asked(found)
+    assert taken == {"matmul.bfloat16.few", "matmul.float32.one"}
+    assert operators == {"matmul"}
+
+
+class Slowed:
+    """A model whose time beside torch's is known: so many hundredths for each key or operator that is taken."""
+
+    title = "slowed"
+
+    def __init__(self, **hundredths):
+        self.hundredths = {key.replace("__", "."): cost for key, cost in hundredths.items()}
+
+    def asked(self, table):
+        return {key for key in self.hundredths if table.replace.get(key)}, {"matmul"} & self.hundredths.keys()
+
+    def ratios(self, tables, least, quick):
+        taken = {name: [key for key in self.hundredths if table.replace.get(key)] for name, table in tables.items()}
+        return {
+            name: tune_cases.Ratio(1.0 - sum(self.hundredths[key] for key in keys) / 100, 0.001)
+            for name, keys in taken.items()
+        }
+
+
+def test_what_slows_a_model_is_left_to_torch_by_key_and_by_operator_where_that_is_not_enough():
+    keys = {"matmul.float32.one": ("numba",), "matmul.bfloat16.one": ("numba",), "rms_norm": ("numba",)}
+    full = table(replace={"*": (), **keys})
+    left, ratio = tune._held(full, Slowed(matmul__float32__one=8, matmul__bfloat16__one=-3), False)
+    assert left.replace == {"*": (), **keys, "matmul.float32.one": ()}
+    assert ratio.middle == 1.03
+    left, ratio = tune._held(table(replace={"*": (), **keys, "matmul": ("numba",)}), Slowed(matmul=9), False)
+    assert left.replace == {"*": (), "rms_norm": ("numba",), "matmul": ()}
+    assert ratio.middle == 1.0
+    left, ratio = tune._held(full, Slowed(rms_norm=-1), False)
+    assert left == full
+
+
+def test_models_are_held_again_to_a_table_that_a_later_one_changed(monkeypatch):
+    full = table(replace={"*": (), "matmul.float32.one": ("numba",)})
+    gains, loses = Slowed(matmul__float32__one=-20), Slowed(matmul__float32__one=20)
+    gains.title = "gains"
+    monkeypatch.setattr(tune_cases, "models", lambda device: iter([gains, loses]))
+    left = tune._held_to_models(full, "cpu", False)
+    assert left.replace == {"*": (), "matmul.float32.one": ()}
+    assert {name: float(said.split()[0]) for name, said in left.made["models"].items()} == {"gains": 1, "slowed": 1}
 
 
 def test_a_model_is_raced_with_every_table_at_once():
@@ -268,10 +330,10 @@ def test_what_loses_in_a_whole_model_is_given_back(brief, tmp_path, monkeypatch,
         title = "a model"
 
         def asked(self, table):
-            return [op for op in ("linear", "matmul") if table.replaces_any(op)]
+            return set(), {op for op in ("linear", "matmul") if table.replaces_any(op)}
 
         def ratios(self, tables, least, quick):
-            return {name: tune_cases.Ratio(0.8 if "linear" in self.asked(t) else 1.1) for name, t in tables.items()}
+            return {name: tune_cases.Ratio(0.8 if t.replaces_any("linear") else 1.1) for name, t in tables.items()}
 
     monkeypatch.setattr(tune_cases, "models", lambda device: iter([Losing()]))
     path = tmp_path / "order.json"

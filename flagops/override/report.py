@@ -137,8 +137,8 @@ class Report:
         remedies = [f"  {reason}: {text}" for reason, text in self.remedies.items() if text]
         notes += ["what to do about calls left to torch:", *remedies] if remedies else []
         if self.kept:
-            names = ", ".join(self.kept)
-            notes.append(f"torch's, as measured on machines like this, until a backend is named: {names}")
+            names, table = ", ".join(self.kept), "the table of this class of machine (`flagops tune` makes its own)"
+            notes.append(f"torch's, by {table}, until a backend is named: {names}")
         if self.uncalled:
             more = len(self.uncalled) - _NAMED
             names = ", ".join(self.uncalled[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -158,7 +158,10 @@ def _shortest(rows: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]
 
 def _models(device: str) -> Iterator[tune_cases.Model]:
     """The models that can be run here, one after the other, with a word of how many are left."""
-    models = list(tune_cases.models(device))
+    yield from _said(list(tune_cases.models(device)))
+
+
+def _said(models: Sequence[tune_cases.Model]) -> Iterator[tune_cases.Model]:
     with contract.Progress(len(models)) as begin:
         for model in models:
             begin(model.title)
@@ -166,25 +169,37 @@ def _models(device: str) -> Iterator[tune_cases.Model]:
 
 
 def _held_to_models(table: order.Table, device: str, quick: bool) -> order.Table:
-    """The table without what makes a whole model slower, the costliest operator first."""
+    """The table without what makes a whole model slower; held to all models again where a later one changed it."""
+    models = list(tune_cases.models(device))
     seen: dict[str, tune_cases.Ratio] = {}
-    for model in _models(device):
-        ratio = model.ratios({MODELS: table}, LEAST, quick)[MODELS]
-        asked = model.asked(table) if ratio.below(LEAST) else []
-        while asked and ratio.below(LEAST):
-            others = model.ratios({MODELS: table} | {op: _without(table, op) for op in asked}, LEAST, quick)
-            now = others.pop(MODELS)
-            worst = max(others, key=lambda op: others[op].middle)
-            if others[worst].middle <= now.middle:
-                print(f"{model.title}: {now} times as fast as torch alone, no faster whatever is left to torch")
-                break
-            table, ratio = _without(table, worst), others[worst]
-            asked.remove(worst)
-            print(f"{model.title}: {worst} is left to torch, which makes it {ratio} times as fast as torch alone")
-        seen[model.title] = ratio
+    held: dict[str, order.Table] = {}
+    while again := [model for model in models if held.get(model.title) != table]:
+        for model in _said(again):
+            table, seen[model.title] = _held(table, model, quick)
+            held[model.title] = table
     if seen:
         _shown(seen)
     return dataclasses.replace(table, made={**table.made, MODELS: {name: str(ratio) for name, ratio in seen.items()}})
+
+
+def _held(table: order.Table, model: tune_cases.Model, quick: bool) -> tuple[order.Table, tune_cases.Ratio]:
+    """The table without what makes one model slower, the costliest first. Calls of one dtype and number of rows before
+    whole operators, by whose other calls another model gains; but only those whose every call is torch's cost nothing.
+    """
+    ratio = model.ratios({MODELS: table}, LEAST, quick)[MODELS]
+    for left in model.asked(table) if ratio.below(LEAST) else ():
+        while left and ratio.below(LEAST):
+            others = model.ratios({MODELS: table} | {key: _without(table, key) for key in sorted(left)}, LEAST, quick)
+            now = others.pop(MODELS)
+            worst = max(others, key=lambda key: others[key].middle)
+            if others[worst].middle <= now.middle:
+                break
+            table, ratio = _without(table, worst), others[worst]
+            left.remove(worst)
+            print(f"{model.title}: {worst} is left to torch, which makes it {ratio} times as fast as torch alone")
+    if ratio.below(LEAST):
+        print(f"{model.title}: {ratio} times as fast as torch alone, no faster whatever is left to torch")
+    return table, ratio
 
 
 def _checked(kind: str, device: str, quick: bool) -> int:
@@ -204,9 +219,10 @@ def _shown(seen: Mapping[str, tune_cases.Ratio]) -> None:
     tables.show("whole models", ("model", "times as fast as torch alone"), [(k, str(v)) for k, v in seen.items()])
 
 
-def _without(table: order.Table, operator: str) -> order.Table:
-    replace = {key: names for key, names in table.replace.items() if key.split(".")[0] != operator} | {operator: ()}
-    return dataclasses.replace(table, replace=replace)
+def _without(table: order.Table, key: str) -> order.Table:
+    """A table that leaves to torch the calls of a key, or all of an operator."""
+    whole = {k: names for k, names in table.replace.items() if "." in key or k.split(".")[0] != key}
+    return dataclasses.replace(table, replace=whole | {key: ()})
 
 
 def written(table: order.Table) -> str:

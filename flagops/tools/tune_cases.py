@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -75,10 +76,19 @@ def usable(device: str) -> list[str]:
     return [name for name in measure.usable(device) if name != "numpy"]
 
 
+LIMITS = (
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "NUMBA_CPU_NAME",
+    "NUMBA_CPU_FEATURES",
+)  # fmt: skip
+"""What tells a library to use less than the processor has, in the environment."""
+
+
 def circumstances() -> dict[str, Any]:
     """What else a table was made under."""
     found = measure.machine()
-    return {name: found[name] for name in ("cores", "threads", "torch cpu capability", "torch bfloat16", "system")}
+    told = {name: os.environ[name] for name in LIMITS if name in os.environ}
+    names = "cores", "threads", "torch cpu capability", "torch bfloat16", "system"
+    return {name: found[name] for name in names} | ({"told": told} if told else {})
 
 
 def cases(backends: Sequence[str], device: str, quick: bool = False) -> Iterator[Case]:
@@ -271,6 +281,19 @@ class Ratio:
         return f"{self.middle:.2f} ± {self.error:.2f}"
 
 
+@dataclass(frozen=True)
+class Watched(order.Table):
+    """A table that remembers what was taken from torch by it."""
+
+    taken: set[str] = field(default_factory=set)
+
+    def replaces(self, operator: str, dtype: str, rows: str, training: bool = False) -> tuple[str, ...]:
+        found = super().replaces(operator, dtype, rows, training)
+        if found:
+            self.taken.add(f"{operator}.training" if training else f"{operator}.{dtype}.{rows}")
+        return found
+
+
 @dataclass
 class Model:
     """A whole model at one task."""
@@ -280,19 +303,20 @@ class Model:
     device: str
     call: Call | None = None
 
-    def asked(self, table: order.Table) -> list[str]:
-        """The operators that it calls through us under ``enable()`` with a table: to leave one of their calls to torch
-        costs time as well."""
+    def asked(self, table: order.Table) -> tuple[set[str], set[str]]:
+        """The keys of its calls that are taken from torch under ``enable()`` with a table, and the operators that it
+        calls through us at all: to leave a call to torch costs time as well."""
         from flagops import enable
         from flagops.override.interpose import live
         from flagops.override.sites import Site
 
         self.call = call = self.call or self.make()
-        with order.forced(table), enable() as handle:
+        watched = Watched(**vars(table))
+        with order.forced(watched), enable() as handle:
             call()
             found = {row.op for row in handle.report().rows}
             sites = [site for site in live.values() if isinstance(site, Site) and f"aten::{site.name}" in found]
-            return sorted({site.lowering.operator for site in sites if site.lowering})
+            return watched.taken, {site.lowering.operator for site in sites if site.lowering}
 
     def ratios(self, tables: Mapping[str, order.Table], least: float, quick: bool = False) -> dict[str, Ratio]:
         """How many times as fast it is under ``enable()`` with each table, all in one race; longer where the first of
