@@ -61,7 +61,7 @@ ROWS = {
     "judge": Row(
         "every wrong kernel must be caught in each of ten default runs of flagops check",
         ("flagops/judge/*.py", "flagops/cases.py", "flagops/layouts.py", "tests/wrong_kernels/*.py"),
-        ((sys.executable, "tests/judge_table.py", "--again"),),
+        ((sys.executable, "tests/judge_table.py", "--again", "--jobs", "2"),),
     ),
     "accuracy": Row(
         "whatever edit of a kernel a trained DeepSeek-V4 tells by its loss, the parity suite must tell too",

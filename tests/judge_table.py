@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +100,10 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--only", default="", help="names that contain this")
+    parser.add_argument(
+        "--kernels", type=int, help="so many of the list, which begins with every kind (default: all)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once; each run has its own clock")
     parser.add_argument("--again", action="store_true", help="forget what was found by an older judge")
     args = parser.parse_args()
     if args.child:
@@ -107,20 +112,25 @@ def main() -> int:
     sys.path.insert(0, str(Path(__file__).parent))
     from wrong_kernels import kinds as wrong_kernels
 
-    names = [" ".join(key) for key in wrong_kernels.every() if args.only in " ".join(key)]
+    names = [" ".join(key) for key in wrong_kernels.every() if args.only in " ".join(key)][: args.kernels]
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if args.again and kept.get("sources") != digest():
         kept = {}
     runs = kept.setdefault("runs", {})
     kept["sources"] = digest()
+    groups = {k: g for k, (g, _, _) in wrong_kernels.KINDS.items()}
+    parts = []
     for seed in range(args.seed, args.seed + args.runs):
-        done = runs.setdefault(str(seed), {})
-        todo = [name for name in names if name not in done]
-        for at in range(0, len(todo), TOGETHER):
-            done.update(judge(todo[at : at + TOGETHER], seed, args.seconds))
-            print(f"seed {seed}: {len(done)} of {len(names)}", flush=True)
+        todo = [name for name in names if name not in runs.setdefault(str(seed), {})]
+        parts += [(seed, todo[at : at + TOGETHER]) for at in range(0, len(todo), TOGETHER)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        judged = {pool.submit(judge, part, seed, args.seconds): seed for seed, part in parts}
+        for future in as_completed(judged):
+            done = runs[str(judged[future])]
+            done.update(future.result())
+            print(f"seed {judged[future]}: {len(done)} of {len(names)}", flush=True)
             RESULTS.write_text(json.dumps(kept, indent=0) + "\n")
-            write(runs, {k: g for k, (g, _, _) in wrong_kernels.KINDS.items()})
+            write(runs, groups)
     missed = sorted({name for done in runs.values() for name, found in done.items() if found[0] == "ok"})
     print(f"{len(names)} wrong kernels, {len(runs)} runs, {len(missed)} missed in any", *missed, sep="\n")
     return 1 if missed else 0
