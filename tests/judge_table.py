@@ -100,9 +100,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--only", default="", help="names that contain this")
-    parser.add_argument(
-        "--kernels", type=int, help="so many of the list, which begins with every kind (default: all)"
-    )
+    parser.add_argument("--kernels", type=int, help="so many of the list, which begins with every kind (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once; each run has its own clock")
     parser.add_argument("--again", action="store_true", help="forget what was found by an older judge")
     args = parser.parse_args()
