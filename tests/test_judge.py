@@ -1,5 +1,6 @@
 """The judge: what it looks at, that it catches wrong kernels and no right ones, and the command around it."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -26,7 +27,7 @@ from flagops.judge.constants import constants
 from flagops.judge.draws import Coverage, Draws, features
 from flagops.judge.gradients import hold_gradient
 from flagops.judge.process import Watch, names
-from flagops.judge.session import Session
+from flagops.judge.session import LEAST_SHARE, Session
 
 _spec = importlib.util.spec_from_file_location("judge_table", Path(__file__).with_name("judge_table.py"))
 table = importlib.util.module_from_spec(_spec)
@@ -286,6 +287,30 @@ def test_a_file_is_judged_and_failures_do_not_end_the_others(tmp_path, capsys):
     assert main(replay) == 1
     assert found["rms_norm"]["finding"].splitlines()[0] in capsys.readouterr().err
     assert main(["ops", "--report", str(report), "--json"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "ran", "asked", "fails"),
+    [
+        ("float64", 20, 160, False),
+        ("float64", 0, 20, False),
+        ("float64", 0, 80, True),
+        ("float64", 5, 160, True),
+        ("all", 320, 500, False),
+        ("all", 280, 500, True),
+        ("all", 55, 500, True),
+    ],
+)
+def test_a_share_fails_where_it_was_shown_to_be_too_small(word, ran, asked, fails):
+    """An eighth of float64 that runs where two fifteenths must is a matter of the draw."""
+    session = Session(registry.operator("grouped_output_projection"), "numba", 1)
+    session.record.asked.update({"all": 500} | {word: asked})
+    session.record.ran.update({"all": 500} | {word: ran})
+    with pytest.raises(AssertionError, match=f"too few cases ran: .* of {word}") if fails else contextlib.nullcontext():
+        session._enough(False, LEAST_SHARE)
+    if 0 < ran < asked:
+        with pytest.raises(AssertionError, match=f"of {word}"):
+            session._enough(True, LEAST_SHARE)
 
 
 def test_a_case_reads_as_it_is_printed(rng):
