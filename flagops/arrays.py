@@ -121,6 +121,11 @@ def codes(x: Any) -> Any:
     return x.view(sys.modules["torch"].uint8 if is_torch(x) else "uint8")
 
 
+def compact(x: Any) -> Any:
+    """An array without gaps, copied where it has some."""
+    return x.contiguous() if is_torch(x) else sys.modules["numpy"].ascontiguousarray(x)
+
+
 def as_numpy(x: Any) -> Any:
     """A tensor in the host's memory (or an array) as a NumPy array on it; bfloat16 and FP8 become ml_dtypes."""
     if not is_torch(x):

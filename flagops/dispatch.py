@@ -50,6 +50,7 @@ class Plan:
     bound: Bound
     run: Callable[..., None]
     views: tuple[int, ...]
+    copies: tuple[int, ...]
     as_given: bool
     places: tuple[Place, ...] | None
     spans: tuple[Span, ...]
@@ -77,8 +78,11 @@ class Plan:
         return self.ready(args)
 
     def clean(self, args: Sequence[Any]) -> list[Any]:
-        """The arguments as kernels get them: normalised scalars, one-byte formats as uint8 codes, no neg bit."""
+        """The arguments as kernels get them: normalised scalars, one-byte formats as uint8 codes, no neg bit, and what
+        the backend's library misreads copied."""
         clean = list(args)
+        for position in self.copies:
+            clean[position] = arrays.compact(clean[position])
         for position, value in zip(self.operator.scalar_positions, self.bound.scalars, strict=True):
             clean[position] = value
         for position in self.views:
@@ -323,7 +327,8 @@ def _choose(
         _log_once(logging.INFO, operator.name, f"{name} runs", f"{bound.dtype}")
         on_cpu = not arrays.is_torch(first) or first.device.type == "cpu"
         spans = () if wrapped else memory.spans(operator, args)
-        views = _views(operator, args)
+        views, misreads = _views(operator, args), getattr(registry.backend(name), "misreads", None)
+        copies = tuple(operator.positions[n] for n, x in tensors.items() if misreads and not wrapped and misreads(x))
         out_spans = memory.out_spans(operator, args) if outs and not wrapped else ()
         return Plan(
             operator=operator,
@@ -332,7 +337,8 @@ def _choose(
             bound=bound,
             run=kernel.function,
             views=views,
-            as_given=not (views or bound.scalars or operator.coded_results),
+            copies=copies,
+            as_given=not (views or copies or bound.scalars or operator.coded_results),
             places=None if wrapped else _places(operator, args),
             spans=spans,
             out_spans=out_spans,

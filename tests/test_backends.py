@@ -423,3 +423,16 @@ def test_kernels_lower_to_neon():
     assert all(counts["calls"] and counts["vectors"] for counts in found.values()), found
     assert found["rms_norm"]["fused vectors"] > found["fp8_dequantize"]["fused vectors"] == 0
     assert found["int8_matmul"]["dot products"] > found["rms_norm"]["dot products"] == 0
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_what_torchs_library_misreads_is_copied(name):
+    """Products of depth 1: MKL ends the process on some processors where a vector's elements are 2 GiB apart."""
+    dtype = getattr(torch, name)
+    step = (1 << 31) // dtype.itemsize + 2048
+    weight = torch.empty(2 * step + 1, dtype=dtype).as_strided((3, 1), (step, 1))
+    weight.copy_(torch.randint(-9, 9, (3, 1)))
+    x, bias = torch.randint(-9, 9, (63, 1)).to(dtype), torch.randint(-9, 9, (3,)).to(dtype)
+    assert torch.equal(flagops.linear(x, weight, bias, backend="torch"), x * weight.mT + bias)
+    assert torch.equal(flagops.matmul(x, weight.mT, backend="torch"), x * weight.mT)
+    assert torch.equal(flagops.matmul(weight, x.mT, backend="torch"), weight * x.mT)

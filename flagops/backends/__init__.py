@@ -30,6 +30,9 @@ class Backend(Protocol):
     A backend may also have ``self_test()``, which `flagops doctor` runs where the backend is available: what it relies
     on and its library does not promise, each by name with what is wrong with it or None.
 
+    One whose library computes something else from some layouts may have ``misreads(array)``: an input for which that is
+    true is copied before a kernel sees it.
+
     What it may have besides, to make repeated calls cheaper, stands in `flagops.calls.replay`.
     """
 
