@@ -14,7 +14,7 @@ MUTANTS = {
         ("fp4_matmul", "GROUP * deep, into, first > 0", "GROUP * deep, into, first > deepest", 0),
         ("fp4_matmul", "unit * deep, into, first > 0", "unit * deep, into, first > deepest", 0),
         ("fp8_matmul", "part * most[1]", "0 * most[1]", 0),
-        ("fp4_matmul", "first * unit * GRID)", "0)", 0),
+        ("fp4_matmul", "first * unit * width)", "0)", 0),
     ],
     "numba/_coded_tiles.py": [
         ("fp4_matmul", "+ 4 * (lane // 4) for lane in range(16)]", "+ 4 * (lane // 8) for lane in range(16)]", 0),
