@@ -155,7 +155,7 @@ def decode_row(typingctx, codes, scales, table, blocks, packed, x):
                 at = builder.add(start, i64(first))
                 halves = _fp8_line(builder, read(builder, _OCTETS, builder.add(codes, at)), products)
                 for i, half in enumerate(halves):
-                    other = shuffle(builder, *halves, order[GROUP * i : GROUP * (i + 1)])
+                    other = shuffle(builder, halves[0], halves[1], order[GROUP * i : GROUP * (i + 1)])
                     place = builder.add(out, builder.shl(builder.add(at, i64(GROUP * i)), i64(1)))
                     write(builder, builder.select(packed, other, half), place)
             return []

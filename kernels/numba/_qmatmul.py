@@ -16,7 +16,7 @@ import numpy as np
 
 from flagops import config
 from flagops.arrays import dtype_name
-from flagops.backends.numba import jit, parallel, pointer, threads
+from flagops.backends.numba import jit, parallel, pointer, room, threads
 
 from .._moe import BLOCK, GROUP
 from . import _coded_pairs as pairs
@@ -340,14 +340,14 @@ def product(
     shape: tuple[Any, ...]
     table: tuple[Any, ...]
     for part in parts:
-        memory = np.empty(part.padded * ld * item + 64, np.uint8)
-        x = Block(kind, (pointer(memory) + 63) & ~63, ld)
+        _memory, place = room(part.padded * ld * item)
+        x = Block(kind, place, ld)
         parallel(
             _fill, part.padded, FLOAT32 if a_scale else TAGS[name], part.rows, k, a.address, a.strides[-1], part.where,
             *scale, *tables, products, packed, x, minimum=-(-SERIAL // (16 * max(k, 1))),
         )  # fmt: skip
         if paired and TILES:
-            x, memory = _panels(x, k, part)
+            x, _memory = _panels(x, k, part)
         if paired:
             kernel = _squared if TILES else _paired
             shape, table = (packed, n, k, part.mc, part.nc), (_address(_products[packed]),)
@@ -360,12 +360,16 @@ def product(
 
 
 class _Part(NamedTuple):
-    """Rows that are multiplied together: where each finds its A, scales and C, and how they and columns are cut."""
+    """Rows that are multiplied together: where each finds its A, scales and C, and how they and columns are cut.
+
+    apart: the blocks, whose A is counted in elements of rows that lie as they are filled.
+    """
 
     rows: int
     padded: int
     where: Any
     blocks: Any
+    apart: Any
     mc: int
     nc: int
     tasks: int
@@ -402,19 +406,19 @@ def _cut(
         tasks = len(blocks) * -(-n // nc)
         padded = rows + DOT_ROWS - 1 if rows > 1 else 1  # a tile may reach beyond its block
         minimum = 1 if team > 1 else tasks
-        parts.append(_Part(rows, padded, offsets[first : first + rows], blocks, mc, nc, tasks, minimum))
+        apart = blocks.copy()
+        apart[:, A] *= _apart(k, item)
+        parts.append(_Part(rows, padded, offsets[first : first + rows], blocks, apart, mc, nc, tasks, minimum))
     return parts
 
 
 def _panels(x: Any, k: int, part: _Part) -> tuple[Any, Any]:
     """Rows as `_squared` wants them, those of a block behind those of the one before; and their memory."""
     deep, across = round_up.py_func(k, BLOCK), round_up.py_func(part.mc, grid_width.py_func(part.mc))
-    blocks = part.blocks.copy()
-    blocks[:, A] *= x.row
-    memory = np.empty(len(blocks) * across * deep + GRID, np.uint16)
-    place = (pointer(memory) + 63) & ~63
+    memory, place = room(2 * len(part.blocks) * across * deep)
     least = -(-SERIAL // (4 * part.mc * max(k, 1)))
-    parallel(lay_all, len(blocks), x.tag, deep, part.mc, deep, (x.base, x.row, 1), blocks, place, minimum=least)
+    rows = x.base, x.row, 1
+    parallel(lay_all, len(part.blocks), x.tag, deep, part.mc, deep, rows, part.apart, place, minimum=least)
     return Block(x.tag, place, deep), memory
 
 
