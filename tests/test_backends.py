@@ -385,6 +385,13 @@ def test_bfloat16_is_multiplied_by_the_units_that_are_not_masked(units, tmp_path
             for left, right in (a, b.T), (a, b.T.copy()), (a.T.copy().T, b.T):
                 got = flagops.matmul(left, right, backend="numba")
                 compare(registry.operator("matmul"), dict(a=left, b=right), got, paired=kernel.paired)
+        x = rng.standard_normal((40, 256)).astype(ml_dtypes.bfloat16)
+        codes, scale = rng.integers(0, 256, (70, 128), numpy.uint8), rng.integers(120, 130, (70, 8), numpy.uint8)
+        given = None, codes, scale.view(ml_dtypes.float8_e8m0fnu), "float32"
+        rows, fp4 = flagops.fp4_matmul(x, *given, backend="numba"), registry.operator("fp4_matmul")
+        compare(fp4, dict(zip(fp4.inputs, (x, *given))), rows, paired=registry.find("fp4_matmul", "numba").paired)
+        for m in 1, 3, 16, 17, 33:
+            assert (flagops.fp4_matmul(x[:m], *given, backend="numba") == rows[:m]).all()
         small = numpy.full((1, 2), 2.0**-127).astype(ml_dtypes.bfloat16)
         large = (1 / small.T).astype(ml_dtypes.bfloat16)
         assert flagops.matmul(small, large, backend="numba")[0, 0] == (2 if {units == "none"} else 0)

@@ -4,6 +4,7 @@ import random
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -27,7 +28,16 @@ def _soon(monkeypatch):
 
 NUMBA = sorted(name for name in registry.operators() if registry.written(name, "numba"))
 NAMED = {"matmul", "linear", "rms_norm", "hc_post", "scaled_dot_product_attention", "swiglu", "rotary_embedding"}
-NAMED |= {"hc_pre", "hc_head", "moe_gate", "sparse_attention", "lightning_indexer", "fp8_quantize"}
+NAMED |= {
+    "fp4_matmul",
+    "hc_pre",
+    "hc_head",
+    "moe_gate",
+    "sparse_attention",
+    "lightning_indexer",
+    "fp8_quantize",
+    "fp8_matmul",
+}
 """Operators whose calls are small in a model that writes one token after the other."""
 
 
@@ -311,3 +321,35 @@ def test_what_is_met_a_few_times_is_not_noted_down(monkeypatch):
     assert not asked
     flagops.matmul(torch.ones(211, 7), torch.ones(7, 3), backend="numba")
     assert len(asked) == 1
+
+
+def test_room_to_work_in_is_taken_anew_for_each_replay():
+    noted = []
+
+    def kernel(x, out):
+        (first, one), (second, other) = _launches.room(9000), _launches.room(9000)
+        parallel(None, 4, Named(numba.pointer(x), 3), one, (other + 64, numba.pointer(out)))
+        assert first is not second
+
+    def parallel(kernel, tasks, *args, minimum=1):
+        if _launches.current.recording is None:
+            noted.append(args)
+        else:
+            _launches.current.recording.launch(kernel, tasks, args, minimum)
+
+    x, out = torch.zeros(2), torch.zeros(2)
+    places = iter([((0,), 0), ((1,), 0)])
+    seen = [_launches.stand_in(each, places) for each in (x, out)]
+    launch = _launches.replay(kernel, seen, parallel, 2, fail)
+    launch((x, out))
+    ((named, one, (other, goal)),) = noted
+    assert named == (x.data_ptr(), 3)
+    assert type(named) is Named
+    assert goal == out.data_ptr()
+    assert one % 64 == other % 64 == 0
+    assert abs(one - (other - 64)) >= 9000
+
+
+class Named(NamedTuple):
+    address: int
+    step: int

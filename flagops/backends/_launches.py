@@ -18,6 +18,7 @@ from flagops.calls import generated
 from flagops.calls.replay import Place
 
 _KEPT = 4096  # bytes of an array that is kept for calls of one signature
+_LINE = 64  # bytes of a line of the cache
 _MOST = 64  # launches of one call: whoever waits for what a loop writes would wait for ever
 
 
@@ -33,11 +34,26 @@ class _Current(threading.local):
 current = _Current()
 
 
+def room(size: int) -> tuple[Any, Any]:
+    """Memory for the loops of one call, which must hold on to it, and where so many bytes of it begin on a line."""
+    if current.recording is not None:
+        return current.recording.room(size)
+    memory = np.empty(size + _LINE, np.uint8)
+    return memory, -(-memory.ctypes.data // _LINE) * _LINE
+
+
 class Launch(NamedTuple):
     kernel: Any
     tasks: int
     args: tuple[Any, ...]
     minimum: int
+
+
+class Room(NamedTuple):
+    """Memory that each replay takes anew: the number in its recording, and bytes."""
+
+    number: int
+    size: int
 
 
 class Recording:
@@ -52,7 +68,13 @@ class Recording:
         self.comparisons: list[tuple[Address, Address, bool]] = []
         self.arrays: dict[int, Any] = {}
         self._left: dict[int, bytes] = {}
+        self._rooms = itertools.count()
         self._spoil = spoil
+
+    def room(self, size: int) -> tuple[Any, Address]:
+        """What `room` gives."""
+        own = Room(next(self._rooms), size)
+        return own, Address(own, 0)
 
     def address(self, x: Any) -> Address:
         """What `pointer` gives."""
@@ -79,7 +101,7 @@ class Recording:
 
 
 class Address:
-    """The address of a tensor that is yet to come or of an array of a kernel's own, or a place so many bytes behind.
+    """The address of a tensor or of room that is yet to come or of an array of a kernel's own, or so many bytes behind.
 
     here: what it is in the call that is recorded.
     """
@@ -87,7 +109,7 @@ class Address:
     __slots__ = ("behind", "here", "source")
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, source: Place | Any, here: int, behind: int = 0) -> None:
+    def __init__(self, source: Place | Room | Any, here: int, behind: int = 0) -> None:
         self.source, self.here, self.behind = source, here, behind
 
     def __add__(self, other: int) -> Address:
@@ -200,16 +222,19 @@ class _Writer:
             return self.array(x, again)
         if _fixed(x):
             return self.constant(x)
-        if type(x) is not tuple:
+        if not isinstance(x, tuple):
             raise Unrecordable(f"it hands on a {type(x).__name__}")
-        return f"({', '.join([self.word(y, z) for y, z in zip(x, again, strict=True)])},)"
+        kind = "" if type(x) is tuple else self.constant(type(x))
+        return f"{kind}({', '.join([self.word(y, z) for y, z in zip(x, again, strict=True)])},)"
 
     def address(self, x: Address, again: Address) -> str:
-        own = isinstance(x.source, np.ndarray)
-        key = id(x.source) if own else x.source
+        key = id(x.source) if isinstance(x.source, np.ndarray) else x.source
         if key not in self.addresses:
             name = self.addresses[key] = f"x{len(self.addresses)}"
-            if own:
+            if isinstance(x.source, Room):
+                self.heads.append(f"{name}_memory, {name} = {self.constant(room)}({self.constant(x.source.size)})")
+                return name
+            if isinstance(x.source, np.ndarray):
                 address = f'{self.array(x.source, again.source)}.__array_interface__["data"][0]'
             else:
                 path, behind = x.source
@@ -273,6 +298,6 @@ def _fixed(x: Any) -> bool:
 
 def _sample(x: Any) -> Any:
     """An argument with 0 for what addresses are to come."""
-    if type(x) is tuple:
-        return tuple(map(_sample, x))
+    if isinstance(x, tuple):
+        return tuple(map(_sample, x)) if type(x) is tuple else type(x)(*map(_sample, x))
     return 0 if isinstance(x, Address) else x

@@ -27,6 +27,7 @@ from ._store import Refused, Store
 log = logging.getLogger("flagops")
 
 _current = _launches.current
+room = _launches.room
 
 
 class _Numba:

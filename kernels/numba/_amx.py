@@ -18,14 +18,15 @@ from numba.extending import intrinsic
 from flagops.backends.numba import features, jit
 
 from ._blocks import Block, pack, round_up
-from ._ir import call, i8, i64, pointer
+from ._ir import call, i8, i16, i64, pointer
 from ._tiles import places
 
 GRID = 32
 """Rows and columns of a `tile_product`."""
 DEPTH = 32
 """Of one instruction; a depth is a multiple of it, filled with zeros."""
-_ROWS, _BYTES = 16, 64  # of a register
+_ROWS, _BYTES, _ITEM = 16, 64, 4  # of a register, and of a sum or two factors
+_LEFT, _RIGHT = (4, 5), (6, 7)  # the registers of factors; before them those of sums
 
 
 def _permitted() -> bool:
@@ -40,24 +41,36 @@ TILES = {"+amx-tile", "+amx-bf16", "+avx512f"} <= features() and _permitted()
 """Whether there are tile registers. Unset by NUMBA_CPU_NAME and _FEATURES."""
 
 
-def _shape() -> bytes:
-    """What `ldtilecfg` reads: palette 1, the bytes of a row of each of eight registers, and their rows."""
-    sizes = _BYTES.to_bytes(2, "little") * 8 + bytes(16)
-    return bytes([1]) + bytes(15) + sizes + bytes([_ROWS] * 8) + bytes(8)
+@jit
+def grid_width(columns):
+    """How wide panels of so many columns are: no wider than these, if half of the registers hold them."""
+    return columns if columns <= GRID // 2 else GRID
 
 
 @intrinsic
-def shape_tiles(typingctx, place):
-    """Give the registers of this thread their shape; what they had before goes to 64 bytes at an address."""
-    constant = ir.Constant(ir.ArrayType(i8, 64), bytearray(_shape()))
+def shape_tiles(typingctx, place, columns):
+    """Give the registers of this thread their shape; what they had before goes to 64 bytes at an address.
+
+    Those that hold columns have no more than so many: a row of B and of C is read and written no further.
+    """
 
     def generate(context, builder, signature, arguments):
-        call(builder, "x86.sttilecfg", pointer(builder, arguments[0]), result=ir.VoidType())
-        own = cgutils.global_constant(builder, "tiles", constant)
+        place, columns = arguments
+        call(builder, "x86.sttilecfg", pointer(builder, place), result=ir.VoidType())
+        few = builder.icmp_signed("<", columns, i64(_BYTES // _ITEM))
+        held = builder.trunc(builder.select(few, builder.mul(columns, i64(_ITEM)), i64(_BYTES)), i16)
+        # palette 1 and 15 bytes, the bytes of a row of each of eight registers, the same again of none, and their rows
+        layout = ir.LiteralStructType([i8, ir.ArrayType(i8, 15), *[i16] * 16, *[i8] * 16])
+        own = cgutils.alloca_once(builder, layout, zfill=True)
+        builder.store(i8(1), cgutils.gep_inbounds(builder, own, 0, 0))
+        for tile in range(8):
+            size = i16(_BYTES) if tile in _LEFT else held
+            builder.store(size, cgutils.gep_inbounds(builder, own, 0, 2 + tile))
+            builder.store(i8(_ROWS), cgutils.gep_inbounds(builder, own, 0, 18 + tile))
         call(builder, "x86.ldtilecfg", builder.bitcast(own, i8.as_pointer()), result=ir.VoidType())
         return context.get_dummy_value()
 
-    return types.none(types.int64), generate
+    return types.none(types.int64, types.int64), generate
 
 
 @intrinsic
@@ -99,11 +112,11 @@ def _product(wide):
                 near = builder.add(a, builder.mul(step.index, i64(_BYTES)))
                 deep = builder.add(b, builder.mul(builder.mul(step.index, i64(_ROWS)), b_row))
                 for i in range(2):
-                    move("tileloadd64", 4 + i, near, a_row, i)
+                    move("tileloadd64", _LEFT[i], near, a_row, i)
                 for j in range(1 + wide):
-                    move("tileloadd64", 6 + j, deep, b_row, 0, j)
+                    move("tileloadd64", _RIGHT[j], deep, b_row, 0, j)
                 for i, j, tile in sums:
-                    op("tdpbf16ps", i8(tile), i8(4 + i), i8(6 + j))
+                    op("tdpbf16ps", i8(tile), i8(_LEFT[i]), i8(_RIGHT[j]))
             for i, j, tile in sums:
                 move("tilestored64", tile, c, c_row, i, j)
             return context.get_dummy_value()
@@ -119,7 +132,7 @@ _whole, _half = _product(True), _product(False)
 @jit
 def tile_product(a, b, columns, k, c, add):
     """C[GRID, GRID] = A[.., k] B, plus C if add, where so many columns are wanted: A and B of bfloat16, B as `zip_rows`
-    leaves it, C of float32."""
+    leaves it, C of float32. Where the registers have fewer columns, so have B and C; one column of B lies as it is."""
     if columns > GRID // 2:
         _whole(a, b, k, c, add)
     else:

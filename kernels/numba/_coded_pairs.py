@@ -113,6 +113,8 @@ def fp8_decode(typingctx, codes, scales, table, blocks, out, ahead):
     """Write blocks of weights, scaled, in FP8_ORDER; what lies `ahead` of the codes is fetched."""
 
     def generate(context, builder, signature, arguments):
+        if not BYTES:  # compiled beside what runs
+            return context.get_dummy_value()
         codes, scales, table, blocks, out, ahead = arguments
 
         def step(block, values):
@@ -130,6 +132,41 @@ def fp8_decode(typingctx, codes, scales, table, blocks, out, ahead):
         return context.get_dummy_value()
 
     return types.none(*[types.int64] * 6), generate
+
+
+@intrinsic
+def decode_row(typingctx, codes, scales, table, blocks, packed, x):
+    """Write blocks of a row of FP8, scaled, in the order of the weights that it is multiplied with: FP4's if `packed`.
+
+    False where the row is wider than bfloat16 or there is no instruction for that, and nothing is written.
+    """
+    there = x[0].name == "bfloat16" and BYTES
+
+    def generate(context, builder, signature, arguments):
+        if not there:
+            return ir.Constant(ir.IntType(1), 0)
+        codes, scales, table, blocks, packed, x = arguments
+        out, _ = places(builder, x)
+        wanted = [first + place for first in (0, GROUP) for place in FP4_ORDER]
+        order = [FP8_ORDER.index(place) for place in wanted]
+
+        def step(block, values):
+            products = _fp8_products(builder, builder.add(scales, block), table)
+            start = builder.mul(block, i64(BLOCK))
+            for first in range(0, BLOCK, _LINE):
+                at = builder.add(start, i64(first))
+                halves = _fp8_line(builder, read(builder, _OCTETS, builder.add(codes, at)), products)
+                for i, half in enumerate(halves):
+                    other = shuffle(builder, halves[0], halves[1], order[GROUP * i : GROUP * (i + 1)])
+                    place = builder.add(out, builder.shl(builder.add(at, i64(GROUP * i)), i64(1)))
+                    write(builder, builder.select(packed, other, half), place)
+            return []
+
+        loop(builder, blocks, [], step)
+        return ir.Constant(ir.IntType(1), 1)
+
+    i = types.int64
+    return types.boolean(i, i, i, i, types.boolean, x), generate
 
 
 def _halves(builder, x, index):
@@ -174,6 +211,8 @@ def fp8_row(typingctx, x, codes, scales, table, valid, blocks, c, add, ahead):
     many bytes as they have are fetched from `ahead` on."""
 
     def generate(context, builder, signature, arguments):
+        if not BYTES:  # compiled beside what runs
+            return context.get_dummy_value()
         x, codes, scales, table, valid, blocks, c, add, ahead = arguments
         (x, _), codes, (scales, _) = places(builder, x), rows(builder, codes, valid), places(builder, scales)
 

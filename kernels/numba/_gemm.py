@@ -19,7 +19,7 @@ import numpy as np
 
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 
-from ._amx import DEPTH, GRID, TILES, restore_tiles, rows_of_tiles, shape_tiles, tile_product
+from ._amx import DEPTH, GRID, TILES, grid_width, restore_tiles, rows_of_tiles, shape_tiles, tile_product
 from ._blocks import Block, alive, at, clear, pack, round_up, scratch, shifted, turn, unpack_sum, zip_rows
 from ._ir import PAIRS, STORAGE
 from ._tiles import (
@@ -190,11 +190,13 @@ def _grids(start, stop, tag, factor, out_tag, n, k, mc, nc, span, turned, a, b, 
     """Squares of sums. The factor that lies along K is read where it lies, B if `turned`, whose product is C^T; of the
     other, panels are laid out in pairs, or have been where `laid` is an address."""
     (a, am, ak), (b, bk, bn), real = a, b, wide(tag)
-    high, across = round_up(nc if turned else mc, GRID), round_up(mc if turned else nc, GRID)
+    down, along = (nc, mc) if turned else (mc, nc)
+    width = grid_width(along)
+    high, across = round_up(down, GRID), round_up(along, width)
     memory, (panel, right) = scratch(tag, ((GRID, span + DEPTH), (across, span)))
     apart, (sums, flat, shape) = scratch(real, ((high, across), (mc, nc), (1, 16)))
     parts = -(-k // span)
-    shape_tiles(shape.base)
+    shape_tiles(shape.base, width)
     for task in range(start, stop):
         block, column = share(blocks, task, n, nc, terms)
         rows, columns = min(mc, blocks[block, ROWS]), min(nc, n - column)
@@ -210,12 +212,12 @@ def _grids(start, stop, tag, factor, out_tag, n, k, mc, nc, span, turned, a, b, 
             if laid != 0:
                 near = Block(tag, at(Block(tag, laid, span), (term * parts + part % parts) * across, 0), span)
             else:
-                _lay(tag, x, x_steps, depth, along, near)
+                _lay(tag, x, x_steps, depth, along, width, near)
             for i in range(0, down, GRID):
                 source, held = w + i * w_steps[0] * size(tag), (min(GRID, down - i), depth)
                 line = rows_of_tiles(source, w_steps, held, tag, panel, along > 2 * GRID)
                 for j in range(0, along, GRID):
-                    pairs = Block(tag, at(near, j, 0), 2 * GRID)
+                    pairs = Block(tag, at(near, j, 0), 2 * width)
                     tile_product(line, pairs, along - j, round_up(depth, DEPTH), shifted(sums, i, j), part > 0)
         if turned:
             turn(real, sums.base, (across, 1), (columns, rows), flat.base, (1, nc))
@@ -227,27 +229,28 @@ def _grids(start, stop, tag, factor, out_tag, n, k, mc, nc, span, turned, a, b, 
 
 
 @jit
-def _lay(tag, source, steps, depth, count, panels):
-    """Columns, GRID by GRID, each in a panel of pairs with zeros below."""
+def _lay(tag, source, steps, depth, count, width, panels):
+    """Columns, so many by so many, each in a panel of pairs with zeros below."""
     column, row = steps
-    for j in range(0, count, GRID):
-        panel = Block(tag, at(panels, j, 0), GRID)
-        zip_rows(source + j * column * size(tag), (row, column), (depth, min(GRID, count - j)), panel)
+    for j in range(0, count, width):
+        panel = Block(tag, at(panels, j, 0), width)
+        zip_rows(source + j * column * size(tag), (row, column), (depth, min(width, count - j)), panel)
         for r in range(round_up(depth, 2), round_up(depth, DEPTH), 2):
-            clear(tag, at(panel, r, 0), 2 * GRID)
+            clear(tag, at(panel, r, 0), 2 * width)
 
 
 @jit
 def lay_all(start, stop, tag, k, mc, span, a, blocks, laid):
     """Panels in pairs of all rows of A, those of a block and a part of the depth behind the last's."""
     a, am, ak = a
-    across, parts = round_up(mc, GRID), -(-k // span)
+    width, parts = grid_width(mc), -(-k // span)
+    across = round_up(mc, width)
     for task in range(start, stop):
         block, part = divmod(task, parts)
         first = part * span
         source = a + (blocks[block, A] + first * ak) * size(tag)
         panels = Block(tag, at(Block(tag, laid, span), task * across, 0), span)
-        _lay(tag, source, (am, ak), min(span, k - first), min(mc, blocks[block, ROWS]), panels)
+        _lay(tag, source, (am, ak), min(span, k - first), min(mc, blocks[block, ROWS]), width, panels)
 
 
 class View(NamedTuple):

@@ -16,11 +16,11 @@ import numpy as np
 
 from flagops import config
 from flagops.arrays import dtype_name
-from flagops.backends.numba import jit, parallel, pointer, threads
+from flagops.backends.numba import jit, parallel, pointer, room, threads
 
 from .._moe import BLOCK, GROUP
 from . import _coded_pairs as pairs
-from ._amx import DEPTH, GRID, TILES, restore_tiles, shape_tiles, tile_product
+from ._amx import DEPTH, GRID, TILES, grid_width, restore_tiles, shape_tiles, tile_product
 from ._blocks import Block, alive, at, clear, get, pack, put, round_up, scratch, shifted, turn, unpack, vget, vput
 from ._coded_tiles import FP8_FACTOR, PAIR, fp4_decode, fp4_row, fp4_table, fp8_decode, fp8_row
 from ._formats import FORMATS
@@ -50,6 +50,8 @@ from ._vectors import BYTE, FLOAT32, LANES, TAGS, load, size
 _FP8_FACTOR = np.float32(FP8_FACTOR)
 _ROWS = 128  # of a block
 _FEW = 64  # rows whose cut is kept
+_NEAR = 128  # so deep is a panel for few rows in tile registers, whose sums cost less than what falls out of L1
+_AHEAD = 512  # bytes of a row that are fetched before they are needed
 _A, _A_SCALE, _OUT = range(3)  # of what the offsets of a row are
 
 
@@ -85,11 +87,16 @@ def _multiply(source, count, factor, target):
 
 
 @jit
-def _fill(start, stop, tag, rows, k, a, column, offsets, scale, scale_step, coded, scales, values, packed, x):
+def _fill(start, stop, tag, rows, k, a, column, offsets, scale, scale_step, coded, scales, values, products, packed, x):
     """Rows of activations in the dtype of x, times their scales where there are any; zero beyond `rows` and k."""
     for row in range(start, stop):
         if row >= rows:
             clear(x.tag, at(x, row, 0), x.row)
+            continue
+        lie = scale != 0 and coded and column == 1 and scale_step == 1 and k % BLOCK == 0
+        place, above = a + offsets[row, _A], scale + offsets[row, _A_SCALE]
+        if lie and pairs.decode_row(place, above, products, k // BLOCK, packed, shifted(x, row, 0)):
+            clear(x.tag, at(x, row, k), x.row - k)
             continue
         if scale == 0:
             pack(tag, a + offsets[row, _A] * size(tag), (0, column), (1, k), shifted(x, row, 0), (1, x.row))
@@ -200,27 +207,29 @@ def _paired(start, stop, tag, packed, n, k, mc, nc, x, b, s, table, out, step, o
 @jit
 def _squared(start, stop, tag, packed, n, k, mc, nc, x, b, s, table, out, step, offsets, blocks):
     """As `_paired`, in tile registers: x holds the panels in pairs of all blocks of rows, each x.row deep."""
-    unit = GROUP if packed else BLOCK
-    deepest, groups = DOT_DEPTH // unit, -(-k // unit)
-    high, across = round_up(nc, GRID), round_up(mc, GRID)
-    memory, (panel,) = scratch(x.tag, ((GRID, DOT_DEPTH + DEPTH),))
+    (unit, per_byte), width = (GROUP, 2) if packed else (BLOCK, 1), grid_width(mc)
+    most, groups = DOT_DEPTH if mc > GRID else _NEAR, -(-k // unit)
+    high, across = round_up(nc, GRID), round_up(mc, width)
+    memory, (panel,) = scratch(x.tag, ((GRID, most + DEPTH),))
     further, (sums, flat, shape) = scratch(FLOAT32, ((high, across), (mc, nc), (1, 16)))
     apart, (codes, factors) = scratch(BYTE, ((GRID, DOT_DEPTH), (GRID, DOT_DEPTH // GROUP)))
-    shape_tiles(shape.base)
+    shape_tiles(shape.base, width)
     for task in range(start, stop):
         block, column = share(blocks, task, n, nc, 1)
         row, group, rows = blocks[block, A], blocks[block, B], blocks[block, ROWS]
-        columns = min(nc, n - column)
-        for i in range(0, columns, GRID):
-            valid = min(GRID, columns - i)
-            for first in range(0, max(groups, 1), deepest):
-                deep = min(deepest, groups - first)
-                place = group, column + i, first
-                w, scales = _coded(packed, b, s, place, (valid, deep), k, codes, factors)
-                _decoded(packed, w, scales, table, (valid, deep), panel, valid * b[2])
-                for j in range(0, rows, GRID):
-                    pairs = Block(x.tag, at(x, block * across + j, first * unit * GRID), 2 * GRID)
-                    tile_product(panel, pairs, rows - j, unit * deep, shifted(sums, i, j), first > 0)
+        columns, deepest = min(nc, n - column), most // unit
+        tiles, parts = -(-columns // GRID), max(1, -(-groups // deepest))
+        for each in range(tiles * parts):
+            counts = tiles, parts, 1 if most < DOT_DEPTH else rows
+            i, first, valid, deep = _part(each, counts, (GRID, deepest), (columns, groups))
+            w, scales = _coded(packed, b, s, (group, column + i, first), (valid, deep), k, codes, factors)
+            ahead, line = valid * b[2], k // per_byte
+            if most < DOT_DEPTH:  # along a row as far as there is more of it, then where the next ones begin
+                ahead = _AHEAD if first * unit // per_byte + _AHEAD < line else _AHEAD + ahead - line
+            _decoded(packed, w, scales, table, (valid, deep), panel, ahead)
+            for j in range(0, rows, GRID):
+                right = Block(x.tag, at(x, block * across + j, first * unit * width), 2 * width)
+                tile_product(panel, right, rows - j, unit * deep, shifted(sums, i, j), first > 0)
         turn(FLOAT32, sums.base, (across, 1), (columns, rows), flat.base, (1, nc))
         target = out + column * step * size(tag)
         _emit(tag, flat, rows, columns, np.float32(1), target, step, offsets[row:])
@@ -324,21 +333,21 @@ def product(
     parts = cut(steps, rows, n, k, packed, paired, threads() if rows * n * k > SERIAL else 1, config.budget(), bounds)
     kind, item = (TAGS["bfloat16"], 2) if paired else (FLOAT32, 4)
     scale = (a_scale.view.address, a_scale.view.strides[-1], a_scale.coded) if a_scale else (0, 0, False)
-    tables = _address(_values, "e8m0"), _address(_values, "e4m3")
+    tables, products = (_address(_values, "e8m0"), _address(_values, "e4m3")), _address(_products[False])
     weights = _matrices(b), _matrices(b_scale.view)
     ld = _apart(k, item)
     kernel: Any
     shape: tuple[Any, ...]
     table: tuple[Any, ...]
     for part in parts:
-        memory = np.empty(part.padded * ld * item + 64, np.uint8)
-        x = Block(kind, (pointer(memory) + 63) & ~63, ld)
+        _memory, place = room(part.padded * ld * item)
+        x = Block(kind, place, ld)
         parallel(
             _fill, part.padded, FLOAT32 if a_scale else TAGS[name], part.rows, k, a.address, a.strides[-1], part.where,
-            *scale, *tables, packed, x, minimum=-(-SERIAL // (16 * max(k, 1))),
+            *scale, *tables, products, packed, x, minimum=-(-SERIAL // (16 * max(k, 1))),
         )  # fmt: skip
         if paired and TILES:
-            x, memory = _panels(x, k, part)
+            x, _memory = _panels(x, k, part)
         if paired:
             kernel = _squared if TILES else _paired
             shape, table = (packed, n, k, part.mc, part.nc), (_address(_products[packed]),)
@@ -351,12 +360,16 @@ def product(
 
 
 class _Part(NamedTuple):
-    """Rows that are multiplied together: where each finds its A, scales and C, and how they and columns are cut."""
+    """Rows that are multiplied together: where each finds its A, scales and C, and how they and columns are cut.
+
+    apart: the blocks, whose A is counted in elements of rows that lie as they are filled.
+    """
 
     rows: int
     padded: int
     where: Any
     blocks: Any
+    apart: Any
     mc: int
     nc: int
     tasks: int
@@ -393,19 +406,19 @@ def _cut(
         tasks = len(blocks) * -(-n // nc)
         padded = rows + DOT_ROWS - 1 if rows > 1 else 1  # a tile may reach beyond its block
         minimum = 1 if team > 1 else tasks
-        parts.append(_Part(rows, padded, offsets[first : first + rows], blocks, mc, nc, tasks, minimum))
+        apart = blocks.copy()
+        apart[:, A] *= _apart(k, item)
+        parts.append(_Part(rows, padded, offsets[first : first + rows], blocks, apart, mc, nc, tasks, minimum))
     return parts
 
 
 def _panels(x: Any, k: int, part: _Part) -> tuple[Any, Any]:
     """Rows as `_squared` wants them, those of a block behind those of the one before; and their memory."""
-    deep, across = round_up.py_func(k, BLOCK), round_up.py_func(part.mc, GRID)
-    blocks = part.blocks.copy()
-    blocks[:, A] *= x.row
-    memory = np.empty(len(blocks) * across * deep + GRID, np.uint16)
-    place = (pointer(memory) + 63) & ~63
+    deep, across = round_up.py_func(k, BLOCK), round_up.py_func(part.mc, grid_width.py_func(part.mc))
+    memory, place = room(2 * len(part.blocks) * across * deep)
     least = -(-SERIAL // (4 * part.mc * max(k, 1)))
-    parallel(lay_all, len(blocks), x.tag, deep, part.mc, deep, (x.base, x.row, 1), blocks, place, minimum=least)
+    rows = x.base, x.row, 1
+    parallel(lay_all, len(part.blocks), x.tag, deep, part.mc, deep, rows, part.apart, place, minimum=least)
     return Block(x.tag, place, deep), memory
 
 

@@ -228,8 +228,49 @@ def hc_post(y: Any, x: Any, post: Any, comb: Any, out: Any) -> None:
     """Each channel of a token is read once, the streams and the new one together, and mixed in registers."""
     n, d = out.shape[-2:]
     tag, real, least = TAGS[dtype_name(out)], TAGS[dtype_name(post)], max(1, _GRAIN // (n * d * n + 1))
+    side_by_side = all(strides(each)[-1] == 1 for each in (y, x, out))
     for sizes, arrays in walk(out.shape[:-2], (1, 2, 1, 2, 2), y, x, post, comb, out):
-        parallel(_mix, math.prod(sizes), tag, real, sizes, n, d, *arrays, minimum=least)
+        if n == 4 and side_by_side:
+            parallel(_mix_four, math.prod(sizes), tag, real, sizes, d, *arrays, minimum=least)
+        else:
+            parallel(_mix, math.prod(sizes), tag, real, sizes, n, d, *arrays, minimum=least)
+
+
+@jit
+def _mix_four(start, stop, tag, real, sizes, d, y, x, post, comb, out):
+    """Four streams, as models have, whose sums and terms fit the registers; the sums are those of `_mix`."""
+    step = lanes(tag)
+    memory, (weights,) = scratch(real, ((4, 5),))
+    whole, zeros = d - d % step, vsplat(real)
+    for token in range(start, stop):
+        _weights(real, sizes, token, 4, post, comb, weights)
+        new, old = of_task(tag, y, sizes, token), of_task(tag, x, sizes, token)
+        goal = of_task(tag, out, sizes, token)
+        for c in range(0, whole, step):
+            term, first, second = vget(new, c, 0), vget(old, 0, c), vget(old, 1, c)
+            third, fourth = vget(old, 2, c), vget(old, 3, c)
+            for k in range(4):
+                total = fma(first, get(weights, k, 1), fma(term, get(weights, k, 0), zeros))
+                total = fma(third, get(weights, k, 3), fma(second, get(weights, k, 2), total))
+                vput(goal, k, c, fma(fourth, get(weights, k, 4), total))
+        for c in range(whole, d):
+            term, first, second = get(new, c, 0), get(old, 0, c), get(old, 1, c)
+            third, fourth = get(old, 2, c), get(old, 3, c)
+            for k in range(4):
+                total = fma(first, get(weights, k, 1), fma(term, get(weights, k, 0), real))
+                total = fma(third, get(weights, k, 3), fma(second, get(weights, k, 2), total))
+                put(goal, k, c, fma(fourth, get(weights, k, 4), total))
+    return alive(memory)
+
+
+@jit
+def _weights(real, sizes, token, n, post, comb, weights):
+    """What each new stream takes of the sublayer's output, and behind it of each old one."""
+    gates, entries = of_task(real, post, sizes, token), of_task(real, comb, sizes, token)
+    for k in range(n):
+        put(weights, k, 0, get(gates, k, 0))
+        for j in range(n):
+            put(weights, k, j + 1, get(entries, j, k * comb[2][1]))
 
 
 @jit
@@ -238,11 +279,7 @@ def _mix(start, stop, tag, real, sizes, n, d, y, x, post, comb, out):
     ld, padded_rows = _COLUMNS + across, -(-n // OUTER_ROWS) * OUTER_ROWS
     memory, (streams, sums, weights) = scratch(real, ((n + 1, ld), (padded_rows, ld), (padded_rows, n + 1)))
     for token in range(start, stop):
-        gates, entries = of_task(real, post, sizes, token), of_task(real, comb, sizes, token)
-        for k in range(n):
-            put(weights, k, 0, get(gates, k, 0))
-            for j in range(n):
-                put(weights, k, j + 1, get(entries, j, k * comb[2][1]))
+        _weights(real, sizes, token, n, post, comb, weights)
         new, old = of_task(tag, y, sizes, token), of_task(tag, x, sizes, token)
         goal = of_task(tag, out, sizes, token)
         for c in range(0, d, _COLUMNS):

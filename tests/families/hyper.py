@@ -11,6 +11,7 @@ MUTANTS = {
         ("hc_head", "stream, begin * channel)", "stream, begin)", 0),
         ("hc_head", "shifted(sums, 0, j), begin > 0)", "shifted(sums, 0, j), False)", 0),
         ("hc_head", "get(mix, i, j) * get(scales, 0, 0)", "get(mix, i, j)", 0),
+        ("hc_post", "vput(goal, k, c, fma(fourth, get(weights, k, 4)", "vput(goal, k, c, fma(fourth, get(weights, k, 3)", 0),
     ],
     "numba/_sinkhorn.py": [
         ("hc_split_sinkhorn", "balance(matrix, n, n, 1, columns, factors, small)", "balance(matrix, n, 1, n, columns, factors, small)", 0),

@@ -37,7 +37,8 @@ MUTANTS = {
     "numba/_amx.py": [
         ("matmul", "near, a_row, i)", "near, a_row, 0)", 0),
         ("matmul", "if columns > GRID // 2:", "if columns > GRID:", 0),
-        ("matmul", "i8(4 + i), i8(6 + j))", "i8(4), i8(6 + j))", 0),
+        ("matmul", "i8(_LEFT[i]), i8(_RIGHT[j]))", "i8(_LEFT[0]), i8(_RIGHT[j]))", 0),
+        ("matmul", "builder.select(few, builder.mul(columns, i64(_ITEM)), i64(_BYTES))", "columns", 0),
     ],
     "numba/_blocks.py": [
         ("rms_norm", "i * steps[0] + j * steps[1] + k", "j * steps[0] + i * steps[1] + k", 0),
@@ -104,4 +105,4 @@ MUTANTS = {
 
 PAIRED = {("numba/_blocks.py", i) for i in (6, 7)}
 IN_VECTORS = {("numba/_gemm.py", i) for i in (18, 19)}
-IN_TILES = {("numba/_gemm.py", i) for i in (23, 24, 25)} | {("numba/_amx.py", i) for i in range(3)}
+IN_TILES = {("numba/_gemm.py", i) for i in (23, 24, 25)} | {("numba/_amx.py", i) for i in range(4)}

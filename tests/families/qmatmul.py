@@ -14,7 +14,7 @@ MUTANTS = {
         ("fp4_matmul", "GROUP * deep, into, first > 0", "GROUP * deep, into, first > deepest", 0),
         ("fp4_matmul", "unit * deep, into, first > 0", "unit * deep, into, first > deepest", 0),
         ("fp8_matmul", "part * most[1]", "0 * most[1]", 0),
-        ("fp4_matmul", "first * unit * GRID)", "0)", 0),
+        ("fp4_matmul", "first * unit * width)", "0)", 0),
     ],
     "numba/_coded_tiles.py": [
         ("fp4_matmul", "+ 4 * (lane // 4) for lane in range(16)]", "+ 4 * (lane // 8) for lane in range(16)]", 0),
@@ -33,6 +33,7 @@ MUTANTS = {
         ("fp8_matmul", "start = builder.mul(block, i64(BLOCK))\n            further", "start = i64(0)\n            further", 0),
         ("fp8_matmul", "_fp8_products(builder, builder.add(scales, block), table)\n            start = builder.mul(block, i64(BLOCK))\n            further", "_fp8_products(builder, scales, table)\n            start = builder.mul(block, i64(BLOCK))\n            further", 0),
         ("fp4_matmul", "result.append(dot_pairs(builder, own, weight, total))", "result.append(dot_pairs(builder, own, weight, totals[0]))", 0),
+        ("fp4_matmul", "order = [FP8_ORDER.index(place) for place in wanted]", "order = wanted", 0),
     ],
     "torch/qmatmul.py": [
         ("fp8_matmul", "rows // 128", "rows // 64", 0),
@@ -52,6 +53,6 @@ MUTANTS = {
     ],
 }  # fmt: skip
 
-PAIRED = {("numba/_qmatmul.py", i) for i in (5, 6)} | {("numba/_coded_pairs.py", i) for i in range(10)}
+PAIRED = {("numba/_qmatmul.py", i) for i in (5, 6)} | {("numba/_coded_pairs.py", i) for i in range(11)}
 IN_VECTORS = {("numba/_qmatmul.py", 10)}
 IN_TILES = {("numba/_qmatmul.py", 12)}
