@@ -368,11 +368,20 @@ def _rounded(y: Array, error: Array, dtype: str) -> tuple[Array, Array]:
 
 
 def _quantised(x: Array, error: Any) -> tuple[Array, Array]:
-    """Values in FP8 under a power of two for each block of 128, and how far those of anything within the error lie."""
+    """Values in FP8 under a power of two for each block of 128, and how far those of anything within the error lie.
+
+    Some rows at a time: those of one channel are 128 wide meanwhile.
+    """
+    off = np.broadcast_to(np.asarray(error, x.dtype), x.shape)
+    rows = max(1, (1 << 22) // (BLOCK * max(_blocks(x.shape[1]), 1)))
+    parts = [_quantised_rows(x[at : at + rows], off[at : at + rows]) for at in range(0, max(len(x), 1), rows)]
+    values, moved = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return values, moved
+
+
+def _quantised_rows(x: Array, off: Array) -> tuple[Array, Array]:
     width = x.shape[1]
-    padded = [
-        np.pad(y, ((0, 0), (0, -width % BLOCK))) for y in (x, np.broadcast_to(np.asarray(error, x.dtype), x.shape))
-    ]
+    padded = [np.pad(y, ((0, 0), (0, -width % BLOCK))) for y in (x, off)]
     x, off = (y.reshape(y.shape[0], _blocks(width), BLOCK) for y in padded)
     scales = [
         _scale(np.abs(moved).max(-1, keepdims=True)) for moved in (x, np.abs(x) + off, np.maximum(np.abs(x) - off, 0))
