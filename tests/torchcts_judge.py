@@ -168,7 +168,7 @@ class Suite:
                     return f"took more than {PATIENCE} s" if late else "time"
 
 
-OVERLOAD = re.compile(r"aten::([\w.]+)' with arguments|aten::([\w.]+) has no kernel|'(\w[\w.]*)' not implemented")
+OVERLOAD = re.compile(r"aten::([\w.]+)' with arguments|(DispatchStub: missing kernel)")
 
 
 def missing(answer: dict[str, Any]) -> str | None:
