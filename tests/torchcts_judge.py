@@ -110,7 +110,9 @@ class Suite:
 
     def files(self) -> list[str]:
         found = [
-            str(path.relative_to(self.room)) for suite in SUITES for path in sorted((self.room / suite).glob("test_*.py"))
+            str(path.relative_to(self.room))
+            for suite in SUITES
+            for path in sorted((self.room / suite).glob("test_*.py"))
         ]
         return [file for file in found if any(part in file for part in self.options.only or [""])]
 
