@@ -4,8 +4,8 @@ That project (BSD, not on PyPI) judges a backend so: of each OpInfo, by name (no
 nonzero_static), those samples are taken that torch dispatches as one overload, and that this overload, called with the
 sample's own arguments, computes again within the tolerances. The backend's operator is called with the same arguments,
 after torch's, and both results are compared with atol = rtol = 1e-2 in every dtype, NaN being equal to NaN. A score is
-the mean over overloads of the share of samples that are right. In-place operators get the tensor that torch's has
-written already, and return it: what they are compared with is what they have written themselves.
+the mean over overloads of the share of samples that are right. (There, both get the same tensors, so what writes in
+place is compared with itself; here ours gets copies of what torch's was given.)
 
 ``--wrong`` offers the wrong kernels of tests/wrong_kernels of the operators that these overloads reach in place of
 ours, one process each, and says which of them the construction lets pass; ``flagops check`` catches every one
@@ -15,6 +15,7 @@ ours, one process each, and says which of them the construction lets pass; ``fla
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import multiprocessing
@@ -115,13 +116,15 @@ def named(overload: Any) -> str:
 
 def score(ops: list[str] | str, backend: Any, found: dict[Any, list[Test]]) -> dict[str, dict[str, Any]]:
     """By overload: samples, those that are right, and those that a kernel of the backend computed."""
-    rows = {}
-    theirs = {overload: [overload(*args, **kwargs) for args, kwargs in cases] for overload, cases in found.items()}
+    rows, theirs, again = {}, {}, {}
+    for overload, cases in found.items():
+        pairs = [(copy.deepcopy(case), overload(*case[0], **case[1])) for case in cases]  # what samples share may move
+        again[overload], theirs[overload] = zip(*pairs, strict=True)
     with flagops.enable(ops, backend=backend) as handle:
         count: dict[Any, int] = {}
         for overload, cases in found.items():
             row = {"samples": len(cases), "right": 0, "ours": 0, "wrong": ""}
-            for (args, kwargs), their in zip(cases, theirs[overload], strict=True):
+            for (args, kwargs), their in zip(again[overload], theirs[overload], strict=True):
                 try:
                     row["right"] += close(their, overload(*args, **kwargs))
                 except Exception as error:  # a kernel's own error is a sample that failed
