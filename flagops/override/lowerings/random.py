@@ -133,7 +133,8 @@ def bernoulli_each(steps: Steps, self: Tensor, p: Tensor, *, generator: Any = No
 @lowers("bernoulli", to="aten.uniform", whole=True, random=True)
 def bernoulli(steps: Steps, self: Tensor, *, generator: Any = None) -> Tensor:
     _floats(self)
-    out = goal(steps, self.shape, self.dtype, self)
+    given = next(iter(steps.given), None)  # of any dtype
+    out = goal(steps, self.shape, self.dtype if given is None else given.dtype, self)
     return copied(steps, _below(steps, self, self, generator), out)
 
 
