@@ -158,6 +158,16 @@ def test_whole_numbers_to_powers_below_zero(dtype):
         torch.pow(x, -1)
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_quotient_of_halves_is_rounded_before_it_is_cut(dtype, rng):
+    """But by one number, which stays in float32."""
+    x = torch.from_numpy(rng.standard_normal(300) * 100).to(dtype)
+    y = torch.from_numpy(rng.standard_normal(300)).to(dtype)
+    for other in (y, y[:1], y[0], 0.37):
+        expected = torch.div(x, other, rounding_mode="trunc")
+        assert torch.equal(under(lambda a, b: torch.div(a, b, rounding_mode="trunc"), x, other), expected)
+
+
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.int64))
 def test_destinations(dtype, rng):
     """``out=`` of another shape is resized, of another dtype converted or refused, one that overlaps itself refused."""

@@ -1,4 +1,4 @@
-"""TorchCTS judges the bare device under flagops: ``python tests/torchcts_judge.py`` (docs/enable.md says with what result).
+"""TorchCTS judges the bare device under flagops: ``python tests/torchcts_judge.py`` (the result: docs/enable.md).
 
 The suite (PyPI's torchcts, made for the conformance of any device) runs in an environment of its own, which borrows all
 else, on tests/bare: a device without kernels, under `flagops.enable`, as tests/torchcts_device.py declares it. Each of
@@ -40,11 +40,11 @@ from flagops import config
 from flagops.override.forms import forms
 from flagops.override.lowering import LOWERINGS
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).parent))
 from all import processor
 from torchcts_results import written
 
+HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "benchmarks" / "results" / "torchcts.json"
 VERSION = "0.4.1"
 PATIENCE = 600  # seconds without a word
