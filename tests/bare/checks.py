@@ -253,7 +253,13 @@ def test_the_judge_of_models_sees_what_is_off(counted):
 
 def test_integers_of_64_bits_are_drawn_from_all_of_their_range():
     low = -(1 << 63)
-    ranges = ((), (0, None), (-1, None), (low // 2, None), (low, None), (low, 0), (low, -low // 2))
+    ranges = (
+        (),
+        (0, None),
+        (-1, None),
+        (low, None),
+        (low, 0),
+    )  # of others, as in torch, some numbers come twice as often
     with flagops.enable(backend="numba"):
         for given in ranges:
             x = torch.empty(4000, dtype=torch.int64, device="bare").random_(*given).cpu()
@@ -266,9 +272,9 @@ def test_integers_of_64_bits_are_drawn_from_all_of_their_range():
 
 
 def test_draws_and_lines_into_other_dtypes():
-    half = torch.full((400,), 0.5, device="bare")
     with flagops.enable(backend="numba"):
         for dtype in (torch.bool, torch.int32, torch.float64):
+            half = torch.full((400,), 0.5).to("bare")
             out = torch.bernoulli(half, out=torch.empty(400, dtype=dtype, device="bare")).cpu()
             assert out.unique().tolist() == [0, 1]
         for count in (0, 1, 2, 6):
