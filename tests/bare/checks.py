@@ -267,8 +267,8 @@ def test_integers_of_64_bits_are_drawn_from_all_of_their_range():
             end = -low if end is None else end
             assert int(x.min()) >= begin
             assert int(x.max()) < end
-            middle = (x.double().mean() - (begin + end) / 2) / (end - begin)
-            assert abs(float(middle)) < 6 / (12 * 4000) ** 0.5  # six standard deviations
+            middle = (float(x.double().mean()) - (begin + end) / 2) / (end - begin)
+            assert abs(middle) < 6 / (12 * 4000) ** 0.5  # six standard deviations
 
 
 def test_draws_and_lines_into_other_dtypes():
