@@ -5,7 +5,7 @@ nonzero_static), those samples are taken that torch dispatches as one overload, 
 sample's own arguments, computes again within the tolerances. The backend's operator is called with the same arguments,
 after torch's, and both results are compared with atol = rtol = 1e-2 in every dtype, NaN being equal to NaN. A score is
 the mean over overloads of the share of samples that are right. (There, both get the same tensors, so what writes in
-place is compared with itself; here ours gets copies of what torch's was given.)
+place is compared with itself; here ours gets copies of what torch's was given, and the same seed.)
 
 ``--wrong`` offers the wrong kernels of tests/wrong_kernels of the operators that these overloads reach in place of
 ours, one process each, and says which of them the construction lets pass; ``flagops check`` catches every one
@@ -116,23 +116,33 @@ def named(overload: Any) -> str:
 
 def score(ops: list[str] | str, backend: Any, found: dict[Any, list[Test]]) -> dict[str, dict[str, Any]]:
     """By overload: samples, those that are right, and those that a kernel of the backend computed."""
-    rows, theirs, again = {}, {}, {}
+    rows: dict[str, dict[str, Any]] = {}
+    copies, theirs, ours = {}, {}, {}
     for overload, cases in found.items():
-        pairs = [(copy.deepcopy(case), overload(*case[0], **case[1])) for case in cases]  # what samples share may move
-        again[overload], theirs[overload] = zip(*pairs, strict=True)
+        pairs = [(copy.deepcopy(case), _seeded(overload, case)) for case in cases]  # what samples share may move
+        copies[overload], theirs[overload] = zip(*pairs, strict=True)
     with flagops.enable(ops, backend=backend) as handle:
         count: dict[Any, int] = {}
-        for overload, cases in found.items():
-            row = {"samples": len(cases), "right": 0, "ours": 0, "wrong": ""}
-            for (args, kwargs), their in zip(again[overload], theirs[overload], strict=True):
+        for overload, cases in copies.items():
+            row = rows[named(overload)] = {"samples": len(cases), "right": 0, "ours": 0, "wrong": ""}
+            ours[overload] = []
+            for case in cases:
                 try:
-                    row["right"] += close(their, overload(*args, **kwargs))
+                    ours[overload].append(_seeded(overload, case))
                 except Exception as error:  # a kernel's own error is a sample that failed
+                    ours[overload].append(error)
                     row["wrong"] = f"{type(error).__name__}: {error}"[:200]
                 called, count = served(handle, count)
                 row["ours"] += any(by for by, _ in called.values())
-            rows[named(overload)] = row
+    for overload in found:
+        rows[named(overload)]["right"] = sum(map(close, theirs[overload], ours[overload]))
     return rows
+
+
+def _seeded(overload: Any, case: Test) -> Any:
+    torch.manual_seed(0)
+    args, kwargs = case
+    return overload(*args, **kwargs)
 
 
 def mean(rows: dict[str, dict[str, Any]]) -> float:
