@@ -41,6 +41,7 @@ from flagops.override.lowering import LOWERINGS
 sys.path.insert(0, str(Path(__file__).parent))
 from all import processor
 from opinfo_judge import served
+from opinfo_results import shown
 from wrong_kernels import kinds
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "backendbench.json"
@@ -204,6 +205,7 @@ def main() -> int:
     if options.wrong:
         report["wrong kernels"] = wrong(list(every.values()))
     options.json.write_text(json.dumps(report, indent=1) + "\n")
+    shown(options.json.with_name("coverage.json"))
     return int(any(row["right"] < row["samples"] for name in DTYPES for row in report[name]["overloads"].values()))
 
 

@@ -158,6 +158,15 @@ def test_whole_numbers_to_powers_below_zero(dtype):
         torch.pow(x, -1)
 
 
+def test_bools_have_powers_of_one_number():
+    x = torch.tensor([True, False])
+    for exponent in (True, False):
+        for call in (lambda x, e: x.pow(e), lambda x, e: x.clone().pow_(e)):
+            assert torch.equal(under(call, x, exponent), call(x, exponent))
+    with flagops.enable("all", backend="numba"), pytest.raises(RuntimeError, match="pow"):
+        torch.pow(x, x)
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_a_quotient_of_halves_is_rounded_before_it_is_cut(dtype, rng):
     """But by one number, which stays in float32."""
@@ -282,7 +291,7 @@ def test_destinations_that_are_an_operand(call):
 def test_all_of_a_tensor_that_repeats_its_elements_is_filled():
     for call in (lambda x: x.fill_(2.5), lambda x: x.zero_()):
         x, y = torch.ones(3), torch.ones(3)
-        got = under(lambda y: [call(y.expand(2, 3).t()[1:]) for _ in range(2)], y)  # noqa: B023
+        got = under(lambda y: [call(y.expand(2, 3).t()[1:]) for _ in range(2)], y)
         call(x.expand(2, 3).t()[1:])
         assert torch.equal(x, y)
         assert got[1].stride() == (1, 0)
@@ -326,10 +335,10 @@ def test_complex_numbers_are_moved(dtype, rng):
 def test_sums_of_bools_with_a_factor():
     x, y = torch.tensor([[True], [False]]), torch.tensor([True, False])
     for alpha in (0, 1, 2, False):
-        assert torch.equal(under(lambda: torch.add(x, y, alpha=alpha)), torch.add(x, y, alpha=alpha))  # noqa: B023
+        assert torch.equal(under(lambda: torch.add(x, y, alpha=alpha)), torch.add(x, y, alpha=alpha))
         args = x, 0, torch.tensor([1, 1]), torch.tensor([[False], [True]])
         expected = torch.index_add(*args, alpha=alpha)
-        assert torch.equal(under(lambda: torch.index_add(*args, alpha=alpha)), expected)  # noqa: B023
+        assert torch.equal(under(lambda: torch.index_add(*args, alpha=alpha)), expected)
 
 
 def test_destinations_that_torch_resizes_are_laid_out_as_the_result():

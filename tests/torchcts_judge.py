@@ -42,7 +42,8 @@ from flagops.override.lowering import LOWERINGS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from all import processor
-from torchcts_results import written
+from opinfo_results import shown
+from strangers_results import kept
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "benchmarks" / "results" / "torchcts.json"
@@ -207,7 +208,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", nargs="*", metavar="WORD", help="files whose names have one of these")
     made.add_argument("--minutes", type=float, help="end after so long; --again goes on")
     made.add_argument("--again", action="store_true", help="go on where the last run ended")
-    made.add_argument("--json", type=Path, default=RESULTS, help="what is written, and beside it a table in Markdown")
+    made.add_argument("--json", type=Path, default=RESULTS, help="what is written; coverage.md beside it shows it")
     return made
 
 
@@ -241,7 +242,8 @@ def main() -> int:
         "level": options.level,
         "files": f"{len(whole)} of {len(files)}",
     }
-    written(options.json, facts, found)
+    options.json.write_text(json.dumps(kept(facts, found), indent=1) + "\n")
+    shown(options.json.with_name("coverage.json"))
     return int(any(answer["verdict"] == "ours" for answer in found))
 
 

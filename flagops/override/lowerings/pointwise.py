@@ -205,6 +205,8 @@ def pow(to: To, self: Any, exponent: Any) -> Call:
     computed, number = real(dtype), not isinstance(exponent, torch.Tensor)
     if number and exponent < 0 and not dtype.is_floating_point:
         raise Pass(REFUSED)
+    if number and dtype == torch.bool:  # to the power of 1 it is itself, of 0 true
+        return to("aten.bitwise_or", self, _operand(to, not exponent), "bool")
     if number and exponent == 2 and dtype.is_floating_point:
         return to("aten.mul", self, self, computed)
     return to("aten.pow", _operand(to, self), _operand(to, exponent), computed)
