@@ -61,9 +61,9 @@ def _torchcts(found: dict[str, Any]) -> Iterable[str]:
         f"TorchCTS {facts['torchcts']}, level {facts['level']}, {facts['files']} files, by its contracts of torch 2.12"
     )
     yield f"{ran}: torch {facts['torch']}, `enable(backend={facts['backend']!r})`, {facts['cpu']}, {facts['when']}."
-    yield f"Of {claimed} cases that the device claims {totals['passed']} passed, {totals['passed'] / max(1, claimed):.2%} strict;"
-    yield f"of all {run} that ran {totals['passed'] / max(1, run):.1%}. Again: `python tests/torchcts_judge.py`, whose text says"
-    yield "what the columns mean."
+    passed = totals["passed"]
+    yield f"Of {claimed} cases that the device claims {passed} passed, {passed / max(1, claimed):.2%} strict; of all {run}"
+    yield f"that ran {passed / max(1, run):.1%}. Again: `python tests/torchcts_judge.py`, whose text explains the columns."
     yield ""
     rows = [(suite, *(counts.get(word, 0) for word in VERDICTS)) for suite, counts in found["suites"].items()]
     yield tables.markdown(("suite", *VERDICTS), [*rows, ("all", *(totals[word] for word in VERDICTS))])
@@ -93,7 +93,8 @@ def _backendbench(found: dict[str, Any]) -> Iterable[str]:
     if verdicts:
         passed = sorted({name.split()[0] for name, verdict in found["wrong kernels"].items() if verdict == "passed"})
         yield ""
-        yield f"Of {sum(verdicts.values())} wrong kernels of products it lets {verdicts['passed']} pass, `flagops check` none:"
+        count = sum(verdicts.values())
+        yield f"Of {count} wrong kernels of products it lets {verdicts['passed']} pass, `flagops check` none:"
         yield f"{', '.join(passed)}."
-        yield "It sees no layout but a sample's own, no `out=`, no shape beyond some tens, seldom a second call, and no error"
-        yield "below a hundredth, absolute or relative: in float32 that is 170,000 roundings of 1, and the whole of a small result."
+        yield "It sees no layout but a sample's own, no `out=`, no shape beyond some tens, seldom a second call, and no"
+        yield "error below a hundredth, absolute or relative: 170,000 roundings of 1 in float32, and all of a small result."

@@ -291,7 +291,7 @@ def test_destinations_that_are_an_operand(call):
 def test_all_of_a_tensor_that_repeats_its_elements_is_filled():
     for call in (lambda x: x.fill_(2.5), lambda x: x.zero_()):
         x, y = torch.ones(3), torch.ones(3)
-        got = under(lambda y: [call(y.expand(2, 3).t()[1:]) for _ in range(2)], y)
+        got = under(lambda y: [call(y.expand(2, 3).t()[1:]) for _ in range(2)], y)  # noqa: B023
         call(x.expand(2, 3).t()[1:])
         assert torch.equal(x, y)
         assert got[1].stride() == (1, 0)
@@ -335,10 +335,10 @@ def test_complex_numbers_are_moved(dtype, rng):
 def test_sums_of_bools_with_a_factor():
     x, y = torch.tensor([[True], [False]]), torch.tensor([True, False])
     for alpha in (0, 1, 2, False):
-        assert torch.equal(under(lambda: torch.add(x, y, alpha=alpha)), torch.add(x, y, alpha=alpha))
+        assert torch.equal(under(lambda: torch.add(x, y, alpha=alpha)), torch.add(x, y, alpha=alpha))  # noqa: B023
         args = x, 0, torch.tensor([1, 1]), torch.tensor([[False], [True]])
         expected = torch.index_add(*args, alpha=alpha)
-        assert torch.equal(under(lambda: torch.index_add(*args, alpha=alpha)), expected)
+        assert torch.equal(under(lambda: torch.index_add(*args, alpha=alpha)), expected)  # noqa: B023
 
 
 def test_destinations_that_torch_resizes_are_laid_out_as_the_result():
