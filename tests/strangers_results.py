@@ -62,8 +62,9 @@ def _torchcts(found: dict[str, Any]) -> Iterable[str]:
     )
     yield f"{ran}: torch {facts['torch']}, `enable(backend={facts['backend']!r})`, {facts['cpu']}, {facts['when']}."
     passed = totals["passed"]
-    yield f"Of {claimed} cases that the device claims {passed} passed, {passed / max(1, claimed):.2%} strict; of all {run}"
-    yield f"that ran {passed / max(1, run):.1%}. Again: `python tests/torchcts_judge.py`, whose text explains the columns."
+    yield f"Of {claimed} cases that the device claims {passed} passed, {passed / max(1, claimed):.2%} strict;"
+    yield f"of all {run} that ran {passed / max(1, run):.1%}."
+    yield "Again: `python tests/torchcts_judge.py`, whose text explains the columns."
     yield ""
     rows = [(suite, *(counts.get(word, 0) for word in VERDICTS)) for suite, counts in found["suites"].items()]
     yield tables.markdown(("suite", *VERDICTS), [*rows, ("all", *(totals[word] for word in VERDICTS))])
@@ -97,4 +98,4 @@ def _backendbench(found: dict[str, Any]) -> Iterable[str]:
         yield f"Of {count} wrong kernels of products it lets {verdicts['passed']} pass, `flagops check` none:"
         yield f"{', '.join(passed)}."
         yield "It sees no layout but a sample's own, no `out=`, no shape beyond some tens, seldom a second call, and no"
-        yield "error below a hundredth, absolute or relative: 170,000 roundings of 1 in float32, and all of a small result."
+        yield "error below a hundredth, absolute or relative: 170,000 roundings of 1 in float32, all of a small result."
