@@ -1,4 +1,4 @@
-"""What the judges of other projects are told and how their answers are counted; they themselves are rows of test_all."""
+"""What the judges of other projects are told and how their answers are counted; they are rows of test_all."""
 
 import json
 import sys
