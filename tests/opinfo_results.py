@@ -111,6 +111,8 @@ def written(path: Path, now: dict[str, Any]) -> None:
 
 def shown(path: Path) -> None:
     """Write the table of the file at `path` beside it, and below what other judges have kept in its folder."""
+    if not path.exists():  # a run that is kept elsewhere
+        return
     lines = [*_text(json.loads(path.read_text())), *strangers_results.text(path.parent)]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
