@@ -14,9 +14,15 @@ VERDICTS = ("passed", "ours", "device", "suite", "unclaimed", "left out")
 REASONS = {
     "gelu": "torch's float32 gives NaN for gelu of infinity, its float64 and ours infinity",
     "convolution": "infinity times the padding's zeros: NaN, as in torch's float32; its bfloat16 leaves padding out",
+    "_batch_norm_no_update": "torch composes it of the CPU's own batch norm",
     "batch_norm": "on a device the means of halves are float32, as on CUDA; on the CPU halves",
     "group_norm": "torch's composition for devices takes a view that channels-last tensors have not",
     "view_as_real": "complex numbers are not claimed; the suite makes some to compare with",
+    "mode.values": "torch's own code names the devices that have `mode`",
+    "pin_memory": "a device's own tensors are not pinned",
+    "attention_overrideable": "torch's place for a device's own attention, which is replaced a step above",
+    "bool_causal": "torch's composition refuses a mask beside is_causal, which its CPU kernel takes",
+    "stride_and_storage_offset": "`.cpu()` of a view with gaps is dense, but on the CPU itself",
     "_stack.out": "torch's composition for devices is called where `stack` has made views before, and joins without",
 }
 """Why a case fails under flagops alone, by a word of its name."""
