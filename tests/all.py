@@ -163,6 +163,16 @@ ROWS = {
         ("flagops/**/*.py", "kernels/**/*.py", "tests/opinfo_*.py"),
         ((sys.executable, "tests/opinfo_judge.py"),),
     ),
+    "torchcts": Row(
+        "TorchCTS, another project's conformance suite, on the bare device, in an environment that it makes",
+        ("flagops/**/*.py", "kernels/**/*.py", "tests/bare/*", "tests/torchcts_*.py"),
+        ((sys.executable, "tests/torchcts_judge.py"),),
+    ),
+    "backendbench": Row(
+        "BackendBench's construction over what is replaced, and the wrong kernels that it lets pass",
+        ("flagops/**/*.py", "kernels/**/*.py", "tests/backendbench_judge.py", "tests/wrong_kernels/*.py"),
+        ((sys.executable, "tests/backendbench_judge.py", "--wrong"),),
+    ),
     "calls": Row(
         "1.6 million calls from 8 threads, 50,000 shapes in bounded memory, storms of forks and of new processes",
         (*KERNELS, "tests/test_storms.py"),

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import strangers_results
+
 from flagops import tables
 from flagops.override.forms import forms
 from flagops.override.lowering import LOWERINGS
@@ -104,7 +106,15 @@ def written(path: Path, now: dict[str, Any]) -> None:
     """Join a run to the file at `path`, and write the table of it in Markdown beside that."""
     found = joined(json.loads(path.read_text()) if path.exists() else {}, now)
     path.write_text(json.dumps(found, indent=1) + "\n")
-    path.with_suffix(".md").write_text("\n".join(_text(found)) + "\n")
+    shown(path)
+
+
+def shown(path: Path) -> None:
+    """Write the table of the file at `path` beside it, and below what other judges have kept in its folder."""
+    if not path.exists():  # a run that is kept elsewhere
+        return
+    lines = [*_text(json.loads(path.read_text())), *strangers_results.text(path.parent)]
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 def _text(found: dict[str, Any]) -> Iterable[str]:

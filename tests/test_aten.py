@@ -102,6 +102,9 @@ BINARY = {
     "integer": lambda x, y: x + 2,
     "clamp": lambda x, y: x.clamp(0, 2),
     "least": lambda x, y: x.clamp(min=0.5),
+    "no less than a number": lambda x, y: x.clamp_min(1),
+    "no less": lambda x, y: torch.clamp_min(x, y),
+    "no more": lambda x, y: torch.clamp_max(x, y),
     "masked": lambda x, y: x.masked_fill(x > 0, 1),
     "to": lambda x, y: x.to(torch.float32) + y.to(torch.int64),
     "in place": lambda x, y: x.clone().mul_(2),
@@ -153,6 +156,25 @@ def test_whole_numbers_to_powers_below_zero(dtype):
         assert torch.equal(under(torch.pow, base, exponent), torch.pow(base, exponent))
     with flagops.enable("all", backend="numba"), pytest.raises(RuntimeError, match="negative integer powers"):
         torch.pow(x, -1)
+
+
+def test_bools_have_powers_of_one_number():
+    x = torch.tensor([True, False])
+    for exponent in (True, False):
+        for call in (lambda x, e: x.pow(e), lambda x, e: x.clone().pow_(e)):
+            assert torch.equal(under(call, x, exponent), call(x, exponent))
+    with flagops.enable("all", backend="numba"), pytest.raises(RuntimeError, match="pow"):
+        torch.pow(x, x)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_quotient_of_halves_is_rounded_before_it_is_cut(dtype, rng):
+    """But by one number, which stays in float32."""
+    x = torch.from_numpy(rng.standard_normal(300) * 100).to(dtype)
+    y = torch.from_numpy(rng.standard_normal(300)).to(dtype)
+    for other in (y, y[:1], y[0], 0.37):
+        expected = torch.div(x, other, rounding_mode="trunc")
+        assert torch.equal(under(lambda a, b: torch.div(a, b, rounding_mode="trunc"), x, other), expected)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.int64))

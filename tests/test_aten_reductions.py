@@ -1,5 +1,6 @@
 """Torch's reductions and rows: their cards, and calls of torch's under `flagops.enable` held to float64."""
 
+import itertools
 import sys
 from functools import partial
 from pathlib import Path
@@ -253,3 +254,21 @@ def test_batch_norm_its_statistics_and_its_gradients_are_torchs(train, rng):
         assert "native_batch_norm_backward" in str(handle.report())
     for value, got in zip(own, made, strict=True):
         testing.assert_near(got.double(), value.double(), 200, torch.full(value.shape, 30.0).double())
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+def test_a_batch_norms_means_have_its_parameters_dtype(dtype, rng):
+    """That of whichever there is; torch refuses two of them."""
+    x = torch.from_numpy(rng.standard_normal((6, 3, 5))).to(dtype)
+
+    def dtypes(weight, bias, running):
+        made = [None if given is None else torch.ones(3, dtype=given) for given in (weight, bias, running, running)]
+        try:
+            return [y.dtype for y in torch.native_batch_norm(x, *made, True, 0.1, 1e-5)]
+        except RuntimeError:
+            return RuntimeError
+
+    kinds = list(itertools.product((None, dtype, torch.float32), repeat=3))
+    expected = [dtypes(*given) for given in kinds]
+    with flagops.enable("native_batch_norm", backend="numba"):
+        assert [dtypes(*given) for given in kinds] == expected

@@ -148,6 +148,27 @@ def test_experts_are_counted(rng, handle):
     assert torch.equal(index.histc(16, 0, 15), index.bincount(minlength=16).int())
 
 
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.bool])
+def test_what_is_searched_for_and_where_are_promoted(dtype):
+    """A number, a tensor of one and one of several: whether 1.5 is cut before it is looked for hangs on it."""
+    bounds = torch.tensor([0, 1, 2, 100]).to(dtype)
+    few = (torch.tensor(1.5), torch.tensor([[1.5, 99], [-1, 1]]))
+    sought = [1.5, 1, *(x.to(other) for other in DTYPES for x in few)]
+
+    def results():
+        for x in sought:
+            yield torch.bucketize(x, bounds), torch.bucketize(x, bounds, right=True, out_int32=True)
+            yield torch.searchsorted(bounds, x), torch.searchsorted(bounds, x, side="right")
+
+    expected = list(results())
+    with flagops.enable(OPS, backend="numba", strict=True):
+        got = list(results())
+    for ours, theirs in zip(got, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+
+
 def test_refusals_are_torchs():
     x = torch.arange(4.0)
     calls = (

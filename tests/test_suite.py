@@ -16,7 +16,10 @@ TASTE = {
         "test_muon.py": "steps of an optimizer, seeded: an iteration that amplifies what it is given",
         "test_torch_ops.py": "gradients in half precision, to show that they are no other function's",
     },
-    r"\bassert_close\((?!.*\batol=BOUND\b)": {"test_opinfo.py": "of whole numbers, where it is equality"},
+    r"\bassert_close\((?!.*\batol=BOUND\b)": {
+        "test_opinfo.py": "of whole numbers, where it is equality",
+        "backendbench_judge.py": "by another project's tolerance, whose blindness is what is shown",
+    },
     r"\b(default_rng\(\)|SystemRandom\(|Random\(\)|(?<!\.)\bGenerator\(\)(?!\.manual_seed))": {
         "conftest.py": "the seed of a run"
     },

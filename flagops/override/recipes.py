@@ -374,8 +374,9 @@ def _torchs_result(form: Form, named: dict[str, Any], device: Any, refuse: bool)
 
 
 def refuse_as_torch(form: Form, args: tuple[Any, ...]) -> None:
-    """Raise what torch raises for a call that it refuses; nothing is raised for others."""
-    if form.tensors:
+    """Raise what torch raises for a call that it refuses; nothing is raised for others, nor for one that only writes,
+    whose schema has no form without a destination."""
+    if form.inputs(args):
         _torchs_result(form, form.named(args), "meta", refuse=True)
 
 

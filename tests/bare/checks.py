@@ -249,3 +249,38 @@ def test_the_judge_of_models_sees_what_is_off(counted):
     assert run.judged("greedy", subject, tokens) == "ok"
     tokens[0, -1] += 1
     assert run.judged("greedy", subject, tokens) == "1 of 64 tokens differ"
+
+
+def test_integers_of_64_bits_are_drawn_from_all_of_their_range():
+    low = -(1 << 63)
+    ranges = (
+        (),
+        (0, None),
+        (-1, None),
+        (low, None),
+        (low, 0),
+    )  # of others, as in torch, some numbers come twice as often
+    with flagops.enable(backend="numba"):
+        for given in ranges:
+            x = torch.empty(4000, dtype=torch.int64, device="bare").random_(*given).cpu()
+            begin, end = (*given, None)[:2] if given else (0, None)
+            end = -low if end is None else end
+            assert int(x.min()) >= begin
+            assert int(x.max()) < end
+            middle = (float(x.double().mean()) - (begin + end) / 2) / (end - begin)
+            assert abs(middle) < 6 / (12 * 4000) ** 0.5  # six standard deviations
+
+
+def test_draws_and_lines_into_other_dtypes():
+    with flagops.enable(backend="numba"):
+        for dtype in (torch.bool, torch.int32, torch.float64):
+            half = torch.full((400,), 0.5).to("bare")
+            out = torch.bernoulli(half, out=torch.empty(400, dtype=dtype, device="bare")).cpu()
+            assert out.unique().tolist() == [0, 1]
+        for count in (0, 1, 2, 6):
+            same(
+                torch.linspace(-5, 5, count, dtype=torch.int16, device="bare"),
+                torch.linspace(-5, 5, count, dtype=torch.int16),
+            )
+        with pytest.raises(NotImplementedError, match="linspace"):
+            torch.linspace(0, 1, 3, dtype=torch.complex64, device="bare")

@@ -131,3 +131,12 @@ def test_norms_over_axes_that_are_no_view_as_one_and_with_a_negative_eps():
     with flagops.enable():
         got = torch.nn.functional.rms_norm(there, (4, 3), None, -0.01)
     assert_near(got.cpu(), expected, 20)
+
+
+def test_a_transposed_convolution_may_be_padded_beyond_a_stride():
+    def gradients(x, weight):
+        leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+        made = torch.nn.functional.conv_transpose2d(*leaves, stride=2, padding=1, output_padding=(2, 1), dilation=3)
+        return torch.cat([y.flatten() for y in (made, *torch.autograd.grad(made, leaves, made.detach()))])
+
+    held(gradients, drawn(2, 3, 4, 5), drawn(3, 4, 3, 2))

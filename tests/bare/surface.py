@@ -45,6 +45,10 @@ def module(default: torch.Generator) -> Any:
             """Nothing runs behind a caller's back."""
 
         @staticmethod
+        def empty_cache() -> None:
+            """Freed memory is the host's at once."""
+
+        @staticmethod
         def get_rng_state(device: Any = "bare") -> torch.Tensor:
             """Sixteen bytes: the seed and the offset in its stream."""
             return default.get_state()

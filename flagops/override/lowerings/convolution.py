@@ -62,9 +62,8 @@ def _inside(x: Tensor, padding: Sequence[int], sizes: Sequence[int]) -> Tensor:
     return x[where]
 
 
-def _rows(x: Tensor, g: _Geometry) -> Tensor:
-    """``[groups, N * windows, C / groups * kernel]``: each window of the input as a row."""
-    counts = g.windows(x.shape[2:])
+def _rows(x: Tensor, g: _Geometry, counts: Sequence[int]) -> Tensor:
+    """``[groups, N * windows, C / groups * kernel]``: each of the first so many windows of the input as a row."""
     x = _padded(x, g.padding)
     n, c, axes = x.shape[0], x.shape[1], len(counts)
     cut = x.as_strided(
@@ -80,13 +79,13 @@ def _rows(x: Tensor, g: _Geometry) -> Tensor:
     return cut.permute(order).reshape(g.groups, n * math.prod(counts), c // g.groups * math.prod(g.kernel))
 
 
-def _forward(x: Tensor, weight: Tensor, g: _Geometry) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, g: _Geometry, counts: Sequence[int]) -> Tensor:
     """``[N, O, windows]`` of a weight ``[O, C / groups, kernel]``."""
-    counts, n, o = g.windows(x.shape[2:]), x.shape[0], weight.shape[0]
+    n, o = x.shape[0], weight.shape[0]
     if min(counts) < 1:
         raise RuntimeError(f"Calculated padded input size is smaller than the kernel: {list(x.shape)}, {g.kernel}")
     matrix = weight.reshape(g.groups, o // g.groups, -1)
-    made = _rows(x, g).matmul(matrix.transpose(1, 2)).reshape(g.groups, n, *counts, o // g.groups)
+    made = _rows(x, g, counts).matmul(matrix.transpose(1, 2)).reshape(g.groups, n, *counts, o // g.groups)
     axes = len(counts)
     return made.permute(1, 0, axes + 2, *range(2, axes + 2)).reshape(n, o, *counts)
 
@@ -112,7 +111,7 @@ def _weights(x: Tensor, grad: Tensor, shape: Sequence[int], g: _Geometry) -> Ten
     """The gradient of a weight of this shape: rows of the input times the result's gradient."""
     n, o = grad.shape[:2]
     given = grad.reshape(n, g.groups, o // g.groups, -1).permute(1, 2, 0, 3).reshape(g.groups, o // g.groups, -1)
-    return given.matmul(_rows(x, g)).reshape(shape)
+    return given.matmul(_rows(x, g, grad.shape[2:])).reshape(shape)
 
 
 @lowers("convolution_overrideable", to="matmul", whole=True)
@@ -138,7 +137,7 @@ def convolution(
         ]
         made = _backward(input, weight, sizes, g)
     else:
-        made = _forward(input, weight, g)
+        made = _forward(input, weight, g, g.windows(input.shape[2:]))
     if bias is not None:
         made += bias.reshape(-1, *(1,) * len(g.kernel))
     return made
@@ -161,9 +160,11 @@ def convolution_backward(
     g = _geometry(weight.shape[2:], stride, padding, dilation, groups)
     grad_input = grad_weight = grad_bias = None
     if output_mask[0]:
-        grad_input = (
-            _forward(grad_output, weight, g) if transposed else _backward(grad_output, weight, input.shape[2:], g)
-        )
+        sizes = input.shape[2:]  # fewer than the windows of a result whose padding is longer than a stride
+        if transposed:
+            grad_input = _forward(grad_output, weight, g, sizes)
+        else:
+            grad_input = _backward(grad_output, weight, sizes, g)
     if output_mask[1]:
         given = (grad_output, input) if transposed else (input, grad_output)
         grad_weight = _weights(*given, weight.shape, g)

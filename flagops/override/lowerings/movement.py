@@ -171,12 +171,19 @@ def arange(steps: Steps, start: Any, end: Any, step: Any = 1) -> Tensor:
 
 @lowers("linspace.out", to="aten.linspace", whole=True)
 def linspace(call: Steps, start: Any, end: Any, steps: int) -> Tensor:
-    dtype = call.given[0].dtype  # type: ignore[union-attr]
-    if steps < 0 or not dtype.is_floating_point:
-        raise Pass("integers, which torch cuts from steps of its own" if steps >= 0 else REFUSED)
-    ends, computed, out = _ends(call, dtype, start, end), real(dtype), _line(call, steps)
-    call.run("aten.linspace", *ends, steps, computed, out=out.view(-1))
-    return out
+    import torch
+
+    (given,) = call.given
+    assert given is not None
+    if steps < 0:
+        raise Pass(REFUSED)
+    if not given.is_floating_point() and given.device.type == "cpu":
+        raise Pass("integers, which torch cuts from steps of its own")
+    out = _line(call, steps)
+    places = out if out.is_floating_point() else torch.empty(out.shape, dtype=torch.float64, device=out.device)
+    ends = _ends(call, places.dtype, *(x if out.is_floating_point() else int(x) for x in (start, end)))
+    call.run("aten.linspace", *ends, steps, real(places.dtype), out=places.view(-1))
+    return out if places is out else copied(call, places, out)
 
 
 @lowers("eye.m_out", "eye.out", to="aten.copy", whole=True)

@@ -115,8 +115,13 @@ def _quotient(steps: Steps, card: str, self: Any, other: Any) -> Tensor:
 def rounded_quotient(steps: Steps, self: Any, other: Any, *, rounding_mode: str | None) -> Tensor:
     import torch
 
+    dtype = torch.result_type(self, other)
     if rounding_mode is None:
-        return steps.elementwise("aten.div", self, other, dtype=floats(torch.result_type(self, other)))
+        return steps.elementwise("aten.div", self, other, dtype=floats(dtype))
+    several = isinstance(other, torch.Tensor) and other.numel() != 1  # one element stays in float32, as a number does
+    if rounding_mode == "trunc" and dtype in (torch.bfloat16, torch.float16) and several:
+        quotient = steps.elementwise("aten.div", self, other, dtype=floats(dtype))
+        return steps.elementwise("aten.trunc", quotient, dtype=floats(dtype))
     return _quotient(steps, f"aten.{rounding_mode}_divide", self, other)
 
 
@@ -200,6 +205,8 @@ def pow(to: To, self: Any, exponent: Any) -> Call:
     computed, number = real(dtype), not isinstance(exponent, torch.Tensor)
     if number and exponent < 0 and not dtype.is_floating_point:
         raise Pass(REFUSED)
+    if number and dtype == torch.bool:  # to the power of 1 it is itself, of 0 true
+        return to("aten.bitwise_or", self, _operand(to, not exponent), "bool")
     if number and exponent == 2 and dtype.is_floating_point:
         return to("aten.mul", self, self, computed)
     return to("aten.pow", _operand(to, self), _operand(to, exponent), computed)
@@ -429,10 +436,20 @@ def clamp(to: To, self: Tensor, min: Any = None, max: Any = None) -> Lowered:
         if limit is not None:
             dtype = torch.promote_types(dtype, torch.result_type(self, limit))
     computed = real(dtype)
-    if max is None and min is None:
+    if (max is None and min is None) or (computed == "bool" and isinstance(max if min is None else min, bool)):
         raise Pass(REFUSED)
     if max is None:
         return to("aten.maximum", _operand(to, self), _operand(to, min), computed)
     if min is None:
         return to("aten.minimum", _operand(to, self), _operand(to, max), computed)
     return to("aten.clamp", _operand(to, self), _operand(to, min), _operand(to, max), computed)
+
+
+@lowers("clamp_min", to="aten.maximum", elementwise=True)
+def clamp_min(to: To, self: Tensor, min: Any) -> Lowered:
+    return clamp(to, self, min)
+
+
+@lowers("clamp_max", to="aten.minimum", elementwise=True)
+def clamp_max(to: To, self: Tensor, max: Any) -> Lowered:
+    return clamp(to, self, max=max)

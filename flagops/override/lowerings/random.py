@@ -93,7 +93,12 @@ def random(steps: Steps, self: Tensor, from_: int = 0, to: int | None = None, *,
     count = end - from_
     if count <= 0:
         raise RuntimeError(f"random_ expects 'from' to be less than 'to', but got from={from_} >= to={end}")
-    count = 0 if count >= 1 << 63 else count
+    if count >= 1 << 63:  # more than the card can be told: of all 64 bits, those beyond the end begin again
+        numbers = _drawn(steps, "aten.random", self, from_, 0, generator=generator)
+        if count == 1 << 64 or self.dtype != torch.int64:
+            return numbers
+        again = numbers + ((1 << 64) - count if count > 1 << 63 else -(1 << 63))
+        return torch.where((numbers >= from_) & (numbers <= end - 1), numbers, again)
     if self.dtype == torch.bool:
         numbers = _drawn(steps, "aten.random", self, from_, count, generator=generator, dtype=torch.uint8)
         return copied(steps, numbers, torch.empty_like(self))
@@ -128,7 +133,8 @@ def bernoulli_each(steps: Steps, self: Tensor, p: Tensor, *, generator: Any = No
 @lowers("bernoulli", to="aten.uniform", whole=True, random=True)
 def bernoulli(steps: Steps, self: Tensor, *, generator: Any = None) -> Tensor:
     _floats(self)
-    out = goal(steps, self.shape, self.dtype, self)
+    given = next(iter(steps.given), None)  # of any dtype
+    out = goal(steps, self.shape, self.dtype if given is None else given.dtype, self)
     return copied(steps, _below(steps, self, self, generator), out)
 
 

@@ -50,12 +50,16 @@ _softmax("_softmax")
 _softmax("_log_softmax")
 
 
-def _stats(input: Tensor, weight: Tensor | None) -> Any:
-    """The dtype of means: on the CPU that of halves unless weights are wider, elsewhere that of the arithmetic."""
+def _stats(input: Tensor, *parameters: Tensor | None) -> Any:
+    """The dtype of means: on the CPU that of the parameters, which may be wider than halves, elsewhere that of the
+    arithmetic."""
     import torch
 
     if input.device.type == "cpu":
-        return input.dtype if weight is None else weight.dtype
+        given = {x.dtype for x in parameters if x is not None} or {input.dtype}
+        if len(given) > 1 or not given <= {input.dtype, *[torch.float32] * (input.dtype.itemsize == 2)}:
+            raise Pass(REFUSED)
+        return given.pop()
     return torch.promote_types(input.dtype, torch.float32)
 
 
@@ -78,7 +82,7 @@ def _normalised(input: Tensor, normalized_shape: Sequence[int], weight: Tensor |
 def native_layer_norm(
     to: Steps, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Any:
-    n, stats = _normalised(input, normalized_shape, weight, bias), _stats(input, weight)
+    n, stats = _normalised(input, normalized_shape, weight, bias), _stats(input, weight, bias)
     lead = input.shape[: input.dim() - len(normalized_shape)]
     y = input.new_empty(input.shape)
     mean, rstd = (input.new_empty((*lead, *[1] * len(normalized_shape)), dtype=stats) for _ in range(2))
@@ -130,7 +134,8 @@ def native_batch_norm(
     channels = input.shape[1]
     if any(x is not None and overlaps_itself(x) for x in (running_mean, running_var)):
         raise Pass("running statistics that overlap themselves")
-    results = input.dtype, *[_stats(input, weight)] * 2
+    stats = _stats(input, weight, bias, running_mean, running_var)
+    results = input.dtype, stats, stats
     if any(x is not None and x.dtype != y for x, y in zip(to.given, results, strict=False)):
         raise Pass("destinations of other dtypes than the results")  # before the statistics have moved
     if not training and any(x is not None and x.dim() != 1 for x in to.given[1:]):
@@ -159,7 +164,6 @@ def native_batch_norm(
     y = (input - spread(mean)) * spread(rstd if weight is None else rstd * weight)
     if bias is not None:
         y = y + spread(bias)
-    stats = _stats(input, weight)
     saved = (mean.to(stats), rstd.to(stats)) if training else [input.new_empty(0, dtype=stats) for _ in range(2)]
     y = y.to(input.dtype).contiguous(memory_format=suggest_memory_format(input))
     return y, *saved
