@@ -357,6 +357,23 @@ class Site(Registration):
         return plan
 
 
+class Parts(Registration):
+    """A list form, ``_foreach_add_``, of which a device has a kernel of its own: torch's composition instead, whose
+    calls for each tensor are ours."""
+
+    def call(self) -> Callable[..., Any]:
+        import torch
+
+        overload, key = Form(self.name).overload(), torch._C.DispatchKey.CompositeExplicitAutograd
+
+        def compose(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+            if thread.busy or not self.handles:
+                return self.torch(keyset, *args, **kwargs)
+            return overload._op_dk(key, *args, **kwargs)
+
+        return compose
+
+
 class Refusal(Registration):
     """An overload that flagops does not replace, which a strict handle lets nobody compute."""
 
