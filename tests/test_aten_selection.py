@@ -168,6 +168,24 @@ def test_refusals_are_torchs():
             call()
 
 
+def test_boundaries_and_what_is_sought_meet_in_one_dtype():
+    narrow, whole = torch.tensor([0.1, 0.2]), torch.tensor([1, 2, 3])
+    calls = (
+        lambda: torch.searchsorted(narrow, narrow.double(), right=True),
+        lambda: torch.searchsorted(narrow.double(), narrow),
+        lambda: torch.searchsorted(whole, torch.tensor([2.5, 1.0])),
+        lambda: torch.searchsorted(whole, torch.tensor(2.5)),
+        lambda: torch.searchsorted(whole, 2.5),
+        lambda: torch.searchsorted(narrow, 0.1, right=True),
+        lambda: torch.searchsorted(narrow, torch.tensor(0.1, dtype=torch.float64)),
+        lambda: torch.bucketize(torch.tensor([True, False]), narrow),
+    )
+    expected = [call() for call in calls]
+    with flagops.enable(OPS, backend="numba", strict=True):
+        found = [call() for call in calls]
+    assert all(map(torch.equal, found, expected))
+
+
 def test_results_are_brought_to_what_is_given_for_them(handle):
     x = torch.tensor([[3.0, 1, 2], [0, 5, 4]])
     values, indices = torch.empty(0), torch.empty(0, dtype=torch.int64)

@@ -82,11 +82,10 @@ def _sought(
 ) -> Tensor:
     import torch
 
-    if isinstance(x, torch.Tensor) and x.dtype != boundaries.dtype and x.dim():
-        raise Pass(REFUSED)
     if side not in (None, "left", "right") or (side == "left" and right):
         raise Pass(REFUSED)
-    x = _brought(steps, x, boundaries.dtype, boundaries)
+    dtype = torch.result_type(boundaries, x)
+    x, boundaries = _brought(steps, x, dtype, boundaries), _brought(steps, boundaries, dtype, boundaries)
     if boundaries.dim() != 1 and boundaries.shape[:-1] != x.shape[:-1]:
         raise Pass(REFUSED)
     if sorter is not None:
