@@ -111,8 +111,8 @@ def select_kernel(
         same = (at < n) & (key == last)
         kept = ((at < n) & (key < last)) | (same & (equal + tl.cumsum(same.to(tl.int32), 0) <= left))
         goal = taken + tl.cumsum(kept.to(tl.int32), 0) - 1
-        tl.store(chosen + row * k + goal, key, kept)
-        tl.store(places + row * k + goal, at, kept)
+        tl.store(chosen + row * k + goal, key, kept & (goal < k))
+        tl.store(places + row * k + goal, at, kept & (goal < k))
         taken += tl.sum(kept.to(tl.int32), 0)
         equal += tl.sum(same.to(tl.int32), 0)
 
