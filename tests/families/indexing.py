@@ -62,9 +62,9 @@ MUTANTS = {
         ("aten.uniform", "tl.load(state + state_step)", "tl.load(state)", 0),
         ("aten.normal", "far * cos(other)", "near * cos(other)", 0),
         ("aten.normal", "+ 0.5) * UNIT", ") * UNIT", 0),
-        ("aten.exponential", "log(_middle(c))", "log(_middle(b))", 0),
+        ("aten.exponential", "log(_middle(c))", "log(_middle(b))", 1),
         ("aten.random", "tl.where(some, near % divisor, near)", "near % divisor", 0),
         ("aten.random", "far.to(tl.int64) + low", "far.to(tl.int64)", 0),
-        ("aten.pick", "rounds, True)", "rounds, False)", 0),
+        ("aten.pick", " * tl.load(sums + n - 1, here, other=0.0)", "", 0),
     ],
 }
