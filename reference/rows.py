@@ -209,7 +209,7 @@ def log_softmax_backward_bound(exact: Array, arguments: Mapping[str, Any], dtype
         "weight": Tensor("n", FLOATS, optional=True),
         "bias": Tensor("n", FLOATS, optional=True),
     },
-    scalars={"eps": real((1e-5, 0.5, 1e-12), least=0), "stats": dtype_scalar(FLOATS)},
+    scalars={"eps": real((1e-5, 0.5, 1e-12, -0.5)), "stats": dtype_scalar(FLOATS)},
     result={"y": Tensor("... n", "x"), "mean": Tensor("...", "stats"), "rstd": Tensor("...", "stats")},
     workloads=_LOADS,
     flops=lambda dims, batch: 7.0 * math.prod(batch) * dims["n"],
@@ -222,7 +222,7 @@ def layer_norm(
     Args:
         x: ``[..., n]``, float16, bfloat16, float32 or float64, any strides.
         weight, bias: ``[n]``, of any of these dtypes; None for 1 and 0.
-        eps: added to the mean of squares, at least 0.
+        eps: added to the mean of squares; a row whose sum with it is below 0 becomes NaN.
         stats: the dtype of the mean and of `rstd`.
         out: ``(y, mean, rstd)`` to write into; allocated if None.
 
@@ -232,7 +232,7 @@ def layer_norm(
 
     Raises:
         TypeError: an argument is no array, or a dtype does not fit.
-        ValueError: `eps` is negative or not finite, or shapes do not fit.
+        ValueError: `eps` is not finite, or shapes do not fit.
 
     Source: torch's ``aten::native_layer_norm``.
     """
@@ -264,8 +264,10 @@ def layer_norm_bound(
     squares = np.square(distance).sum(-1) / n
     spread = (moved * (2 * distance + moved)).sum(-1) / n + (n + 4) * (acc.u * squares + acc.tiny)
     total = squares + arguments["eps"]
-    spread = spread + 2 * acc.u * total
-    root_off = np.where(spread < total, 1 / np.sqrt(np.maximum(total - spread, 0)) - 1 / np.sqrt(total), np.inf)
+    spread = spread + 2 * acc.u * (squares + abs(arguments["eps"]))
+    below = total < -spread  # the root of what is surely less than 0
+    with np.errstate(all="ignore"):
+        root_off = np.where(spread < total, 1 / np.sqrt(np.maximum(total - spread, 0)) - 1 / np.sqrt(total), np.inf)
     root_off = root_off + 4 * acc.u * magnitude(rstd)
     r = magnitude(rstd)[..., None]
     error = w * (distance * root_off[..., None] + moved * (r + root_off[..., None]) + 4 * acc.u * distance * r)
@@ -276,8 +278,13 @@ def layer_norm_bound(
     bounds = (error, off, root_off)
     result = [_off(e, o, d, np.zeros(()), dtypes[0]) for e, o, d in zip(exact, bounds, dtypes, strict=True)]
     return (
-        np.where(safe[..., None] & (w * (distance + 1) * np.maximum(r, 1) < largest / 4), result[0], np.inf),
-        *(np.where(safe, bound, np.inf) for bound in result[1:]),
+        np.where(
+            below[..., None],
+            0,
+            np.where(safe[..., None] & (w * (distance + 1) * np.maximum(r, 1) < largest / 4), result[0], np.inf),
+        ),
+        np.where(safe, result[1], np.inf),
+        np.where(below, 0, np.where(safe, result[2], np.inf)),
     )
 
 

@@ -8,12 +8,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 DTYPES += [torch.int8, torch.uint8, torch.bool]
 
 
-def compared(form, draws, ops):
+def compared(form, draws, ops, backend="numba"):
     """Results of flagops' kernels beside torch's own, which are computed while nothing is replaced; nothing is left."""
     calls = [form(draw) for draw in draws]
     expected = [function(*given) for function, given in calls]
     before = [[x.clone() for x in given] for _, given in calls]
-    with flagops.enable(ops, backend="numba") as handle:
+    with flagops.enable(ops, backend=backend) as handle:
         got = [function(*given) for function, given in calls]
         left = {(row.op, reason) for row in handle.report().rows for reason in row.passed}
     assert left == set()

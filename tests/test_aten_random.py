@@ -1,6 +1,8 @@
 """Random numbers by counters: the published vectors, their distributions, and the device that draws by them."""
 
+import importlib.util
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from flagops import registry
 from flagops.call import of
 
 FOLDER = Path(__file__).parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 # Random123's known answers: counter, key, words
 VECTORS = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -96,8 +99,12 @@ import math, sys
 sys.path.insert(0, sys.argv[1])
 import bare, torch, flagops
 bare.load()
-torch.bare.host_memory = True
-COUNT = 1 << 16
+backend = sys.argv[2]
+torch.bare.host_memory = backend == "numba"
+COUNT = 1 << (16 if backend == "numba" else 7)
+if backend == "triton":
+    import aten_device
+    aten_device.computing_by_triton()
 near = lambda x, mean, deviation: abs(float(x) - mean) < 6 * deviation / math.sqrt(COUNT)
 def on(*shape, **kind): return torch.empty(*shape, device="bare", **kind)
 weights = torch.tensor([[0.0, 1, 0, 3], [1, 1, 0, 0]]).repeat(COUNT // 2, 1)
@@ -118,7 +125,7 @@ CALLS = {
     "replaced": lambda: weights.to("bare").multinomial(3, True),
     "multinomial": lambda: weights.to("bare").multinomial(2),
 }
-with flagops.enable(backend="numba"):
+with flagops.enable(backend=backend):
     first = {}
     for name, call in CALLS.items():
         torch.manual_seed(5)
@@ -141,6 +148,8 @@ with flagops.enable(backend="numba"):
             assert "probab" in str(error), error
         else:
             raise AssertionError("weights that are none were taken")
+if backend == "triton":  # whose interpreter takes too long for many; the bits are the other's
+    sys.exit()
 assert near(first["rand"].mean(), 0.5, 1)
 assert near(first["randn"].mean(), 0, 1) and near(first["strided"].mean(), 0, 1)
 assert near(first["randint"].mean(), 0, 2) and set(first["randint"].tolist()) == set(range(-3, 4))
@@ -159,6 +168,9 @@ assert near((first["multinomial"][::2, 0] == 3).double().mean(), 0.75, 1)
 
 
 @pytest.mark.drawn
-def test_a_device_draws_by_its_seed():
-    done = subprocess.run([sys.executable, "-c", DEVICE, str(FOLDER)], capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("backend", ["numba", pytest.param("triton", marks=needs_triton)])
+def test_a_device_draws_by_its_seed(backend):
+    command = [sys.executable, "-c", DEVICE, str(FOLDER), backend]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr

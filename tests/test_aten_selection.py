@@ -1,5 +1,7 @@
 """Operators that order, choose, count and look for elements: torch's own results, form by form."""
 
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from aten_calls import DTYPES, Draw, compared
 
 OPS = "movement,indexing,selection,reductions"
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 @pytest.fixture
@@ -135,11 +138,13 @@ def test_results_are_torchs(form, rng):
 
 
 @pytest.mark.drawn
-def test_a_device_without_kernels_gets_them_all(rng):
-    """Also those of indexing: what is left to torch has nobody there."""
+@pytest.mark.parametrize("backend", ["numba", pytest.param("triton", marks=needs_triton)])
+def test_a_device_without_kernels_gets_them_all(backend, rng):
+    """Also those of indexing: what is left to torch has nobody there. Triton's need no memory of the host's."""
     script = Path(__file__).with_name("aten_device.py")
-    command = [sys.executable, "-W", "ignore", str(script), str(rng.integers(2**31))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-W", "ignore", str(script), str(rng.integers(2**31)), backend]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -182,6 +187,24 @@ def test_refusals_are_torchs():
             call()
         with flagops.enable(OPS, backend="numba"), pytest.raises(kind, match=words):
             call()
+
+
+def test_boundaries_and_what_is_sought_meet_in_one_dtype():
+    narrow, whole = torch.tensor([0.1, 0.2]), torch.tensor([1, 2, 3])
+    calls = (
+        lambda: torch.searchsorted(narrow, narrow.double(), right=True),
+        lambda: torch.searchsorted(narrow.double(), narrow),
+        lambda: torch.searchsorted(whole, torch.tensor([2.5, 1.0])),
+        lambda: torch.searchsorted(whole, torch.tensor(2.5)),
+        lambda: torch.searchsorted(whole, 2.5),
+        lambda: torch.searchsorted(narrow, 0.1, right=True),
+        lambda: torch.searchsorted(narrow, torch.tensor(0.1, dtype=torch.float64)),
+        lambda: torch.bucketize(torch.tensor([True, False]), narrow),
+    )
+    expected = [call() for call in calls]
+    with flagops.enable(OPS, backend="numba", strict=True):
+        found = [call() for call in calls]
+    assert all(map(torch.equal, found, expected))
 
 
 def test_results_are_brought_to_what_is_given_for_them(handle):

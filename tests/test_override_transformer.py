@@ -1,6 +1,7 @@
 """`flagops.enable` and torch's fused operators: norms, attention, grouped and FP8 products."""
 
 import contextlib
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 import flagops
 from flagops.override.forms import form_of
-from flagops.override.lowering import LOWERINGS
+from flagops.override.lowering import LOWERINGS, Pass
 from flagops.override.steps import Steps
 from flagops.testing import assert_near, assert_of
 
@@ -128,18 +129,21 @@ def test_norms_of_axes_that_are_no_view_as_one(backend):
             assert_of("rms_norm", got.flatten(-axes), y.flatten(-axes), None if w is None else w.flatten(), -0.01)
 
 
+def computed_by(backend, name, *args, **named):
+    """What the lowering of an overload that only CUDA has makes, called as a site calls it."""
+    overload = getattr(torch.ops.aten, name).default
+    steps = Steps(form_of(overload, name), backend, args)
+    result = LOWERINGS[name].function(steps, *args, **named)
+    assert backend in steps.by("").split("/")
+    return result
+
+
 @pytest.mark.parametrize("backend", usable("numba", "numpy"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_norm_that_cuda_has_in_one_kernel(dtype, backend):
-    """Its two results and its backward, called as a site calls them: a CPU composes it of parts that are replaced."""
+    """Its two results and its backward: a CPU composes it of parts that are replaced."""
 
-    def computed(name, *args):
-        overload = getattr(torch.ops.aten, name).default
-        steps = Steps(form_of(overload, name), backend, args)
-        result = LOWERINGS[name].function(steps, *args)
-        assert steps.by("").endswith(backend)
-        return result
-
+    computed = functools.partial(computed_by, backend)
     wide = torch.promote_types(dtype, torch.float32)
     for shape, weighted, eps in itertools.product(((7,), (3, 7)), (False, True), (None, 0.1)):
         x, w = torch.randn(4, 3, 7).to(dtype), torch.randn(shape).to(dtype) if weighted else None
@@ -156,6 +160,93 @@ def test_the_norm_that_cuda_has_in_one_kernel(dtype, backend):
             assert (a.dtype, a.shape) == (b.dtype, b.shape)
             assert_near(a, b, 100, 1 + b.detach().abs().sum())
         assert computed("_fused_rms_norm_backward", slope, x, list(shape), got[1], w, [False, False]) == (None, None)
+
+
+@pytest.mark.parametrize("backend", usable("numba", "triton"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared", [1, 2])
+def test_the_attention_that_cuda_has_in_one_kernel(shared, dtype, backend):
+    """Every result and every gradient of both kernels, held to float64; they lie as torch's shape functions say."""
+    computed = functools.partial(computed_by, backend)
+    for is_causal, scale, biased in ((False, None, False), (True, 0.3, False), (False, 0.5, True)):
+        q, k, v = (torch.randn(2, heads, 5, 8).to(dtype) for heads in (4, 4 // shared, 4 // shared))
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+        bias = torch.randn(4, 5, 5).to(dtype) if biased else None
+        leaves = [x.double().requires_grad_() for x in (q, k, v, *([bias] if biased else []))]
+        wide = [x.repeat_interleave(shared, 1) for x in leaves[1:3]]
+        logits = leaves[0] @ wide[0].mT * (8**-0.5 if scale is None else scale)
+        logits = logits + leaves[3] if biased else logits
+        logits = logits.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf) if is_causal else logits
+        expected, sums = logits.softmax(-1) @ wide[1], logits.logsumexp(-1)
+        slope = torch.randn(expected.shape).to(dtype)
+        grads = torch.autograd.grad(expected, leaves, slope.double())
+
+        def near(got, exact, like=None):
+            assert (got.shape, got.dtype) == (exact.shape, dtype)
+            assert like is None or got.stride() == like.stride()
+            assert_near(got, exact.detach(), 60, 1 + exact.detach().abs().sum())
+
+        meta = [x.to("meta") for x in (q, k, v)]
+        named, tail = {"scale": scale}, (0.0, is_causal)
+        if not biased:
+            name = "_scaled_dot_product_flash_attention"
+            got = computed(name, q, k, v, *tail, **named)
+            like = getattr(torch.ops.aten, name)(*meta, *tail, **named)
+            near(got[0], expected, like[0])
+            assert_near(got[1], sums.detach(), 60, 1 + sums.detach().abs())
+            assert got[2:6] == (None, None, 5, 5)
+            assert [(x.shape, x.dtype) for x in got[6:]] == [(x.shape, x.dtype) for x in like[6:]]
+            made = computed(f"{name}_backward", slope, q, k, v, *got[:6], *tail, *got[6:8], **named)
+            for x, exact, given in zip(made, grads, (q, k, v), strict=True):
+                near(x, exact, given)
+        name = "_scaled_dot_product_efficient_attention"
+        full = None if bias is None else bias.expand(2, 4, 5, 5)
+        for wanted in (True, False):
+            got = computed(name, q, k, v, full, wanted, *tail, **named)
+            like = getattr(torch.ops.aten, name)(*meta, None, wanted, *tail, **named)
+            near(got[0], expected, like[0])
+            assert [(x.shape, x.dtype, x.stride()) for x in got[1:]] == [
+                (x.shape, x.dtype, x.stride()) for x in like[1:]
+            ]
+            if wanted:
+                assert_near(got[1][..., :5], sums.detach(), 60, 1 + sums.detach().abs())
+        for needs in ([True, True, True, True], [False, True, False, False]):
+            made = computed(f"{name}_backward", slope, q, k, v, bias, *got, 0.0, needs, is_causal, **named)
+            exact = [*grads, None][:4]
+            for x, there, need in zip(made, exact, needs, strict=True):
+                assert (x is not None) == (need and there is not None)
+                if x is not None:
+                    near(x, there, x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 else None)
+
+
+def test_the_attention_that_cuda_has_is_called_and_differentiated_as_torchs():
+    """By name it stands at a CPU too, where torch's own kernel gives the same under another name."""
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    expected = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, 0.0, True)
+    (slope,) = torch.autograd.grad(expected[0].sin().sum(), q)
+    with flagops.enable("scaled_dot_product_attention", backend="numba") as handle:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention(q, q, q, 0.0, True)
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention(q, q, q, None, True, 0.0, True)
+        grads = [torch.autograd.grad(got[0].sin().sum(), q)[0] for got in (flash, efficient)]
+    for name in ("flash", "flash_attention_backward", "efficient", "efficient_attention_backward"):
+        name = name if "_" in name else f"{name}_attention"
+        assert counted(handle, f"_scaled_dot_product_{name}") == (1, {})
+    for got, sums, grad in ((flash[0], flash[1], grads[0]), (efficient[0], efficient[1][..., :5], grads[1])):
+        for ours, theirs in ((got, expected[0]), (sums, expected[1]), (grad, slope)):
+            assert_near(ours.detach(), theirs.detach(), 60, 1 + theirs.detach().abs().sum())
+
+
+def test_attention_of_cuda_that_is_not_ours_says_why():
+    q = torch.randn(1, 2, 3, 4)
+    flash = functools.partial(computed_by, "numba", "_scaled_dot_product_flash_attention")
+    with pytest.raises(Pass, match="dropout"):
+        flash(q, q, q, 0.5)
+    with pytest.raises(Pass, match="debugger"):
+        flash(q, q, q, 0.0, False, True)
+    with pytest.raises(Pass, match="as many keys"):
+        flash(q, q[:, :, :2], q[:, :, :2], 0.0, True)
+    with pytest.raises(Pass, match="refuses"):
+        flash(q, q[:, :, :, :2], q, 0.0)
 
 
 def test_gradients_of_attention_lie_as_torchs():

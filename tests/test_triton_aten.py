@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,15 @@ import torch
 from flagops import arrays, dispatch, registry, testing
 from flagops.call import of
 
+sys.path.insert(0, str(Path(__file__).parent))
+from test_aten_random import VECTORS, _words
+
 ROOT = Path(__file__).parents[1]
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+RANDOM = importlib.import_module("flagops.kernels.triton.random")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -191,13 +198,118 @@ def test_columns_of_many_rows_are_summed_by_parts(rng):
     assert torch.equal(got[2].cpu(), grad.sum(0))
 
 
+def _with_ties(dtype, rng):
+    """Rows of several parts in which elements meet, with both zeros, infinities and NaN where there are."""
+    x = torch.from_numpy(rng.integers(-9, 9, (2, 101)))
+    x = (x > 0) if dtype == "bool" else x.to(getattr(torch, dtype))
+    if x.is_floating_point():
+        special = torch.tensor([np.nan, np.inf, -np.inf, -0.0, 0.0, -np.nan]).to(x.dtype)
+        x[:, 40:70] = special[torch.from_numpy(rng.integers(0, 6, (2, 30)))]
+    elif dtype != "bool":
+        info = torch.iinfo(x.dtype)
+        x[0, 50], x[1, 3] = info.min, info.max
+    return x
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("dtype", arrays.DTYPES)
+def test_long_rows_are_ordered_by_digits_and_the_first_of_them_chosen(dtype, rng):
+    x = _with_ties(dtype, rng).to(DEVICE)
+    for descending in (False, True):
+        for name, *rest in (("sort", descending), ("topk", int(rng.integers(1, 33)), descending)):
+            operator = registry.operator(f"aten.{name}")
+            made = of(operator)(x, *rest, backend="triton")
+            testing.assert_of(operator.name, tuple(part.cpu() for part in made), x.cpu(), *rest)
+        assert [y.shape[-1] for y in of(registry.operator("aten.topk"))(x, 90, descending, backend="triton")] == [
+            90
+        ] * 2
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("reduce", ("assign", "sum", "prod", "amax", "amin"))
+def test_places_that_many_indices_name_are_written_once(reduce, rng):
+    """Rows of their own indices, and indices of all rows, of which neighbours are written side by side; of floats
+    whole numbers, of which sums are exact in every order."""
+    for dtype in rng.permutation(["float32", "bfloat16", "float64", "int32", "uint8", "bool"])[:2]:
+        kind = getattr(torch, dtype)
+        x, src = (torch.from_numpy(rng.integers(0, 3, shape)).to(kind) for shape in ((3, 11), (3, 90)))
+        index = torch.from_numpy(rng.integers(-11, 11, (3, 90)))
+        for include in (True, False):
+            _held("aten.scatter", x, index, src, reduce, include, True)
+            _held("aten.scatter", x, index[0], src, reduce, include, True)
+            _held(
+                "aten.scatter", x.t().contiguous().t(), index[0].int(), src.t().contiguous().t(), reduce, include, True
+            )
+
+
+def test_rows_of_a_table_are_summed_in_registers(rng):
+    grad, index = torch.from_numpy(rng.integers(-4, 5, (90, 7))).float(), torch.from_numpy(rng.integers(0, 6, 90))
+    for padding, by_frequency in ((-1, False), (2, False), (2, True)):
+        _held("aten.embedding_dense_backward", grad, index, 6, padding, by_frequency)
+    expected = torch.zeros(6, 7).index_add(0, index, grad)
+    assert torch.equal(_held("aten.embedding_dense_backward", grad, index, 6, -1, False), expected)
+
+
+@pytest.mark.parametrize("wrong", (7, -8, 2**40, -(2**63)))
+def test_indices_out_of_range_are_refused_and_move_nothing(wrong):
+    room = torch.zeros(3, 21, device=DEVICE)
+    x, index = room[:, 7:14], torch.tensor([0, 6, wrong, -7], device=DEVICE)
+    gather, scatter, offset = (of(registry.operator(f"aten.{name}")) for name in ("gather", "scatter", "offset"))
+    calls = [
+        lambda: gather(x, index, True, backend="triton"),
+        lambda: scatter(x, index, torch.ones(3, 4, device=DEVICE), "sum", True, True, out=x, backend="triton"),
+        lambda: offset(torch.tensor(0), index, 7, 3, backend="triton"),
+    ]
+    for call in calls:
+        with pytest.raises(IndexError, match=f"index {wrong} is out of bounds for an axis of size 7"):
+            call()
+    assert not room.any()
+    with pytest.raises(IndexError, match="index -7"):
+        gather(x, index[3:], False, backend="triton")
+    assert gather(x, index[:2], True, backend="triton").tolist() == [[0.0, 0.0]] * 3
+
+
+def test_where_a_row_of_weights_is_zero_nothing_is_picked(rng):
+    weights = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]])
+    draws = torch.tensor([[0.0, 0.24, 0.25, 1 - 2**-53], [0.0, 0.5, 0.9, 1 - 2**-53]], dtype=torch.float64)
+    assert _held("aten.pick", weights, draws).tolist() == [[1, 1, 3, 3], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), VECTORS)
+def test_the_generator_is_philox(counter, key, words):
+    """A block's number is the lower half of the counter, the offset the upper, and the seed the key."""
+    low, high, seed = (
+        int.from_bytes(x.tobytes(), "little", signed=True) for x in np.split(_words(f"{counter} {key}"), 3)
+    )
+    state, out = torch.tensor([seed, high]), torch.empty(4, dtype=torch.int64)
+    target = out.to(DEVICE)
+    words_kernel[(1,)](state.to(DEVICE), target, low)
+    assert target.tolist() == _words(words).tolist()
+
+
+@triton.jit(do_not_specialize=["block"])
+def words_kernel(state, out, block):
+    a, b, c, d = RANDOM.words(state, 1, tl.cast(block, tl.int64))
+    tl.store(out, a.to(tl.int64))
+    tl.store(out + 1, b.to(tl.int64))
+    tl.store(out + 2, c.to(tl.int64))
+    tl.store(out + 3, d.to(tl.int64))
+
+
+def test_both_backends_draw_the_same_bits(rng):
+    state = torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, 2))
+    for name, *rest in (("uniform", 0.0, 1.0, "float32"), ("random", 0, 10, "int64"), ("random", 0, 0, "int64")):
+        drawn = [of(registry.operator(f"aten.{name}"))(state, 1001, *rest, backend=b) for b in ("numba", "triton")]
+        assert torch.equal(*drawn)
+
+
 COMPILE = """
 import json, sys
 sys.path.insert(0, "benchmarks")
 import triton_compile as compiler
 
 names = [f"aten.{name}" for name in ("div", "rsqrt", "gelu", "remainder", "copy", "adamw")]
-names += ["aten.sum", "aten.max_dim", "aten._softmax"]
+names += ["aten.sum", "aten.max_dim", "aten._softmax", "aten.gather", "aten.scatter", "aten.topk", "aten.normal"]
 found = []
 for blank, launch in compiler.rows(targets=["sm_75", "sm_90", "gfx942"], names=names):
     if "drawn" in blank.label and (blank.target != "sm_90" or "elementwise" not in blank.kernel):
@@ -221,7 +333,7 @@ def test_compiled_programs_round_once_and_load_whole_vectors():
     for row in rows:
         assert not row["faults"], row
         assert not row["approximate"], row
-        if " 4M." in row["name"] and "gfx" not in row["name"]:
+        if " 4M." in row["name"] and not re.search("gfx|draw_kernel", row["name"]):  # draws load nothing
             assert row["wide"], row
 
 

@@ -22,7 +22,7 @@ from . import fuel, interpose, lowerings  # noqa: F401  (which declares them)
 from .forms import forms, kind
 from .interpose import COMPOSITE, Counter, Registration, lock
 from .lowering import LOWERINGS
-from .sites import Refusal, Site
+from .sites import Parts, Refusal, Site
 from .timing import Clock
 
 log = logging.getLogger("flagops")
@@ -96,8 +96,22 @@ class Handle:
                     if lowering and lowering.aten and interpose.composed(overload, key):
                         continue  # its parts are replaced
                     self._acquire(overload, key, functools.partial(Site, overload, key, lowering), wanted)
+        self._compose_lists()
         if self.strict:
             self._refuse_others()
+
+    def _compose_lists(self) -> None:
+        """Stand before a device's own kernels for lists of tensors where those for one are replaced."""
+        import torch
+
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        for key in self.keys:
+            wanted = {name.partition(".")[0] for name, places in self._places.items() if key in places}
+            for name in torch._C._dispatch_get_registrations_for_dispatch_key(key):
+                overload = name.removeprefix("aten::")
+                base = overload.partition(".")[0].removeprefix("_foreach_").removesuffix("_")
+                if overload.startswith("_foreach_") and base in wanted and has(name, "CompositeExplicitAutograd"):
+                    self._acquire(overload, key, functools.partial(Parts, overload, key), wanted=True)
 
     def _refuse_others(self) -> None:
         """Stand before every other kernel that computes."""
@@ -118,7 +132,7 @@ class Handle:
         """Whether calls of a lowering at a dispatch key are ours to compute."""
         return key in self._places.get(name, ())
 
-    def _acquire(self, overload: str, key: str, make: Callable[[], Site], wanted: bool) -> None:
+    def _acquire(self, overload: str, key: str, make: Callable[[], Registration], wanted: bool) -> None:
         site = interpose.acquire(overload, key, make, bare=wanted)
         if site is None:
             return

@@ -36,7 +36,8 @@ Lowered = Call | Callable[[], None]
 Result = tuple[tuple[int, ...], "tuple[int, ...] | None"] | tuple[tuple[int, ...], "tuple[int, ...] | None", Any] | None
 """Shape, strides (None: row by row) and dtype (left out: that of the first tensor)."""
 
-REFUSED = "arguments that torch refuses"
+REFUSED, MIXED = "arguments that torch refuses", "dtypes differ"
+"""Reasons for which torch's own kernels raise RuntimeError."""
 
 
 @dataclass

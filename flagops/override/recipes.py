@@ -359,6 +359,8 @@ def _torchs_result(form: Form, named: dict[str, Any], device: Any, refuse: bool)
     elsewhere = any(isinstance(x, torch.Tensor) and x.device.type != "cpu" for x in named.values())
 
     def alike(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [alike(y) for y in x]
         if not isinstance(x, torch.Tensor) or (elsewhere and is_number(x)):
             return x
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)

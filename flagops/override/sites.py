@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from flagops import config
+from flagops.arrays import dtype_name
 from flagops.calls import generated, surroundings
 from flagops.errors import OutOfRange, Unsupported
 
@@ -21,7 +22,7 @@ from .annotations import annotated
 from .destinations import SAID, deliver, refuse_other_dtypes, shared
 from .forms import DEVICES, Form
 from .interpose import Counter, Registration, thread
-from .lowering import REFUSED, Lowering, Pass
+from .lowering import MIXED, REFUSED, Lowering, Pass
 from .recipes import Below, device_of, record, refuse_as_torch
 from .steps import Steps
 from .timing import Clock, timed, waiting
@@ -269,6 +270,12 @@ class Site(Registration):
         if self.below is not None:
             raise Unsupported(f"strict: no flagops kernel takes this call of aten::{self.name}: {reason}")
         refuse_as_torch(self.form, args)
+        if reason in (REFUSED, MIXED):
+            given = ", ".join(
+                f"{self.form.schema.arguments[i].name} is {dtype_name(args[i])} {list(args[i].shape)}"
+                for i in self.form.present(args)
+            )
+            raise RuntimeError(f"aten::{self.name} takes no such arguments: {given}")
         raise NotImplementedError(
             f"aten::{self.name} has no kernel at {self.key} but flagops', which does not take this call: {reason}"
         )
@@ -355,6 +362,23 @@ class Site(Registration):
             plans.clear()
         plans[signature] = plan
         return plan
+
+
+class Parts(Registration):
+    """A list form, ``_foreach_add_``, of which a device has a kernel of its own: torch's composition instead, whose
+    calls for each tensor are ours."""
+
+    def call(self) -> Callable[..., Any]:
+        import torch
+
+        overload, key = Form(self.name).overload(), torch._C.DispatchKey.CompositeExplicitAutograd
+
+        def compose(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+            if thread.busy or not self.handles:
+                return self.torch(keyset, *args, **kwargs)
+            return overload._op_dk(key, *args, **kwargs)
+
+        return compose
 
 
 class Refusal(Registration):

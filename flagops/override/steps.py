@@ -36,8 +36,12 @@ class Steps:
         if fuel.tank is not None and not fuel.tank.take(self.form.name, plan.backend, self.form.inputs(self._args)):
             raise Pass("out of fuel")
         dispatch.execute(plan, (*inputs, out))
-        self._ran[plan.backend] = None
+        self.note(plan.backend)
         return out
+
+    def note(self, backend: str) -> None:
+        """Whose kernels computed a part of the call."""
+        self._ran[backend] = None
 
     def elementwise(self, operator: str, *operands: Any, dtype: str) -> Tensor:
         """A pointwise card of tensors and numbers, its result laid out as torch does."""

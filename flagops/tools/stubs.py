@@ -98,13 +98,13 @@ def names() -> str:
     import flagops.override.handle  # noqa: F401  (which declares them)
     from flagops.override.lowering import LOWERINGS
 
-    groups: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    groups = defaultdict[str, list[str]](list)
     for name, lowering in LOWERINGS.items():
         card = registry.operator(lowering.operator)
-        alone = not registry.written(card.name, "triton")
-        groups[card.family if card.aten else card.name][alone].append(f"`{name}`")
-    rows = [(f"`{group}`", *map(", ".join, both)) for group, both in groups.items()]
-    return tables.markdown(("`flagops.enable` calls them", "numba and Triton", "numba alone"), rows) + "\n"
+        alone = "" if registry.written(card.name, "triton") else " (numba alone)"
+        groups[card.family if card.aten else card.name].append(f"`{name}`{alone}")
+    rows = [(f"`{group}`", ", ".join(members)) for group, members in groups.items()]
+    return tables.markdown(("`flagops.enable` calls them", "torch's operators"), rows) + "\n"
 
 
 TABLES = {

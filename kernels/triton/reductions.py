@@ -163,7 +163,7 @@ def lead(*tensors: torch.Tensor | None, shape: tuple[int, ...], own: tuple[int, 
     return tuple(sizes[:0:-1]), [None if x is None else next(each) for x in tensors]
 
 
-def _start(fold: Fold, state: str) -> Any:
+def start(fold: Fold, state: str) -> Any:
     return LIMITS[state][fold.start == "most"] if isinstance(fold.start, str) else fold.start
 
 
@@ -195,7 +195,7 @@ def _folded(
     launch(
         fold_kernel, (triton.cdiv(count, shaped["ROWS"]) * parts,), x.device, x, found, target, bits(scalar, state),
         count, n, sizes, x_steps, found_steps, out_steps, x.stride(-1), parts, STEP=spelled(_folds, how.step),
-        MERGE=spelled(_folds, how.merge), FINISH=spelled(_folds, how.finish), START=_start(how, state),
+        MERGE=spelled(_folds, how.merge), FINISH=spelled(_folds, how.finish), START=start(how, state),
         KIND=TYPES[kind], STATE=TYPES[state], FOLDED=folding(_folds, how.merge), AGAIN=again, PART=span(x.stride(-1)),
         num_warps=4, **shaped, **keeping_subnormals(x.device),
     )  # fmt: skip
@@ -218,7 +218,7 @@ def places(how: Fold, x: torch.Tensor, values: Any, indices: torch.Tensor, given
     launch(
         places_kernel, (triton.cdiv(count, shaped["ROWS"]) * parts,), indices.device, x, given, to, where, count, n,
         sizes, x_steps, given_steps, out_steps, place_steps, x.stride(-1), parts,
-        MERGE=spelled(_folds, how.merge), START=_start(how, state), STATE=TYPES[state],
+        MERGE=spelled(_folds, how.merge), START=start(how, state), STATE=TYPES[state],
         FOLDED=folding(_folds, how.merge, ("s", "k")), PART=part, num_warps=4, **shaped,
     )  # fmt: skip
     if parts > 1:

@@ -160,6 +160,43 @@ def test_what_has_no_kernel_says_so():
         bare.fallback("cpu")
 
 
+def _adamw(x, grad):
+    kept = [x.clone(), x.clone()]
+    rates = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "weight_decay": 0.1, "eps": 1e-8}
+    torch._fused_adamw_([x], [grad], *([k] for k in kept), [], [x[:1].view(())], **rates, amsgrad=False, maximize=False)
+
+
+MIXED = {
+    "mm": lambda x, y, i: x.view(2, 2) @ y.view(2, 2),
+    "addmm": lambda x, y, i: torch.addmm(x.view(2, 2), x.view(2, 2), y.view(2, 2)),
+    "dot": lambda x, y, i: x.dot(y),
+    "index_select": lambda x, y, i: x.index_select(0, y),
+    "gather": lambda x, y, i: x.gather(0, y),
+    "scatter": lambda x, y, i: x.scatter(0, i, y),
+    "index_add": lambda x, y, i: x.index_add(0, i, y),
+    "index_put": lambda x, y, i: x.index_put((i,), y),
+    "put": lambda x, y, i: x.put(i, y),
+    "masked_scatter": lambda x, y, i: x.masked_scatter(i > 0, y),
+    "nll_loss": lambda x, y, i: torch.nn.functional.nll_loss(x.view(2, 2), i[:2], y[:2]),
+    "lerp": lambda x, y, i: x.lerp(y, 0.5),
+    "multinomial": lambda x, y, i: x.multinomial(9),
+    "_fused_adamw_": lambda x, y, i: _adamw(x, y),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_arguments_that_torch_refuses_raise_its_error(name):
+    """Dtypes that differ, most of all, which a kernel of ours would have to be asked for, and torch's has not."""
+    x, y, i = drawn(4).abs(), drawn(4).double(), torch.tensor([0, 1, 1, 0])
+    with pytest.raises(RuntimeError) as expected:
+        MIXED[name](x, y, i)
+    torch.bare.host_memory = True
+    with flagops.enable(backend="numba"), pytest.raises(RuntimeError) as got:
+        MIXED[name](x.to("bare"), y.to("bare"), i.to("bare"))
+    assert got.type is expected.type
+    assert not isinstance(got.value, NotImplementedError)
+
+
 def test_nobody_has_to_name_a_backend():
     """What torch computes faster on a CPU is not left to it where it has no kernel."""
     products = (torch.mm, lambda x, y: torch.addmm(x[0], x, y), lambda x, y: (x @ y).softmax(-1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..lowering import Pass, lowers
+from ..lowering import REFUSED, Pass, lowers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,10 +35,11 @@ def _fused(decoupled: bool) -> Any:
     ) -> None:
         if found_inf is not None and bool(found_inf):
             return
+        lists = self, grads, exp_avgs, exp_avg_sqs
+        if any(x.dtype != param.dtype for param, *others in zip(*lists, strict=True) for x in others):
+            raise Pass(REFUSED)
         rates = float(lr), beta1, beta2, weight_decay, eps, decoupled, maximize
-        for i, (param, grad, average, square, count) in enumerate(
-            zip(self, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True)
-        ):
+        for i, (param, grad, average, square, count) in enumerate(zip(*lists, state_steps, strict=True)):
             if grad_scale is not None:
                 grad.div_(grad_scale)
             if amsgrad:

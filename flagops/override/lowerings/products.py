@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flagops import config
 from flagops.arrays import FLOATS, INTEGERS, parse_dtype
 
-from ..lowering import REFUSED, Call, Lowered, Pass, Result, To, lowers
+from ..lowering import MIXED, REFUSED, Call, Lowered, Pass, Result, To, lowers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +93,7 @@ def _card(to: To, *inputs: Tensor, floats: str = "matmul") -> str:
     if first not in (*FLOATS, *INTEGERS):
         raise Pass(f"dtype {first}")
     if any(x.dtype != inputs[0].dtype for x in (*inputs, to.out)):
-        raise Pass("dtypes differ")
+        raise Pass(MIXED)
     return floats if first in FLOATS else _INTEGER
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flagops.arrays import parse_dtype
+from flagops.arrays import HALF, parse_dtype
 
 from ..destinations import overlaps_itself
 from ..lowering import REFUSED, Call, Pass, To, lowers
@@ -69,11 +69,14 @@ def _flat(x: Tensor | None) -> Tensor | None:
 
 def _normalised(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> int:
     """The elements of a row. Raises Pass for what torch refuses."""
-    shape, own = tuple(normalized_shape), tuple(input.shape)
+    shape, sizes = tuple(normalized_shape), tuple(input.shape)
     _floats(input, *[x for x in (weight, bias) if x is not None])
-    if not shape or own[input.dim() - len(shape) :] != shape or len(shape) > len(own):
+    if not shape or sizes[input.dim() - len(shape) :] != shape or len(shape) > len(sizes):
         raise Pass(REFUSED)
     if any(x is not None and tuple(x.shape) != shape for x in (weight, bias)):
+        raise Pass(REFUSED)
+    own, kinds = parse_dtype(input.dtype), {parse_dtype(x.dtype) for x in (weight, bias) if x is not None}
+    if not kinds <= {own} and not (own in HALF and kinds == {"float32"}):
         raise Pass(REFUSED)
     return math.prod(shape)
 
@@ -220,6 +223,8 @@ def _target_of(self: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     _floats(self)
     x = self.movedim(1, -1) if self.dim() > 1 else self
     if x.shape[:-1] != target.shape or (weight is not None and weight.shape != x.shape[-1:]):
+        raise Pass(REFUSED)
+    if weight is not None and weight.dtype != self.dtype:
         raise Pass(REFUSED)
     return x
 
