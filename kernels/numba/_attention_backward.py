@@ -47,11 +47,12 @@ def sparse_attention_backward(
     of_kv = of_sink = None
     if needs[1]:
         of_kv = empty(kv, kv.shape)
-        shape = runs, rows, width
-        parallel(_added, batch * rows, tag, TAGS[real], shape, pointer(sums), pointer(of_kv), minimum=64)
+        shape = runs, (rows, width), (rows, width)
+        parallel(add_runs, batch * rows, tag, TAGS[real], shape, pointer(sums), pointer(of_kv), minimum=64)
     if sink is not None and needs[2]:
         of_sink = empty(sink, sink.shape)
-        _added(0, 1, TAGS[dtype_name(sink)], TAGS[real], (batch * runs, 1, heads), pointer(sinks), pointer(of_sink))
+        shape = batch * runs, (1, heads), (1, heads)
+        add_runs(0, 1, TAGS[dtype_name(sink)], TAGS[real], shape, pointer(sinks), pointer(of_sink))
     return of_q if needs[0] else None, of_kv, of_sink, None
 
 
@@ -175,14 +176,14 @@ def _add(part, goal, width):
 
 
 @jit
-def _added(start, stop, tag, real, shape, sums, goal):
+def add_runs(start, stop, tag, real, shape, sums, goal):
     """The sums of all runs for rows start to stop of all batches, rounded."""
-    runs, rows, width = shape
+    runs, (held, line), (rows, width) = shape
     memory, (total,) = cleared(real, ((1, width),))
     for task in range(start, stop):
         b, row = divmod(task, rows)
         clear(real, total.base, width)
         for run in range(runs):
-            _add(shifted(Block(real, sums, width), (b * runs + run) * rows + row, 0), total, width)
+            _add(shifted(Block(real, sums, line), (b * runs + run) * held + row, 0), total, width)
         unpack(tag, total, (1, width), at(Block(tag, goal, width), task, 0), (width, 1))
     return alive(memory)

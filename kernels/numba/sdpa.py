@@ -18,12 +18,18 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
-from ._blocks import Block, alive, cleared, get, pack, put, shifted
-from ._softmax import KEYS, add_values, finish, panels, score, soften
-from ._tiles import DOT_ROW_COLUMNS, OUTER_ROWS
-from ._vectors import BYTE, TAGS, cast, load, size, wide
+from ._attention_backward import add_runs
+from ._blocks import Block, alive, cleared, get, pack, put, shifted, unpack, vget, vput
+from ._functions import exp
+from ._gemm import empty
+from ._ir import LANES
+from ._softmax import KEYS, PAD, add_values, finish, panels, score, soften
+from ._tiles import DOT_ROW_COLUMNS, OUTER_ROWS, OUTER_VECTORS, outer_tile, outer_turned
+from ._vectors import BYTE, TAGS, cast, fma, lanes, load, maximum, size, vhighest, vsplat, vsum, wide
 
 _ROWS = 96  # queries of a task
+_FEWEST, _LINES = 24, 768 << 10  # of a backward, which holds as many as fit so many bytes, but not fewer
+_RUNS = 16  # of queries, over all matrices of keys
 _NONE, _BOOL, _ADDED = 0, 1, 2  # kinds of masks
 
 
@@ -130,3 +136,155 @@ def _cover(tag, line, begin, found, scale, is_causal, t, mask, matrix):
         if (is_causal and begin + j > t) or (kind == _BOOL and load(BYTE, address + origin + j * column) == 0):
             value = cast(line.tag, -np.inf)
         put(line, 0, j, value)
+
+
+def scaled_dot_product_attention_backward(
+    grad: Any, query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None,
+    needs: tuple[bool, ...],
+) -> tuple[Any, ...]:  # fmt: skip
+    """Probabilities of some queries are computed again, whole, for all five products with them; what is shared by
+    several queries is summed in runs, which are cut by shapes alone and added in order.
+
+    A mask's gradient, batches that broadcast and rows beyond the budget are left to torch's.
+    """
+    (heads, length, width), (count, depth) = query.shape[-3:], value.shape[-2:]
+    batch, groups = tuple(grad.shape)[:-3], key.shape[-3]
+    same = all(tuple(x.shape[:-3]) == batch for x in (query, key, value))
+    if not same or needs[3] or not math.prod(batch) * heads * length * count * width * depth:
+        return NotImplemented
+    name, shared = dtype_name(query), heads // groups
+    real = "float64" if name == "float64" else "float32"
+    tag, matrices = TAGS[name], math.prod(batch) * groups
+    item, across = np.dtype(real).itemsize, OUTER_VECTORS * LANES * 4 // np.dtype(real).itemsize
+    tiles, widths = -(-count // across), tuple(-(-n // across) * across + PAD for n in (width, depth))
+    rows = min(_ROWS, max(_FEWEST, _LINES // (2 * tiles * across * item)))
+    rows = -(-min(rows, length) // OUTER_ROWS) * OUTER_ROWS
+    runs = max(1, min(-(-_RUNS // matrices), shared * -(-length // rows)))
+    held = tiles * across + OUTER_ROWS
+    scratch = 2 * tiles * (across + PAD) * (rows + width) + 2 * held * widths[0]
+    if (threads() * scratch + matrices * runs * held * sum(widths)) * item > config.budget() // 2:
+        return NotImplemented
+    sums = [np.zeros((matrices * runs, held, n), real) for n in widths]
+    mask: Any = (0, _starts((), (), (1,)), 0, 0, _NONE)
+    if attn_mask is not None:
+        mask = (*_matrices(attn_mask, (*batch, heads)), _BOOL if dtype_name(attn_mask) == "uint8" else _ADDED)
+    of_query, *others = (empty(x, x.shape) for x in (query, key, value))
+    parallel(
+        _gradients, matrices * runs, tag, (length, count, width, depth, shared, rows, runs, held),
+        factor(scale, width), is_causal,
+        *(_matrices(x, (*batch, n)) for x, n in ((query, heads), (key, groups), (value, groups))), mask,
+        _matrices(grad, (*batch, heads)), _matrices(of_query, (*batch, heads)),
+        *((pointer(x), n) for x, n in zip(sums, widths, strict=True)),
+    )  # fmt: skip
+    for x, part, n in zip(others, sums, (width, depth), strict=True):
+        shape = runs, (held, part.shape[2]), (count, n)
+        parallel(add_runs, matrices * count, tag, TAGS[real], shape, pointer(part), pointer(x), minimum=64)
+    return *(x if needed else None for x, needed in zip((of_query, *others), needs, strict=False)), None
+
+
+@jit
+def _gradients(start, stop, tag, shape, scale, is_causal, query, key, value, mask, grad, of_query, of_keys, of_values):
+    """The gradients by each run's blocks of queries, over tiles of as many keys as an outer tile is wide."""
+    length, count, width, depth, shared, rows, runs, held = shape
+    real, high = wide(tag), rows + OUTER_ROWS
+    across = OUTER_VECTORS * lanes(real)
+    tiles, row = -(-count // across), across + PAD
+    memory, (x, slopes, sums, keys, p, q, turned_keys, turned_values) = cleared(real, (
+        (high, of_keys[1]), (high, of_values[1]), (high, of_keys[1]), (held, of_keys[1]),
+        (tiles * high, row), (tiles * high, row), (tiles * width, row), (tiles * depth, row),
+    ))  # fmt: skip
+    blocks = -(-length // rows)
+    for task in range(start, stop):
+        group, run = divmod(task, runs)
+        pack(tag, _at(tag, key, group, 0), key[2:], (count, width), keys, (count, width))
+        for tile in range(tiles):
+            valid = min(across, count - tile * across)
+            for source, depth_of, goal in ((key, width, turned_keys), (value, depth, turned_values)):
+                origin, steps = _at(tag, source, group, tile * across), (source[3], source[2])
+                pack(tag, origin, steps, (depth_of, valid), shifted(goal, tile * depth_of, 0), (depth_of, across))
+        by_keys = shifted(Block(real, *of_keys), task * held, 0)
+        by_values = shifted(Block(real, *of_values), task * held, 0)
+        for block in range(run, shared * blocks, runs):
+            head, first = divmod(block, blocks)
+            matrix, first = group * shared + head, first * rows
+            here = min(rows, length - first)
+            pack(tag, _at(tag, query, matrix, first), query[2:], (here, width), x, (high, width))
+            pack(tag, _at(tag, grad, matrix, first), grad[2:], (here, depth), slopes, (high, depth))
+            seen = min(count, first + here) if is_causal else count
+            for tile in range(-(-seen // across)):
+                begin = tile * across
+                least = max(0, begin - first) // OUTER_ROWS * OUTER_ROWS if is_causal else 0
+                for i in range(least, here, OUTER_ROWS):
+                    line = tile * high + i
+                    outer_tile(shifted(x, i, 0), shifted(turned_keys, tile * width, 0), width, shifted(p, line, 0), False)
+                    outer_tile(
+                        shifted(slopes, i, 0), shifted(turned_values, tile * depth, 0), depth, shifted(q, line, 0), False
+                    )
+            for i in range(here):
+                t = first + i
+                last = min(count, first + i // OUTER_ROWS * OUTER_ROWS + OUTER_ROWS) if is_causal else count
+                used = -(-last // across)
+                for tile in range(used):
+                    begin = tile * across
+                    line, found = shifted(p, tile * high + i, 0), min(across, count - begin)
+                    if mask[4] != _NONE:
+                        _cover(tag, line, begin, found, scale, is_causal, t, mask, matrix)
+                    elif is_causal:
+                        found = max(0, min(found, t + 1 - begin))
+                    for j in range(found, across):
+                        put(line, 0, j, -np.inf)
+                once = 1.0 if mask[4] != _NONE else scale
+                _soften(shifted(p, i, 0), shifted(q, i, 0), used, high, across, once, scale)
+            for tile in range(-(-seen // across)):
+                begin = tile * across
+                least = max(0, begin - first) // OUTER_ROWS * OUTER_ROWS if is_causal else 0
+                found = min(across, count - begin)
+                for c in range(0, width, across):
+                    for i in range(least, here, OUTER_ROWS):
+                        left, right = shifted(q, tile * high + i, 0), shifted(keys, begin, c)
+                        outer_tile(left, right, found, shifted(sums, i, c), tile > 0)
+                for j in range(0, min(across, seen - begin), OUTER_ROWS):
+                    least = max(0, begin + j - first) if is_causal else 0
+                    line = tile * high + least
+                    for c in range(0, depth, across):
+                        left, right = shifted(p, line, j), shifted(slopes, least, c)
+                        outer_turned(left, right, here - least, shifted(by_values, begin + j, c), True)
+                    for c in range(0, width, across):
+                        left, right = shifted(q, line, j), shifted(x, least, c)
+                        outer_turned(left, right, here - least, shifted(by_keys, begin + j, c), True)
+            unpack(tag, sums, (here, width), _at(tag, of_query, matrix, first), of_query[2:])
+    return alive(memory)
+
+
+@jit
+def _soften(p, slope, tiles, high, across, once, scale):
+    """A row of logits, tile after tile, to probabilities, and their gradients to those of the products of query and
+    key; zeros where every logit is -inf."""
+    real, step = p.tag, lanes(p.tag)
+    factor, top = cast(real, once), vsplat(cast(real, -np.inf))
+    for tile in range(tiles):
+        for j in range(0, across, step):
+            logit = vget(p, tile * high, j) * factor
+            top = maximum(top, logit)
+            vput(p, tile * high, j, logit)
+    base = vhighest(top)
+    if base == -np.inf:
+        base = cast(real, 0.0)
+    mass = vsplat(real)
+    for tile in range(tiles):
+        for j in range(0, across, step):
+            share = exp(vget(p, tile * high, j) - base)
+            mass += share
+            vput(p, tile * high, j, share)
+    total = vsum(mass)
+    inverse, mean = cast(real, 1 / total if total != 0 else 0.0), vsplat(real)
+    for tile in range(tiles):
+        for j in range(0, across, step):
+            share = vget(p, tile * high, j) * inverse
+            mean = fma(share, vget(slope, tile * high, j), mean)
+            vput(p, tile * high, j, share)
+    middle = vsum(mean)
+    for tile in range(tiles):
+        for j in range(0, across, step):
+            change = vget(p, tile * high, j) * (vget(slope, tile * high, j) - middle)
+            vput(slope, tile * high, j, change * cast(real, scale))
