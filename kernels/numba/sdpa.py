@@ -19,21 +19,22 @@ from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
 from ._attention_backward import add_runs
-from ._blocks import Block, alive, cleared, get, pack, put, shifted, unpack, vget, vput
+from ._blocks import Block, alive, cleared, get, pack, put, round_up, shifted, unpack, vget, vput
 from ._functions import exp
 from ._gemm import empty
 from ._ir import LANES
-from ._softmax import KEYS, PAD, add_values, finish, panels, score, soften
-from ._tiles import DOT_ROW_COLUMNS, OUTER_ROWS, OUTER_VECTORS, outer_tile, outer_turned
+from ._softmax import PAD, add_values, finish, panels, soften
+from ._tiles import OUTER_ROWS, OUTER_VECTORS, outer_tile, outer_turned
 from ._vectors import BYTE, TAGS, cast, fma, lanes, load, maximum, size, vhighest, vsplat, vsum, wide
 
 _ROWS = 96  # queries of a task
+_KEYS = 128  # of a block, laid out across so that a vector holds the scores of several
 _FEWEST, _LINES = 24, 768 << 10  # of a backward, which holds as many as fit so many bytes, but not fewer
-_RUNS = 16  # of queries, over all matrices of keys
+_RUNS = 8  # of queries, over all matrices of keys
 _NONE, _BOOL, _ADDED = 0, 1, 2  # kinds of masks
 
 
-@kernel(deterministic=True, batch_invariant=True, note=f"an online softmax over blocks of {KEYS} keys")
+@kernel(deterministic=True, batch_invariant=True, note=f"an online softmax over blocks of {_KEYS} keys")
 def scaled_dot_product_attention(
     query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None, out: Any
 ) -> None:
@@ -43,7 +44,7 @@ def scaled_dot_product_attention(
     if not (math.prod(batch) * heads * length * depth):
         return
     shared = heads // groups
-    room = config.budget() // (4 * threads()) // (16 * max(width, depth) + 1) - 2 * KEYS
+    room = config.budget() // (4 * threads()) // (16 * max(width, depth) + 1) - 2 * _KEYS
     rows = min(_ROWS, shared * length, max(OUTER_ROWS, room))
     blocks = -(-shared * length // rows)
     mask: Any = (0, _starts((), (), (1,)), 0, 0, _NONE)
@@ -84,36 +85,39 @@ def _at(tag, x, matrix, row):
 def _queries(start, stop, tag, shape, scale, is_causal, query, key, value, mask, out):
     length, count, width, depth, shared, rows = shape
     real = wide(tag)
-    wanted = panels(real, rows, max(width, depth))
-    held = KEYS + DOT_ROW_COLUMNS, wanted[0][1]
-    memory, (x, sums, p, tops, masses, keys, values) = cleared(real, (*wanted, held, held))
+    wanted = panels(real, rows, max(width, depth), _KEYS)
+    held = (width, _KEYS + PAD), (_KEYS, wanted[0][1])
+    memory, (x, sums, p, tops, masses, keys, values) = cleared(real, (*wanted, *held))
     blocks = -(-shared * length // rows)
     for task in range(start, stop):
         group, first = task // blocks, task % blocks * rows
         here = min(rows, shared * length - first)
-        reach = count
-        if is_causal and first // length == (first + here - 1) // length:
+        reach, one = count, is_causal and first // length == (first + here - 1) // length
+        if one:
             reach = min(count, (first + here - 1) % length + 1)
-        for i in range(here):
+        i = 0
+        while i < here:
             head, t = divmod(first + i, length)
-            source = _at(tag, query, group * shared + head, t)
-            pack(tag, source, (0, query[3]), (1, width), shifted(x, i, 0), (1, width))
+            some = min(length - t, here - i)
+            _scaled(tag, _at(tag, query, group * shared + head, t), query[2:], (some, width), scale, shifted(x, i, 0))
+            i += some
+        for i in range(here):
             put(tops, i, 0, -np.inf)
             put(masses, i, 0, 0.0)
-        for begin in range(0, reach, KEYS):
-            found = min(KEYS, reach - begin)
-            pack(tag, _at(tag, key, group, begin), key[2:], (found, width), keys, (found, width))
+        for begin in range(0, reach, _KEYS):
+            found = min(_KEYS, reach - begin)
+            pack(tag, _at(tag, key, group, begin), (key[3], key[2]), (width, found), keys, (width, _KEYS))
             pack(tag, _at(tag, value, group, begin), value[2:], (found, depth), values, (found, depth))
-            score(x, keys, here, found, width, p)
-            for i in range(here):
+            least = max(0, begin - first % length) // OUTER_ROWS * OUTER_ROWS if one else 0  # who sees none of them
+            add_values(shifted(x, least, 0), keys, here - least, width, found, shifted(p, least, 0), False)
+            for i in range(least, here):
                 head, t = divmod(first + i, length)
-                line, scale_left = shifted(p, i, 0), scale
-                if mask[4] != _NONE or (is_causal and begin + found > t + 1):
-                    _cover(tag, line, begin, found, scale, is_causal, t, mask, group * shared + head)
-                    scale_left = 1.0
+                line = shifted(p, i, 0)
+                _cover(tag, line, begin, found, is_causal, t, mask, group * shared + head)
                 top, mass = shifted(tops, i, 0), shifted(masses, i, 0)
-                soften(tag, line, found, scale_left, top, mass, shifted(sums, i, 0), depth, begin == 0)
-            add_values(p, values, here, found, depth, sums, begin > 0)
+                soften(tag, line, found, 1.0, top, mass, shifted(sums, i, 0), depth, begin == 0)
+            goal = shifted(sums, least, 0)
+            add_values(shifted(p, least, 0), values, here - least, found, depth, goal, begin > 0)
         for i in range(here):
             head, t = divmod(first + i, length)
             top, mass = np.float64(get(tops, i, 0)), np.float64(get(masses, i, 0))
@@ -124,18 +128,31 @@ def _queries(start, stop, tag, shape, scale, is_causal, query, key, value, mask,
 
 
 @jit
-def _cover(tag, line, begin, found, scale, is_causal, t, mask, matrix):
-    """Scores times the scale, plus the mask, -inf where a key does not count."""
+def _scaled(tag, source, steps, shape, scale, target):
+    """Rows, widened and times the scale, and zeros up to whole vectors."""
+    step = lanes(target.tag)
+    padded, factor = round_up(shape[1], step), cast(target.tag, scale)
+    pack(tag, source, steps, shape, target, (shape[0], padded))
+    for i in range(shape[0]):
+        for j in range(0, padded, step):
+            vput(target, i, j, vget(target, i, j) * factor)
+
+
+@jit
+def _cover(tag, line, begin, found, is_causal, t, mask, matrix):
+    """Logits plus the mask, -inf where a key does not count."""
     address, places, row, column, kind = mask
-    origin = places[matrix] + t * row + begin * column if kind != _NONE else 0
-    added = Block(tag, address + origin * size(tag), column)
-    for j in range(found):
-        value = get(line, 0, j) * cast(line.tag, scale)
-        if kind == _ADDED:
-            value += get(added, j, 0)
-        if (is_causal and begin + j > t) or (kind == _BOOL and load(BYTE, address + origin + j * column) == 0):
-            value = cast(line.tag, -np.inf)
-        put(line, 0, j, value)
+    seen = max(0, min(found, t + 1 - begin)) if is_causal else found
+    if kind != _NONE:
+        origin = places[matrix] + t * row + begin * column
+        added = Block(tag, address + origin * size(tag), column)
+        for j in range(seen):
+            if kind == _ADDED:
+                put(line, 0, j, get(line, 0, j) + get(added, j, 0))
+            elif load(BYTE, address + origin + j * column) == 0:
+                put(line, 0, j, -np.inf)
+    for j in range(seen, found):
+        put(line, 0, j, -np.inf)
 
 
 def scaled_dot_product_attention_backward(
@@ -208,7 +225,7 @@ def _gradients(start, stop, tag, shape, scale, is_causal, query, key, value, mas
             head, first = divmod(block, blocks)
             matrix, first = group * shared + head, first * rows
             here = min(rows, length - first)
-            pack(tag, _at(tag, query, matrix, first), query[2:], (here, width), x, (high, width))
+            _scaled(tag, _at(tag, query, matrix, first), query[2:], (here, width), scale, x)
             pack(tag, _at(tag, grad, matrix, first), grad[2:], (here, depth), slopes, (high, depth))
             seen = min(count, first + here) if is_causal else count
             for tile in range(-(-seen // across)):
@@ -221,20 +238,15 @@ def _gradients(start, stop, tag, shape, scale, is_causal, query, key, value, mas
                         shifted(slopes, i, 0), shifted(turned_values, tile * depth, 0), depth, shifted(q, line, 0), False
                     )
             for i in range(here):
-                t = first + i
                 last = min(count, first + i // OUTER_ROWS * OUTER_ROWS + OUTER_ROWS) if is_causal else count
                 used = -(-last // across)
                 for tile in range(used):
                     begin = tile * across
                     line, found = shifted(p, tile * high + i, 0), min(across, count - begin)
-                    if mask[4] != _NONE:
-                        _cover(tag, line, begin, found, scale, is_causal, t, mask, matrix)
-                    elif is_causal:
-                        found = max(0, min(found, t + 1 - begin))
+                    _cover(tag, line, begin, found, is_causal, first + i, mask, matrix)
                     for j in range(found, across):
                         put(line, 0, j, -np.inf)
-                once = 1.0 if mask[4] != _NONE else scale
-                _soften(shifted(p, i, 0), shifted(q, i, 0), used, high, across, once, scale)
+                _soften(shifted(p, i, 0), shifted(q, i, 0), used, high, across)
             for tile in range(-(-seen // across)):
                 begin = tile * across
                 least = max(0, begin - first) // OUTER_ROWS * OUTER_ROWS if is_causal else 0
@@ -252,39 +264,35 @@ def _gradients(start, stop, tag, shape, scale, is_causal, query, key, value, mas
                     for c in range(0, width, across):
                         left, right = shifted(q, line, j), shifted(x, least, c)
                         outer_turned(left, right, here - least, shifted(by_keys, begin + j, c), True)
+            _scaled(real, sums.base, (sums.row, 1), (here, width), scale, sums)
             unpack(tag, sums, (here, width), _at(tag, of_query, matrix, first), of_query[2:])
     return alive(memory)
 
 
 @jit
-def _soften(p, slope, tiles, high, across, once, scale):
-    """A row of logits, tile after tile, to probabilities, and their gradients to those of the products of query and
-    key; zeros where every logit is -inf."""
+def _soften(p, slope, tiles, high, across):
+    """A row of logits, tile after tile, to probabilities, and the gradients of those to the gradients of the logits;
+    zeros where every logit is -inf."""
     real, step = p.tag, lanes(p.tag)
-    factor, top = cast(real, once), vsplat(cast(real, -np.inf))
+    top = vsplat(cast(real, -np.inf))
     for tile in range(tiles):
         for j in range(0, across, step):
-            logit = vget(p, tile * high, j) * factor
-            top = maximum(top, logit)
-            vput(p, tile * high, j, logit)
+            top = maximum(top, vget(p, tile * high, j))
     base = vhighest(top)
     if base == -np.inf:
         base = cast(real, 0.0)
-    mass = vsplat(real)
+    mass = mean = vsplat(real)
     for tile in range(tiles):
         for j in range(0, across, step):
             share = exp(vget(p, tile * high, j) - base)
             mass += share
+            mean = fma(share, vget(slope, tile * high, j), mean)
             vput(p, tile * high, j, share)
     total = vsum(mass)
-    inverse, mean = cast(real, 1 / total if total != 0 else 0.0), vsplat(real)
+    inverse = cast(real, 1 / total if total != 0 else 0.0)
+    middle = vsum(mean) * inverse
     for tile in range(tiles):
         for j in range(0, across, step):
             share = vget(p, tile * high, j) * inverse
-            mean = fma(share, vget(slope, tile * high, j), mean)
+            vput(slope, tile * high, j, share * (vget(slope, tile * high, j) - middle))
             vput(p, tile * high, j, share)
-    middle = vsum(mean)
-    for tile in range(tiles):
-        for j in range(0, across, step):
-            change = vget(p, tile * high, j) * (vget(slope, tile * high, j) - middle)
-            vput(slope, tile * high, j, change * cast(real, scale))
