@@ -93,7 +93,7 @@ def soften(tag, p, found, scale, tops, masses, sums, width, fresh):
         exact = exp(vget(p, 0, j) - base)
         total += exact
         vput(p, 0, j, rounded(tag, exact))
-    fade = cast(real, math.exp(np.float64(before) - np.float64(base)))
+    fade = cast(real, 1.0 if before == base else math.exp(np.float64(before) - np.float64(base)))
     put(masses, 0, 0, get(masses, 0, 0) * fade + vsum(total))
     if not fresh and fade != 1:
         for j in range(0, width, step):

@@ -19,7 +19,7 @@ from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
 from ._attention_backward import add_runs
-from ._blocks import Block, alive, cleared, get, pack, put, round_up, shifted, unpack, vget, vput
+from ._blocks import Block, alive, at, clear, cleared, get, pack, put, round_up, shifted, unpack, vget, vput
 from ._functions import exp
 from ._gemm import empty
 from ._ir import LANES
@@ -28,8 +28,8 @@ from ._tiles import OUTER_ROWS, OUTER_VECTORS, outer_tile, outer_turned
 from ._vectors import BYTE, TAGS, cast, fma, lanes, load, maximum, size, vhighest, vsplat, vsum, wide
 
 _ROWS = 96  # queries of a task
-_KEYS = 128  # of a block, laid out across so that a vector holds the scores of several
-_FEWEST, _LINES = 24, 768 << 10  # of a backward, which holds as many as fit so many bytes, but not fewer
+_KEYS = 256  # of a block, laid out across so that a vector holds the scores of several
+_FEWEST, _LINES = 24, 1 << 20  # of a backward, which holds as many as fit so many bytes, but not fewer
 _RUNS = 8  # of queries, over all matrices of keys
 _NONE, _BOOL, _ADDED = 0, 1, 2  # kinds of masks
 
@@ -177,38 +177,40 @@ def scaled_dot_product_attention_backward(
     rows = min(_ROWS, max(_FEWEST, _LINES // (2 * tiles * across * item)))
     rows = -(-min(rows, length) // OUTER_ROWS) * OUTER_ROWS
     runs = max(1, min(-(-_RUNS // matrices), shared * -(-length // rows)))
-    held = tiles * across + OUTER_ROWS
-    scratch = 2 * tiles * (across + PAD) * (rows + width) + 2 * held * widths[0]
-    if (threads() * scratch + matrices * runs * held * sum(widths)) * item > config.budget() // 2:
+    held, several = tiles * across + OUTER_ROWS, matrices * runs if runs > 1 else 0
+    scratch = tiles * (across + PAD) * (2 * rows + width + depth) + held * (2 * widths[0] + widths[1])
+    if (threads() * scratch + several * held * sum(widths)) * item > config.budget() // 2:
         return NotImplemented
-    sums = [np.zeros((matrices * runs, held, n), real) for n in widths]
+    sums = [np.zeros((several, held, n), real) for n in widths]
     mask: Any = (0, _starts((), (), (1,)), 0, 0, _NONE)
     if attn_mask is not None:
         mask = (*_matrices(attn_mask, (*batch, heads)), _BOOL if dtype_name(attn_mask) == "uint8" else _ADDED)
     of_query, *others = (empty(x, x.shape) for x in (query, key, value))
     parallel(
-        _gradients, matrices * runs, tag, (length, count, width, depth, shared, rows, runs, held),
+        _gradients, matrices * runs, tag, (length, count, width, depth, shared, rows, runs, held, *widths),
         factor(scale, width), is_causal,
         *(_matrices(x, (*batch, n)) for x, n in ((query, heads), (key, groups), (value, groups))), mask,
         _matrices(grad, (*batch, heads)), _matrices(of_query, (*batch, heads)),
-        *((pointer(x), n) for x, n in zip(sums, widths, strict=True)),
+        *(pointer(x) for x in (sums if several else others)), minimum=-(-matrices * runs // (2 * threads())),
     )  # fmt: skip
     for x, part, n in zip(others, sums, (width, depth), strict=True):
         shape = runs, (held, part.shape[2]), (count, n)
-        parallel(add_runs, matrices * count, tag, TAGS[real], shape, pointer(part), pointer(x), minimum=64)
+        parallel(add_runs, matrices * count * (runs > 1), tag, TAGS[real], shape, pointer(part), pointer(x), minimum=64)
     return *(x if needed else None for x, needed in zip((of_query, *others), needs, strict=False)), None
 
 
 @jit
 def _gradients(start, stop, tag, shape, scale, is_causal, query, key, value, mask, grad, of_query, of_keys, of_values):
-    """The gradients by each run's blocks of queries, over tiles of as many keys as an outer tile is wide."""
-    length, count, width, depth, shared, rows, runs, held = shape
+    """The gradients by each run's blocks of queries, over tiles of as many keys as an outer tile is wide. Those of keys
+    and values are sums of a run, or whole where there is one run."""
+    length, count, width, depth, shared, rows, runs, held, wide_key, wide_value = shape
     real, high = wide(tag), rows + OUTER_ROWS
     across = OUTER_VECTORS * lanes(real)
     tiles, row = -(-count // across), across + PAD
-    memory, (x, slopes, sums, keys, p, q, turned_keys, turned_values) = cleared(real, (
-        (high, of_keys[1]), (high, of_values[1]), (high, of_keys[1]), (held, of_keys[1]),
-        (tiles * high, row), (tiles * high, row), (tiles * width, row), (tiles * depth, row),
+    own = held if runs == 1 else 0
+    memory, (x, slopes, sums, keys, p, q, turned_keys, turned_values, by_keys, by_values) = cleared(real, (
+        (high, wide_key), (high, wide_value), (high, wide_key), (held, wide_key), (tiles * high, row),
+        (tiles * high, row), (tiles * width, across), (tiles * depth, across), (own, wide_key), (own, wide_value),
     ))  # fmt: skip
     blocks = -(-length // rows)
     for task in range(start, stop):
@@ -219,8 +221,12 @@ def _gradients(start, stop, tag, shape, scale, is_causal, query, key, value, mas
             for source, depth_of, goal in ((key, width, turned_keys), (value, depth, turned_values)):
                 origin, steps = _at(tag, source, group, tile * across), (source[3], source[2])
                 pack(tag, origin, steps, (depth_of, valid), shifted(goal, tile * depth_of, 0), (depth_of, across))
-        by_keys = shifted(Block(real, *of_keys), task * held, 0)
-        by_values = shifted(Block(real, *of_values), task * held, 0)
+        if runs == 1:
+            clear(real, by_keys.base, held * wide_key)
+            clear(real, by_values.base, held * wide_value)
+        else:
+            by_keys = shifted(Block(real, of_keys, wide_key), task * held, 0)
+            by_values = shifted(Block(real, of_values, wide_value), task * held, 0)
         for block in range(run, shared * blocks, runs):
             head, first = divmod(block, blocks)
             matrix, first = group * shared + head, first * rows
@@ -233,9 +239,15 @@ def _gradients(start, stop, tag, shape, scale, is_causal, query, key, value, mas
                 least = max(0, begin - first) // OUTER_ROWS * OUTER_ROWS if is_causal else 0
                 for i in range(least, here, OUTER_ROWS):
                     line = tile * high + i
-                    outer_tile(shifted(x, i, 0), shifted(turned_keys, tile * width, 0), width, shifted(p, line, 0), False)
                     outer_tile(
-                        shifted(slopes, i, 0), shifted(turned_values, tile * depth, 0), depth, shifted(q, line, 0), False
+                        shifted(x, i, 0), shifted(turned_keys, tile * width, 0), width, shifted(p, line, 0), False
+                    )
+                    outer_tile(
+                        shifted(slopes, i, 0),
+                        shifted(turned_values, tile * depth, 0),
+                        depth,
+                        shifted(q, line, 0),
+                        False,
                     )
             for i in range(here):
                 last = min(count, first + i // OUTER_ROWS * OUTER_ROWS + OUTER_ROWS) if is_causal else count
@@ -266,6 +278,9 @@ def _gradients(start, stop, tag, shape, scale, is_causal, query, key, value, mas
                         outer_turned(left, right, here - least, shifted(by_keys, begin + j, c), True)
             _scaled(real, sums.base, (sums.row, 1), (here, width), scale, sums)
             unpack(tag, sums, (here, width), _at(tag, of_query, matrix, first), of_query[2:])
+        if runs == 1:
+            for part, n, goal in ((by_keys, width, of_keys), (by_values, depth, of_values)):
+                unpack(tag, part, (count, n), at(Block(tag, goal, n), group * count, 0), (n, 1))
     return alive(memory)
 
 
