@@ -28,7 +28,7 @@ _ROOM = 4 << 20  # bytes of the rows of a run, which then stay in the caches
 def grouped_matmul_backward(grad: Any, a: Any, b: Any, offsets: Any, needs: tuple[bool, ...]) -> tuple[Any, ...]:
     """grad b^T and a^T grad of each expert; rows past the last offset and experts without rows get 0."""
     name, bounds = dtype_name(grad), np.concatenate(([0], as_numpy(offsets)), dtype=np.int64)
-    grads = tuple(empty(x, x.shape) if needed else None for x, needed in zip((a, b), needs, strict=False))
+    grads: list[Any] = [empty(x, x.shape) if needed else None for x, needed in zip((a, b), needs, strict=False)]
     if needs[0]:
         contract_groups(name, view(grad), view(b).T, view(grads[0]), bounds)
         grads[0][bounds[-1] :] = 0

@@ -153,8 +153,8 @@ def compress_kv_backward(
     grad: tuple[Any, Any, Any], x: Any, wkv: Any, wgate: Any, bias: Any, kv_state: Any, score_state: Any, filled: int,
     needs: tuple[bool, ...],
 ) -> tuple[Any, ...]:  # fmt: skip
-    """A channel of a token is in one window alone, as the current or the previous one: what a window reads it overwrites
-    by the gradients; those of tokens in no window are zero, but for what the states bring.
+    """A channel of a token is in one window alone, as the current or the previous one: what a window reads it
+    overwrites by the gradients; those of tokens in no window are zero, but for what the states bring.
 
     All tokens at once; their gradients are rounded to the dtype of x before the products. The states' own gradients,
     and calls that close no window, are left to torch's."""

@@ -18,7 +18,7 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides, threads
 from flagops.registry import kernel
 
-from ._attention_backward import add_runs
+from ._attention_backward import ALL, add_runs
 from ._blocks import Block, alive, at, clear, cleared, get, pack, put, round_up, shifted, unpack, vget, vput
 from ._functions import exp
 from ._gemm import empty
@@ -195,7 +195,9 @@ def scaled_dot_product_attention_backward(
     )  # fmt: skip
     for x, part, n in zip(others, sums, (width, depth), strict=True):
         shape = runs, (held, part.shape[2]), (count, n)
-        parallel(add_runs, matrices * count * (runs > 1), tag, TAGS[real], shape, pointer(part), pointer(x), minimum=64)
+        parallel(
+            add_runs, matrices * count * (runs > 1), tag, TAGS[real], shape, pointer(part), pointer(x), ALL, minimum=64
+        )
     return *(x if needed else None for x, needed in zip((of_query, *others), needs, strict=False)), None
 
 
