@@ -94,7 +94,7 @@ def moe_experts_backward(
             _weights(name, both, given, within, experts, of_gate_up)
         if of_x is not None:
             contract_groups(name, view(both), view(gate_up), view(y), within, real)
-            blocks, least = -(-width // STEP), max(1, _GRAIN // (STEP * count))
+            blocks, least = -(-width // STEP), max(1, _GRAIN // (STEP * max(count, 1)))
             parallel(add_rows, blocks, TAGS[real], width, some // slots, pointer(y), pointer(total), minimum=least)
     if of_x is not None:
         parallel(round_rows, rows, tag, width, pointer(total), pointer(of_x), *strides(of_x), minimum=few)
