@@ -64,9 +64,9 @@ def _run(start, stop, tag, shape, scale, grad, q, kv, sink, indices, of_q, sums,
     real = wide(tag)
     row = round_up(width, 2 * OUTER_VECTORS * lanes(real)) + PAD
     line = round_up(slots, lanes(real)) + DOT_ROW_COLUMNS + PAD
-    memory, (both, values, p, slope, parts, total) = cleared(real, (
-        (2 * together + DOT_ROWS + OUTER_ROWS, row), (slots + DOT_ROW_COLUMNS, row), (together + DOT_ROWS, line),
-        (together + DOT_ROWS + OUTER_ROWS, line), (slots + OUTER_ROWS, row),
+    high = 2 * together + DOT_ROWS + OUTER_ROWS
+    memory, (both, values, p, parts, total) = cleared(real, (
+        (high, row), (slots + DOT_ROW_COLUMNS, row), (high, line), (OUTER_ROWS, row),
         (together + OUTER_ROWS + DOT_ROWS, row),
     ))  # fmt: skip
     read = np.empty(slots, np.int64)
@@ -83,7 +83,7 @@ def _run(start, stop, tag, shape, scale, grad, q, kv, sink, indices, of_q, sums,
                     for i in range(count):
                         clear(tag, target + i * width * size(tag), width)
                     continue
-                slopes, x = both, shifted(both, count, 0)
+                slopes, x, slope = both, shifted(both, count, 0), shifted(p, count, 0)
                 for side, block in ((grad, slopes), (q, x)):
                     (address, (batch, token, head, channel)) = side
                     source = address + (b * batch + t * token + first * head) * size(tag)
@@ -96,14 +96,12 @@ def _run(start, stop, tag, shape, scale, grad, q, kv, sink, indices, of_q, sums,
                     _soften(shifted(p, i, 0), shifted(slope, i, 0), found, scale, at_sink, sink[0] != 0, place)
                 add_values(slope, values, count, found, width, total, False)
                 unpack(tag, total, (count, width), target, (width, 1))
-                for j in range(0, width, OUTER_VECTORS * lanes(real)):
-                    for k in range(0, found, OUTER_ROWS):
-                        part = shifted(parts, k, j)
-                        outer_turned(shifted(p, 0, k), shifted(slopes, 0, j), count, part, False)
-                        outer_turned(shifted(slope, 0, k), shifted(x, 0, j), count, part, True)
-                for k in range(found):
-                    _add(shifted(parts, k, 0), shifted(goal, read[k], 0), width)
-                    touched[task, read[k]] = 1
+                for k in range(0, found, OUTER_ROWS):
+                    for j in range(0, width, OUTER_VECTORS * lanes(real)):
+                        outer_turned(shifted(p, 0, k), shifted(both, 0, j), 2 * count, shifted(parts, 0, j), False)
+                    for i in range(k, min(k + OUTER_ROWS, found)):
+                        _add(shifted(parts, i - k, 0), shifted(goal, read[i], 0), width)
+                        touched[task, read[i]] = 1
     return alive(memory)
 
 
