@@ -342,3 +342,20 @@ def test_bad_input(name):
     with pytest.raises(kind) as caught:
         call()
     assert words in str(caught.value)
+
+
+def test_gradients_do_not_depend_on_the_budget():
+    """Runs hold whole experts: the bits are those of all experts at once."""
+    torch.manual_seed(0)
+    shapes = (40, 24), (40, 3), (9, 26, 24), (9, 24, 13), (40, 24)
+    x, weights, gate_up, down, shared = (torch.randn(shape).requires_grad_() for shape in shapes)
+    indices, grad = torch.randint(0, 8, (40, 3)), torch.randn(24, 40).T  # the last expert has no rows
+    found = []
+    for budget in (1 << 28, 1 << 14, 1):
+        with flagops.config.using(budget=budget):
+            y = flagops.moe_experts(x, weights, indices, gate_up, down, limit=1.5, shared=shared, backend="numba")
+            found.append(torch.autograd.grad(y, (x, weights, gate_up, down, shared), grad))
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+    assert (found[0][2][8] == 0).all()
+    assert (found[0][3][8] == 0).all()

@@ -71,6 +71,22 @@ def test_gradients_do_not_depend_on_the_budget():
             assert_near(whole, tiled, 4 * (33 + 41 + 8), whole.abs().sum())  # sums in another order
 
 
+@pytest.mark.parametrize("mask", [None, "bool", "added"])
+@pytest.mark.parametrize(("batch", "shared"), [(1, 2), (5, 1)])  # in runs of queries, whole
+def test_gradients_over_blocks_of_queries(batch, shared, mask):
+    """Ours, in several blocks, are those of torch's operations, whatever the sign of the scale."""
+    inputs = [x.requires_grad_() for x in draw((batch, 2 * shared, 250, 20), (batch, 2, 300, 20), (batch, 2, 300, 36))]
+    masks = {None: None, "bool": torch.rand(batch, 1, 250, 300) < 0.7, "added": draw((1, 250, 300))[0]}
+    grad = draw((batch, 2 * shared, 36, 250))[0].mT
+    for causal, scale in ((False, None), (True, -0.3)):
+        found = []
+        for backend in ("numba", "torch"):
+            out = attend(*inputs, masks[mask], causal, scale, backend=backend)
+            found.append(torch.autograd.grad(out, inputs, grad))
+        for ours, theirs in zip(*found, strict=True):
+            assert_near(ours, theirs, 4 * (250 + 300 + 36), theirs.abs().sum())  # sums in another order
+
+
 def test_gradients_of_rows_without_keys_are_zero():
     q, k, v = (x.requires_grad_() for x in draw((1, 1, 3, 4), (1, 1, 5, 4), (1, 1, 5, 4)))
     keep = torch.ones(1, 1, 3, 5, dtype=torch.bool)

@@ -18,11 +18,12 @@ from ._blocks import Block, alive, at, clear, cleared, get, pack, put, round_up,
 from ._functions import exp
 from ._gemm import empty
 from ._softmax import PAD, add_values, score
-from ._tiles import DOT_ROW_COLUMNS, DOT_ROWS, OUTER_ROWS, OUTER_VECTORS, outer_tile
+from ._tiles import DOT_ROW_COLUMNS, DOT_ROWS, OUTER_ROWS, OUTER_VECTORS, outer_turned
 from ._vectors import TAGS, cast, fma, lanes, load_index, maximum, size, vhighest, vsplat, vsum, wide
 
 _RUNS = 32  # of queries, over all batches
 _HEADS = 64  # that are worked on together
+ALL = np.zeros((0, 0), np.uint8)
 
 
 def sparse_attention_backward(
@@ -37,34 +38,35 @@ def sparse_attention_backward(
     most = config.budget() // (batch * rows * width * item)
     runs = max(1, min(-(-_RUNS // batch), length, most))
     sums, sinks = np.zeros((batch * runs, rows, width), real), np.zeros((batch * runs, heads), real)
-    of_q = empty(q, q.shape)
+    touched, of_q = np.zeros((batch * runs, rows), np.uint8), empty(q, q.shape)
     tag = TAGS[dtype_name(q)]
     parallel(
         _run, batch * runs, tag, (length, heads, width, rows, slots, runs, min(heads, _HEADS)), float(scale),
         *((pointer(x), strides(x)) for x in (grad, q, kv)), (0, 0) if sink is None else (pointer(sink), *strides(sink)),
-        (pointer(indices), strides(indices), indices.itemsize), pointer(of_q), pointer(sums), pointer(sinks),
+        (pointer(indices), strides(indices), indices.itemsize), pointer(of_q), pointer(sums), pointer(sinks), touched,
     )  # fmt: skip
     of_kv = of_sink = None
     if needs[1]:
         of_kv = empty(kv, kv.shape)
-        shape = runs, rows, width
-        parallel(_added, batch * rows, tag, TAGS[real], shape, pointer(sums), pointer(of_kv), minimum=64)
+        shape = runs, (rows, width), (rows, width)
+        parallel(add_runs, batch * rows, tag, TAGS[real], shape, pointer(sums), pointer(of_kv), touched, minimum=64)
     if sink is not None and needs[2]:
         of_sink = empty(sink, sink.shape)
-        _added(0, 1, TAGS[dtype_name(sink)], TAGS[real], (batch * runs, 1, heads), pointer(sinks), pointer(of_sink))
+        shape = batch * runs, (1, heads), (1, heads)
+        add_runs(0, 1, TAGS[dtype_name(sink)], TAGS[real], shape, pointer(sinks), pointer(of_sink), ALL)
     return of_q if needs[0] else None, of_kv, of_sink, None
 
 
 @jit
-def _run(start, stop, tag, shape, scale, grad, q, kv, sink, indices, of_q, sums, sinks):
+def _run(start, stop, tag, shape, scale, grad, q, kv, sink, indices, of_q, sums, sinks, touched):
     """The gradients by a run of queries; those of `kv` and `sink` are added to the sums of the run."""
     length, heads, width, rows, slots, runs, together = shape
     real = wide(tag)
     row = round_up(width, 2 * OUTER_VECTORS * lanes(real)) + PAD
     line = round_up(slots, lanes(real)) + DOT_ROW_COLUMNS + PAD
-    memory, (both, values, p, slope, turned, parts, total) = cleared(real, (
-        (2 * together + DOT_ROWS + OUTER_ROWS, row), (slots + DOT_ROW_COLUMNS, row), (together + DOT_ROWS, line),
-        (together + DOT_ROWS + OUTER_ROWS, line), (slots + OUTER_ROWS, 2 * together), (slots + OUTER_ROWS, row),
+    high = 2 * together + DOT_ROWS + OUTER_ROWS
+    memory, (both, values, p, parts, total) = cleared(real, (
+        (high, row), (slots + DOT_ROW_COLUMNS, row), (high, line), (OUTER_ROWS, row),
         (together + OUTER_ROWS + DOT_ROWS, row),
     ))  # fmt: skip
     read = np.empty(slots, np.int64)
@@ -81,7 +83,7 @@ def _run(start, stop, tag, shape, scale, grad, q, kv, sink, indices, of_q, sums,
                     for i in range(count):
                         clear(tag, target + i * width * size(tag), width)
                     continue
-                slopes, x = both, shifted(both, count, 0)
+                slopes, x, slope = both, shifted(both, count, 0), shifted(p, count, 0)
                 for side, block in ((grad, slopes), (q, x)):
                     (address, (batch, token, head, channel)) = side
                     source = address + (b * batch + t * token + first * head) * size(tag)
@@ -94,15 +96,12 @@ def _run(start, stop, tag, shape, scale, grad, q, kv, sink, indices, of_q, sums,
                     _soften(shifted(p, i, 0), shifted(slope, i, 0), found, scale, at_sink, sink[0] != 0, place)
                 add_values(slope, values, count, found, width, total, False)
                 unpack(tag, total, (count, width), target, (width, 1))
-                for i in range(count):
-                    for k in range(found):
-                        put(turned, k, i, get(p, i, k))
-                        put(turned, k, count + i, get(slope, i, k))
-                for j in range(0, width, OUTER_VECTORS * lanes(real)):
-                    for k in range(0, found, OUTER_ROWS):
-                        outer_tile(shifted(turned, k, 0), shifted(both, 0, j), 2 * count, shifted(parts, k, j), False)
-                for k in range(found):
-                    _add(shifted(parts, k, 0), shifted(goal, read[k], 0), width)
+                for k in range(0, found, OUTER_ROWS):
+                    for j in range(0, width, OUTER_VECTORS * lanes(real)):
+                        outer_turned(shifted(p, 0, k), shifted(both, 0, j), 2 * count, shifted(parts, 0, j), False)
+                    for i in range(k, min(k + OUTER_ROWS, found)):
+                        _add(shifted(parts, i - k, 0), shifted(goal, read[i], 0), width)
+                        touched[task, read[i]] = 1
     return alive(memory)
 
 
@@ -175,14 +174,16 @@ def _add(part, goal, width):
 
 
 @jit
-def _added(start, stop, tag, real, shape, sums, goal):
-    """The sums of all runs for rows start to stop of all batches, rounded."""
-    runs, rows, width = shape
+def add_runs(start, stop, tag, real, shape, sums, goal, touched):
+    """The sums of all runs for rows start to stop of all batches, rounded; of those that a run has touched, unless it
+    is `ALL`: memory that is zero because nothing has written it is not asked for."""
+    runs, (held, line), (rows, width) = shape
     memory, (total,) = cleared(real, ((1, width),))
     for task in range(start, stop):
         b, row = divmod(task, rows)
         clear(real, total.base, width)
         for run in range(runs):
-            _add(shifted(Block(real, sums, width), (b * runs + run) * rows + row, 0), total, width)
+            if not touched.size or touched[b * runs + run, row]:
+                _add(shifted(Block(real, sums, line), (b * runs + run) * held + row, 0), total, width)
         unpack(tag, total, (1, width), at(Block(tag, goal, width), task, 0), (width, 1))
     return alive(memory)

@@ -279,7 +279,7 @@ def turn(real, source, steps, shape, target, target_steps):
             r = min(i, rows - count)
             for j in range(0, columns, count):
                 c = min(j, columns - count)
-                transpose(real, at(here, r, c), row, at(there, c, r), target_column)
+                transpose(real, at(here, r, c), row, real, at(there, c, r), target_column)
     else:
         for r in range(rows):
             for c in range(columns):
@@ -337,6 +337,12 @@ def pack(tag, source, steps, shape, target, padded):
                 _vmove(tag, origin + c * item, target.tag, goal + c * unit)
             for c in range(whole, columns):
                 _move(tag, origin + c * item, target.tag, goal + c * unit)
+    elif row == 1 and min(count, columns) >= step:  # columns lie as rows: by tiles, of which the last ones overlap
+        for c in range(0, columns, step):
+            j = min(c, columns - step)
+            for r in range(0, count, step):
+                i = min(r, count - step)
+                transpose(tag, source + (i + j * column) * item, column, target.tag, at(target, i, j), target.row)
     else:
         for c in range(columns):
             for r in range(count):

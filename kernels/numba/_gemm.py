@@ -352,8 +352,9 @@ def _arranged(
     return shared, ((am, ak), (bk, bn), (cm, cn)), terms
 
 
-def contract_groups(name: str, a: View, b: View, out: View, bounds: Any) -> None:
-    """out[i] = a[i] b[g] for the rows i of each group g, from bounds[g] to bounds[g + 1]; paired as `contract` can."""
+def contract_groups(name: str, a: View, b: View, out: View, bounds: Any, result: str | None = None) -> None:
+    """out[i] = a[i] b[g] for the rows i of each group g, from bounds[g] to bounds[g + 1]; paired and rounded as
+    `contract` can."""
     (m, k), n = a.shape, b.shape[-1]
     (am, ak), (step, bk, bn), (cm, cn) = a.strides, b.strides, out.strides
 
@@ -362,7 +363,7 @@ def contract_groups(name: str, a: View, b: View, out: View, bounds: Any) -> None
 
     most = min(m, _most(bounds))
     if most and n:
-        shared = _shared(name, name, True, most, n, k, m, (bk, bn), blocks, 1, threads())
+        shared = _shared(name, result or name, True, most, n, k, m, (bk, bn), blocks, 1, threads())
         _multiply(shared, ((am, ak), (bk, bn), (cm, cn)), 1, a, b, out, (0, 0))
 
 

@@ -14,7 +14,7 @@ from ._blocks import Block, alive, at, clear, copy, get, pack, put, scratch, shi
 from ._formats import E4M3
 from ._functions import exp, log1p
 from ._scales import fake
-from ._vectors import FLOAT32, lanes, maximum, minimum, rounded, sqrt, where, wide
+from ._vectors import FLOAT32, fma, lanes, maximum, minimum, rounded, sqrt, vsplat, where, wide
 
 STEP = 512  # elements of a row that stay in L1
 
@@ -34,6 +34,25 @@ def gate_block(g, u, count, weight, limit):
         power = exp(-abs(gate))
         silu = gate * where(gate >= 0, 1, power) / (1 + power)
         vput(g, 0, i, silu * up * weight)
+
+
+@jit
+def slope_block(g, u, s, count, weight, limit):
+    """The gradients of g and u by that of what `gate_block` makes of them, s, in their places; returns, lane by lane,
+    that of the weight. The ends of the clamp have a gradient, what it cuts off has none."""
+    real = g.tag
+    total = vsplat(real)
+    for i in range(0, count, lanes(real)):
+        left, right, slope = vget(g, 0, i), vget(u, 0, i), vget(s, 0, i)
+        gate, up = minimum(left, limit), maximum(minimum(right, limit), -limit)
+        power = exp(-abs(gate))
+        sigma, rest = where(gate >= 0, 1, power) / (1 + power), where(gate >= 0, power, 1) / (1 + power)
+        silu = gate * sigma
+        total = fma(slope * silu, up, total)
+        slope *= weight
+        vput(g, 0, i, where(left > limit, 0, slope * up * sigma * (1 + gate * rest)))
+        vput(u, 0, i, where(abs(right) > limit, 0, slope * silu))
+    return total
 
 
 @jit

@@ -36,11 +36,11 @@ _FEW = 3  # rows for which one by one is faster than a tile that they do not fil
 
 
 @jit
-def panels(real, rows, width):
+def panels(real, rows, width, keys):
     """Shapes of x, sums, scores, tops and masses for so many rows, with room for tiles that reach beyond."""
     across = max(2 * OUTER_VECTORS, ROW_VECTORS) * lanes(real)  # what a tile, or a row alone, writes past the width
     padded, ld = rows + OUTER_ROWS + DOT_ROWS, -(-width // across) * across + PAD
-    return (padded, ld), (padded, ld), (padded, KEYS + PAD), (padded, 1), (padded, 1)
+    return (padded, ld), (padded, ld), (padded, keys + PAD), (padded, 1), (padded, 1)
 
 
 @jit
@@ -76,8 +76,9 @@ def add_values(p, values, count, found, width, sums, add):
 def soften(tag, p, found, scale, tops, masses, sums, width, fresh):
     """The first line of scores to probabilities relative to the running maximum, in place."""
     real, step = p.tag, lanes(p.tag)
-    for j in range(0, found, step):
-        vput(p, 0, j, vget(p, 0, j) * scale)
+    if scale != 1:
+        for j in range(0, found, step):
+            vput(p, 0, j, vget(p, 0, j) * scale)
     for j in range(found, -(-found // step) * step):
         put(p, 0, j, -np.inf)
     before = get(tops, 0, 0)
@@ -92,7 +93,7 @@ def soften(tag, p, found, scale, tops, masses, sums, width, fresh):
         exact = exp(vget(p, 0, j) - base)
         total += exact
         vput(p, 0, j, rounded(tag, exact))
-    fade = cast(real, math.exp(np.float64(before) - np.float64(base)))
+    fade = cast(real, 1.0 if before == base else math.exp(np.float64(before) - np.float64(base)))
     put(masses, 0, 0, get(masses, 0, 0) * fade + vsum(total))
     if not fresh and fade != 1:
         for j in range(0, width, step):

@@ -1,11 +1,11 @@
 """Matrix tiles for numba kernels, whose sums stay in registers.
 
 They take Blocks and mask nothing: the caller pads. `outer_tile(a, b, k, c, add)`: C[OUTER_ROWS, OUTER_VECTORS * lanes]
-= A[.., k] B[k, ..], plus C if add, each sum in the order of k. `dot_tile(x, w, rows, k, c, add)`: C[DOT_ROWS,
-DOT_WIDTH] = X[.., k] W[rows <= DOT_COLUMNS, k]^T, plus C if add; zero past DOT_COLUMNS, W's last row repeated past
-`rows`; k is a multiple of lanes. `outer_row`, `dot_row` do one row, ROW_VECTORS * lanes or DOT_ROW_COLUMNS wide, with
-the same sums. A, X and C are in the arithmetic dtype of B's and W's tag: a bfloat16 matrix used once is widened in
-registers.
+= A[.., k] B[k, ..], plus C if add, each sum in the order of k; `outer_turned` takes A[k, ..], the transpose.
+`dot_tile(x, w, rows, k, c, add)`: C[DOT_ROWS, DOT_WIDTH] = X[.., k] W[rows <= DOT_COLUMNS, k]^T, plus C if add; zero
+past DOT_COLUMNS, W's last row repeated past `rows`; k is a multiple of lanes. `outer_row`, `dot_row` do one row,
+ROW_VECTORS * lanes or DOT_ROW_COLUMNS wide, with the same sums. A, X and C are in the arithmetic dtype of B's and W's
+tag: a bfloat16 matrix used once is widened in registers.
 
 Where A or X is bfloat16 itself (`PAIRS`), so is the other factor, products are added in pairs along k, in float32, a
 vector along K has twice as many elements, and row k / 2 of B holds rows k and k + 1, column by column (`zip_rows`).
@@ -122,7 +122,7 @@ def _whole(kind):
     return isinstance(kind.element, ir.IntType)
 
 
-def _outer(rows, vectors):
+def _outer(rows, vectors, turned=False):
     def typed(typingctx, a, b, k, c, add):
         tag, tag_c, product = b[0], c[0], _product(a[0])
         kind, lanes = product.kind, product.kind.count
@@ -130,11 +130,11 @@ def _outer(rows, vectors):
         def generate(context, builder, signature, arguments):
             (a, lda), (b, ldb), (c, ldc) = (places(builder, arguments[i]) for i in (0, 1, 3))
             k, add = arguments[2], arguments[4]
-            row = [builder.mul(lda, i64(i)) for i in range(rows)]
+            row = [i64(i) if turned else builder.mul(lda, i64(i)) for i in range(rows)]
             at = [builder.add(builder.mul(ldc, i64(i)), i64(v * lanes)) for i in range(rows) for v in range(vectors)]
 
             def step(index, sums):
-                first, depth = builder.mul(index, ldb), builder.mul(index, i64(product.pair))
+                first, depth = builder.mul(index, ldb), builder.mul(index, lda if turned else i64(product.pair))
                 places = [builder.add(first, i64(v * lanes * product.pair)) for v in range(vectors)]
                 right = [product.take(builder, tag, b, place) for place in places]
                 result = []
@@ -159,6 +159,7 @@ def _outer(rows, vectors):
 
 
 outer_tile = _outer(OUTER_ROWS, OUTER_VECTORS)
+outer_turned = _outer(OUTER_ROWS, OUTER_VECTORS, True)
 outer_row = _outer(1, ROW_VECTORS)
 
 

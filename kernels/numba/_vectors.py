@@ -418,12 +418,12 @@ def ordered(typingctx, a):
 
 
 @intrinsic
-def transpose(typingctx, tag, source, ld, target, target_ld):
-    """Rows of one vector's elements, as many as that, to columns; leading dimensions in elements."""
+def transpose(typingctx, tag, source, ld, goal, target, target_ld):
+    """Rows of one vector's elements, as many as that, to columns, of another tag; leading dimensions in elements."""
     count = Vector(_arithmetic(tag)).lanes
 
     def generate(context, builder, signature, arguments):
-        _, source, ld, target, target_ld = arguments
+        _, source, ld, _, target, target_ld = arguments
         rows = [_ir.load(builder, tag, source, builder.mul(ld, _ir.i64(i)), count) for i in range(count)]
         span = 1
         while span < count:
@@ -435,8 +435,8 @@ def transpose(typingctx, tag, source, ld, target, target_ld):
                     rows[i], rows[i + span] = (_ir.shuffle(builder, *pair, order) for order in (low, high))
             span *= 2
         for i, row in enumerate(rows):
-            _ir.store(builder, tag, row, target, builder.mul(target_ld, _ir.i64(i)))
+            _ir.store(builder, goal, row, target, builder.mul(target_ld, _ir.i64(i)))
         return context.get_dummy_value()
 
     i = types.int64
-    return types.none(tag, i, i, i, i), generate
+    return types.none(tag, i, i, goal, i, i), generate

@@ -56,7 +56,7 @@ def _query(tag, x, b, t):
 def _queries(start, stop, tag, shape, scale, q, kv, sink, indices, out):
     length, heads, width, rows, slots, together = shape
     real = wide(tag)
-    wanted, (index, index_steps, index_size) = panels(real, together, width), indices
+    wanted, (index, index_steps, index_size) = panels(real, together, width, KEYS), indices
     memory, (x, sums, p, tops, masses, values) = cleared(real, (*wanted, (KEYS + DOT_ROW_COLUMNS, wanted[0][1])))
     channel, out_channel = q[1][3], out[1][3]
     splits = -(-heads // together)

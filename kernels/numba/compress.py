@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from flagops.arrays import dtype_name
+from flagops.arrays import as_numpy, dtype_name, numpy_dtype
 from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
 from .._compress import chunks
 from ._blocks import Block, alive, at, get, pack, put, scratch, shifted, unpack, vget, vput
 from ._functions import exp
-from ._gemm import View, contract, view
+from ._gemm import View, contract, empty, ones, view
 from ._vectors import TAGS, cast, fma, lanes, maximum, size, vsplat
 
 _PAD = 16  # elements behind a row that a vector may touch
@@ -147,3 +147,116 @@ def _advance(start, stop, shape, kv, scores, kv_state, score_state, windows):
                     row -= m
                 line, steps = shifted(lines, row, 0), (0, state[1][2])
                 unpack(lines.tag, line, (1, channels), at(target, place, 0), steps)
+
+
+def compress_kv_backward(
+    grad: tuple[Any, Any, Any], x: Any, wkv: Any, wgate: Any, bias: Any, kv_state: Any, score_state: Any, filled: int,
+    needs: tuple[bool, ...],
+) -> tuple[Any, ...]:  # fmt: skip
+    """A channel of a token is in one window alone, as the current or the previous one: what a window reads it
+    overwrites by the gradients; those of tokens in no window are zero, but for what the states bring.
+
+    All tokens at once; their gradients are rounded to the dtype of x before the products. The states' own gradients,
+    and calls that close no window, are left to torch's."""
+    (batch, length, depth), (m, channels), before = x.shape, bias.shape, kv_state.shape[1] - bias.shape[0]
+    windows, held, width = (filled + length) // m, before + filled, channels // (2 if before else 1)
+    if needs[4] or needs[5] or not batch * windows * channels * depth:
+        return NotImplemented
+    name, result, ld, rows = dtype_name(x), dtype_name(bias), channels + _PAD, held + length
+    tag, real, closed = TAGS[name], TAGS[result], windows * m
+    lines = np.empty((2, batch, rows, ld), result)
+    shape, panels = (m, channels, before, filled, rows, held), tuple((real, pointer(line), ld) for line in lines)
+    steps, new = (rows * ld, ld, 1), tuple(pointer(line) + held * ld * lines.itemsize for line in lines)
+    for weight, line in zip((wkv, wgate), new, strict=True):
+        contract(name, view(x), view(weight).T, View(line, (batch, length, channels), steps), result=result)
+    given = ((pointer(y), strides(y)) for y in (bias, kv_state, score_state))
+    parallel(_complete, batch * rows, shape, *panels, *given, minimum=-(-_GRAIN // channels))
+    parallel(
+        _unpool, batch * windows, tag, shape, *panels, (pointer(grad[0]), strides(grad[0])), windows,
+        minimum=-(-_GRAIN // (8 * channels * m)),
+    )  # fmt: skip
+    for line, of_state in zip(lines, grad[1:], strict=True):
+        line[:, before + closed :, channels - width : channels] = 0
+        if before:
+            line[:, closed:, :width] = 0
+        state, rest = as_numpy(of_state), rows - before - closed
+        line[:, before + closed :, :channels] += state[:, before : before + rest]
+        line[:, closed : closed + before, :channels] += state[:, :before]
+        line[:, before + closed - m + rest : before + closed, :channels] += state[:, before + rest :]
+    if name != result:
+        exact, lines = lines, np.empty((2, batch, length, ld), numpy_dtype(name))
+        places = (pointer(y) for y in (exact, lines))
+        parallel(_rounded, 2 * batch * length, tag, real, channels, ld, rows, length, *places, minimum=-(-_GRAIN // ld))
+        steps, new = (length * ld, ld, 1), tuple(pointer(line) for line in lines)
+    sides = tuple(View(line, (batch, length, channels), steps) for line in new)
+    grads = [empty(y, y.shape) if needed else None for y, needed in zip((x, wkv, wgate, bias), needs, strict=False)]
+    if needs[0]:
+        weights = empty(wkv, (2, 1, channels, depth))
+        weights[0], weights[1] = wkv, wgate
+        both = View(new[0], (2, *sides[0].shape), ((new[1] - new[0]) // lines.itemsize, *steps))
+        contract(name, both, view(weights), view(grads[0]), paired=True)
+    for place, side in enumerate(sides, 1):
+        if needs[place]:
+            contract(name, side.T, view(x), view(grads[place]), paired=True)
+    if needs[3]:
+        scores = (lines if name == result else exact)[1]
+        scores[:, before:held] = 0
+        total, first = np.zeros((1, m * ld), result), pointer(scores) + before * ld * scores.itemsize
+        cut = View(first, (batch, windows, m * ld), (rows * ld, m * ld, 1))
+        contract(result, ones(result, windows), cut, view(total))
+        found = total.reshape(m, ld)[:, :channels]
+        found[:rest] += scores[:, before + closed :, :channels].sum(0)
+        as_numpy(grads[3])[...] = found
+    return *grads, None, None
+
+
+@jit
+def _unpool(start, stop, tag, shape, kv, scores, grad, windows):
+    """A window's values and scores to their gradients, a vector of channels after the other."""
+    m, channels, before, _, rows, _ = shape
+    kv, scores = Block(*kv), Block(*scores)
+    real, step = scores.tag, lanes(scores.tag)
+    width = channels // 2 if before else channels
+    memory, (given, parts) = scratch(real, ((1, step), (2, step)))
+    column = grad[1][2]
+    for task in range(start, stop):
+        b, window = divmod(task, windows)
+        values, logits = shifted(kv, b * rows + window * m, 0), shifted(scores, b * rows + window * m, 0)
+        source = Block(tag, at(_matrix(tag, grad, b), window, 0), column)
+        for c in range(0, width, step):
+            count = min(step, width - c)
+            pack(tag, at(source, c, 0), (0, column), (1, count), given, (1, step))
+            slope = vget(given, 0, 0)
+            top = vsplat(cast(real, -np.inf))
+            for j in range(before + m):
+                top = maximum(top, vget(logits, j, c if j < before else channels - width + c))
+            mass = total = vsplat(real)
+            for j in range(before + m):
+                place = c if j < before else channels - width + c
+                p = exp(vget(logits, j, place) - top)
+                mass += p
+                total = fma(p, vget(values, j, place), total)
+            pooled = total / mass
+            for j in range(before + m):
+                place = c if j < before else channels - width + c
+                share = exp(vget(logits, j, place) - top) / mass * slope
+                change = share * (vget(values, j, place) - pooled)
+                if count == step:
+                    vput(values, j, place, share)
+                    vput(logits, j, place, change)
+                else:
+                    vput(parts, 0, 0, share)
+                    vput(parts, 1, 0, change)
+                    for i in range(count):
+                        put(values, j, place + i, get(parts, 0, i))
+                        put(logits, j, place + i, get(parts, 1, i))
+    return alive(memory)
+
+
+@jit
+def _rounded(start, stop, tag, real, channels, ld, rows, length, exact, lines):
+    """The last rows of each matrix, rounded, one matrix behind the other."""
+    for task in range(start, stop):
+        line, token = divmod(task, length)
+        source = shifted(Block(real, exact, ld), line * rows + rows - length + token, 0)
+        unpack(tag, source, (1, channels), at(Block(tag, lines, ld), task, 0), (0, 1))

@@ -17,6 +17,8 @@ from flagops.backends.numba import parallel, pointer, strides
 from flagops.registry import kernel
 
 from .._moe import quantised, refusal
+from ._experts_backward import grouped_matmul_backward as grouped_matmul_backward
+from ._experts_backward import moe_experts_backward as moe_experts_backward
 from ._gemm import View, contract_groups, view
 from ._ir import PAIRS
 from ._moe_rows import STEP, activate, add_rows, by_expert, gather, round_rows, widen_rows

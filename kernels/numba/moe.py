@@ -15,10 +15,10 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
 from flagops.registry import kernel
 
-from ._blocks import Block, alive, at, get, of_task, pack, place, put, scratch, unpack, vget, vput, walk
-from ._gemm import View, contract, view
-from ._moe_rows import STEP, gate_block, gate_score
-from ._vectors import INT32, LANES, TAGS, cast, lanes, load, load_index, size, wide
+from ._blocks import Block, alive, at, get, of_task, pack, place, put, round_up, scratch, unpack, vget, vput, walk
+from ._gemm import View, contract, empty, view
+from ._moe_rows import STEP, gate_block, gate_score, slope_block
+from ._vectors import INT32, LANES, TAGS, cast, lanes, load, load_index, size, store, vsplat, vsum, wide
 
 _GRAIN = 1 << 14  # elements worth a thread
 _ROUTED = 16  # tokens worth one
@@ -131,4 +131,47 @@ def _gate_rows(start, stop, tag, width, sizes, gate, up, weight, out, limit):
             pack(tag, at(right, first, 0), (0, right.row), (1, count), u, (1, padded))
             gate_block(g, u, padded, factor, limit)
             unpack(tag, g, (1, count), at(target, first, 0), (0, target.row))
+    return alive(memory)
+
+
+def swiglu_backward(
+    grad: Any, gate: Any, up: Any, weight: Any, limit: float | None, needs: tuple[bool, ...]
+) -> tuple[Any, ...]:
+    """All three in one pass; operands that broadcast are left to torch's."""
+    *lead, width = grad.shape
+    whole = tuple(gate.shape) == tuple(up.shape) == tuple(grad.shape)
+    if not (whole and math.prod(grad.shape)) or (weight is not None and list(weight.shape) != lead):
+        return NotImplemented
+    given = gate, up, weight
+    grads = tuple(empty(x, x.shape) if x is not None and n else None for x, n in zip(given, needs, strict=True))
+    for sizes, arrays in walk(lead, (1, 1, 1, 0, 1, 1, 0), grad, *given, *grads):
+        parallel(
+            _slope_rows, math.prod(sizes), TAGS[dtype_name(grad)], width, sizes, *arrays,
+            math.inf if limit is None else float(limit), minimum=-(-_GRAIN // width),
+        )  # fmt: skip
+    return grads
+
+
+@jit
+def _slope_rows(start, stop, tag, width, sizes, grad, gate, up, weight, of_gate, of_up, of_weight, limit):
+    real = wide(tag)
+    padded = round_up(min(STEP, width), lanes(tag))
+    memory, (g, u, s) = scratch(real, ((1, padded), (1, padded), (1, padded)))
+    for row in range(start, stop):
+        factor, mass = cast(real, 1.0), vsplat(real)
+        if weight[0] != 0:
+            factor = load(real, weight[0] + place(row, sizes, weight[1]) * size(real))
+        for first in range(0, width, STEP):
+            count = min(STEP, width - first)
+            padded = round_up(count, lanes(tag))
+            for array, block in ((gate, g), (up, u), (grad, s)):
+                source = of_task(tag, array, sizes, row)
+                pack(tag, at(source, first, 0), (0, source.row), (1, count), block, (1, padded))
+            mass += slope_block(g, u, s, padded, factor, limit)
+            for array, block in ((of_gate, g), (of_up, u)):
+                if array[0] != 0:
+                    target = of_task(tag, array, sizes, row)
+                    unpack(tag, block, (1, count), at(target, first, 0), (0, target.row))
+        if of_weight[0] != 0:
+            store(real, of_weight[0] + place(row, sizes, of_weight[1]) * size(real), vsum(mass))
     return alive(memory)

@@ -3,8 +3,10 @@
 MUTANTS = {
     "numba/_attention_backward.py": [
         ("sparse_attention", "if 0 <= row < rows:", "if 0 < row < rows:", 0),
-        ("sparse_attention", "shifted(goal, read[k], 0)", "shifted(goal, k, 0)", 0),
-        ("sparse_attention", "put(turned, k, count + i, get(slope, i, k))", "put(turned, k, count + i, get(p, i, k))", 0),
+        ("sparse_attention", "shifted(goal, read[i], 0)", "shifted(goal, i, 0)", 0),
+        ("sparse_attention", "shifted(both, 0, j), 2 * count", "shifted(both, 0, j), count", 0),
+        ("sparse_attention", "touched[task, read[i]] = 1", "touched[task, i] = 1", 0),
+        ("sparse_attention", "(b * runs + run) * held + row", "b * runs * held + row", 0),
         ("sparse_attention", "idle / total * middle", "idle * middle", 0),
         ("sparse_attention", "total += idle", "pass", 0),
         ("sparse_attention", "(vget(slope, 0, j) - middle) * factor", "(vget(slope, 0, j) - middle)", 0),

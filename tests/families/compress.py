@@ -9,6 +9,11 @@ MUTANTS = {
         ("compress_kv", "if column == 1 and c + step <= width", "if c + step <= width", 0),
         ("compress_kv", "bias_row), (inside + row - old) % m, 0), bias_column)", "bias_row), (inside + row - old) % m, 0), 1)", 0),
         ("compress_kv", "address + b * step * size(tag)", "address", 0),
+        ("compress_kv", "line[:, closed:, :width] = 0", "pass", 0),
+        ("compress_kv", "(vget(values, j, place) - pooled)", "vget(values, j, place)", 0),
+        ("compress_kv", "scores[:, before:held] = 0", "pass", 0),
+        ("compress_kv", "found[:rest] += scores", "found[:rest] -= scores", 0),
+        ("compress_kv", "put(logits, j, place + i, get(parts, 1, i))", "pass", 0),
     ],
     "_compress.py": [
         ("compress_kv", "(inside + stop - start) % m", "inside", 0),

@@ -1,6 +1,14 @@
 """The experts family: edits of its kernels that the suite must notice."""
 
 MUTANTS = {
+    "numba/_experts_backward.py": [
+        ("grouped_matmul", "grads[0][bounds[-1] :] = 0", "pass", 0),
+        ("grouped_matmul", "out[expert] = 0", "pass", 0),
+        ("moe_experts", "token, slot = divmod(pairs[i], slots)", "slot, token = divmod(pairs[i], slots)", 0),
+        ("moe_experts", "y), pointer(total), minimum=least", "y), pointer(y), minimum=least", 0),
+        ("moe_experts", "put(shares, token, slot, vsum(mass))", "put(shares, token, 0, vsum(mass))", 0),
+        ("moe_experts", "at(gates, i, width + first), (0, 1), (1, count), u", "at(gates, i, first), (0, 1), (1, count), u", 0),
+    ],
     "numba/experts.py": [
         ("grouped_matmul", "as_numpy(out)[bounds[-1] :] = 0", "pass", 0),
         ("moe_experts", "some // slots", "some % slots", 0),

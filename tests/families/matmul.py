@@ -49,6 +49,7 @@ MUTANTS = {
         ("matmul", "if padded_columns > columns:", "if False:", 0),
         ("matmul", "_vzip(low + 2 * c, high + 2 * c", "_vzip(high + 2 * c, high + 2 * c", 0),
         ("matmul", "if inside and second else", "if inside and r < 0 else", 0),
+        ("matmul", "source + (i + j * column) * item, column", "source + (i + c * column) * item, column", 0),
     ],
     "numba/_ir.py": [
         ("matmul", "constant(bits.type, 0x7FFF)", "constant(bits.type, 0x8000)", 0),
@@ -77,6 +78,7 @@ MUTANTS = {
         ("linear", "builder.select(inside, i64(j), last)", "i64(0)", 0),
         ("linear", "odd = [lane + step for lane in even]", "odd = even", 0),
         ("matmul", "builder.add(first, i64(v * lanes * product.pair))", "first", 0),
+        ("scaled_dot_product_attention", "lda if turned else i64(product.pair)", "i64(product.pair)", 0),
     ],
     "torch/matmul.py": [
         ("linear", "total += bias", "total += 0", 0),

@@ -7,6 +7,8 @@ MUTANTS = {
         ("moe_gate", "score = get(scores, 0, best)", "score = get(biased, 0, best)", 0),
         ("moe_gate", "_index(table, token, slot)", "_index(table, token * 0, slot)", 0),
         ("swiglu", "(0, left.row)", "(0, 1)", 0),
+        ("swiglu", "((of_gate, g), (of_up, u))", "((of_gate, u), (of_up, g))", 0),
+        ("swiglu", "(0, source.row)", "(0, 1)", 0),
     ],
     "numba/_moe_rows.py": [
         ("swiglu", "maximum(minimum(vget(u, 0, i), limit), -limit)", "minimum(vget(u, 0, i), limit)", 0),
@@ -16,6 +18,9 @@ MUTANTS = {
         ("moe_experts", "at(source, tokens[i], first * column)", "at(source, i, first * column)", 0),
         ("moe_experts", "at(gates, i, width + first)", "at(gates, i, first)", 0),
         ("moe_experts", "fake(E4M3, single, BLOCK, True, single)", "single.base", 1),
+        ("swiglu", "where(abs(right) > limit, 0, slope * silu)", "slope * silu", 0),
+        ("swiglu", "(1 + gate * rest)", "(1 - gate * rest)", 0),
+        ("moe_experts", "total = fma(slope * silu, up, total)", "total = fma(slope, up, total)", 0),
     ],
     "_moe.py": [("moe_experts", "not in FLOATS", "in FLOATS", 0)],
     "torch/moe.py": [
