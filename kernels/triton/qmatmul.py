@@ -108,7 +108,7 @@ def fp8_kernel(
             acc = dot(x, w, acc, PRECISION)
         elif FLOAT:
             w = narrow(w.to(tl.float32), x.dtype)
-            acc += dot(x, w, tl.zeros((BM, BN), dtype=tl.float32), PRECISION) * (shift * scale)
+            acc += dot(x, w, tl.zeros((BM, BN), dtype=tl.float32), PRECISION) * shift * scale
         else:
             part = dot(half(x, CONVERT), w, tl.zeros((BM, BN), dtype=tl.float32), "ieee")
             acc += part * (shift * shift) * (factor(tl.load(a_scale))[:, None] * scale)

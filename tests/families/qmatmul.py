@@ -47,7 +47,7 @@ MUTANTS = {
         ("fp8_matmul", "tl.where(size == 0x7F, 0x7E00, bits)", "bits", 0),
         ("fp4_matmul", "weight(packed & 15, scale)", "weight(packed >> 4, scale)", 0),
         ("fp4_matmul", "tl.load(a_tile + a_k, left, other=0)", "tl.load(a_tile, left, other=0)", 0),
-        ("fp8_matmul", "PRECISION) * (shift * scale)", "PRECISION) * shift", 0),
+        ("fp8_matmul", "PRECISION) * shift * scale", "PRECISION) * shift", 0),
         ("fp4_matmul", "acc = multiplied(odd, high, acc, PRECISION)", "acc = multiplied(odd, low, acc, PRECISION)", 0),
         ("fp4_matmul", "(start // 32 + group)", "(start // 32 + 0 * group)", 0),
     ],
