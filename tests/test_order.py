@@ -42,6 +42,8 @@ def test_shipped_tables_name_what_exists():
         ("cpu-amd-avx512-bf16", "cpu-amd-avx512-bf16"),
         ("cpu-amd-avx512-bf16-more", "cpu-amd-avx512-bf16"),
         ("cpu-avx512-bf16", "cpu"),
+        ("cpu-intel-avx512-bf16-amx", "cpu-intel-avx512-bf16-amx"),
+        ("cpu-intel-avx2", "cpu"),
     ],
 )
 def test_the_nearest_class_serves_a_machine_without_a_table(kind, name):
