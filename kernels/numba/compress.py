@@ -102,6 +102,22 @@ def _complete(start, stop, shape, kv, scores, bias, kv_state, score_state):
 
 
 @jit
+def _weighed(real, values, logits, m, before, current, c):
+    """Of a vector of channels in a window the greatest logit, and the sums of the weights and of what they weigh;
+    those of the current slots lie `current` channels behind."""
+    top = vsplat(cast(real, -np.inf))
+    for j in range(before + m):
+        top = maximum(top, vget(logits, j, c if j < before else current + c))
+    mass = total = vsplat(real)
+    for j in range(before + m):
+        place = c if j < before else current + c
+        p = exp(vget(logits, j, place) - top)
+        mass += p
+        total = fma(p, vget(values, j, place), total)
+    return top, mass, total
+
+
+@jit
 def _pool(start, stop, tag, shape, kv, scores, entries, windows):
     """One entry a task: for a vector of channels the maximum over the slots, then the weights and both sums."""
     m, channels, before, _, rows, _ = shape
@@ -115,15 +131,7 @@ def _pool(start, stop, tag, shape, kv, scores, entries, windows):
         values, logits = shifted(kv, b * rows + window * m, 0), shifted(scores, b * rows + window * m, 0)
         target = Block(tag, at(_matrix(tag, entries, b), window, 0), column)
         for c in range(0, width, step):
-            top = vsplat(cast(real, -np.inf))
-            for j in range(before + m):
-                top = maximum(top, vget(logits, j, c if j < before else channels - width + c))
-            mass = total = vsplat(real)
-            for j in range(before + m):
-                place = c if j < before else channels - width + c
-                p = exp(vget(logits, j, place) - top)
-                mass += p
-                total = fma(p, vget(values, j, place), total)
+            _, mass, total = _weighed(real, values, logits, m, before, channels - width, c)
             if column == 1 and c + step <= width:
                 vput(target, c, 0, total / mass)
             else:
@@ -227,15 +235,7 @@ def _unpool(start, stop, tag, shape, kv, scores, grad, windows):
             count = min(step, width - c)
             pack(tag, at(source, c, 0), (0, column), (1, count), given, (1, step))
             slope = vget(given, 0, 0)
-            top = vsplat(cast(real, -np.inf))
-            for j in range(before + m):
-                top = maximum(top, vget(logits, j, c if j < before else channels - width + c))
-            mass = total = vsplat(real)
-            for j in range(before + m):
-                place = c if j < before else channels - width + c
-                p = exp(vget(logits, j, place) - top)
-                mass += p
-                total = fma(p, vget(values, j, place), total)
+            top, mass, total = _weighed(real, values, logits, m, before, channels - width, c)
             pooled = total / mass
             for j in range(before + m):
                 place = c if j < before else channels - width + c

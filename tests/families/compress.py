@@ -3,7 +3,7 @@
 MUTANTS = {
     "numba/compress.py": [
         ("compress_kv", "(inside + row - old) % m", "(row - old) % m", 0),
-        ("compress_kv", "channels - width + c", "c", 1),
+        ("compress_kv", "current + c", "c", 1),
         ("compress_kv", "row -= m", "row -= 1", 0),
         ("compress_kv", "(j, before + inside + j)", "(j, before + j)", 0),
         ("compress_kv", "if column == 1 and c + step <= width", "if c + step <= width", 0),
