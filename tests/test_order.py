@@ -43,6 +43,7 @@ def test_shipped_tables_name_what_exists():
         ("cpu-amd-avx512-bf16-more", "cpu-amd-avx512-bf16"),
         ("cpu-avx512-bf16", "cpu"),
         ("cpu-intel-avx512-bf16-amx", "cpu-intel-avx512-bf16-amx"),
+        ("cpu-intel-avx512-bf16", "cpu-intel-avx512-bf16"),
         ("cpu-intel-avx2", "cpu"),
     ],
 )
