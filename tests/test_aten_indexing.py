@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -346,3 +347,41 @@ def test_sums_are_the_same_for_any_number_of_threads(rng, handle):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_parts_that_are_joined_are_remembered_by_what_they_look_like(rng):
+    """A call is noted down after some; others of as many parts must not be taken for it, nor the same part twice."""
+
+    def calls(one, two, wide, whole):
+        yield (one, two), 1
+        yield (two, one), -2
+        yield (one, one), 0
+        yield (one[:, ::2], two[:, 1:]), 1
+        yield (torch._neg_view(one), two), 1
+        yield (one, torch._neg_view(two)), 1
+        yield (wide[:, 3:], wide[:, :3], wide), 1
+        yield (wide.T, wide.T), 0
+        yield (wide, wide.float(), torch.empty(0)), 0
+        yield (whole, wide), 1
+        yield (torch.empty(0), torch.empty(0)), 0
+        yield one.unbind(0), 0
+
+    shapes = (2, 5, 3), (2, 4, 3), (5, 6)
+    with flagops.enable("cat", backend="numba") as handle:
+        for _ in range(40):
+            made = [torch.from_numpy(rng.standard_normal(shape)) for shape in shapes]
+            for parts, dim in calls(*made, torch.from_numpy(rng.integers(9, size=(5, 2)))):
+                got = torch.cat(parts, dim)
+                want = np.concatenate([x.resolve_neg().numpy() for x in parts if x.shape != (0,)] or [[]], dim)
+                assert got.is_contiguous() and got.numpy().tobytes() == want.astype(got.numpy().dtype).tobytes()
+        assert handle.report().replaced == 40 * 12
+
+
+def test_a_part_whose_memory_was_freed_is_not_read():
+    parts = torch.zeros(2), torch.ones(3)
+    with flagops.enable("cat", backend="numba", strict=True):
+        for _ in range(40):
+            assert torch.cat(parts).tolist() == [0, 0, 1, 1, 1]
+        parts[1].untyped_storage().resize_(0)
+        with pytest.raises(flagops.Unsupported, match="freed"):  # torch's own kernel would end the process
+            torch.cat(parts)

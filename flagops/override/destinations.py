@@ -29,7 +29,7 @@ def deliver(form: Form, args: Sequence[Any], results: Sequence[Tensor], over: Se
         out = args[position]
         if out is result or out is None:
             continue
-        argument = form.schema.arguments[position]
+        argument = form.arguments[position]
         if not torch.can_cast(result.dtype, out.dtype):
             kinds = (_torchs_name(x.dtype) for x in (result, out))
             raise RuntimeError("result type {} can't be cast to the desired output type {}".format(*kinds))
@@ -88,7 +88,7 @@ def refuse_other_dtypes(form: Form, args: Sequence[Any], made: Sequence[Any], as
     import torch
     from torch.utils._pytree import tree_map_only
 
-    outs = [args[i] for i in form.outs if form.schema.arguments[i].is_out]
+    outs = [args[i] for i in form.outs if form.arguments[i].is_out]
     given = [None if x is None else x.dtype for x in outs]
     known = form.name, ask is None, *made, *given
     if all(x in (None, y) for x, y in zip(given, made, strict=False)) or known in _converted:
@@ -110,7 +110,7 @@ def refuse_other_dtypes(form: Form, args: Sequence[Any], made: Sequence[Any], as
 def refuse_product(form: Form, out: Tensor, like: Tensor, problem: str, alone: bool) -> None:
     """Raise what torch does for a destination that its products do not resize; alone: it has no kernel that says so,
     else Pass."""
-    argument, typed = form.schema.arguments[form.given], (out.dtype, out.device) == (like.dtype, like.device)  # type: ignore[index]
+    argument, typed = form.arguments[form.given], (out.dtype, out.device) == (like.dtype, like.device)  # type: ignore[index]
     if typed and argument.is_out and out.shape != like.shape:
         return
     if not alone:
@@ -143,13 +143,18 @@ def shared(form: Form, args: Sequence[Any], over: Sequence[str] | None) -> str |
 
     written = [(i, out) for i in form.outs for out in tree_leaves(args[i])]  # a foreach form has lists
     for i, out in written:
-        if out is None or not out.numel():
+        if out is None:
+            continue
+        if not out.numel():
+            inputs = (x for j, y in enumerate(args) if j not in form.outs for x in tree_leaves(y))
+            if over == () and any(x is out for x in inputs):
+                return AN_INPUT
             continue
         if overlaps_itself(out):
             return ITSELF
-        if not form.schema.arguments[i].is_out:
+        if not form.arguments[i].is_out:
             continue
-        for j, argument in enumerate(form.schema.arguments):
+        for j, argument in enumerate(form.arguments):
             may = over is None or argument.name in over
             for x in tree_leaves(args[j]) if j not in form.outs else ():
                 if hasattr(x, "untyped_storage") and _meet(x, out) and not (may and _same_place(x, out)):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import keyword
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flagops.calls import surroundings
+from flagops.calls import generated, surroundings
 
 from .interpose import COMPOSITE
 from .lowering import LOWERINGS
@@ -36,19 +37,23 @@ class Form:
     """One overload of an aten name, such as ``"mm.out"``.
 
     base: the name of its lowering, and of its calls in reports.
+    arguments: the schema's, by position.
     outs, given: the positions of the arguments that results are written to, and the first.
-    tensors: the positions of tensors; lists of them are not among these.
+    tensors: the positions of tensors; lists of them are not among these, but see `Spread`.
+    lists: the positions of lists of tensors.
     keywords: the names of the arguments behind the `positional` ones.
     """
 
     def __init__(self, overload: str, base: str = "") -> None:
         self.name, self.schema = overload, schema_of(overload)
-        arguments = self.schema.arguments
+        self.arguments: Sequence[torch.Argument] = self.schema.arguments
+        arguments = self.arguments
         self.positional = sum(not argument.kwarg_only for argument in arguments)
         self.keywords = [argument.name for argument in arguments[self.positional :]]
         self.outs = _written(self.schema)
         self.given = self.outs[0] if self.outs else None
         self.tensors = [i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
+        self.lists = [i for i, a in enumerate(arguments) if str(a.type) == "List[Tensor]"]
         self.base = base or self.schema.name[6:].removesuffix("_")
 
     def named(self, args: Sequence[Any]) -> dict[str, Any]:
@@ -71,7 +76,7 @@ class Form:
 
     def places(self, names: Sequence[str]) -> list[int]:
         """The positions of arguments."""
-        return [i for i, argument in enumerate(self.schema.arguments) if argument.name in names]
+        return [i for i, argument in enumerate(self.arguments) if argument.name in names]
 
     def with_tensors(self, args: Sequence[Any]) -> Sequence[Any]:
         """The arguments with tensors for numbers, where torch's own kernels ask for them, such that types are promoted
@@ -91,7 +96,7 @@ class Form:
 
     def inputs(self, args: Sequence[Any]) -> list[Any]:
         """The tensors of a call that it reads, None for those that it has not."""
-        return [args[i] for i in self.tensors if not self.schema.arguments[i].is_out]
+        return [args[i] for i in self.tensors if not self.arguments[i].is_out]
 
     def without_memory(self, args: Sequence[Any]) -> str | None:
         """Why a tensor of a call has no elements, or None."""
@@ -111,6 +116,40 @@ class Form:
     def overload(self) -> Any:
         """Torch's own overload, ``torch.ops.aten.mm.out``."""
         return _overload(self.schema)
+
+
+class Spread(Form):
+    """A form whose lists of tensors stand one by one among its arguments, for calls with as many in each as one has."""
+
+    def __init__(self, form: Form, args: Sequence[Any]) -> None:
+        super().__init__(form.name, form.base)
+        self._lengths = [len(x) if i in form.lists else None for i, x in enumerate(args)]
+        widths = [1 if length is None else length for length in self._lengths]
+        starts = [sum(widths[:i]) for i in range(len(widths))]
+        self.outs = tuple(starts[i] for i in form.outs)
+        self.given = self.outs[0] if self.outs else None
+        self.tensors = [
+            start + j
+            for i, (start, width) in enumerate(zip(starts, widths, strict=True))
+            for j in range(width)
+            if i in form.tensors or i in form.lists
+        ]
+        self.arguments = [a for a, width in zip(form.arguments, widths, strict=True) for _ in range(width)]
+        parts = (f"*a[{i}]" if length is not None else f"a[{i}]" for i, length in enumerate(self._lengths))
+        self.spread: Callable[[Sequence[Any]], tuple[Any, ...]] = generated.function(
+            f"def spread(a): return ({', '.join(parts)},)", "spread", {}
+        )
+
+    def packed(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The arguments as the schema has them."""
+        rest = iter(args)
+        return tuple(next(rest) if length is None else list(itertools.islice(rest, length)) for length in self._lengths)
+
+    def named(self, args: Sequence[Any]) -> dict[str, Any]:
+        return super().named(self.packed(args))
+
+    def split(self, args: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        return super().split(self.packed(args))
 
 
 def _overload(schema: torch.FunctionSchema) -> Any:

@@ -1,8 +1,9 @@
 """What a torch call means in flagops operators, in ordinary tensor code: one function for all forms of a name.
 
 A lowering gets the arguments of the call and `to`, where the result goes, and returns the one call of an operator that
-makes it, or what makes it in several steps. It runs once per signature; what it did (which views of which arguments
-went where) is then replayed. So it may look at shapes, strides, dtypes and scalars, and never at values.
+makes it, a list of calls that make a part of it each, or what makes it in several steps. It runs once per signature;
+what it did (which views of which arguments went where) is then replayed. So it may look at shapes, strides, dtypes and
+scalars, and never at values.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Call(NamedTuple):
     out: Tensor
 
 
-Lowered = Call | Callable[[], None]
+Lowered = Call | list[Call] | Callable[[], None]
 
 Result = tuple[tuple[int, ...], "tuple[int, ...] | None"] | tuple[tuple[int, ...], "tuple[int, ...] | None", Any] | None
 """Shape, strides (None: row by row) and dtype (left out: that of the first tensor)."""

@@ -18,7 +18,7 @@ from flagops.calls.replay import Replay
 
 from . import fuel
 from .destinations import AN_INPUT, ITSELF, SAID, deliver, overlaps_itself, refuse_other_dtypes, refuse_product, shared
-from .forms import Form, Part, View, form_of
+from .forms import Form, Part, Spread, View, form_of
 from .iteration import laid_out
 from .lowering import REFUSED, Call, Lowering, Pass, To
 
@@ -59,10 +59,12 @@ class Below:
 
 def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], below: Below) -> Recipe:
     """The recipe for calls like this one. Raises Pass or Unsupported with the reason why torch should take them."""
+    if form.lists and not isinstance(form, Spread):
+        return _recorded_spread(Spread(form, args), backend, lowering, args, below)
     given = form.given
     if given is None:
         return _recorded(form, backend, lowering, args, below)
-    if lowering.into and form.schema.arguments[given].is_out:
+    if lowering.into and form.arguments[given].is_out:
 
         def filled(args: tuple[Any, ...]) -> tuple[Any, ...]:
             return form.with_default(args, "dtype", args[given].dtype)
@@ -77,6 +79,15 @@ def record(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...], 
         own = _recorded(form, backend, lowering, once(args), below)
         return Recipe(lambda args: (own.compute(once(args)), args[given])[1], own.by)
     return _recorded(form, backend, lowering, args, below)
+
+
+def _recorded_spread(form: Spread, backend: Any, lowering: Lowering, args: tuple[Any, ...], below: Below) -> Recipe:
+    if not form.present(form.spread(args)):
+        raise Pass(REFUSED)
+    ask, spread = below.ask, form.spread
+    below = replace(below, ask=ask and (lambda args: ask(form.packed(args))))
+    recipe = record(form, backend, lowering, spread(args), below)
+    return Recipe(lambda args: recipe.compute(spread(args)), recipe.by)
 
 
 def _once(x: Tensor) -> Tensor:
@@ -131,13 +142,14 @@ def _recorded(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...
             chosen.append(choose(operator, (*values, out), backend, below))
 
         to = To(destination, form.given is not None, step)
-        call = lowering.function(to, **form.named(roles))
-        if isinstance(call, Call):
-            step(call.operator, *call.inputs, out=call.out)
-            parts = _parts(chosen[-1], call, (*roles, destination, *to.numbers), form.given)
-        else:
-            call()
-            parts = None
+        lowered, kernels = lowering.function(to, **form.named(roles)), []
+        for call in lowered if isinstance(lowered, list) else [lowered]:
+            if isinstance(call, Call):
+                step(call.operator, *call.inputs, out=call.out)
+                kernels.append(_kernel(chosen[-1], call, (*roles, destination, *to.numbers), form.given))
+            else:
+                call()
+                kernels.append(None)
         plan = chosen[-1]
     by = f"{plan.operator.name}/{plan.backend}"
     goal = _Destination(form, by, make, _ready(form, lowering, args))
@@ -145,16 +157,18 @@ def _recorded(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...
         others = _ready(form, lowering, args, but=form.places(lowering.factors))
         goal = replace(goal, others=others, apart=functools.partial(_apart_from, form, backend, lowering, below))
     guard = guard_of(here)
-    if parts is None:
+    known = [kernel for kernel in kernels if kernel]
+    if len(known) < len(kernels):
         if needs_grad:
             raise Pass("a layout that would be copied, where a gradient is recorded")
         return Recipe(functools.partial(_lowered_again, form, lowering, backend, below, goal, guard), by)
-    compute = _replayed(plan, *parts, tuple(to.numbers), goal, guard)
+    compute = _replayed(known, tuple(to.numbers), goal, guard)
     if needs_grad:
         from .gradients import differentiable
 
         orders = lowering.gradients(**form.named(args)) if lowering.gradients else {}
-        compute = differentiable(form, plan, *parts, compute, orders)
+        (kernel,) = known
+        compute = differentiable(form, plan, kernel.parts, kernel.constants, compute, orders)
     return Recipe(compute, by)
 
 
@@ -266,28 +280,47 @@ class _Destination:
         return self.make() if self.form.given is None else args[self.form.given]
 
 
+@dataclass(frozen=True)
+class _Kernel:
+    """A kernel whose arguments are views of a call's values, the destination's last, and constants behind these."""
+
+    plan: dispatch.Plan
+    parts: Sequence[Part]
+    constants: Sequence[Any]
+
+    def clean(self, held: Sequence[Any]) -> Sequence[Any]:
+        """Its arguments, of the values of a call."""
+        held = (*held, *self.constants)
+        return [held[source] if view is None else view(held[source]) for source, view, _ in self.parts]
+
+    def replay(self, in_place: bool) -> Replay:
+        """in_place: whether it may be started with addresses, without that anybody makes the views."""
+        as_they_are = not self.constants and all(p.source == at and p.view is None for at, p in enumerate(self.parts))
+        clean = _as_they_are if as_they_are else self.clean
+        places = [((part.source,), part.behind) for part in self.parts if part.behind is not None]
+        return Replay(registry.backend(self.plan.backend), self.plan.run, clean, places if in_place else None)
+
+    @property
+    def values(self) -> Callable[..., str | None] | None:
+        """What has to look at the values of its arguments before it runs."""
+        return self.plan.operator.values if self.plan.check_values else None
+
+
+def _as_they_are(held: Sequence[Any]) -> Sequence[Any]:
+    return held
+
+
 def _replayed(
-    plan: dispatch.Plan,
-    parts: Sequence[Part],
-    constants: Sequence[Any],
+    kernels: Sequence[_Kernel],
     numbers: tuple[Tensor, ...],
     destination: _Destination,
     guard: Callable[[], Any] | None,
 ) -> Callable[[tuple[Any, ...]], Any]:
-    """The call of a kernel whose arguments are views of a call's, and constants."""
+    """The call of kernels, one after the other."""
     given, make, ready = destination.form.given, destination.make, destination.ready
-    values = plan.operator.values if plan.check_values else None
-    as_they_are = not constants and all(part.source == at and part.view is None for at, part in enumerate(parts))
-    places = [((part.source,), part.behind) for part in parts if part.behind is not None]
-
-    def clean(held: Sequence[Any]) -> Sequence[Any]:
-        if as_they_are:
-            return held
-        held = (*held, *constants)
-        return [held[source] if view is None else view(held[source]) for source, view, _ in parts]
-
-    replay = Replay(registry.backend(plan.backend), plan.run, clean, None if guard else places)
+    replay, *others = [kernel.replay(in_place=not guard) for kernel in kernels]
     known, environment, first = replay.known, replay.environment, replay.first
+    checks = [(kernel.values, kernel.clean) for kernel in kernels if kernel.values]
 
     def compute(args: tuple[Any, ...]) -> Any:
         if fuel.tank is not None or not ready(args):
@@ -296,9 +329,11 @@ def _replayed(
                 return apart(args)
         out = make() if given is None else args[given]
         held = (*args, out, *numbers) if numbers else (*args, out)
-        if values is not None:
+        for values, clean in checks:
             _refuse(values(*clean(held)[:-1]))
         (known.get(environment()) or first)(held)
+        for other in others:
+            (other.known.get(other.environment()) or other.first)(held)
         return out
 
     if guard is None:
@@ -430,13 +465,8 @@ def _laid_alike(x: Any, y: Any) -> bool:
     return x.shape == y.shape and x.stride() == y.stride() and x.element_size() == y.element_size()
 
 
-def _parts(
-    plan: dispatch.Plan, call: Call, held: tuple[Any, ...], given: int | None
-) -> tuple[list[Part], list[Any]] | None:
-    """Each argument of the kernel as a view of a value of the call, the destination last, or as a constant.
-
-    None if one of them is a computed tensor.
-    """
+def _kernel(plan: dispatch.Plan, call: Call, held: tuple[Any, ...], given: int | None) -> _Kernel | None:
+    """A kernel with its arguments as views of a call's values; None if one of them is a computed tensor."""
     import torch
 
     owners = [(i, x) for i, x in enumerate(held) if isinstance(x, torch.Tensor) and i != given]
@@ -453,7 +483,7 @@ def _parts(
         y = held[source]
         behind = x.data_ptr() - y.data_ptr() if x.numel() and x is not y else 0
         parts.append(Part(source, None if x is y else _view(y, x), behind))
-    return parts, constants
+    return _Kernel(plan, parts, constants)
 
 
 def _same_memory(x: Tensor, y: Tensor) -> bool:
@@ -494,11 +524,12 @@ def _lowered_again(
         return apart(args)
     out = goal.of(args)
     with guard() if guard else contextlib.nullcontext():
-        call = lowering.function(To(out, form.given is not None, run), **form.named(args))
-        if isinstance(call, Call):
-            run(call.operator, *call.inputs, out=call.out)
-        else:
-            call()
+        lowered = lowering.function(To(out, form.given is not None, run), **form.named(args))
+        for call in lowered if isinstance(lowered, list) else [lowered]:
+            if isinstance(call, Call):
+                run(call.operator, *call.inputs, out=call.out)
+            else:
+                call()
     return out
 
 

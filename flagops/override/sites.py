@@ -188,6 +188,8 @@ class Site(Registration):
             if self.lowering and self.lowering.aten and name != out:
                 return f"_exactly({name}) if {name}.__class__ in _plain_types else ({facts})"
             return facts if kind == "Tensor" else f"None if {name} is None else ({facts})"
+        if kind == "List[Tensor]":
+            return f"tuple([({self._facts('_x', 'Tensor', out)}) for _x in {name}])"
         if "List[" in kind:
             return f"tuple({name})" if kind.startswith("List") else f"None if {name} is None else tuple({name})"
         return f"_exactly({name})" if kind in ("number", "Optional[number]", "float", "Optional[float]") else name

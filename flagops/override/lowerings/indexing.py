@@ -6,7 +6,7 @@ Several indices at once are one: the places that they name together, in memory s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..destinations import overlaps_itself
@@ -63,7 +63,7 @@ def gather(to: To, self: Tensor, dim: int, index: Tensor, *, sparse_grad: bool =
 
 def _scattered(
     to: To, self: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str = "assign", include_self: bool = True
-) -> Lowered:
+) -> Call | Callable[[], None]:
     """In one step where the index reaches all of the other axes."""
     dim, dtype = axis_of(dim, self.dim()), real(self.dtype)
     if src.dtype != self.dtype:

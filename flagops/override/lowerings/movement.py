@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..destinations import overlaps_itself
-from ..lowering import REFUSED, Call, Pass, To, lowers
+from ..lowering import REFUSED, Call, Pass, Result, To, lowers
 from ..steps import Steps
 from .pointwise import as_empty_like, real
 
@@ -38,33 +38,39 @@ def copied(steps: Steps, x: Tensor, out: Tensor) -> Tensor:
     return steps.run("aten.copy", x.expand(out.shape), real(out.dtype), out=out) if out.numel() else out
 
 
-@lowers("cat", to="aten.copy", whole=True, over=())
-def cat(steps: Steps, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Result:
+    """The result of `cat`: row by row, or with the channels last if all of them have theirs there."""
     import torch
 
     dtype = functools.reduce(torch.promote_types, [x.dtype for x in tensors])
-    if any(x is out for x in tensors for out in steps.given):  # even an empty one
-        raise Pass(REFUSED)
-    parts = [x for x in tensors if tuple(x.shape) != (0,)]  # which torch takes beside any shape
+    parts = _with_elements(tensors)
     if not parts:
-        return goal(steps, (0,), dtype, *tensors)
+        return (0,), None, dtype
     first = parts[0]
     if not first.dim() or not -first.dim() <= dim < first.dim():
         raise Pass(REFUSED)
     dim %= first.dim()
     rest = [x.shape[:dim] + x.shape[dim + 1 :] for x in parts]
-    if any(x != rest[0] or part.device != first.device for x, part in zip(rest, parts, strict=True)):
+    if any(x != rest[0] for x in rest):
         raise Pass(REFUSED)
-    shape = list(first.shape)
-    shape[dim] = sum(x.shape[dim] for x in parts)
-    out = goal(steps, shape, dtype, *tensors)
-    if not any(out is x for x in steps.given) and all(_last_channels(x) for x in parts):
-        out = torch.empty(shape, dtype=dtype, device=first.device, memory_format=torch.channels_last)
-    begin = 0
-    for x in parts:
-        copied(steps, x, out.narrow(dim, begin, x.shape[dim]))
+    shape = (*first.shape[:dim], sum(x.shape[dim] for x in parts), *first.shape[dim + 1 :])
+    if not all(map(_last_channels, parts)):
+        return shape, None, dtype
+    return shape, torch.empty(shape, device="meta", memory_format=torch.channels_last).stride(), dtype
+
+
+def _with_elements(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those that count: torch takes one of shape (0,) beside any other."""
+    return [x for x in tensors if tuple(x.shape) != (0,)]
+
+
+@lowers("cat", to="aten.copy", result=_joined, over=())
+def cat(to: To, tensors: Sequence[Tensor], dim: int = 0) -> list[Call]:
+    begin, calls = 0, []
+    for x in _with_elements(tensors) or tensors[:1]:
+        calls.append(to("aten.copy", x, real(to.out.dtype), out=to.out.narrow(dim, begin, x.shape[dim])))
         begin += x.shape[dim]
-    return out
+    return calls
 
 
 def _last_channels(x: Tensor) -> bool:
