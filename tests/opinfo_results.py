@@ -117,6 +117,11 @@ def shown(path: Path) -> None:
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
+def _samples(run: dict[str, Any]) -> str:
+    most, seed = run["samples"], run.get("seed")
+    return "all" if most is None else f"the first {most}" if seed is None else f"{most} drawn by seed {seed}"
+
+
 def _text(found: dict[str, Any]) -> Iterable[str]:
     runs = list(found["runs"].values())
     totals = ", ".join(f"{found['verdicts'].get(word, 0)} {word}" for word in VERDICTS)
@@ -132,7 +137,7 @@ def _text(found: dict[str, Any]) -> Iterable[str]:
         [
             (
                 run["when"],
-                run["samples"] or "all",
+                _samples(run),
                 f"{run['units']} of {run['wanted']}",
                 run["checks"],
                 run["unstable"],
