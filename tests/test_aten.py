@@ -243,6 +243,8 @@ def said(call, *args, **named):
         ),
         (lambda x, out: torch.nn.functional.gelu(out, approximate="no"), torch.ones(1)),
         (lambda x, out: torch.roll(out, ()), torch.ones(1)),
+        (lambda x, out: torch.repeat_interleave(x.long(), output_size=6), torch.ones(1)),
+        (lambda x, out: torch.native_group_norm(x.view(1, 2, 2).mT, None, None, 1, 2, 2, 1, 1e-5), torch.ones(1)),
         (lambda x, out: torch.aminmax(out.view([1] * 65), dim=0), torch.ones(1)),
     ],
 )
@@ -369,6 +371,7 @@ def test_destinations_that_torch_resizes_are_laid_out_as_the_result():
         lambda x: torch.kthvalue(x, 2, 0, keepdim=True).values,
         lambda x: torch.nonzero(x * 0),
         lambda x: x.t().put(torch.tensor([1]), torch.tensor([5.0])),
+        lambda x: x[0, ::2][:1].put(torch.tensor([0]), torch.tensor([5.0])),
     ],
 )
 def test_results_are_laid_out_as_torchs(call):

@@ -281,7 +281,13 @@ def native_group_norm(
     eps: float,
 ) -> Any:
     """Torch composes it for devices in another dtype, of a view that not every input has."""
+    from torch._prims_common import suggest_memory_format
+
     over, stats = _Groups(input, N, C, HxW, group), _parameters(input, weight, bias)
+    if not input.is_contiguous(memory_format=suggest_memory_format(input)):
+        raise Pass(REFUSED)
+    if any(x is not None and not x.is_contiguous() for x in (weight, bias)):
+        raise Pass("parameters that do not lie side by side, as torch's kernel reads them")
     scales = [None if x is None else over.weight(x) for x in (weight, bias)]
     if not input.numel():
         like = over.as_input(input.new_empty(input.shape))
