@@ -64,12 +64,6 @@ def dot(to: To, self: Tensor, tensor: Tensor) -> Call:
     return to(_card(to, self, tensor), self.unsqueeze(0), tensor.unsqueeze(1), out=to.out.view(1, 1))
 
 
-@lowers("vdot", to="matmul", result=lambda self, other: _product((1, 1), self, other), factors=("self", "other"))
-def vdot(to: To, self: Tensor, other: Tensor) -> Call:
-    """Of real numbers, the only ones that a product of ours takes, it is `dot`."""
-    return dot(to, self, other)
-
-
 @lowers(
     "addmm",
     to="linear",
