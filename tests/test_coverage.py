@@ -415,6 +415,10 @@ def test_a_file_of_verdicts_holds_the_newest_run_of_each_overload(tmp_path):
     assert found["runs"]["2"]["checks"] == 7
     assert "3 dtype int64" in path.with_suffix(".md").read_text()
     assert joined(found, run("3", {"mm": right}, backend="triton"))["runs"].keys() == {"3"}
+    begun = joined(found, run("4", {"mm": right, "mul.Tensor": Tally()}))["overloads"]
+    assert {name: row["run"] for name, row in begun.items()} == {
+        "add.Tensor": "1", "normal_": "1", "mul.Tensor": "2", "mm": "4",
+    }  # fmt: skip
 
 
 def test_the_end_of_a_process_counts_against_all_that_the_sample_calls():
