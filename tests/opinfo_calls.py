@@ -102,6 +102,11 @@ class Check:
     computed: torch.dtype | None = None  # where a destination has another one
     picks: tuple[torch.Tensor, int] | None = None  # of which axis of what indices pick elements, any of equal ones
 
+    def floats(self) -> bool:
+        """Whether it reads a tensor of floats."""
+        read = self.args[1:] if self.call is _out else self.args
+        return any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in tree_leaves((read, self.named)))
+
 
 _PICK = ("sort", "argsort", "topk", "kthvalue")  # some of equal elements, which torch leaves open but in stable sorts
 

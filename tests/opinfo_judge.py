@@ -18,11 +18,11 @@ is without ``out=``, if that is coarser), and s how far e moves at most, when ev
 last place up or down, by chance, DRAWS times (of float32 for half types, which kernels widen). In float64, where e is
 torch's result, T is what it is in float32 times the ratio of the units: where an algorithm enlarges roundings, moved
 inputs need not show it. So o is as good as torch's, or the rounded result of inputs a few places away. Where the
-overload is but a step (in gradients, and in OpInfos of other names), |e|, T and s are the largest of all results of the
-call: what cancels on the way was as large; and for 2 T stands ROUNDINGS T: another order of the same sums makes another
-error of the same size, which what follows enlarges (gradients of 150 matrix exponentials have errors of 0.02 to 6 times
-torch's, as many less as more). What is not finite must be what torch's is; where torch alone fails to be, o may be as
-near to e as u and s allow.
+overload is but a step (in gradients, and in OpInfos of other names), or its floats are numbers, which nobody moves,
+|e|, T and s are the largest of all results of the call: what cancels on the way was as large; and for 2 T stands
+ROUNDINGS T: another order of the same sums makes another error of the same size, which what follows enlarges (gradients
+of 150 matrix exponentials have errors of 0.02 to 6 times torch's, as many less as more). What is not finite must be
+what torch's is; where torch alone fails to be, o may be as near to e as u and s allow.
 
 A call counts as ours where the handle's report says that a kernel of ours computed it. Verdicts of an overload:
 
@@ -165,7 +165,7 @@ class Bench:
                     tallies.setdefault(missing[1], Tally()).left["no kernel on the device"] += 1
                 continue
             names = {base(overload) for overload in found}
-            step = check.label.startswith("gradient") or infos()[name].aten_name not in names
+            step = check.label.startswith("gradient") or infos()[name].aten_name not in names or not check.floats()
             called = names | {infos()[name].aten_name}  # an error may come before a call counts
             exact = self.exact(check, found)
             texts = [differences(check, x, their, exact, called, step) for x in (first, again)]

@@ -288,6 +288,13 @@ def test_what_follows_a_step_enlarges_its_roundings(dtype, rng):
     assert differences(check, ours, theirs, False, {"add"}, False)
 
 
+def test_a_call_of_numbers_has_no_floats_to_move():
+    assert not Check("sample", torch.linspace, (-1.0, 1.0, 50)).floats()
+    assert not Check("sample", _out, (torch.empty(50), torch.linspace, (-1.0, 1.0, 50), {})).floats()
+    assert Check("sample", torch.mm, (torch.ones(2, 2), torch.ones(2, 2))).floats()
+    assert Check("sample", _out, (torch.empty(2), torch.exp, (torch.ones(2),), {})).floats()
+
+
 def test_which_of_equal_elements_is_chosen_is_open_and_nothing_else():
     x = torch.tensor([1, 3, 3, 2])
     check = Check("sample", torch.topk, (x, 2), picks=(x, -1))

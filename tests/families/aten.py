@@ -61,7 +61,7 @@ MUTANTS = {
         ("aten.normal", "math.sin(angle) if i & 1 else math.cos(angle)", "math.cos(angle)", 0),
         ("aten.exponential", "+ 0.5) * _UNIT) / rate", "+ 0.5) * _UNIT) * rate", 0),
         ("aten.random", "words[i] % count if count > 0 else words[i]", "words[i]", 0),
-        ("aten.pick", 'side="right"', 'side="left"', 0),
+        ("aten.pick", "total += np.float64", "total = np.float64", 0),
     ],
 }
 

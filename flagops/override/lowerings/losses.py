@@ -77,7 +77,7 @@ def mse_loss_backward(steps: Steps, grad_output: Tensor, self: Tensor, target: T
     return on.gradient(on("mul", on.apart(self, target), 2.0), grad_output, reduction)
 
 
-@lowers("smooth_l1_loss", to="aten.where", whole=True)
+@lowers("smooth_l1_loss", to="aten.mul", whole=True)
 def smooth_l1_loss(steps: Steps, self: Tensor, target: Tensor, reduction: int = MEAN, beta: float = 1.0) -> Tensor:
     if beta < 0:
         raise Pass(REFUSED)
@@ -89,7 +89,7 @@ def smooth_l1_loss(steps: Steps, self: Tensor, target: Tensor, reduction: int = 
     return on.reduced(on("where", on("lt", size, beta), near, on("add", size, -0.5 * beta, scalars=(1,))), reduction)
 
 
-@lowers("smooth_l1_loss_backward", to="aten.where", whole=True)
+@lowers("smooth_l1_loss_backward", to="aten.mul", whole=True)
 def smooth_l1_loss_backward(
     steps: Steps, grad_output: Tensor, self: Tensor, target: Tensor, reduction: int, beta: float
 ) -> Tensor:
@@ -99,7 +99,7 @@ def smooth_l1_loss_backward(
     return on.gradient(slope, grad_output, reduction)
 
 
-@lowers("huber_loss", to="aten.where", whole=True)
+@lowers("huber_loss", to="aten.mul", whole=True)
 def huber_loss(steps: Steps, self: Tensor, target: Tensor, reduction: int = MEAN, delta: float = 1.0) -> Tensor:
     if delta <= 0:
         raise Pass(REFUSED)
@@ -110,7 +110,7 @@ def huber_loss(steps: Steps, self: Tensor, target: Tensor, reduction: int = MEAN
     return on.reduced(on("where", on("le", size, delta), near, far), reduction)
 
 
-@lowers("huber_loss_backward", to="aten.clamp", whole=True)
+@lowers("huber_loss_backward", to="aten.mul", whole=True)
 def huber_loss_backward(
     steps: Steps, grad_output: Tensor, self: Tensor, target: Tensor, reduction: int, delta: float
 ) -> Tensor:
@@ -155,6 +155,9 @@ def log_sigmoid(steps: Steps, self: Tensor) -> tuple[Tensor, Tensor]:
     import torch
 
     on = _Elements(steps, self)
+    for out in steps.given[: 2 if self.device.type == "cpu" else 1]:
+        if out is not None and out.shape != self.shape:
+            out.resize_(self.shape)  # of which torch does not warn here
     x = self.contiguous()
     small = on("exp", on("neg", on("abs", x)))
     made = on.apart(on("minimum", x, 0.0), on("log1p", small))
