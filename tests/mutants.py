@@ -44,9 +44,11 @@ def kernels() -> Path:
 def backend_of(file: str) -> str:
     """The backend in whose folder a file lies; of a helper above the folders, the first whose kernels import it."""
     folder, _, name = file.rpartition("/")
-    line = f"from ..{name[:-3]} import"
+    lines = f"from ..{name[:-3]} import", f"from .. import {name[:-3]}"
     folders = (
-        b for b in ("numba", "torch", "triton") if any(line in p.read_text() for p in kernels().glob(f"{b}/*.py"))
+        b
+        for b in ("numba", "torch", "triton")
+        if any(line in p.read_text() for p in kernels().glob(f"{b}/*.py") for line in lines)
     )
     return folder or next(folders)
 
@@ -79,7 +81,10 @@ def verdict(file: str, index: int, folder: Path) -> str:
         del sys.modules[module]
     edited = folder / f"{file[:-3].replace('/', '_')}_{index}.py"
     edited.write_text(mutate((kernels() / file).read_text(), *edit))
-    mutants.enter(f"flagops.kernels.{file[:-3].replace('/', '.')}", edited)
+    module = f"flagops.kernels.{file[:-3].replace('/', '.')}"
+    mutants.enter(module, edited)
+    package, _, own = module.rpartition(".")
+    setattr(sys.modules[package], own, sys.modules[module])  # where `from .. import` looks first
     return mutants.verdict(name, backend_of(file))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -101,13 +102,35 @@ class Check:
     computed: torch.dtype | None = None  # where a destination has another one
     picks: tuple[torch.Tensor, int] | None = None  # of which axis of what indices pick elements, any of equal ones
 
+    def floats(self) -> bool:
+        """Whether it reads a tensor of floats."""
+        read = self.args[1:] if self.call is _out else self.args
+        return any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in tree_leaves((read, self.named)))
+
 
 _PICK = ("sort", "argsort", "topk", "kthvalue")  # some of equal elements, which torch leaves open but in stable sorts
 
 
-def checks(op: Any, dtype: torch.dtype, most: int | None, written: bool = True) -> Iterator[Check]:
+@dataclass(frozen=True)
+class Choice:
+    """Which samples of an OpInfo are taken: so many, the first ones or those that a seed draws; all of None."""
+
+    most: int | None = None
+    seed: int | None = None
+
+    def of(self, samples: Iterator[Any]) -> Iterator[tuple[int, Any]]:
+        numbered = enumerate(samples)
+        if self.most is None or self.seed is None:
+            return itertools.islice(numbered, self.most)
+        every = list(numbered)
+        places = random.Random(self.seed).sample(range(len(every)), min(self.most, len(every)))
+        return (every[i] for i in sorted(places))
+
+
+def checks(op: Any, dtype: torch.dtype, choice: Choice, written: bool = True) -> Iterator[Check]:
     """Every call of an OpInfo on strided tensors; written: also those that write in place or to ``out=``."""
-    for check in _checks(op, dtype, most, written):
+    torch.manual_seed(choice.seed or 0)  # the values of samples hang on no other's
+    for check in _checks(op, dtype, choice, written):
         if op.name in _PICK and not check.wrong:
             (x, *rest), named = check.args[2:] if check.call is _out else (check.args, check.named)
             rest = rest[op.name in ("topk", "kthvalue") :]
@@ -116,10 +139,10 @@ def checks(op: Any, dtype: torch.dtype, most: int | None, written: bool = True) 
         yield check
 
 
-def _checks(op: Any, dtype: torch.dtype, most: int | None, written: bool) -> Iterator[Check]:
+def _checks(op: Any, dtype: torch.dtype, choice: Choice, written: bool) -> Iterator[Check]:
     def samples(**options: Any) -> Iterator[tuple[int, Any]]:
         dense = (s for s in op.sample_inputs("cpu", dtype, **options) if _dense(s.input, s.args, s.kwargs))
-        return enumerate(itertools.islice(dense, most))
+        return choice.of(dense)
 
     for number, sample in samples():
         args, named = (sample.input, *sample.args), sample.kwargs

@@ -18,11 +18,11 @@ is without ``out=``, if that is coarser), and s how far e moves at most, when ev
 last place up or down, by chance, DRAWS times (of float32 for half types, which kernels widen). In float64, where e is
 torch's result, T is what it is in float32 times the ratio of the units: where an algorithm enlarges roundings, moved
 inputs need not show it. So o is as good as torch's, or the rounded result of inputs a few places away. Where the
-overload is but a step (in gradients, and in OpInfos of other names), |e|, T and s are the largest of all results of the
-call: what cancels on the way was as large; and for 2 T stands ROUNDINGS T: another order of the same sums makes another
-error of the same size, which what follows enlarges (gradients of 150 matrix exponentials have errors of 0.02 to 6 times
-torch's, as many less as more). What is not finite must be what torch's is; where torch alone fails to be, o may be as
-near to e as u and s allow.
+overload is but a step (in gradients, and in OpInfos of other names), or its floats are numbers, which nobody moves,
+|e|, T and s are the largest of all results of the call: what cancels on the way was as large; and for 2 T stands
+ROUNDINGS T: another order of the same sums makes another error of the same size, which what follows enlarges (gradients
+of 150 matrix exponentials have errors of 0.02 to 6 times torch's, as many less as more). What is not finite must be
+what torch's is; where torch alone fails to be, o may be as near to e as u and s allow.
 
 A call counts as ours where the handle's report says that a kernel of ours computed it. Verdicts of an overload:
 
@@ -69,7 +69,7 @@ from flagops.override.lowering import LOWERINGS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from all import processor
-from opinfo_calls import Attempt, Check, Outcome, Room, checks, equal, infos, observe
+from opinfo_calls import Attempt, Check, Choice, Outcome, Room, checks, equal, infos, observe
 from opinfo_differences import differences
 from opinfo_results import SHOWN, Tally, report, summed, written
 
@@ -113,6 +113,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, note: Callable[[str], None]) -> None:
         self.options, self.note = options, note
+        self.choice = Choice(options.most, options.seed)
         self.room = Room(options.device)
         if options.device == "bare":
             import bare
@@ -124,25 +125,24 @@ class Bench:
         return flagops.enable(["aten.all" if op == "all" else op for op in ops], backend=self.options.backend)
 
     def reached(self, name: str) -> list[str]:
-        """The replaced names that an OpInfo calls, as torch's own kernels compute them."""
+        """The names that an OpInfo calls, as torch's own kernels compute it."""
         op = infos()[name]
         dtype = next((x for x in DTYPES.values() if x in op.supported_dtypes("cpu")), None)
         with profile(activities=[ProfilerActivity.CPU]) as seen:
-            for check in checks(op, dtype, REACH) if dtype else ():
+            for check in checks(op, dtype, Choice(REACH)) if dtype else ():
                 if "," not in check.label:  # other layouts call nothing else
                     observe(replace(check, call=record_function(CALLED)(check.call)), Room())
-        called = {name for event in seen.events() if event.name == CALLED for name in within(event)}
-        return [x for x in LOWERINGS if {(name := x.partition(".")[0]), f"{name}_"} & called]
+        return sorted({name for event in seen.events() if event.name == CALLED for name in within(event)})
 
     def alone(self, name: str, dtype: str, written: bool) -> dict[str, Any]:
         """Whether torch alone survives the checks."""
-        for check in checks(infos()[name], DTYPES[dtype], self.options.most, written):
+        for check in checks(infos()[name], DTYPES[dtype], self.choice, written):
             self.note(check.label)
             observe(check, Room())
         return {}
 
     def judge(self, name: str, dtype: str, ops: list[str], written: bool) -> dict[str, Any]:
-        every = list(checks(infos()[name], DTYPES[dtype], self.options.most, written))
+        every = list(checks(infos()[name], DTYPES[dtype], self.choice, written))
         theirs = [observe(check, Room()) for check in every]
         tries = [(Attempt(check, self.room), Attempt(check, self.room)) for check in every]
         calls: list[Served] = []
@@ -165,7 +165,7 @@ class Bench:
                     tallies.setdefault(missing[1], Tally()).left["no kernel on the device"] += 1
                 continue
             names = {base(overload) for overload in found}
-            step = check.label.startswith("gradient") or infos()[name].aten_name not in names
+            step = check.label.startswith("gradient") or infos()[name].aten_name not in names or not check.floats()
             called = names | {infos()[name].aten_name}  # an error may come before a call counts
             exact = self.exact(check, found)
             texts = [differences(check, x, their, exact, called, step) for x in (first, again)]
@@ -325,9 +325,8 @@ def answered(
 
 
 def reach(words: list[str], workers: int) -> dict[str, list[str]]:
-    """Which replaced names each OpInfo calls; asked once for what is replaced today."""
-    key = hashlib.sha256(json.dumps([torch.__version__, sorted(LOWERINGS)]).encode()).hexdigest()[:12]
-    kept = Path(config.cache_folder()) / f"opinfo-reach-{key}.json"
+    """Which replaced names each OpInfo calls; a torch is asked once."""
+    kept = Path(config.cache_folder()) / f"opinfo-reach-{torch.__version__}.json"
     if not kept.exists():
         found: dict[str, list[str]] = {}
         answered(
@@ -343,7 +342,9 @@ def reach(words: list[str], workers: int) -> dict[str, list[str]]:
                 )
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps({name: answer for name, answer in found.items() if isinstance(answer, list)}))
-    return json.loads(kept.read_text())
+    names = {x: {(name := x.partition(".")[0]), f"{name}_"} for x in LOWERINGS}
+    called = {name: set(answer) for name, answer in json.loads(kept.read_text()).items()}
+    return {name: [x for x, forms in names.items() if forms & answer] for name, answer in called.items()}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -355,6 +356,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--backend", default="numba")
     made.add_argument("--device", default="cpu", help="cpu, bare (tests/bare), or a device that torch has, such as npu")
     made.add_argument("--most", type=int, metavar="N", help="samples of an OpInfo (default: all)")
+    made.add_argument("--seed", type=int, metavar="N", help="draw these samples by it (default: the first ones)")
     made.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     made.add_argument("--minutes", type=float, metavar="N", help="begin nothing after so long; --again goes on")
     made.add_argument("--again", action="store_true", help="go on where the last run of these words ended")
@@ -377,7 +379,9 @@ def main() -> int:
     if unknown:
         parser().error(f"no replaced name or dtype: {', '.join(sorted(unknown))}")
     words = ["--backend", options.backend, "--device", options.device]
-    words += ["--most", str(options.most)] if options.most else []
+    for word in ("most", "seed"):
+        given = getattr(options, word)
+        words += [] if given is None else [f"--{word}", str(given)]
     reaching = reach(words, options.workers)
     names = [name for name, found in reaching.items() if {*ops} & {*found}]
     key = hashlib.sha256(json.dumps([words, ops]).encode()).hexdigest()[:12]
@@ -407,6 +411,7 @@ def main() -> int:
     facts = {
         "when": datetime.datetime.now().isoformat(timespec="minutes"),
         "samples": options.most,
+        "seed": options.seed,
         "wanted": len(wanted),
         "device": options.device,
         "backend": options.backend,

@@ -83,7 +83,8 @@ def report(facts: dict[str, Any], tallies: dict[str, Tally], units: dict[str, An
 
 def joined(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """A file with the rows of a run in place of those that it had; runs without a row are forgotten, and so are rows
-    of what is replaced no longer, and of another device or backend than the new ones'."""
+    of what is replaced no longer, and of another device or backend than the new ones'. What a run that did not end has
+    not reached yet keeps the row that it had."""
     (new,) = now["runs"].values()
     alike = {
         when: run
@@ -92,7 +93,9 @@ def joined(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     }
     known = {overload for name in LOWERINGS for overload in forms(name)}
     old = {name: row for name, row in before.get("overloads", {}).items() if name in known and row.get("run") in alike}
-    rows = dict(sorted((old | now["overloads"]).items()))
+    whole = new["units"] >= new["wanted"]
+    made = {x: row for x, row in now["overloads"].items() if whole or x not in old or row["verdict"] != "untested"}
+    rows = dict(sorted((old | made).items()))
     has = {row["run"] for row in rows.values()}
     verdicts = Counter(row["verdict"] for row in rows.values())
     return {
@@ -117,6 +120,11 @@ def shown(path: Path) -> None:
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
+def _samples(run: dict[str, Any]) -> str:
+    most, seed = run["samples"], run.get("seed")
+    return "all" if most is None else f"the first {most}" if seed is None else f"{most} drawn by seed {seed}"
+
+
 def _text(found: dict[str, Any]) -> Iterable[str]:
     runs = list(found["runs"].values())
     totals = ", ".join(f"{found['verdicts'].get(word, 0)} {word}" for word in VERDICTS)
@@ -132,7 +140,7 @@ def _text(found: dict[str, Any]) -> Iterable[str]:
         [
             (
                 run["when"],
-                run["samples"] or "all",
+                _samples(run),
                 f"{run['units']} of {run['wanted']}",
                 run["checks"],
                 run["unstable"],

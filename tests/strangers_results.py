@@ -16,7 +16,6 @@ REASONS = {
     "convolution": "infinity times the padding's zeros: NaN, as in torch's float32; its bfloat16 leaves padding out",
     "_batch_norm_no_update": "torch composes it of the CPU's own batch norm",
     "batch_norm": "on a device the means of halves are float32, as on CUDA; on the CPU halves",
-    "group_norm": "torch's composition for devices takes a view that channels-last tensors have not",
     "[cov-": "its weights are float32, and sums of them cancel",
     "view_as_real": "complex numbers are not claimed; the suite makes some to compare with",
     "mode.values": "torch's own code names the devices that have `mode`",

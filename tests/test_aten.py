@@ -243,6 +243,8 @@ def said(call, *args, **named):
         ),
         (lambda x, out: torch.nn.functional.gelu(out, approximate="no"), torch.ones(1)),
         (lambda x, out: torch.roll(out, ()), torch.ones(1)),
+        (lambda x, out: torch.repeat_interleave(x.long(), output_size=6), torch.ones(1)),
+        (lambda x, out: torch.native_group_norm(x.view(1, 2, 2).mT, None, None, 1, 2, 2, 1, 1e-5), torch.ones(1)),
         (lambda x, out: torch.aminmax(out.view([1] * 65), dim=0), torch.ones(1)),
     ],
 )
@@ -369,6 +371,7 @@ def test_destinations_that_torch_resizes_are_laid_out_as_the_result():
         lambda x: torch.kthvalue(x, 2, 0, keepdim=True).values,
         lambda x: torch.nonzero(x * 0),
         lambda x: x.t().put(torch.tensor([1]), torch.tensor([5.0])),
+        lambda x: x[0, ::2][:1].put(torch.tensor([0]), torch.tensor([5.0])),
     ],
 )
 def test_results_are_laid_out_as_torchs(call):
@@ -422,3 +425,37 @@ def test_optimizers_step_as_torch_does(kind, options, rng):
     with flagops.enable("all", backend="numba"):
         got = train()
     testing.assert_near(got, expected, 64, 1 + expected.abs())
+
+
+def test_a_gradient_that_lies_otherwise_than_its_parameter_steps_it_alike(rng):
+    """Whose elements torch's own fused kernel takes in the order in which they lie."""
+    start, grads = (torch.from_numpy(rng.standard_normal((2, 3, 4))).float() for _ in range(2))
+
+    def stepped(laid):
+        parameters = [x.clone().requires_grad_() for x in start]
+        for x, grad in zip(parameters, grads, strict=True):
+            x.grad = grad.t().contiguous().t() if laid and x is parameters[1] else grad.clone()
+        torch.optim.AdamW(parameters, lr=0.1, fused=True).step()
+        return torch.stack([x.detach() for x in parameters])
+
+    with flagops.enable("all", backend="numba"):
+        assert torch.equal(stepped(laid=True), stepped(laid=False))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+def test_gradients_are_unscaled_as_torch_does(dtype):
+    def unscaled(*values):
+        grads = [torch.tensor(x, dtype=dtype) for x in values]
+        found = torch.zeros(1)
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, found, torch.tensor([1 / 3]))
+        return found.item(), [x.tolist() for x in grads]
+
+    calls = ([1.0, 2.0, 3e4], []), ([1.0], [[float("inf"), 1.0]]), ([float("-inf")], [0.0])
+    expected = [unscaled(*values) for values in calls]
+    assert under(lambda: [unscaled(*values) for values in calls]) == expected
+    assert [found for found, _ in expected] == [0, 1, 1]
+
+
+def test_a_dot_product_of_real_numbers_is_vdot(rng):
+    x, y = (torch.from_numpy(rng.integers(-9, 9, 17)).float() for _ in range(2))
+    assert under(torch.vdot, x, y) == torch.vdot(x, y)

@@ -1,6 +1,7 @@
 """Torch's reductions and rows: their cards, and calls of torch's under `flagops.enable` held to float64."""
 
 import itertools
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -272,3 +273,81 @@ def test_a_batch_norms_means_have_its_parameters_dtype(dtype, rng):
     expected = [dtypes(*given) for given in kinds]
     with flagops.enable("native_batch_norm", backend="numba"):
         assert [dtypes(*given) for given in kinds] == expected
+
+
+def _group_norms(shape, groups, parameters, rng):
+    """A group norm of tensors in several layouts, and its gradients, as `gradients(dtype)`."""
+    x, g = (torch.from_numpy(rng.standard_normal(shape)) for _ in range(2))
+    w, b = (torch.from_numpy(rng.standard_normal(shape[1])) for _ in range(2))
+
+    def results(dtype, kind=None):
+        made = []
+        for lay in laid_out(x.to(dtype)):
+            given = [t.clone().to(kind or dtype).requires_grad_() if parameters else None for t in (w, b)]
+            leaf = lay.detach().requires_grad_()
+            y = torch.nn.functional.group_norm(leaf, groups, *given)
+            y.backward(g.to(dtype))
+            made += [y.detach(), leaf.grad, *(t.grad for t in given if t is not None)]
+            sizes = shape[0], shape[1], math.prod(shape[2:]), groups
+            made += torch.native_group_norm(leaf.detach().contiguous(), *given, *sizes, 1e-5)[1:]
+        return [t.detach() for t in made]
+
+    return results
+
+
+@pytest.mark.parametrize("parameters", (True, False))
+@pytest.mark.parametrize("shape", ((3, 6), (2, 6, 5), (2, 6, 5, 3), (2, 6, 2, 3, 2)), ids=str)
+@pytest.mark.parametrize("groups", (1, 3, 6))
+def test_group_norm_its_means_and_its_gradients_are_torchs(shape, groups, parameters, rng):
+    results = _group_norms(shape, groups, parameters, rng)
+    for dtype, kind in (
+        (torch.float64, None),
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.half, torch.float),
+    ):
+        own = results(dtype, kind)
+        with flagops.enable("all", backend="numba") as handle:
+            made = results(dtype, kind)
+            assert "native_group_norm_backward" in str(handle.report())
+        for value, got in zip(own, made, strict=True):
+            assert_like(value, got)
+            if dtype == torch.float64:
+                testing.assert_near(got, value, 400, 30 + 30 * value.abs())
+
+
+def test_group_norm_of_nothing_and_what_torch_refuses():
+    def said(x, groups, *parameters):
+        try:
+            made = torch.native_group_norm(x, *parameters, *x.shape[:2], math.prod(x.shape[2:]), groups, 1e-5)
+            return [(t.dtype, t.shape, t.stride(), t.nan_to_num(9).tolist()) for t in made]
+        except RuntimeError:
+            return RuntimeError
+
+    ones = torch.ones
+    calls = [
+        (ones(0, 4, 3), 2, ones(4), ones(4)),
+        (ones(2, 4, 0), 2, None, None),
+        (ones(2, 4, 0, dtype=torch.bfloat16), 2, ones(4), ones(4)),
+        (ones(2, 4, 3), 3, None, None),
+        (ones(2, 4, 3), 0, None, None),
+        (ones(2, 4, 3), 2, ones(3), None),
+        (ones(2, 4, 3), 2, ones(4, dtype=torch.float64), None),
+        (ones(2, 4, 3), 2, ones(4, dtype=torch.int64), None),
+    ]
+    expected = [said(*given) for given in calls]
+    with flagops.enable("all", backend="numba"):
+        assert [said(*given) for given in calls] == expected
+    assert expected.count(RuntimeError) == 5
+
+
+def test_a_batch_norm_of_equal_elements_without_eps_is_its_bias():
+    """As in torch, which makes no NaN of them."""
+
+    def results():
+        made = torch.native_batch_norm(torch.full((4, 3), 2.0), None, torch.ones(3), None, None, True, 0.1, 0.0)
+        return [x.tolist() for x in made]
+
+    expected = results()
+    with flagops.enable("all", backend="numba"):
+        assert results() == expected == [[[1.0] * 3] * 4, [2.0] * 3, [0.0] * 3]

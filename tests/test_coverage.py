@@ -19,7 +19,7 @@ from flagops.override.coverage import Coverage, watching
 from flagops.override.forms import kind
 
 sys.path.insert(0, str(Path(__file__).parent))
-from opinfo_calls import Check, Room, _out, checks, infos, observe
+from opinfo_calls import Check, Choice, Room, _out, checks, infos, observe
 from opinfo_differences import differences
 from opinfo_judge import Bench
 from opinfo_results import Tally, joined, report, summed, written
@@ -288,6 +288,13 @@ def test_what_follows_a_step_enlarges_its_roundings(dtype, rng):
     assert differences(check, ours, theirs, False, {"add"}, False)
 
 
+def test_a_call_of_numbers_has_no_floats_to_move():
+    assert not Check("sample", torch.linspace, (-1.0, 1.0, 50)).floats()
+    assert not Check("sample", _out, (torch.empty(50), torch.linspace, (-1.0, 1.0, 50), {})).floats()
+    assert Check("sample", torch.mm, (torch.ones(2, 2), torch.ones(2, 2))).floats()
+    assert Check("sample", _out, (torch.empty(2), torch.exp, (torch.ones(2),), {})).floats()
+
+
 def test_which_of_equal_elements_is_chosen_is_open_and_nothing_else():
     x = torch.tensor([1, 3, 3, 2])
     check = Check("sample", torch.topk, (x, 2), picks=(x, -1))
@@ -311,7 +318,8 @@ def test_a_wider_destination_holds_what_was_computed():
 
 def test_what_torch_leaves_to_the_order_of_its_loops_is_nobodys_error():
     labels = {
-        name: {check.label for check in checks(infos()[name], torch.float32, 1)} for name in ("tril", "fill", "add")
+        name: {check.label for check in checks(infos()[name], torch.float32, Choice(1))}
+        for name in ("tril", "fill", "add")
     }
     assert "sample 0 in place, expanded" not in labels["tril"]  # whose rows differ
     assert "sample 0 in place, expanded" in labels["fill"]
@@ -319,7 +327,7 @@ def test_what_torch_leaves_to_the_order_of_its_loops_is_nobodys_error():
 
 
 def test_the_judge_calls_nothing_of_its_own_under_a_replacement():
-    bench = Bench(Namespace(backend="numba", device="cpu", most=1), lambda _: None)
+    bench = Bench(Namespace(backend="numba", device="cpu", most=1, seed=None), lambda _: None)
     found = bench.judge("neg", "int64", ["neg", "eq", "all", "isnan", "bitwise_and"], True)
     assert {name for name, tally in found["overloads"].items() if tally["ours"] or tally["left"]} == {
         "neg", "neg_", "neg.out",
@@ -353,11 +361,11 @@ def test_copies_for_a_call_share_memory_as_the_sample_does():
 
 
 def test_a_wrong_kernel_fails_and_what_torch_computed_is_untested():
-    bench = Bench(Namespace(backend="numba", device="cpu", most=3), lambda _: None)
+    bench = Bench(Namespace(backend="numba", device="cpu", most=3, seed=None), lambda _: None)
     right = bench.judge("mm", "float32", ["mm"], True)
     assert right["overloads"]["mm"]["ours"] > 5
     assert not any(found["failures"] for found in right["overloads"].values())
-    others = Bench(Namespace(backend="torch", device="cpu", most=3), lambda _: None)
+    others = Bench(Namespace(backend="torch", device="cpu", most=3, seed=None), lambda _: None)
     left = others.judge("mm", "float32", ["mm"], True)["overloads"]["mm"]
     assert (left["ours"], set(left["left"])) == (0, {"torch's own kernel is the choice"})
 
@@ -414,6 +422,10 @@ def test_a_file_of_verdicts_holds_the_newest_run_of_each_overload(tmp_path):
     assert found["runs"]["2"]["checks"] == 7
     assert "3 dtype int64" in path.with_suffix(".md").read_text()
     assert joined(found, run("3", {"mm": right}, backend="triton"))["runs"].keys() == {"3"}
+    begun = joined(found, run("4", {"mm": right, "mul.Tensor": Tally()}))["overloads"]
+    assert {name: row["run"] for name, row in begun.items()} == {
+        "add.Tensor": "1", "normal_": "1", "mul.Tensor": "2", "mm": "4",
+    }  # fmt: skip
 
 
 def test_the_end_of_a_process_counts_against_all_that_the_sample_calls():
@@ -425,7 +437,7 @@ def test_the_end_of_a_process_counts_against_all_that_the_sample_calls():
 
 
 def test_what_a_sample_calls_is_seen_and_what_makes_it_is_not():
-    bench = Bench(Namespace(backend="numba", device="cpu", most=1), lambda _: None)
+    bench = Bench(Namespace(backend="numba", device="cpu", most=1, seed=None), lambda _: None)
     assert {"max", "max.dim"} <= {*bench.reached("max.reduction_with_dim")}
     assert {"bmm", "neg"} <= {*bench.reached("matrix_exp")}
     assert not {"uniform_", "isnan"} & {*bench.reached("sum")}

@@ -315,7 +315,7 @@ class Site(Registration):
 
     def _brought(self, results: Any, args: tuple[Any, ...], over: Sequence[str] | None, ask: Any) -> Any:
         """What a whole lowering made, in the tensors that the call gives for it."""
-        if not self.form.outs or results is None:
+        if not self.form.outs or results is None or any(results is args[i] for i in self.form.outs):
             return results
         several = isinstance(results, (tuple, list))
         outs, made = [args[i] for i in self.form.outs], results if several else (results,)

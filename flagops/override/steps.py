@@ -43,8 +43,8 @@ class Steps:
         """Whose kernels computed a part of the call."""
         self._ran[backend] = None
 
-    def elementwise(self, operator: str, *operands: Any, dtype: str) -> Tensor:
-        """A pointwise card of tensors and numbers, its result laid out as torch does."""
+    def elementwise(self, operator: str, *operands: Any, dtype: str, scalars: tuple[Any, ...] = ()) -> Tensor:
+        """A pointwise card of tensors and numbers, its result laid out as torch does. scalars: the card's others."""
         import torch
 
         operands = tuple(x if isinstance(x, torch.Tensor) else self.number(x) for x in operands)
@@ -56,7 +56,7 @@ class Steps:
         made = getattr(torch, card.result_dtype({}, {"dtype": dtype}))
         steps = torch.empty(shape, device="meta").stride() if strides is None else strides
         out = torch.empty_strided(shape, steps, dtype=made, device=device_of(operands))
-        return self.run(operator, *operands, dtype, out=out)
+        return self.run(operator, *operands, dtype, *scalars, out=out)
 
     def number(self, value: Any) -> Tensor:
         """A number as a tensor, where a card has an operand."""

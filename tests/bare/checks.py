@@ -321,3 +321,108 @@ def test_draws_and_lines_into_other_dtypes():
             )
         with pytest.raises(NotImplementedError, match="linspace"):
             torch.linspace(0, 1, 3, dtype=torch.complex64, device="bare")
+
+
+def trained(module, x, *rest):
+    """A result and the gradients of the operand and the parameters, on the CPU."""
+    x = x.detach().requires_grad_()
+    y = module(x, *rest)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape).to(y.device))
+    return [t.detach() for t in (y, x.grad, *(p.grad for p in module.parameters()))]
+
+
+def steps(x):
+    """Strides, but along axes that have none to take."""
+    return [step for step, n in zip(x.stride(), x.shape, strict=True) if n > 1]
+
+
+class Call(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+def as_on_the_cpu(module, *operands):
+    """Training on the device as near float64 as the CPU's, and laid out alike."""
+    for dtype in (torch.float32, torch.bfloat16):
+        given = [x.to(dtype) if x.is_floating_point() else x for x in operands]
+        exact = trained(copy.deepcopy(module).double(), *(x.double() if x.is_floating_point() else x for x in operands))
+        own = trained(copy.deepcopy(module).to(dtype), *given)
+        with flagops.enable(backend="numba"):
+            got = trained(copy.deepcopy(module).to("bare", dtype), *(x.to("bare") for x in given))
+        for ours, theirs, value in zip(got, own, exact, strict=True):
+            assert (ours.dtype, ours.shape, steps(ours)) == (theirs.dtype, theirs.shape, steps(theirs))
+            size = 1 + float(value.abs().max())
+            least = 3 * float((theirs.double() - value).abs().max())
+            assert float((ours.cpu().double() - value).abs().max()) <= max(least, 16 * torch.finfo(dtype).eps * size)
+
+
+@pytest.mark.parametrize("last", (False, True))
+def test_convolutions_and_norms_of_images_are_laid_out_as_on_the_cpu(last):
+    """So that a result can be viewed in another shape, and that channels stay last where they are."""
+    torch.manual_seed(0)
+    form = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(2, 4, 6, 5).to(memory_format=form)
+    for layer in (
+        torch.nn.Conv2d(4, 6, 3, padding=1),
+        torch.nn.Conv2d(4, 8, 3, stride=2, groups=4),
+        torch.nn.ConvTranspose2d(4, 6, 3, stride=2),
+        torch.nn.GroupNorm(2, 4),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.InstanceNorm2d(4, affine=True),
+    ):
+        as_on_the_cpu(layer.to(memory_format=form), x)
+    if not last:
+        as_on_the_cpu(Call(lambda x: torch.nn.functional.conv1d(x, x[:2].detach(), padding=1).view(-1)), x[0])
+
+
+LOSSES = {
+    "mse": torch.nn.functional.mse_loss,
+    "l1": torch.nn.functional.l1_loss,
+    "smooth": lambda x, y, reduction: torch.nn.functional.smooth_l1_loss(x, y, beta=0.5, reduction=reduction),
+    "huber": lambda x, y, reduction: torch.nn.functional.huber_loss(x, y, delta=0.7, reduction=reduction),
+    "bce": lambda x, y, reduction: torch.nn.functional.binary_cross_entropy(
+        x.sigmoid(), y.sigmoid(), y.sigmoid(), reduction=reduction
+    ),
+    "logits": lambda x, y, reduction: torch.nn.functional.binary_cross_entropy_with_logits(
+        x, y.sigmoid(), pos_weight=y[0].exp(), reduction=reduction
+    ),
+    "kl": lambda x, y, reduction: torch.nn.functional.kl_div(
+        x.log_softmax(1), y.softmax(1).masked_fill(y > 1, 0), reduction=reduction
+    ),
+}
+
+
+@pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_their_gradients_are_the_cpus(name, reduction):
+    torch.manual_seed(0)
+    as_on_the_cpu(Call(lambda x, y: LOSSES[name](x, y, reduction=reduction)), torch.randn(6, 5), torch.randn(6, 5))
+
+
+def test_a_loss_is_scaled_as_on_the_cpu():
+    """Up after some steps, down where a gradient is not finite, which is then not stepped by."""
+
+    def scaled(device):
+        torch.manual_seed(0)
+        layer, x = torch.nn.Linear(6, 3).to(device), torch.linspace(-1, 1, 24).view(4, 6).to(device)
+        optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**127, growth_interval=2)
+        seen = []
+        for step in range(6):
+            optimizer.zero_grad()
+            scaler.scale((layer(x) * 2.0**-120).sum()).backward()
+            if step == 3:
+                layer.weight.grad[1, 2] = float("nan")
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            seen.append((scaler.get_scale(), int(scaler._growth_tracker)))
+        return seen, layer.weight.detach().cpu()
+
+    expected, weight = scaled("cpu")
+    with flagops.enable(backend="numba"):
+        seen, got = scaled("bare")
+    assert seen == expected
+    assert {scale for scale, _ in seen} == {2.0**127, 2.0**126}  # beyond which there is no float32
+    testing.assert_near(got, weight, 16, 1 + weight.abs())

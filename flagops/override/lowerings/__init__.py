@@ -2,5 +2,5 @@
 
 from . import (  # noqa: F401, I001
     products, fused, attention, pointwise, movement, reductions, rows, indexing, selection, random, convolution,
-    optimizer,
+    optimizer, losses,
 )  # fmt: skip

@@ -104,7 +104,7 @@ def _backward(grad: Tensor, weight: Tensor, sizes: Sequence[int], g: _Geometry) 
         at: Any = (..., *place)
         part, at = columns[at], (..., *where)
         total[at] += part.permute(0, 1, axes + 2, *range(2, axes + 2))
-    return _inside(total.reshape(n, g.groups * c, *padded), g.padding, sizes).contiguous()
+    return _inside(total.reshape(n, g.groups * c, *padded), g.padding, sizes)
 
 
 def _weights(x: Tensor, grad: Tensor, shape: Sequence[int], g: _Geometry) -> Tensor:
@@ -112,6 +112,16 @@ def _weights(x: Tensor, grad: Tensor, shape: Sequence[int], g: _Geometry) -> Ten
     n, o = grad.shape[:2]
     given = grad.reshape(n, g.groups, o // g.groups, -1).permute(1, 2, 0, 3).reshape(g.groups, o // g.groups, -1)
     return given.matmul(_rows(x, g, grad.shape[2:])).reshape(shape)
+
+
+def _laid_out(x: Tensor, *operands: Tensor) -> Tensor:
+    """A result as torch's own convolutions lay it out: row by row, so that it can be viewed in another shape, or
+    channels last where an operand is."""
+    import torch
+    from torch._prims_common import suggest_memory_format
+
+    formats = {suggest_memory_format(y) for y in operands} - {torch.contiguous_format}
+    return x.contiguous(memory_format=formats.pop() if formats else torch.contiguous_format)
 
 
 @lowers("convolution_overrideable", to="matmul", whole=True)
@@ -140,7 +150,7 @@ def convolution(
         made = _forward(input, weight, g, g.windows(input.shape[2:]))
     if bias is not None:
         made += bias.reshape(-1, *(1,) * len(g.kernel))
-    return made
+    return _laid_out(made, input, weight)
 
 
 @lowers("convolution_backward_overrideable", to="matmul", whole=True)
@@ -165,6 +175,7 @@ def convolution_backward(
             grad_input = _forward(grad_output, weight, g, sizes)
         else:
             grad_input = _backward(grad_output, weight, sizes, g)
+        grad_input = _laid_out(grad_input, input, weight)
     if output_mask[1]:
         given = (grad_output, input) if transposed else (input, grad_output)
         grad_weight = _weights(*given, weight.shape, g)

@@ -480,4 +480,5 @@ def put(steps: Steps, self: Tensor, index: Tensor, source: Tensor, accumulate: b
     made = copied(steps, self, flat).view(-1)
     reduce = "sum" if accumulate else "assign"
     steps.run("aten.scatter", made, index.reshape(-1), source.reshape(-1), reduce, True, True, out=made)
-    return flat if self.is_contiguous() else copied(steps, flat, torch.empty_like(self))
+    result = torch.empty_like(self)
+    return flat if flat.stride() == result.stride() else copied(steps, flat, result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flagops.arrays import parse_dtype
+from flagops.arrays import HALF, parse_dtype
 
 from ..iteration import laid_out
 from ..lowering import REFUSED, Call, Lowered, Pass, Result, To, lowers
@@ -123,6 +123,20 @@ def rounded_quotient(steps: Steps, self: Any, other: Any, *, rounding_mode: str 
         quotient = steps.elementwise("aten.div", self, other, dtype=floats(dtype))
         return steps.elementwise("aten.trunc", quotient, dtype=floats(dtype))
     return _quotient(steps, f"aten.{rounding_mode}_divide", self, other)
+
+
+@lowers("xlogy", to="aten.log", whole=True)
+def xlogy(steps: Steps, self: Any, other: Any) -> Tensor:
+    """``self * log(other)``, of 0 it is 0 but for NaN; halves are rounded once."""
+    import torch
+
+    own = floats(torch.result_type(self, other))
+    wide = "float32" if own in HALF else own
+    product = steps.elementwise("aten.mul", self, steps.elementwise("aten.log", other, dtype=wide), dtype=wide)
+    nothing = steps.elementwise("aten.eq", self, 0, dtype=wide)
+    number = steps.elementwise("aten.eq", other, other, dtype=wide)
+    whole = steps.elementwise("aten.where", nothing, 0.0, product, dtype=wide)
+    return steps.elementwise("aten.where", number, whole, other, dtype=own)
 
 
 def _divided(name: str) -> None:
@@ -251,6 +265,13 @@ def _whole(name: str) -> None:
 
 for _name in ("floor", "ceil", "trunc", "round", "sign"):
     _whole(_name)
+
+
+@lowers("sgn", to="aten.sign", elementwise=True)
+def sgn(to: To, self: Tensor) -> Call:
+    """The sign, of real numbers."""
+    dtype = real(self.dtype)
+    return to("aten.copy" if dtype == "bool" else "aten.sign", self, dtype)
 
 
 def _like_itself(self: Tensor) -> Result:

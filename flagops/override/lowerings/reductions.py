@@ -235,3 +235,10 @@ def cumsum(to: To, self: Tensor, dim: int, *, dtype: Any = None) -> Call:
     if computed == "bool":
         raise Pass(f"dtype {parse_dtype(dtype)}")
     return to("aten.cumsum", last(self, dim), computed, out=last(to.out, dim))
+
+
+@lowers("vdot", to="aten.sum", whole=True)
+def vdot(steps: Steps, self: Tensor, other: Tensor) -> Tensor:
+    """Of real numbers torch makes it `dot`, and so do devices."""
+    real(self.dtype)
+    return self.dot(other)

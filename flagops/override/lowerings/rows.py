@@ -50,17 +50,22 @@ _softmax("_softmax")
 _softmax("_log_softmax")
 
 
-def _stats(input: Tensor, *parameters: Tensor | None) -> Any:
-    """The dtype of means: on the CPU that of the parameters, which may be wider than halves, elsewhere that of the
-    arithmetic."""
+def _parameters(input: Tensor, *parameters: Tensor | None) -> Any:
+    """The dtype of the parameters of a norm, which may be wider than halves; the input's where there are none."""
     import torch
 
-    if input.device.type == "cpu":
-        given = {x.dtype for x in parameters if x is not None} or {input.dtype}
-        if len(given) > 1 or not given <= {input.dtype, *[torch.float32] * (input.dtype.itemsize == 2)}:
-            raise Pass(REFUSED)
-        return given.pop()
-    return torch.promote_types(input.dtype, torch.float32)
+    given = {x.dtype for x in parameters if x is not None} or {input.dtype}
+    if len(given) > 1 or not given <= {input.dtype, *[torch.float32] * (input.dtype.itemsize == 2)}:
+        raise Pass(REFUSED)
+    return given.pop()
+
+
+def _stats(input: Tensor, *parameters: Tensor | None) -> Any:
+    """The dtype of means: on the CPU that of the parameters, elsewhere that of the arithmetic."""
+    import torch
+
+    own = _parameters(input, *parameters)
+    return own if input.device.type == "cpu" else torch.promote_types(input.dtype, torch.float32)
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
@@ -70,7 +75,7 @@ def _flat(x: Tensor | None) -> Tensor | None:
 def _normalised(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> int:
     """The elements of a row. Raises Pass for what torch refuses."""
     shape, sizes = tuple(normalized_shape), tuple(input.shape)
-    _floats(input, *[x for x in (weight, bias) if x is not None])
+    _floats(input)
     if not shape or sizes[input.dim() - len(shape) :] != shape or len(shape) > len(sizes):
         raise Pass(REFUSED)
     if any(x is not None and tuple(x.shape) != shape for x in (weight, bias)):
@@ -132,9 +137,12 @@ def native_batch_norm(
     import torch
     from torch._prims_common import suggest_memory_format
 
-    _floats(input, *[x for x in (weight, bias) if x is not None])
+    _floats(input)
     acc = torch.promote_types(input.dtype, torch.float32)
     channels = input.shape[1]
+    given = [x for x in (weight, bias, running_mean, running_var) if x is not None]
+    if any(x.shape != (channels,) for x in given) or (training and not input.numel()):
+        raise Pass(REFUSED)
     if any(x is not None and overlaps_itself(x) for x in (running_mean, running_var)):
         raise Pass("running statistics that overlap themselves")
     stats = _stats(input, weight, bias, running_mean, running_var)
@@ -160,6 +168,8 @@ def native_batch_norm(
     else:
         mean, var = running_mean.to(acc), running_var.to(acc)
     rstd = (var + eps).rsqrt()
+    if training and not eps:  # of elements that are all one number nothing is left, and no NaN made
+        rstd = rstd.masked_fill(var == 0, 0)
 
     def spread(x: Tensor) -> Tensor:
         return x.to(acc).view(channels, *[1] * (input.dim() - 2))
@@ -215,6 +225,112 @@ def native_batch_norm_backward(
     dx = dx.contiguous(memory_format=suggest_memory_format(input))
     sums = input.dtype if weight is None else weight.dtype
     made = dx, dweight.to(sums), dbias.to(sums)
+    return tuple([x if wanted else None for x, wanted in zip(made, output_mask, strict=True)])
+
+
+class _Groups:
+    """The groups of channels of each sample, of ``[samples, channels, ...]``, in which a group norm has its means.
+
+    Raises Pass for what torch refuses.
+    """
+
+    def __init__(self, input: Tensor, samples: int, channels: int, places: int, groups: int) -> None:
+        import torch
+
+        _floats(input)
+        if groups < 1 or channels % groups or input.numel() != samples * channels * places:
+            raise Pass(REFUSED)
+        if tuple(input.shape[:2]) != (samples, channels):
+            raise Pass("channels that are not the second axis")
+        self.input, self.shape = input, (samples, groups, channels // groups, places)
+        self.real = torch.promote_types(input.dtype, torch.float32)
+        self.ones = [1] * (input.dim() - 2)
+
+    def means(self) -> Tensor:
+        """Room for a number of each group."""
+        return self.input.new_empty(self.shape[:2], dtype=self.real)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """A number of each group, for each of its channels."""
+        samples, groups, channels, _ = self.shape
+        return x.to(self.real).unsqueeze(-1).expand(-1, -1, channels).reshape(samples, groups * channels, *self.ones)
+
+    def weight(self, x: Tensor) -> Tensor:
+        """A number of each channel. Raises Pass for what torch refuses."""
+        if tuple(x.shape) != tuple(self.input.shape[1:2]):
+            raise Pass(REFUSED)
+        return x.to(self.real).view(-1, *self.ones)
+
+    def as_input(self, x: Tensor) -> Tensor:
+        """A result in the input's dtype, its channels where the input's are."""
+        from torch._prims_common import suggest_memory_format
+
+        return x.to(self.input.dtype).contiguous(memory_format=suggest_memory_format(self.input))
+
+
+@lowers("native_group_norm", to="aten.var", whole=True)
+def native_group_norm(
+    to: Steps,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    N: int,
+    C: int,
+    HxW: int,
+    group: int,
+    eps: float,
+) -> Any:
+    """Torch composes it for devices in another dtype, of a view that not every input has."""
+    from torch._prims_common import suggest_memory_format
+
+    over, stats = _Groups(input, N, C, HxW, group), _parameters(input, weight, bias)
+    if not input.is_contiguous(memory_format=suggest_memory_format(input)):
+        raise Pass(REFUSED)
+    if any(x is not None and not x.is_contiguous() for x in (weight, bias)):
+        raise Pass("parameters that do not lie side by side, as torch's kernel reads them")
+    scales = [None if x is None else over.weight(x) for x in (weight, bias)]
+    if not input.numel():
+        like = over.as_input(input.new_empty(input.shape))
+        return like, input.new_zeros((N, group), dtype=stats), input.new_full((N, group), math.nan, dtype=stats)
+    rows, dtype = input.reshape(N, group, -1), parse_dtype(over.real)
+    mean = to.run("aten.mean", rows, dtype, out=over.means())
+    rstd = (to.run("aten.var", rows, dtype, 0, False, out=over.means()) + eps).rsqrt()
+    y = (input - over.spread(mean)) * over.spread(rstd)
+    y = y if scales[0] is None else y * scales[0]
+    y = y if scales[1] is None else y + scales[1]
+    return over.as_input(y), mean.to(stats), rstd.to(stats)
+
+
+@lowers("native_group_norm_backward", to="aten.sum", whole=True)
+def native_group_norm_backward(
+    to: Steps,
+    grad_out: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    N: int,
+    C: int,
+    HxW: int,
+    group: int,
+    output_mask: Sequence[bool],
+) -> Any:
+    over = _Groups(input, N, C, HxW, group)
+    if grad_out.dtype != input.dtype or grad_out.shape != input.shape:
+        raise Pass(REFUSED)
+    dtype, sums = parse_dtype(over.real), input.dtype if weight is None else weight.dtype
+    grad, y = grad_out.to(over.real), (input - over.spread(mean)) * over.spread(rstd)
+
+    def summed(x: Tensor, *shape: int) -> Tensor:
+        rows = x.reshape(*shape, -1) if x.numel() else x.new_empty((*shape, 0))
+        return to.run("aten.sum", rows, dtype, out=x.new_empty(shape))
+
+    dweight, dbias = (summed(summed(x, N, C).t(), C) for x in (grad * y, grad))
+    if weight is not None:
+        grad = grad * over.weight(weight)
+    along, flat = (summed(x, N, group) / max(C // group * HxW, 1) for x in (grad * y, grad))
+    dx = (grad - y * over.spread(along) - over.spread(flat)) * over.spread(rstd)
+    made = over.as_input(dx), dweight.to(sums), dbias.to(sums)
     return tuple([x if wanted else None for x, wanted in zip(made, output_mask, strict=True)])
 
 
