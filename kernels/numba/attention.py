@@ -86,7 +86,7 @@ def _queries(start, stop, tag, shape, scale, q, kv, sink, indices, out):
             score(x, values, count, found, width, p)
             for i in range(count):
                 line, top, mass = shifted(p, i, 0), shifted(tops, i, 0), shifted(masses, i, 0)
-                soften(tag, line, found, scale, top, mass, shifted(sums, i, 0), width, seen == 0)
+                soften(tag, line, found, found, scale, top, mass, shifted(sums, i, 0), width, seen == 0)
             add_values(p, values, count, found, width, sums, seen > 0)
             seen += found
         for i in range(count):

@@ -1,0 +1,79 @@
+"""What dense attention and its backward read alike: matrices of a batch, queries times the scale, and masks."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from flagops.arrays import dtype_name
+from flagops.backends.numba import jit, pointer, strides
+
+from ._blocks import Block, get, pack, put, round_up, vget, vput
+from ._vectors import BYTE, cast, lanes, load, size, vload, vload_mask, where
+
+_NONE, _BOOL, _ADDED = 0, 1, 2  # kinds of masks
+
+
+def matrices(x: Any, lead: tuple[int, ...]) -> tuple[int, Any, int, int]:
+    """Address; where each matrix starts, in elements, with batch axes that broadcast to `lead`; strides in a matrix."""
+    *steps, row, column = strides(x)
+    return pointer(x), _starts(tuple(x.shape)[:-2], tuple(steps), lead), row, column
+
+
+@lru_cache(maxsize=256)
+def _starts(shape: tuple[int, ...], steps: tuple[int, ...], lead: tuple[int, ...]) -> Any:
+    """One table for all calls alike, which none may write."""
+    places = np.zeros(lead, np.int64)
+    for axis, (extent, step) in enumerate(zip(shape, steps, strict=True), len(lead) - len(shape)):
+        if extent > 1:
+            places += (np.arange(extent) * step).reshape(-1, *[1] * (len(lead) - axis - 1))
+    return places.reshape(-1)
+
+
+@jit
+def row_of(tag, x, matrix, row):
+    """The address of a row of one of `matrices`."""
+    address, places, step, _ = x
+    return address + (places[matrix] + row * step) * size(tag)
+
+
+def mask_of(mask: Any, lead: tuple[int, ...]) -> tuple[Any, ...]:
+    """As `matrices`, and of which kind it is; None for none."""
+    if mask is None:
+        return 0, _starts((), (), (1,)), 0, 0, _NONE
+    return *matrices(mask, lead), _BOOL if dtype_name(mask) == "uint8" else _ADDED
+
+
+@jit
+def scaled(tag, source, steps, shape, scale, target):
+    """Rows, widened and times the scale, and zeros up to whole vectors."""
+    step = lanes(target.tag)
+    padded, factor = round_up(shape[1], step), cast(target.tag, scale)
+    pack(tag, source, steps, shape, target, (shape[0], padded))
+    for i in range(shape[0]):
+        for j in range(0, padded, step):
+            vput(target, i, j, vget(target, i, j) * factor)
+
+
+@jit
+def cover(tag, line, begin, seen, t, mask, matrix):
+    """The first logits of a line plus the mask, -inf where a key does not count."""
+    address, places, row, column, kind = mask
+    if kind == _NONE:
+        return
+    real, step = line.tag, lanes(line.tag)
+    origin, item = address, 1 if kind == _BOOL else size(tag)
+    origin += (places[matrix] + t * row + begin * column) * item
+    whole = seen - seen % step if column == 1 else 0
+    for j in range(0, whole, step):
+        if kind == _BOOL:
+            vput(line, 0, j, where(vload_mask(real, origin + j), vget(line, 0, j), -np.inf))
+        else:
+            vput(line, 0, j, vget(line, 0, j) + vload(tag, origin + j * item))
+    for j in range(whole, seen):
+        if kind == _ADDED:
+            put(line, 0, j, get(line, 0, j) + load(tag, origin + j * column * item))
+        elif load(BYTE, origin + j * column) == 0:
+            put(line, 0, j, -np.inf)

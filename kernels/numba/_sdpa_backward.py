@@ -1,0 +1,180 @@
+"""Gradients of dense attention on the CPU: probabilities of some queries are computed again, whole, for all five
+products with them.
+
+What is shared by several queries is summed in runs, which are cut by shapes alone and added in order.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from flagops.reference.sdpa import factor
+
+from flagops import config
+from flagops.arrays import dtype_name
+from flagops.backends.numba import jit, parallel, pointer, threads
+
+from ._attention_backward import ALL, add_runs
+from ._blocks import Block, alive, at, clear, cleared, pack, round_up, shifted, unpack, vget, vput
+from ._dense import cover, mask_of, matrices, row_of, scaled
+from ._functions import exp
+from ._gemm import empty
+from ._ir import LANES
+from ._softmax import PAD, STRIP, multiply, multiply_turned
+from ._tiles import OUTER_VECTORS
+from ._vectors import TAGS, below, cast, fma, higher, lanes, vhigher, vsplat, vsum, where, wide
+
+_ROWS = 96  # queries that are worked on together
+_FEWEST, _LINES = 24, 1 << 20  # as many as fit so many bytes, but not fewer
+_RUNS = 8  # of queries, over all matrices of keys
+
+
+def scaled_dot_product_attention_backward(
+    grad: Any, query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None,
+    needs: tuple[bool, ...],
+) -> tuple[Any, ...]:  # fmt: skip
+    """A mask's gradient, batches that broadcast and rows beyond the budget are left to torch's."""
+    (heads, length, width), (count, depth) = query.shape[-3:], value.shape[-2:]
+    batch, groups = tuple(grad.shape)[:-3], key.shape[-3]
+    same = all(tuple(x.shape[:-3]) == batch for x in (query, key, value))
+    if not same or needs[3] or not math.prod(batch) * heads * length * count * width * depth:
+        return NotImplemented
+    name, shared = dtype_name(query), heads // groups
+    real = "float64" if name == "float64" else "float32"
+    tag, sets = TAGS[name], math.prod(batch) * groups
+    item, across = np.dtype(real).itemsize, OUTER_VECTORS * LANES * 4 // np.dtype(real).itemsize
+    tiles, widths = -(-count // across), tuple(-(-n // across) * across + PAD for n in (width, depth))
+    rows = min(_ROWS, max(_FEWEST, _LINES // (2 * tiles * across * item)))
+    rows = -(-min(rows, length) // STRIP) * STRIP
+    runs = max(1, min(-(-_RUNS // sets), shared * -(-length // rows)))
+    held, several = tiles * across + STRIP, sets * runs if runs > 1 else 0
+    scratch = tiles * (across + PAD) * (2 * rows + width + depth) + held * (2 * widths[0] + widths[1])
+    if (threads() * scratch + several * held * sum(widths)) * item > config.budget() // 2:
+        return NotImplemented
+    sums = [np.zeros((several, held, n), real) for n in widths]
+    of_query, *others = (empty(x, x.shape) for x in (query, key, value))
+    parallel(
+        _gradients, sets * runs, tag, (length, count, width, depth, shared, rows, runs, held, *widths),
+        factor(scale, width), is_causal,
+        *(matrices(x, (*batch, n)) for x, n in ((query, heads), (key, groups), (value, groups))),
+        mask_of(attn_mask, (*batch, heads)), matrices(grad, (*batch, heads)), matrices(of_query, (*batch, heads)),
+        *(pointer(x) for x in (sums if several else others)), minimum=-(-sets * runs // (2 * threads())),
+    )  # fmt: skip
+    for x, part, n in zip(others, sums, (width, depth), strict=True):
+        shape = runs, (held, part.shape[2]), (count, n)
+        parallel(
+            add_runs, sets * count * (runs > 1), tag, TAGS[real], shape, pointer(part), pointer(x), ALL, minimum=64
+        )
+    return *(x if needed else None for x, needed in zip((of_query, *others), needs, strict=False)), None
+
+
+@jit
+def _gradients(start, stop, tag, shape, scale, is_causal, query, key, value, mask, grad, of_query, of_keys, of_values):
+    """The gradients by each run's blocks of queries, over tiles of as many keys as an outer tile is wide. Those of keys
+    and values are sums of a run, or whole where there is one run."""
+    length, count, width, depth, shared, rows, runs, held, wide_key, wide_value = shape
+    real, high = wide(tag), rows + STRIP
+    across = OUTER_VECTORS * lanes(real)
+    tiles, row = -(-count // across), across + PAD
+    own = held if runs == 1 else 0
+    memory, (x, slopes, sums, keys, p, q, turned_keys, turned_values, by_keys, by_values) = cleared(real, (
+        (high, wide_key), (high, wide_value), (high, wide_key), (held, wide_key), (tiles * high, row),
+        (tiles * high, row), (tiles * width, across), (tiles * depth, across), (own, wide_key), (own, wide_value),
+    ))  # fmt: skip
+    blocks = -(-length // rows)
+    for task in range(start, stop):
+        group, run = divmod(task, runs)
+        pack(tag, row_of(tag, key, group, 0), key[2:], (count, width), keys, (count, width))
+        for tile in range(tiles):
+            valid = min(across, count - tile * across)
+            for source, depth_of, goal in ((key, width, turned_keys), (value, depth, turned_values)):
+                origin, steps = row_of(tag, source, group, tile * across), (source[3], source[2])
+                pack(tag, origin, steps, (depth_of, valid), shifted(goal, tile * depth_of, 0), (depth_of, across))
+        if runs == 1:
+            clear(real, by_keys.base, held * wide_key)
+            clear(real, by_values.base, held * wide_value)
+        else:
+            by_keys = shifted(Block(real, of_keys, wide_key), task * held, 0)
+            by_values = shifted(Block(real, of_values, wide_value), task * held, 0)
+        for block in range(run, shared * blocks, runs):
+            head, first = divmod(block, blocks)
+            matrix, first = group * shared + head, first * rows
+            here = min(rows, length - first)
+            scaled(tag, row_of(tag, query, matrix, first), query[2:], (here, width), scale, x)
+            pack(tag, row_of(tag, grad, matrix, first), grad[2:], (here, depth), slopes, (here, depth))
+            for strip in range(0, here, STRIP):
+                some = min(STRIP, here - strip)
+                seen = min(count, first + strip + some) if is_causal else count
+                used = -(-seen // across)
+                for tile in range(used):
+                    columns, line = min(across, seen - tile * across), tile * high + strip
+                    laid, right = shifted(turned_keys, tile * width, 0), shifted(turned_values, tile * depth, 0)
+                    multiply(shifted(x, strip, 0), laid, some, width, columns, shifted(p, line, 0), False)
+                    multiply(shifted(slopes, strip, 0), right, some, depth, columns, shifted(q, line, 0), False)
+                for i in range(strip, strip + some):
+                    last = min(count, first + i + 1) if is_causal else count
+                    for tile in range(-(-last // across)):
+                        begin, line = tile * across, shifted(p, tile * high + i, 0)
+                        cover(tag, line, begin, min(across, last - begin), first + i, mask, matrix)
+                    _soften(shifted(p, i, 0), shifted(q, i, 0), last, used, high, across)
+                for tile in range(used):
+                    begin, left = tile * across, shifted(q, tile * high + strip, 0)
+                    found, goal = min(across, seen - begin), shifted(sums, strip, 0)
+                    multiply(left, shifted(keys, begin, 0), some, found, width, goal, tile > 0)
+            seen = min(count, first + here) if is_causal else count
+            for tile in range(-(-seen // across)):
+                begin = tile * across
+                for j in range(0, min(across, seen - begin), STRIP):
+                    some = min(STRIP, seen - begin - j, across - j)
+                    least = max(0, begin + j - first) if is_causal else 0
+                    line, more = tile * high + least, here - least
+                    goal = shifted(by_values, begin + j, 0)
+                    multiply_turned(shifted(p, line, j), shifted(slopes, least, 0), some, more, depth, goal, True)
+                    goal = shifted(by_keys, begin + j, 0)
+                    multiply_turned(shifted(q, line, j), shifted(x, least, 0), some, more, width, goal, True)
+            scaled(real, sums.base, (sums.row, 1), (here, width), scale, sums)
+            unpack(tag, sums, (here, width), row_of(tag, of_query, matrix, first), of_query[2:])
+        if runs == 1:
+            for part, n, goal in ((by_keys, width, of_keys), (by_values, depth, of_values)):
+                unpack(tag, part, (count, n), at(Block(tag, goal, n), group * count, 0), (n, 1))
+    return alive(memory)
+
+
+@jit
+def _soften(p, slope, last, tiles, high, across):
+    """A row of logits, tile after tile, of which so many count, to probabilities, and the gradients of those to the
+    gradients of the logits; zeros behind them, and where every logit is -inf."""
+    real, step = p.tag, lanes(p.tag)
+    used = -(-last // across)
+    inner = round_up(last - (used - 1) * across, step)  # of the last tile, whole vectors
+    if last % step:
+        line, j = (used - 1) * high, inner - step
+        vput(p, line, j, where(below(real, last % step), vget(p, line, j), -np.inf))
+    top = vsplat(cast(real, -np.inf))
+    for tile in range(used):
+        for j in range(0, inner if tile == used - 1 else across, step):
+            top = higher(vget(p, tile * high, j), top)
+    base = vhigher(top)
+    if base == -np.inf:
+        base = cast(real, 0.0)
+    mass = mean = vsplat(real)
+    for tile in range(used):
+        for j in range(0, inner if tile == used - 1 else across, step):
+            share = exp(vget(p, tile * high, j) - base)
+            mass += share
+            mean = fma(share, vget(slope, tile * high, j), mean)
+            vput(p, tile * high, j, share)
+    total = vsum(mass)
+    inverse = cast(real, 1 / total if total != 0 else 0.0)
+    middle = vsum(mean) * inverse
+    for tile in range(used):
+        for j in range(0, inner if tile == used - 1 else across, step):
+            share = vget(p, tile * high, j) * inverse
+            vput(slope, tile * high, j, share * (vget(slope, tile * high, j) - middle))
+            vput(p, tile * high, j, share)
+    for tile in range(used - 1, tiles):
+        for j in range(inner if tile == used - 1 else 0, across, step):
+            vput(p, tile * high, j, vsplat(real))
+            vput(slope, tile * high, j, vsplat(real))
