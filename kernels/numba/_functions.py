@@ -13,7 +13,9 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
+from llvmlite import ir
 
+from . import _ir
 from ._ir import f32, f64, generic
 from ._terms import Term, formula, unless
 from ._vectors import choose
@@ -94,7 +96,10 @@ def _two_to(n: Term, form: _Format) -> Term:
 
 
 def _scaled(x: Term, n: Term, form: _Format) -> Term:
-    """x * 2**n, in two steps since the power may be subnormal, or beyond the largest."""
+    """x * 2**n, in two steps since the power may be subnormal, or beyond the largest, unless one instruction does it."""
+    if _ir.X86 and _ir.MANY and x.type == ir.VectorType(f32, 16):
+        power, every = n.to("sitofp", f32).value, ir.IntType(16)(-1)
+        return Term(x.builder, _ir.call(x.builder, "x86.avx512.mask.scalef.ps.512", x.value, power, x.value, every, _ir.i32(4)))
     half = n >> 1
     return x * _two_to(half, form) * _two_to(n - half, form)
 

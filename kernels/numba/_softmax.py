@@ -108,38 +108,41 @@ def multiply_turned(a, b, rows, depth, columns, c, add):
 
 
 @jit
-def soften(tag, p, found, deep, scale, top, mass, sums, width, fresh):
-    """A line of scores, of which so many count, to weights relative to the highest times the scale so far, in place;
-    zeros from there to `deep`."""
+def soften(tag, p, counts, deep, scale, tops, masses, sums, width, fresh):
+    """Lines of scores, of which as many count as `counts` says, to weights relative to the highest times the scale so
+    far, in place; zeros from there to `deep`."""
     real, step = p.tag, lanes(p.tag)
-    whole, factor = found - found % step, cast(real, scale)
-    rest = below(real, found - whole)
-    before = get(top, 0, 0)
-    highest = vsplat(before)
-    for j in range(0, whole, step):
-        highest = higher(vget(p, 0, j) * factor, highest)
-    if whole < found:
-        highest = higher(where(rest, vget(p, 0, whole) * factor, -np.inf), highest)
-    after = vhigher(highest)
-    put(top, 0, 0, after)
-    base = after if after > -np.inf else wide(real)  # -inf - -inf would be NaN
-    total = vsplat(wide(real))
-    for j in range(0, whole, step):
-        exact = exp(fma(vget(p, 0, j), factor, -base))
-        total += exact
-        vput(p, 0, j, rounded(tag, exact))
-    if whole < found:
-        exact = where(rest, exp(fma(vget(p, 0, whole), factor, -base)), 0.0)
-        total += exact
-        vput(p, 0, whole, rounded(tag, exact))
-    for j in range(round_up(found, step), deep, step):
-        vput(p, 0, j, vsplat(wide(real)))
-    fade = cast(real, 1.0)
-    if not fresh and before != base:
-        fade = exp(before - base)
-        for j in range(0, width, step):
-            vput(sums, 0, j, vget(sums, 0, j) * fade)
-    put(mass, 0, 0, get(mass, 0, 0) * fade + vsum(total))
+    factor, nothing = cast(real, scale), vsplat(wide(real))
+    for i in range(len(counts)):  # all lines, since what is looked for in one takes long, and in several no longer
+        whole = counts[i] - counts[i] % step
+        before = get(tops, i, 0)
+        highest = vsplat(before)
+        for j in range(0, whole, step):
+            highest = higher(vget(p, i, j) * factor, highest)
+        if whole < counts[i]:
+            highest = higher(where(below(real, counts[i] - whole), vget(p, i, whole) * factor, -np.inf), highest)
+        after = vhigher(highest)
+        put(tops, i, 0, after)
+        if not fresh and before != after:
+            fade = exp(before - after)
+            put(masses, i, 0, get(masses, i, 0) * fade)
+            for j in range(0, width, step):
+                vput(sums, i, j, vget(sums, i, j) * fade)
+    for i in range(len(counts)):
+        whole, top = counts[i] - counts[i] % step, get(tops, i, 0)
+        base, total = top if top > -np.inf else wide(real), nothing  # -inf - -inf would be NaN
+        for j in range(0, whole, step):
+            exact = exp(fma(vget(p, i, j), factor, -base))
+            total += exact
+            vput(p, i, j, rounded(tag, exact))
+        if whole < counts[i]:
+            exact = exp(fma(vget(p, i, whole), factor, -base))
+            exact = where(below(real, counts[i] - whole), exact, 0.0)
+            total += exact
+            vput(p, i, whole, rounded(tag, exact))
+        for j in range(round_up(counts[i], step), deep, step):
+            vput(p, i, j, nothing)
+        put(masses, i, 0, vsum(total) if fresh else get(masses, i, 0) + vsum(total))
 
 
 @jit

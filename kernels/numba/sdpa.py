@@ -24,9 +24,10 @@ from ._softmax import PAD, STRIP, finish, multiply, score, soften
 from ._tiles import NARROW_VECTORS, OUTER_VECTORS
 from ._vectors import TAGS, lanes, size, wide
 
-_ROWS = 96  # queries of a task
+_ROWS = 192  # queries of a task
 _KEYS = 256  # of a block, laid out across so that a vector holds the scores of several
 _FEW = 3  # queries that read keys where they lie
+_APART = 2048  # elements from a row to the next, beyond which a block's rows meet in few sets of L2
 
 
 @kernel(deterministic=True, batch_invariant=True, note=f"an online softmax over blocks of {_KEYS} keys")
@@ -65,7 +66,7 @@ def _queries(start, stop, tag, shape, scale, is_causal, query, key, value, mask,
         (width, longest + PAD), (longest, line_v),
     ))  # fmt: skip
     clear(real, p.base, STRIP * p.row)  # of which rows that no query has are multiplied too
-    blocks = -(-shared // together) * parts
+    counts, blocks = np.empty(STRIP, np.int64), -(-shared // together) * parts
     for task in range(start, stop):
         group, block = divmod(task, blocks)
         unit, part = divmod(block, parts)
@@ -83,7 +84,8 @@ def _queries(start, stop, tag, shape, scale, is_causal, query, key, value, mask,
             put(tops, i, 0, -np.inf)
             put(masses, i, 0, 0.0)
         near = here <= _FEW and key[3] == 1 and width % step == 0  # read once, where they lie
-        lying = here <= STRIP and value[3] == 1 and depth % narrow == 0
+        lying = value[3] == 1 and depth % narrow == 0
+        lying &= here <= STRIP or (size(tag) == size(real) and value[2] <= _APART)
         for begin in range(0, _reach(first, here, length, count, is_causal), _KEYS):
             found = min(_KEYS, count - begin)
             from_keys, from_values = row_of(tag, key, group, begin), row_of(tag, value, group, begin)
@@ -102,15 +104,14 @@ def _queries(start, stop, tag, shape, scale, is_causal, query, key, value, mask,
                     multiply(shifted(x, strip, 0), keys, some, width, deep, p, False)
                 for i in range(some):
                     head, t = divmod(first + strip + i, length)
-                    line, top, mass = shifted(p, i, 0), shifted(tops, strip + i, 0), shifted(masses, strip + i, 0)
-                    seen = max(0, min(deep, t + 1 - begin)) if is_causal else deep
-                    cover(tag, line, begin, seen, t, mask, group * shared + head)
-                    goal = shifted(sums, strip + i, 0)
-                    soften(tag, line, seen, deep, 1.0, top, mass, goal, depth, begin == 0)
+                    counts[i] = max(0, min(deep, t + 1 - begin)) if is_causal else deep
+                    cover(tag, shifted(p, i, 0), begin, counts[i], t, mask, group * shared + head)
+                top, mass, goal = shifted(tops, strip, 0), shifted(masses, strip, 0), shifted(sums, strip, 0)
+                soften(real, p, counts[:some], deep, 1.0, top, mass, goal, depth, begin == 0)
                 if lying:
-                    multiply(p, Block(tag, from_values, value[2]), some, deep, depth, sums, begin > 0)
+                    multiply(p, Block(tag, from_values, value[2]), some, deep, depth, goal, begin > 0)
                 else:
-                    multiply(p, values, some, deep, depth, shifted(sums, strip, 0), begin > 0)
+                    multiply(p, values, some, deep, depth, goal, begin > 0)
         for i in range(here):
             head, t = divmod(first + i, length)
             mass = np.float64(get(masses, i, 0))
