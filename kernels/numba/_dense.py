@@ -32,6 +32,15 @@ def _starts(shape: tuple[int, ...], steps: tuple[int, ...], lead: tuple[int, ...
     return places.reshape(-1)
 
 
+def alike(x: Any) -> Any:
+    """An array of the same shape, dtype and library, whose axes lie in memory in the same order."""
+    if not hasattr(x, "new_empty"):
+        return np.empty_like(x)
+    import torch
+
+    return torch.empty_like(x)
+
+
 @jit
 def row_of(tag, x, matrix, row):
     """The address of a row of one of `matrices`."""
@@ -49,12 +58,16 @@ def mask_of(mask: Any, lead: tuple[int, ...]) -> tuple[Any, ...]:
 @jit
 def scaled(tag, source, steps, shape, scale, target):
     """Rows, widened and times the scale, and zeros up to whole vectors."""
-    step = lanes(target.tag)
-    padded, factor = round_up(shape[1], step), cast(target.tag, scale)
-    pack(tag, source, steps, shape, target, (shape[0], padded))
-    for i in range(shape[0]):
+    (row, column), (count, columns), item = steps, shape, size(tag)
+    step, factor = lanes(target.tag), cast(target.tag, scale)
+    padded = round_up(columns, step)
+    direct = column == 1 and columns == padded
+    if not direct:
+        pack(tag, source, steps, shape, target, (count, padded))
+    for i in range(count):
         for j in range(0, padded, step):
-            vput(target, i, j, vget(target, i, j) * factor)
+            value = vload(tag, source + (i * row + j) * item) if direct else vget(target, i, j)
+            vput(target, i, j, value * factor)
 
 
 @jit

@@ -18,9 +18,8 @@ from flagops.backends.numba import jit, parallel, pointer, threads
 
 from ._attention_backward import ALL, add_runs
 from ._blocks import Block, alive, at, clear, cleared, pack, round_up, shifted, unpack, vget, vput
-from ._dense import cover, mask_of, matrices, row_of, scaled
+from ._dense import alike, cover, mask_of, matrices, row_of, scaled
 from ._functions import exp
-from ._gemm import empty
 from ._ir import LANES
 from ._softmax import PAD, STRIP, multiply, multiply_turned
 from ._tiles import OUTER_VECTORS
@@ -53,30 +52,31 @@ def scaled_dot_product_attention_backward(
     scratch = tiles * (across + PAD) * (2 * rows + width + depth) + held * (2 * widths[0] + widths[1])
     if (threads() * scratch + several * held * sum(widths)) * item > config.budget() // 2:
         return NotImplemented
-    sums = [np.zeros((several, held, n), real) for n in widths]
-    of_query, *others = (empty(x, x.shape) for x in (query, key, value))
+    sums = [np.empty((several, held, n), real) for n in widths]
+    of_query, *others = (alike(x) for x in (query, key, value))
+    goals = [matrices(x, (*batch, groups)) for x in others]
     parallel(
         _gradients, sets * runs, tag, (length, count, width, depth, shared, rows, runs, held, *widths),
         factor(scale, width), is_causal,
         *(matrices(x, (*batch, n)) for x, n in ((query, heads), (key, groups), (value, groups))),
         mask_of(attn_mask, (*batch, heads)), matrices(grad, (*batch, heads)), matrices(of_query, (*batch, heads)),
-        *(pointer(x) for x in (sums if several else others)), minimum=-(-sets * runs // (2 * threads())),
+        *goals, *map(pointer, sums), minimum=-(-sets * runs // (2 * threads())),
     )  # fmt: skip
-    for x, part, n in zip(others, sums, (width, depth), strict=True):
+    for goal, part, n in zip(goals, sums, (width, depth), strict=True):
         shape = runs, (held, part.shape[2]), (count, n)
-        parallel(
-            add_runs, sets * count * (runs > 1), tag, TAGS[real], shape, pointer(part), pointer(x), ALL, minimum=64
-        )
+        parallel(add_runs, sets * count * (runs > 1), tag, TAGS[real], shape, pointer(part), goal, ALL, minimum=64)
     return *(x if needed else None for x, needed in zip((of_query, *others), needs, strict=False)), None
 
 
 @jit
-def _gradients(start, stop, tag, shape, scale, is_causal, query, key, value, mask, grad, of_query, of_keys, of_values):
+def _gradients(
+    start, stop, tag, shape, scale, is_causal, query, key, value, mask, grad, of_query, of_key, of_value, of_keys, of_values
+):  # fmt: skip
     """The gradients by each run's blocks of queries, over tiles of as many keys as an outer tile is wide. Those of keys
     and values are sums of a run, or whole where there is one run."""
     length, count, width, depth, shared, rows, runs, held, wide_key, wide_value = shape
     real, high = wide(tag), rows + STRIP
-    across = OUTER_VECTORS * lanes(real)
+    step, across = lanes(real), OUTER_VECTORS * lanes(real)
     tiles, row = -(-count // across), across + PAD
     own = held if runs == 1 else 0
     memory, (x, slopes, sums, keys, p, q, turned_keys, turned_values, by_keys, by_values) = cleared(real, (
@@ -92,24 +92,25 @@ def _gradients(start, stop, tag, shape, scale, is_causal, query, key, value, mas
             for source, depth_of, goal in ((key, width, turned_keys), (value, depth, turned_values)):
                 origin, steps = row_of(tag, source, group, tile * across), (source[3], source[2])
                 pack(tag, origin, steps, (depth_of, valid), shifted(goal, tile * depth_of, 0), (depth_of, across))
-        if runs == 1:
-            clear(real, by_keys.base, held * wide_key)
-            clear(real, by_values.base, held * wide_value)
-        else:
+        if runs > 1:
             by_keys = shifted(Block(real, of_keys, wide_key), task * held, 0)
             by_values = shifted(Block(real, of_values, wide_value), task * held, 0)
         for block in range(run, shared * blocks, runs):
             head, first = divmod(block, blocks)
             matrix, first = group * shared + head, first * rows
             here = min(rows, length - first)
+            seen, fresh = min(count, first + here) if is_causal else count, block == run
+            if fresh:  # and adds to nothing, but there is nothing either behind what it sees
+                clear(real, at(by_keys, seen, 0), (held - seen) * wide_key)
+                clear(real, at(by_values, seen, 0), (held - seen) * wide_value)
             scaled(tag, row_of(tag, query, matrix, first), query[2:], (here, width), scale, x)
             pack(tag, row_of(tag, grad, matrix, first), grad[2:], (here, depth), slopes, (here, depth))
             for strip in range(0, here, STRIP):
                 some = min(STRIP, here - strip)
-                seen = min(count, first + strip + some) if is_causal else count
-                used = -(-seen // across)
+                reach = min(count, first + strip + some) if is_causal else count
+                used = -(-reach // across)
                 for tile in range(used):
-                    columns, line = min(across, seen - tile * across), tile * high + strip
+                    columns, line = min(across, reach - tile * across), tile * high + strip
                     laid, right = shifted(turned_keys, tile * width, 0), shifted(turned_values, tile * depth, 0)
                     multiply(shifted(x, strip, 0), laid, some, width, columns, shifted(p, line, 0), False)
                     multiply(shifted(slopes, strip, 0), right, some, depth, columns, shifted(q, line, 0), False)
@@ -121,9 +122,8 @@ def _gradients(start, stop, tag, shape, scale, is_causal, query, key, value, mas
                     _soften(shifted(p, i, 0), shifted(q, i, 0), last, used, high, across)
                 for tile in range(used):
                     begin, left = tile * across, shifted(q, tile * high + strip, 0)
-                    found, goal = min(across, seen - begin), shifted(sums, strip, 0)
+                    found, goal = min(across, reach - begin), shifted(sums, strip, 0)
                     multiply(left, shifted(keys, begin, 0), some, found, width, goal, tile > 0)
-            seen = min(count, first + here) if is_causal else count
             for tile in range(-(-seen // across)):
                 begin = tile * across
                 for j in range(0, min(across, seen - begin), STRIP):
@@ -131,14 +131,16 @@ def _gradients(start, stop, tag, shape, scale, is_causal, query, key, value, mas
                     least = max(0, begin + j - first) if is_causal else 0
                     line, more = tile * high + least, here - least
                     goal = shifted(by_values, begin + j, 0)
-                    multiply_turned(shifted(p, line, j), shifted(slopes, least, 0), some, more, depth, goal, True)
+                    multiply_turned(shifted(p, line, j), shifted(slopes, least, 0), some, more, depth, goal, not fresh)
                     goal = shifted(by_keys, begin + j, 0)
-                    multiply_turned(shifted(q, line, j), shifted(x, least, 0), some, more, width, goal, True)
-            scaled(real, sums.base, (sums.row, 1), (here, width), scale, sums)
+                    multiply_turned(shifted(q, line, j), shifted(x, least, 0), some, more, width, goal, not fresh)
+            for i in range(here):
+                for j in range(0, width, step):
+                    vput(sums, i, j, vget(sums, i, j) * cast(real, scale))
             unpack(tag, sums, (here, width), row_of(tag, of_query, matrix, first), of_query[2:])
         if runs == 1:
-            for part, n, goal in ((by_keys, width, of_keys), (by_values, depth, of_values)):
-                unpack(tag, part, (count, n), at(Block(tag, goal, n), group * count, 0), (n, 1))
+            unpack(tag, by_keys, (count, width), row_of(tag, of_key, group, 0), of_key[2:])
+            unpack(tag, by_values, (count, depth), row_of(tag, of_value, group, 0), of_value[2:])
     return alive(memory)
 
 
