@@ -17,9 +17,13 @@ _NONE, _BOOL, _ADDED = 0, 1, 2  # kinds of masks
 
 
 def matrices(x: Any, lead: tuple[int, ...]) -> tuple[int, Any, int, int]:
-    """Address; where each matrix starts, in elements, with batch axes that broadcast to `lead`; strides in a matrix."""
-    *steps, row, column = strides(x)
-    return pointer(x), _starts(tuple(x.shape)[:-2], tuple(steps), lead), row, column
+    """Address, and `places_of`."""
+    return pointer(x), *places_of(tuple(x.shape), strides(x), lead)
+
+
+def places_of(shape: tuple[int, ...], steps: tuple[int, ...], lead: tuple[int, ...]) -> tuple[Any, int, int]:
+    """Where each matrix starts, in elements, with batch axes that broadcast to `lead`; strides in a matrix."""
+    return _starts(shape[:-2], steps[:-2], lead), steps[-2], steps[-1]
 
 
 @lru_cache(maxsize=256)
@@ -51,8 +55,16 @@ def row_of(tag, x, matrix, row):
 def mask_of(mask: Any, lead: tuple[int, ...]) -> tuple[Any, ...]:
     """As `matrices`, and of which kind it is; None for none."""
     if mask is None:
-        return 0, _starts((), (), (1,)), 0, 0, _NONE
-    return *matrices(mask, lead), _BOOL if dtype_name(mask) == "uint8" else _ADDED
+        return 0, *mask_places(None, lead)
+    return pointer(mask), *mask_places((dtype_name(mask), tuple(mask.shape), strides(mask)), lead)
+
+
+def mask_places(mask: Any, lead: tuple[int, ...]) -> tuple[Any, int, int, int]:
+    """Of a mask's dtype, shape and strides, or of none, what `mask_of` says behind the address."""
+    if mask is None:
+        return _starts((), (), (1,)), 0, 0, _NONE
+    name, shape, steps = mask
+    return *places_of(shape, steps, lead), _BOOL if name == "uint8" else _ADDED
 
 
 @jit

@@ -7,6 +7,7 @@ What is shared by several queries is summed in runs, which are cut by shapes alo
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,11 @@ from flagops.reference.sdpa import factor
 
 from flagops import config
 from flagops.arrays import dtype_name
-from flagops.backends.numba import jit, parallel, pointer, threads
+from flagops.backends.numba import jit, parallel, pointer, strides, threads
 
 from ._attention_backward import ALL, add_runs
 from ._blocks import Block, alive, at, clear, cleared, pack, round_up, shifted, unpack, vget, vput
-from ._dense import alike, cover, mask_of, matrices, row_of, scaled
+from ._dense import alike, cover, mask_places, places_of, row_of, scaled
 from ._functions import exp
 from ._ir import LANES
 from ._softmax import PAD, STRIP, multiply, multiply_turned
@@ -35,37 +36,57 @@ def scaled_dot_product_attention_backward(
     needs: tuple[bool, ...],
 ) -> tuple[Any, ...]:  # fmt: skip
     """A mask's gradient, batches that broadcast and rows beyond the budget are left to torch's."""
-    (heads, length, width), (count, depth) = query.shape[-3:], value.shape[-2:]
-    batch, groups = tuple(grad.shape)[:-3], key.shape[-3]
-    same = all(tuple(x.shape[:-3]) == batch for x in (query, key, value))
-    if not same or needs[3] or not math.prod(batch) * heads * length * count * width * depth:
+    given, made = (query, key, value), [alike(x) for x in (query, key, value)]
+    layouts = tuple([(tuple(x.shape), strides(x)) for x in (grad, *given, *made)])
+    mask = attn_mask is not None and (dtype_name(attn_mask), tuple(attn_mask.shape), strides(attn_mask))
+    plan = None if needs[3] else _arranged(dtype_name(query), layouts, mask, threads(), config.budget())
+    if plan is None:
         return NotImplemented
-    name, shared = dtype_name(query), heads // groups
-    real = "float64" if name == "float64" else "float32"
-    tag, sets = TAGS[name], math.prod(batch) * groups
-    item, across = np.dtype(real).itemsize, OUTER_VECTORS * LANES * 4 // np.dtype(real).itemsize
+    tag, real, sets, runs, sizes, places, of_mask, parts = plan
+    of_grad, *of_given, of_query, of_key, of_value = (
+        (pointer(x), *where) for x, where in zip((grad, *given, *made), places, strict=True)
+    )
+    sums = [np.empty(shape, real.dtype) for shape in parts]
+    parallel(
+        _gradients, sets * runs, tag, sizes, factor(scale, query.shape[-1]), is_causal, *of_given,
+        (pointer(attn_mask) if mask else 0, *of_mask), of_grad, of_query, of_key, of_value, *map(pointer, sums),
+        minimum=-(-sets * runs // (2 * threads())),
+    )  # fmt: skip
+    if runs > 1:
+        count = key.shape[-2]
+        for goal, part, x in zip((of_key, of_value), sums, (key, value), strict=True):
+            shape = runs, part.shape[1:], (count, x.shape[-1])
+            parallel(add_runs, sets * count, tag, real, shape, pointer(part), goal, ALL, minimum=64)
+    return *(x if needed else None for x, needed in zip(made, needs, strict=False)), None
+
+
+@lru_cache(maxsize=256)
+def _arranged(name: str, layouts: Any, of_mask: Any, team: int, budget: int) -> tuple[Any, ...] | None:
+    """What calls of a dtype, of layouts of the gradient, query, key, value and their gradients, and of a mask have in
+    common; None for those that are left to torch's."""
+    (batch, (heads, length, width)), (groups, count, depth) = (
+        (layouts[1][0][:-3], layouts[1][0][-3:]), layouts[3][0][-3:]
+    )  # fmt: skip
+    same = all(shape[:-3] == batch for shape, _ in layouts)
+    if not same or not math.prod(batch) * heads * length * count * width * depth:
+        return None
+    real, shared, sets = TAGS["float64" if name == "float64" else "float32"], heads // groups, math.prod(batch) * groups
+    item, across = real.itemsize, OUTER_VECTORS * LANES * 4 // real.itemsize
     tiles, widths = -(-count // across), tuple(-(-n // across) * across + PAD for n in (width, depth))
     rows = min(_ROWS, max(_FEWEST, _LINES // (2 * tiles * across * item)))
     rows = -(-min(rows, length) // STRIP) * STRIP
     runs = max(1, min(-(-_RUNS // sets), shared * -(-length // rows)))
     held, several = tiles * across + STRIP, sets * runs if runs > 1 else 0
     scratch = tiles * (across + PAD) * (2 * rows + width + depth) + held * (2 * widths[0] + widths[1])
-    if (threads() * scratch + several * held * sum(widths)) * item > config.budget() // 2:
-        return NotImplemented
-    sums = [np.empty((several, held, n), real) for n in widths]
-    of_query, *others = (alike(x) for x in (query, key, value))
-    goals = [matrices(x, (*batch, groups)) for x in others]
-    parallel(
-        _gradients, sets * runs, tag, (length, count, width, depth, shared, rows, runs, held, *widths),
-        factor(scale, width), is_causal,
-        *(matrices(x, (*batch, n)) for x, n in ((query, heads), (key, groups), (value, groups))),
-        mask_of(attn_mask, (*batch, heads)), matrices(grad, (*batch, heads)), matrices(of_query, (*batch, heads)),
-        *goals, *map(pointer, sums), minimum=-(-sets * runs // (2 * threads())),
-    )  # fmt: skip
-    for goal, part, n in zip(goals, sums, (width, depth), strict=True):
-        shape = runs, (held, part.shape[2]), (count, n)
-        parallel(add_runs, sets * count * (runs > 1), tag, TAGS[real], shape, pointer(part), goal, ALL, minimum=64)
-    return *(x if needed else None for x, needed in zip((of_query, *others), needs, strict=False)), None
+    if (team * scratch + several * held * sum(widths)) * item > budget // 2:
+        return None
+    places = [
+        places_of(shape, steps, (*batch, n))
+        for (shape, steps), n in zip(layouts, (heads, heads, groups, groups, heads, groups, groups), strict=True)
+    ]
+    sizes = length, count, width, depth, shared, rows, runs, held, *widths
+    of_mask = mask_places(of_mask or None, (*batch, heads))
+    return TAGS[name], real, sets, runs, sizes, places, of_mask, [(several, held, n) for n in widths]
 
 
 @jit
