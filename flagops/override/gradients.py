@@ -71,7 +71,8 @@ class _Backward:
             if not need:
                 continue
             i, view, _ = self.parts[position]
-            gradient = gradient.to(held[i].dtype)
+            if gradient.dtype != held[i].dtype:
+                gradient = gradient.to(held[i].dtype)
             if view is not None:
                 (gradient,) = torch.autograd.grad(clean[position], leaves[i], gradient, retain_graph=True)
             result[i] = gradient if result[i] is None else result[i] + gradient

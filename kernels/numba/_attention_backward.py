@@ -176,8 +176,8 @@ def _add(part, goal, width):
 
 @jit
 def add_runs(start, stop, tag, real, shape, sums, goal, touched):
-    """The sums of all runs for rows start to stop of all `matrices`, rounded; of those that a run has touched, unless it
-    is `ALL`: memory that is zero because nothing has written it is not asked for."""
+    """The sums of all runs for rows start to stop of all `matrices`, rounded; of those that a run has touched, unless
+    it is `ALL`: memory that is zero because nothing has written it is not asked for."""
     runs, (held, line), (rows, width) = shape
     memory, (total,) = cleared(real, ((1, width),))
     for task in range(start, stop):

@@ -1,4 +1,4 @@
-"""What dense attention and its backward read alike: matrices of a batch, queries times the scale, and masks."""
+"""What dense attention and its backward read alike: matrices of a batch, and logits under masks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, pointer, strides
 
-from ._blocks import Block, get, pack, put, round_up, vget, vput
+from ._blocks import get, put, vget, vput
 from ._vectors import BYTE, cast, lanes, load, size, vload, vload_mask, where
 
-_NONE, _BOOL, _ADDED = 0, 1, 2  # kinds of masks
+NONE, _BOOL, _ADDED = 0, 1, 2  # kinds of masks
 
 
 def matrices(x: Any, lead: tuple[int, ...]) -> tuple[int, Any, int, int]:
@@ -62,43 +62,28 @@ def mask_of(mask: Any, lead: tuple[int, ...]) -> tuple[Any, ...]:
 def mask_places(mask: Any, lead: tuple[int, ...]) -> tuple[Any, int, int, int]:
     """Of a mask's dtype, shape and strides, or of none, what `mask_of` says behind the address."""
     if mask is None:
-        return _starts((), (), (1,)), 0, 0, _NONE
+        return _starts((), (), (1,)), 0, 0, NONE
     name, shape, steps = mask
     return *places_of(shape, steps, lead), _BOOL if name == "uint8" else _ADDED
 
 
 @jit
-def scaled(tag, source, steps, shape, scale, target):
-    """Rows, widened and times the scale, and zeros up to whole vectors."""
-    (row, column), (count, columns), item = steps, shape, size(tag)
-    step, factor = lanes(target.tag), cast(target.tag, scale)
-    padded = round_up(columns, step)
-    direct = column == 1 and columns == padded
-    if not direct:
-        pack(tag, source, steps, shape, target, (count, padded))
-    for i in range(count):
-        for j in range(0, padded, step):
-            value = vload(tag, source + (i * row + j) * item) if direct else vget(target, i, j)
-            vput(target, i, j, value * factor)
-
-
-@jit
-def cover(tag, line, begin, seen, t, mask, matrix):
-    """The first logits of a line plus the mask, -inf where a key does not count."""
+def cover(tag, line, begin, seen, t, scale, mask, matrix):
+    """The first products of a line to logits: times the scale, plus the mask, -inf where a key does not count."""
     address, places, row, column, kind = mask
-    if kind == _NONE:
-        return
-    real, step = line.tag, lanes(line.tag)
-    origin, item = address, 1 if kind == _BOOL else size(tag)
-    origin += (places[matrix] + t * row + begin * column) * item
+    real, step, item = line.tag, lanes(line.tag), 1 if kind == _BOOL else size(tag)
+    origin, factor = address + (places[matrix] + t * row + begin * column) * item, cast(line.tag, scale)
+    for j in range(0, seen, step):
+        vput(line, 0, j, vget(line, 0, j) * factor)
     whole = seen - seen % step if column == 1 else 0
-    for j in range(0, whole, step):
-        if kind == _BOOL:
+    if kind == _BOOL:
+        for j in range(0, whole, step):
             vput(line, 0, j, where(vload_mask(real, origin + j), vget(line, 0, j), -np.inf))
-        else:
+        for j in range(whole, seen):
+            if load(BYTE, origin + j * column) == 0:
+                put(line, 0, j, -np.inf)
+    elif kind == _ADDED:
+        for j in range(0, whole, step):
             vput(line, 0, j, vget(line, 0, j) + vload(tag, origin + j * item))
-    for j in range(whole, seen):
-        if kind == _ADDED:
+        for j in range(whole, seen):
             put(line, 0, j, get(line, 0, j) + load(tag, origin + j * column * item))
-        elif load(BYTE, origin + j * column) == 0:
-            put(line, 0, j, -np.inf)

@@ -96,10 +96,11 @@ def _two_to(n: Term, form: _Format) -> Term:
 
 
 def _scaled(x: Term, n: Term, form: _Format) -> Term:
-    """x * 2**n, in two steps since the power may be subnormal, or beyond the largest, unless one instruction does it."""
+    """x * 2**n, in one instruction or two steps, since the power may be subnormal, or beyond the largest."""
     if _ir.X86 and _ir.MANY and x.type == ir.VectorType(f32, 16):
-        power, every = n.to("sitofp", f32).value, ir.IntType(16)(-1)
-        return Term(x.builder, _ir.call(x.builder, "x86.avx512.mask.scalef.ps.512", x.value, power, x.value, every, _ir.i32(4)))
+        every, as_set = ir.IntType(16)(-1), _ir.i32(4)  # lanes; the rounding that the process has set
+        given = x.value, n.to("sitofp", f32).value, x.value, every, as_set
+        return Term(x.builder, _ir.call(x.builder, "x86.avx512.mask.scalef.ps.512", *given))
     half = n >> 1
     return x * _two_to(half, form) * _two_to(n - half, form)
 

@@ -19,7 +19,7 @@ from flagops.backends.numba import jit, parallel, pointer, strides, threads
 
 from ._attention_backward import ALL, add_runs
 from ._blocks import Block, alive, at, clear, cleared, pack, round_up, shifted, unpack, vget, vput
-from ._dense import alike, cover, mask_places, places_of, row_of, scaled
+from ._dense import alike, cover, mask_places, places_of, row_of
 from ._functions import exp
 from ._ir import LANES
 from ._softmax import PAD, STRIP, multiply, multiply_turned
@@ -29,6 +29,7 @@ from ._vectors import TAGS, below, cast, fma, higher, lanes, vhigher, vsplat, vs
 _ROWS = 96  # queries that are worked on together
 _FEWEST, _LINES = 24, 1 << 20  # as many as fit so many bytes, but not fewer
 _RUNS = 8  # of queries, over all matrices of keys
+_LEAST = 192  # queries of a run, which lays out its keys anew
 
 
 def scaled_dot_product_attention_backward(
@@ -75,7 +76,7 @@ def _arranged(name: str, layouts: Any, of_mask: Any, team: int, budget: int) -> 
     tiles, widths = -(-count // across), tuple(-(-n // across) * across + PAD for n in (width, depth))
     rows = min(_ROWS, max(_FEWEST, _LINES // (2 * tiles * across * item)))
     rows = -(-min(rows, length) // STRIP) * STRIP
-    runs = max(1, min(-(-_RUNS // sets), shared * -(-length // rows)))
+    runs = max(1, min(-(-_RUNS // sets), shared * -(-length // rows), shared * length // _LEAST))
     held, several = tiles * across + STRIP, sets * runs if runs > 1 else 0
     scratch = tiles * (across + PAD) * (2 * rows + width + depth) + held * (2 * widths[0] + widths[1])
     if (team * scratch + several * held * sum(widths)) * item > budget // 2:
@@ -91,13 +92,14 @@ def _arranged(name: str, layouts: Any, of_mask: Any, team: int, budget: int) -> 
 
 @jit
 def _gradients(
-    start, stop, tag, shape, scale, is_causal, query, key, value, mask, grad, of_query, of_key, of_value, of_keys, of_values
+    start, stop, tag, shape, scale, is_causal, query, key, value, mask, grad, of_query, of_key, of_value,
+    of_keys, of_values,
 ):  # fmt: skip
     """The gradients by each run's blocks of queries, over tiles of as many keys as an outer tile is wide. Those of keys
     and values are sums of a run, or whole where there is one run."""
     length, count, width, depth, shared, rows, runs, held, wide_key, wide_value = shape
     real, high = wide(tag), rows + STRIP
-    step, across = lanes(real), OUTER_VECTORS * lanes(real)
+    across = OUTER_VECTORS * lanes(real)
     tiles, row = -(-count // across), across + PAD
     own = held if runs == 1 else 0
     memory, (x, slopes, sums, keys, p, q, turned_keys, turned_values, by_keys, by_values) = cleared(real, (
@@ -124,7 +126,7 @@ def _gradients(
             if fresh:  # and adds to nothing, but there is nothing either behind what it sees
                 clear(real, at(by_keys, seen, 0), (held - seen) * wide_key)
                 clear(real, at(by_values, seen, 0), (held - seen) * wide_value)
-            scaled(tag, row_of(tag, query, matrix, first), query[2:], (here, width), scale, x)
+            pack(tag, row_of(tag, query, matrix, first), query[2:], (here, width), x, (here, width))
             pack(tag, row_of(tag, grad, matrix, first), grad[2:], (here, depth), slopes, (here, depth))
             for strip in range(0, here, STRIP):
                 some = min(STRIP, here - strip)
@@ -139,8 +141,8 @@ def _gradients(
                     last = min(count, first + i + 1) if is_causal else count
                     for tile in range(-(-last // across)):
                         begin, line = tile * across, shifted(p, tile * high + i, 0)
-                        cover(tag, line, begin, min(across, last - begin), first + i, mask, matrix)
-                    _soften(shifted(p, i, 0), shifted(q, i, 0), last, used, high, across)
+                        cover(tag, line, begin, min(across, last - begin), first + i, scale, mask, matrix)
+                    _soften(shifted(p, i, 0), shifted(q, i, 0), last, scale, used, high, across)
                 for tile in range(used):
                     begin, left = tile * across, shifted(q, tile * high + strip, 0)
                     found, goal = min(across, reach - begin), shifted(sums, strip, 0)
@@ -155,9 +157,6 @@ def _gradients(
                     multiply_turned(shifted(p, line, j), shifted(slopes, least, 0), some, more, depth, goal, not fresh)
                     goal = shifted(by_keys, begin + j, 0)
                     multiply_turned(shifted(q, line, j), shifted(x, least, 0), some, more, width, goal, not fresh)
-            for i in range(here):
-                for j in range(0, width, step):
-                    vput(sums, i, j, vget(sums, i, j) * cast(real, scale))
             unpack(tag, sums, (here, width), row_of(tag, of_query, matrix, first), of_query[2:])
         if runs == 1:
             unpack(tag, by_keys, (count, width), row_of(tag, of_key, group, 0), of_key[2:])
@@ -166,9 +165,9 @@ def _gradients(
 
 
 @jit
-def _soften(p, slope, last, tiles, high, across):
+def _soften(p, slope, last, scale, tiles, high, across):
     """A row of logits, tile after tile, of which so many count, to probabilities, and the gradients of those to the
-    gradients of the logits; zeros behind them, and where every logit is -inf."""
+    gradients of the products that the logits are made of; zeros behind them, and where every logit is -inf."""
     real, step = p.tag, lanes(p.tag)
     used = -(-last // across)
     inner = round_up(last - (used - 1) * across, step)  # of the last tile, whole vectors
@@ -191,11 +190,11 @@ def _soften(p, slope, last, tiles, high, across):
             vput(p, tile * high, j, share)
     total = vsum(mass)
     inverse = cast(real, 1 / total if total != 0 else 0.0)
-    middle = vsum(mean) * inverse
+    middle, factor = vsum(mean) * inverse, cast(real, scale)
     for tile in range(used):
         for j in range(0, inner if tile == used - 1 else across, step):
             share = vget(p, tile * high, j) * inverse
-            vput(slope, tile * high, j, share * (vget(slope, tile * high, j) - middle))
+            vput(slope, tile * high, j, share * (vget(slope, tile * high, j) - middle) * factor)
             vput(p, tile * high, j, share)
     for tile in range(used - 1, tiles):
         for j in range(inner if tile == used - 1 else 0, across, step):

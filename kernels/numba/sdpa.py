@@ -18,7 +18,7 @@ from flagops.backends.numba import jit, parallel, threads
 from flagops.registry import kernel
 
 from ._blocks import Block, alive, at, clear, get, pack, put, round_up, scratch, shifted
-from ._dense import cover, mask_of, matrices, row_of, scaled
+from ._dense import NONE, cover, mask_of, matrices, row_of
 from ._sdpa_backward import scaled_dot_product_attention_backward as scaled_dot_product_attention_backward
 from ._softmax import PAD, STRIP, finish, multiply, score, soften
 from ._tiles import NARROW_VECTORS, OUTER_VECTORS
@@ -49,8 +49,8 @@ def scaled_dot_product_attention(
     parallel(
         _queries, math.prod(batch) * groups * -(-shared // together) * parts, TAGS[dtype_name(query)],
         (length, count, width, depth, shared, together, parts, rows), factor(scale, width), is_causal,
-        matrices(query, (*batch, heads)), *(matrices(x, (*batch, groups)) for x in (key, value)), mask_of(attn_mask, (*batch, heads)),
-        matrices(out, (*batch, heads)),
+        matrices(query, (*batch, heads)), *(matrices(x, (*batch, groups)) for x in (key, value)),
+        mask_of(attn_mask, (*batch, heads)), matrices(out, (*batch, heads)),
     )  # fmt: skip
 
 
@@ -76,7 +76,8 @@ def _queries(start, stop, tag, shape, scale, is_causal, query, key, value, mask,
         while i < here:
             head, t = divmod(first + i, length)
             some = min(length - t, here - i)
-            scaled(tag, row_of(tag, query, group * shared + head, t), query[2:], (some, width), scale, shifted(x, i, 0))
+            from_queries = row_of(tag, query, group * shared + head, t)
+            pack(tag, from_queries, query[2:], (some, width), shifted(x, i, 0), (some, round_up(width, step)))
             i += some
         for i in range(here, round_up(here, STRIP)):
             clear(real, at(x, i, 0), x.row)
@@ -105,9 +106,11 @@ def _queries(start, stop, tag, shape, scale, is_causal, query, key, value, mask,
                 for i in range(some):
                     head, t = divmod(first + strip + i, length)
                     counts[i] = max(0, min(deep, t + 1 - begin)) if is_causal else deep
-                    cover(tag, shifted(p, i, 0), begin, counts[i], t, mask, group * shared + head)
+                    if mask[4] != NONE:
+                        cover(tag, shifted(p, i, 0), begin, counts[i], t, scale, mask, group * shared + head)
                 top, mass, goal = shifted(tops, strip, 0), shifted(masses, strip, 0), shifted(sums, strip, 0)
-                soften(real, p, counts[:some], deep, 1.0, top, mass, goal, depth, begin == 0)
+                left = scale if mask[4] == NONE else 1.0
+                soften(real, p, counts[:some], deep, left, top, mass, goal, depth, begin == 0)
                 if lying:
                     multiply(p, Block(tag, from_values, value[2]), some, deep, depth, goal, begin > 0)
                 else:
