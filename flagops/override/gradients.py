@@ -55,14 +55,14 @@ class _Backward:
         held = (*args, None, *self.constants)
         leaves: dict[int, torch.Tensor] = {}
         clean: list[Any] = []
-        with torch.enable_grad():
-            for i, view, _ in self.parts:
-                x = held[i]
-                if view is not None:
+        for i, view, _ in self.parts:
+            x = held[i]
+            if view is not None:
+                with torch.enable_grad():
                     if needs[i]:
                         x = leaves.setdefault(i, x.detach().requires_grad_())
                     x = view(x)
-                clean.append(x)
+            clean.append(x)
         wanted = tuple(i < len(needs) and needs[i] for i in (self.parts[p].source for p in self.tensors))
         plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in clean]
         found = self.backward(grad.reshape(self.shape), *plain, wanted)
@@ -71,7 +71,8 @@ class _Backward:
             if not need:
                 continue
             i, view, _ = self.parts[position]
-            gradient = gradient.to(held[i].dtype)
+            if gradient.dtype != held[i].dtype:
+                gradient = gradient.to(held[i].dtype)
             if view is not None:
                 (gradient,) = torch.autograd.grad(clean[position], leaves[i], gradient, retain_graph=True)
             result[i] = gradient if result[i] is None else result[i] + gradient
@@ -97,8 +98,11 @@ class _Backward:
 
 def _laid(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     """A tensor whose memory has its axes in an order, from the slowest to the fastest."""
+    turned = x.permute(*order)
+    if turned.is_contiguous():
+        return x
     back = [order.index(axis) for axis in range(len(order))]
-    return x.permute(*order).contiguous().permute(*back)
+    return turned.contiguous().permute(*back)
 
 
 class _Own(torch.autograd.Function):

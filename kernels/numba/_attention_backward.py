@@ -15,6 +15,7 @@ from flagops.arrays import dtype_name
 from flagops.backends.numba import jit, parallel, pointer, strides
 
 from ._blocks import Block, alive, at, clear, cleared, get, pack, put, round_up, shifted, unpack, vget, vput
+from ._dense import matrices, row_of
 from ._functions import exp
 from ._gemm import empty
 from ._softmax import PAD, add_values, score
@@ -48,12 +49,12 @@ def sparse_attention_backward(
     of_kv = of_sink = None
     if needs[1]:
         of_kv = empty(kv, kv.shape)
-        shape = runs, (rows, width), (rows, width)
-        parallel(add_runs, batch * rows, tag, TAGS[real], shape, pointer(sums), pointer(of_kv), touched, minimum=64)
+        shape, goal = (runs, (rows, width), (rows, width)), matrices(of_kv, (batch,))
+        parallel(add_runs, batch * rows, tag, TAGS[real], shape, pointer(sums), goal, touched, minimum=64)
     if sink is not None and needs[2]:
         of_sink = empty(sink, sink.shape)
-        shape = batch * runs, (1, heads), (1, heads)
-        add_runs(0, 1, TAGS[dtype_name(sink)], TAGS[real], shape, pointer(sinks), pointer(of_sink), ALL)
+        shape, goal = (batch * runs, (1, heads), (1, heads)), matrices(of_sink[None], ())
+        add_runs(0, 1, TAGS[dtype_name(sink)], TAGS[real], shape, pointer(sinks), goal, ALL)
     return of_q if needs[0] else None, of_kv, of_sink, None
 
 
@@ -175,8 +176,8 @@ def _add(part, goal, width):
 
 @jit
 def add_runs(start, stop, tag, real, shape, sums, goal, touched):
-    """The sums of all runs for rows start to stop of all batches, rounded; of those that a run has touched, unless it
-    is `ALL`: memory that is zero because nothing has written it is not asked for."""
+    """The sums of all runs for rows start to stop of all `matrices`, rounded; of those that a run has touched, unless
+    it is `ALL`: memory that is zero because nothing has written it is not asked for."""
     runs, (held, line), (rows, width) = shape
     memory, (total,) = cleared(real, ((1, width),))
     for task in range(start, stop):
@@ -185,5 +186,5 @@ def add_runs(start, stop, tag, real, shape, sums, goal, touched):
         for run in range(runs):
             if not touched.size or touched[b * runs + run, row]:
                 _add(shifted(Block(real, sums, line), (b * runs + run) * held + row, 0), total, width)
-        unpack(tag, total, (1, width), at(Block(tag, goal, width), task, 0), (width, 1))
+        unpack(tag, total, (1, width), row_of(tag, goal, b, row), goal[2:])
     return alive(memory)

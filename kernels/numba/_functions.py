@@ -13,7 +13,9 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
+from llvmlite import ir
 
+from . import _ir
 from ._ir import f32, f64, generic
 from ._terms import Term, formula, unless
 from ._vectors import choose
@@ -94,7 +96,11 @@ def _two_to(n: Term, form: _Format) -> Term:
 
 
 def _scaled(x: Term, n: Term, form: _Format) -> Term:
-    """x * 2**n, in two steps since the power may be subnormal, or beyond the largest."""
+    """x * 2**n, in one instruction or two steps, since the power may be subnormal, or beyond the largest."""
+    if _ir.X86 and _ir.MANY and x.type == ir.VectorType(f32, 16):
+        every, as_set = ir.IntType(16)(-1), _ir.i32(4)  # lanes; the rounding that the process has set
+        given = x.value, n.to("sitofp", f32).value, x.value, every, as_set
+        return Term(x.builder, _ir.call(x.builder, "x86.avx512.mask.scalef.ps.512", *given))
     half = n >> 1
     return x * _two_to(half, form) * _two_to(n - half, form)
 

@@ -12,26 +12,33 @@ import numpy as np
 
 from flagops.backends.numba import jit
 
-from ._blocks import get, put, shifted, vget, vput
+from ._blocks import get, put, round_up, shifted, vget, vput
 from ._functions import exp
 from ._tiles import (
     DOT_COLUMNS,
     DOT_ROW_COLUMNS,
     DOT_ROWS,
+    NARROW_ROWS,
+    NARROW_VECTORS,
     OUTER_ROWS,
     OUTER_VECTORS,
     ROW_VECTORS,
     dot_row,
     dot_tile,
+    narrow_tile,
+    narrow_turned,
     outer_row,
     outer_tile,
+    outer_turned,
 )
-from ._vectors import cast, lanes, maximum, rounded, vhighest, vsplat, vsum, wide
+from ._vectors import below, cast, fma, higher, lanes, rounded, vhigher, vsplat, vsum, where, wide
 
 KEYS = 96
 """Keys of a block: with values of 512 channels they take 200 KiB in float32, which leave room beside them in L2."""
 PAD = 16
 """Elements behind each row: rows a power of two apart would share few sets of a cache."""
+STRIP = max(OUTER_ROWS, NARROW_ROWS)
+"""Rows that any tile divides."""
 _FEW = 3  # rows for which one by one is faster than a tile that they do not fill
 
 
@@ -73,48 +80,87 @@ def add_values(p, values, count, found, width, sums, add):
 
 
 @jit
-def soften(tag, p, found, scale, tops, masses, sums, width, fresh):
-    """The first line of scores to probabilities relative to the running maximum, in place."""
+def multiply(a, b, rows, depth, columns, c, add):
+    """c[rows, columns] (+)= a[rows, depth] b[depth, columns], where tiles may reach beyond the rows and columns."""
+    across, narrow = OUTER_VECTORS * lanes(c.tag), NARROW_VECTORS * lanes(c.tag)
+    for j in range(0, columns, across):
+        right, goal = shifted(b, 0, j), shifted(c, 0, j)
+        if columns - j > narrow:
+            for i in range(0, rows, OUTER_ROWS):
+                outer_tile(shifted(a, i, 0), right, depth, shifted(goal, i, 0), add)
+        else:
+            for i in range(0, rows, NARROW_ROWS):
+                narrow_tile(shifted(a, i, 0), right, depth, shifted(goal, i, 0), add)
+
+
+@jit
+def multiply_turned(a, b, rows, depth, columns, c, add):
+    """As `multiply` with the transpose of a[depth, rows]."""
+    across, narrow = OUTER_VECTORS * lanes(c.tag), NARROW_VECTORS * lanes(c.tag)
+    for j in range(0, columns, across):
+        right, goal = shifted(b, 0, j), shifted(c, 0, j)
+        if columns - j > narrow:
+            for i in range(0, rows, OUTER_ROWS):
+                outer_turned(shifted(a, 0, i), right, depth, shifted(goal, i, 0), add)
+        else:
+            for i in range(0, rows, NARROW_ROWS):
+                narrow_turned(shifted(a, 0, i), right, depth, shifted(goal, i, 0), add)
+
+
+@jit
+def soften(tag, p, counts, deep, scale, tops, masses, sums, width, fresh):
+    """Lines of scores, of which as many count as `counts` says, to weights relative to the highest times the scale so
+    far, in place; zeros from there to `deep`."""
     real, step = p.tag, lanes(p.tag)
-    if scale != 1:
-        for j in range(0, found, step):
-            vput(p, 0, j, vget(p, 0, j) * scale)
-    for j in range(found, -(-found // step) * step):
-        put(p, 0, j, -np.inf)
-    before = get(tops, 0, 0)
-    highest = vsplat(before)
-    for j in range(0, found, step):
-        highest = maximum(highest, vget(p, 0, j))
-    after = vhighest(highest)
-    put(tops, 0, 0, after)
-    base = after if after > -np.inf or after != after else wide(real)  # -inf - -inf would be NaN
-    total = vsplat(wide(real))
-    for j in range(0, found, step):
-        exact = exp(vget(p, 0, j) - base)
-        total += exact
-        vput(p, 0, j, rounded(tag, exact))
-    fade = cast(real, 1.0 if before == base else math.exp(np.float64(before) - np.float64(base)))
-    put(masses, 0, 0, get(masses, 0, 0) * fade + vsum(total))
-    if not fresh and fade != 1:
-        for j in range(0, width, step):
-            vput(sums, 0, j, vget(sums, 0, j) * fade)
+    factor, nothing = cast(real, scale), vsplat(wide(real))
+    for i in range(len(counts)):  # all lines, since what is looked for in one takes long, and in several no longer
+        whole = counts[i] - counts[i] % step
+        before = get(tops, i, 0)
+        highest = vsplat(before)
+        for j in range(0, whole, step):
+            highest = higher(vget(p, i, j) * factor, highest)
+        if whole < counts[i]:
+            highest = higher(where(below(real, counts[i] - whole), vget(p, i, whole) * factor, -np.inf), highest)
+        after = vhigher(highest)
+        put(tops, i, 0, after)
+        if not fresh and before != after:
+            fade = exp(before - after)
+            put(masses, i, 0, get(masses, i, 0) * fade)
+            for j in range(0, width, step):
+                vput(sums, i, j, vget(sums, i, j) * fade)
+    for i in range(len(counts)):
+        whole, top = counts[i] - counts[i] % step, get(tops, i, 0)
+        base, total = top if top > -np.inf else wide(real), nothing  # -inf - -inf would be NaN
+        for j in range(0, whole, step):
+            exact = exp(fma(vget(p, i, j), factor, -base))
+            total += exact
+            vput(p, i, j, rounded(tag, exact))
+        if whole < counts[i]:
+            exact = exp(fma(vget(p, i, whole), factor, -base))
+            exact = where(below(real, counts[i] - whole), exact, 0.0)
+            total += exact
+            vput(p, i, whole, rounded(tag, exact))
+        for j in range(round_up(counts[i], step), deep, step):
+            vput(p, i, j, nothing)
+        put(masses, i, 0, vsum(total) if fresh else get(masses, i, 0) + vsum(total))
 
 
 @jit
 def finish(sums, seen, top, mass, width, target):
     """The first line of sums / mass into a vector; 0 where nothing was seen, NaN where every score was -inf."""
-    step = lanes(sums.tag)
+    real, step = sums.tag, lanes(sums.tag)
     if seen == 0:
         for j in range(width):
             put(target, j, 0, 0.0)
         return
-    first, second = mass, 1.0
-    if mass > 1e30:  # beyond float32, perhaps: divide twice by the root
-        first = second = math.sqrt(mass)
+    inverse, again = 1 / mass, 1.0
+    if mass > 1e30:  # beyond float32, perhaps: by the root, twice
+        inverse = again = 1 / math.sqrt(mass)
     if top == -np.inf:
-        first = np.nan
+        inverse = np.nan
+    first, second = cast(real, inverse), cast(real, again)
     for j in range(0, width, step):
-        result = vget(sums, 0, j) / first / second
+        result = vget(sums, 0, j) * first * second
         if target.row == 1 and j + step <= width:
             vput(target, j, 0, result)
         else:

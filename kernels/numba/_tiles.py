@@ -2,6 +2,7 @@
 
 They take Blocks and mask nothing: the caller pads. `outer_tile(a, b, k, c, add)`: C[OUTER_ROWS, OUTER_VECTORS * lanes]
 = A[.., k] B[k, ..], plus C if add, each sum in the order of k; `outer_turned` takes A[k, ..], the transpose.
+`narrow_tile`, `narrow_turned`: the same sums, NARROW_ROWS of them and NARROW_VECTORS wide.
 `dot_tile(x, w, rows, k, c, add)`: C[DOT_ROWS, DOT_WIDTH] = X[.., k] W[rows <= DOT_COLUMNS, k]^T, plus C if add; zero
 past DOT_COLUMNS, W's last row repeated past `rows`; k is a multiple of lanes. `outer_row`, `dot_row` do one row,
 ROW_VECTORS * lanes or DOT_ROW_COLUMNS wide, with the same sums. A, X and C are in the arithmetic dtype of B's and W's
@@ -47,6 +48,7 @@ from ._ir import (
 )
 
 OUTER_ROWS, OUTER_VECTORS, ROW_VECTORS = 6, 4 if MANY else 2, 8
+NARROW_ROWS, NARROW_VECTORS = (12, 2) if MANY else (6, 2)
 DOT_ROWS, DOT_COLUMNS, DOT_ROW_COLUMNS, DOT_WIDTH = (4, 6, 8, 8) if MANY else (3, 4, 8, 8)
 
 
@@ -161,6 +163,8 @@ def _outer(rows, vectors, turned=False):
 outer_tile = _outer(OUTER_ROWS, OUTER_VECTORS)
 outer_turned = _outer(OUTER_ROWS, OUTER_VECTORS, True)
 outer_row = _outer(1, ROW_VECTORS)
+narrow_tile = _outer(NARROW_ROWS, NARROW_VECTORS)
+narrow_turned = _outer(NARROW_ROWS, NARROW_VECTORS, True)
 
 
 def fold(builder, vectors):

@@ -118,6 +118,32 @@ def vload(typingctx, tag, address):
 
 
 @intrinsic
+def vload_mask(typingctx, tag, address):
+    """Which of the bytes at an address are not 0, as many as a vector of the tag has lanes."""
+    vector = Vector(_arithmetic(tag))
+
+    def generate(context, builder, signature, arguments):
+        found = _ir.read(builder, ir.VectorType(_ir.i8, vector.lanes), arguments[1])
+        return builder.icmp_signed("!=", found, constant(found.type, 0))
+
+    return vector.mask(tag, types.int64), generate
+
+
+@intrinsic
+def below(typingctx, tag, count):
+    """The lanes of a vector of the tag whose numbers are less than a count."""
+    vector = Vector(_arithmetic(tag))
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.VectorType(_ir.i32, vector.lanes)
+        most = builder.trunc(arguments[1], _ir.i32)
+        numbers = ir.Constant(kind, list(range(vector.lanes)))
+        return builder.icmp_signed("<", numbers, _ir.splat(builder, most, vector.lanes))
+
+    return vector.mask(tag, types.int64), generate
+
+
+@intrinsic
 def vload_one(typingctx, tag, address):
     """The element at an address as a vector of one lane: a formula of it has the bits that it has in whole vectors,
     where numba would compute a scalar float32 times 0.5 in float64, and an int8 in int64."""
@@ -307,6 +333,13 @@ def minimum(builder, kind, a, b):
     return generic(builder, choose(kind, "minimum", "smin", "umin"), a, b)
 
 
+@word(2)
+def higher(builder, kind, a, b):
+    """The greater of each lane in one instruction, `b` where either is NaN: for what is looked through for the highest
+    from a number on, and shows its NaN elsewhere."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
 @word(1)
 def sqrt(builder, kind, a):
     return generic(builder, "sqrt", a)
@@ -374,6 +407,16 @@ def vhighest(builder, kind, a):
     """The largest of a vector's lanes; NaN if any is."""
     name = choose(kind, "fmaximum", "smax", "umax")
     return generic(builder, f"vector.reduce.{name}", a, result=a.type.element)
+
+
+@word(1, lambda kind: kind.element)
+def vhigher(builder, kind, a):
+    """The largest of a vector's lanes by `higher`."""
+    while a.type.count > 1:
+        half = a.type.count // 2
+        low, high = (_ir.shuffle(builder, a, a, range(i, i + half)) for i in (0, half))
+        a = builder.select(builder.fcmp_ordered(">", low, high), low, high)
+    return builder.extract_element(a, _ir.i32(0))
 
 
 @word(1)

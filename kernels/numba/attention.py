@@ -58,6 +58,7 @@ def _queries(start, stop, tag, shape, scale, q, kv, sink, indices, out):
     real = wide(tag)
     wanted, (index, index_steps, index_size) = panels(real, together, width, KEYS), indices
     memory, (x, sums, p, tops, masses, values) = cleared(real, (*wanted, (KEYS + DOT_ROW_COLUMNS, wanted[0][1])))
+    counts = np.empty(together, np.int64)
     channel, out_channel = q[1][3], out[1][3]
     splits = -(-heads // together)
     for task in range(start, stop):
@@ -84,9 +85,8 @@ def _queries(start, stop, tag, shape, scale, q, kv, sink, indices, out):
             if found == 0:
                 break
             score(x, values, count, found, width, p)
-            for i in range(count):
-                line, top, mass = shifted(p, i, 0), shifted(tops, i, 0), shifted(masses, i, 0)
-                soften(tag, line, found, scale, top, mass, shifted(sums, i, 0), width, seen == 0)
+            counts[:] = found
+            soften(tag, p, counts[:count], found, scale, tops, masses, sums, width, seen == 0)
             add_values(p, values, count, found, width, sums, seen > 0)
             seen += found
         for i in range(count):

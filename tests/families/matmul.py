@@ -65,11 +65,15 @@ MUTANTS = {
         ("swiglu", '"minimum", "smin"', '"maximum", "smin"', 0),
         ("sparse_attention", '"maximum", "smax"', '"minimum", "smax"', 0),
         ("swiglu", '"fdiv", None', '"fmul", None', 0),
+        ("scaled_dot_product_attention", 'icmp_signed("<", numbers', 'icmp_signed(">", numbers', 0),
+        ("scaled_dot_product_attention", 'icmp_signed("!=", found', 'icmp_signed("==", found', 0),
+        ("scaled_dot_product_attention", "select(builder.fcmp_ordered(\">\", low, high), low, high)", "select(builder.fcmp_ordered(\">\", low, high), high, low)", 0),
         ("lightning_indexer", "builder.lshr(sign, kind(1))", "sign", 0),
         ("lightning_indexer", "least, number", "number, least", 0),
     ],
     "numba/_functions.py": [
         ("moe_gate", "2 / (2 * i + 3)", "2 / (2 * i + 1)", 0),
+        ("scaled_dot_product_attention", 'n.to("sitofp", f32).value', "x.of(0.0).value", 0),
         ("sparse_attention", "x.fma(factor, magic)", "x.fma(factor * 2, magic)", 0),
     ],
     "numba/_tiles.py": [
