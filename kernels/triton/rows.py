@@ -214,17 +214,18 @@ def nll_loss_kernel(
 
 @triton.jit(do_not_specialize=["ignore"])
 def nll_loss_backward_kernel(
-    grad, target, weight, out, ignore, count, classes, sizes, g_steps, target_steps, out_steps, weight_c, out_c,
+    grad, target, weight, out, ignore, count, classes, blocks, sizes, g_steps, target_steps, out_steps, weight_c, out_c,
     ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, here = _program(count, ROWS)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = row < count
     out += offset(row, sizes, out_steps)[:, None]
     at = tl.load(target + offset(row, sizes, target_steps), here, other=0).to(tl.int64)
     counts = here & (at != ignore) & (at >= 0) & (at < classes)
     value = cast(tl.load(grad + offset(row, sizes, g_steps), here, other=0), ACC) * -1
     if weight is not None:
         value *= cast(tl.load(weight + at * weight_c, counts, other=0), ACC)
-    first = tl.program_id(1).to(tl.int64) * BLOCK
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     place, inside = _place(first, here, classes, out_c, BLOCK)
     chosen = counts[:, None] & (at[:, None] == (first + tl.arange(0, BLOCK))[None, :])
     tl.store(out + place, cast(tl.where(chosen, value[:, None], 0), out.dtype.element_ty), inside)
@@ -382,10 +383,10 @@ def nll_loss_backward(
         return
     sizes, (g_steps, target_steps, out_steps) = lead(grad, target, out, shape=tuple(shape), own=(0, 0, 1))
     block = min(BLOCK, triton.next_power_of_2(n))
-    together = BLOCK // block
+    together, blocks = BLOCK // block, triton.cdiv(n, block)
     count = math.prod(shape)
     launch(
-        nll_loss_backward_kernel, (triton.cdiv(count, together), triton.cdiv(n, block)), out.device, grad, target,
-        weight, out, ignore, count, n, sizes, g_steps, target_steps, out_steps, _step(weight), out.stride(-1),
+        nll_loss_backward_kernel, (triton.cdiv(count, together) * blocks,), out.device, grad, target,
+        weight, out, ignore, count, n, blocks, sizes, g_steps, target_steps, out_steps, _step(weight), out.stride(-1),
         ACC=TYPES[_acc(grad)], ROWS=together, BLOCK=block, num_warps=4,
     )  # fmt: skip
