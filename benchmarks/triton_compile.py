@@ -26,7 +26,6 @@ os.environ.pop("TRITON_INTERPRET", None)  # it would turn the kernels into Pytho
 import torch
 import triton
 import triton.language as tl
-from triton import knobs
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -270,6 +269,8 @@ def rows(only: str = "", targets: Iterable[str] = TARGETS, names: Iterable[str] 
 
 def compiled(row: Row, launch: Launch) -> tuple[Row, Any]:
     """A row with what the compiler says, and the compiled kernel."""
+    from triton import knobs  # which Ascend's Triton, older, has not
+
     attributes = {path: [["tt.divisibility", 16]] for path in launch.divisible}
     source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
     said = io.StringIO()

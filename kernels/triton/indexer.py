@@ -23,6 +23,7 @@ _FINE = {"float32": [_tile(16, 32, 32, 4), _tile(64, 64, 32, 8)], "float64": [_t
 TILES: dict[str, dict[str, list[Tile]]] = {
     "cuda": {"half": [_tile(16, 128, 128, 4), _tile(64, 128, 128, 4)], **_FINE},
     "hip": {"half": [_tile(16, 64, 128, 4), _tile(64, 64, 128, 4)], **_FINE},
+    "radeon": {"half": [_tile(16, 64, 128, 4), _tile(64, 32, 128, 8)], **_FINE},
 }
 """Tiles by device and dtype: for few heads, for many."""
 

@@ -231,11 +231,13 @@ def nll_loss_backward_kernel(
     tl.store(out + place, cast(tl.where(chosen, value[:, None], 0), out.dtype.element_ty), inside)
 
 
-def _tile(n: int, count: int) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid over rows, and what a program has of them."""
+def _tile(n: int, count: int, acc: str) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid over rows, and what a program has of them: of 32 bits few enough for each thread that nothing spills."""
     block = min(WHOLE, triton.next_power_of_2(max(n, 16)))
     together = max(1, TOGETHER // block)
-    shaped = {"ROWS": together, "BLOCK": block, "ONE": n <= block, "num_warps": 8 if block > TOGETHER else 4}
+    words = max(block, TOGETHER) * (2 if acc == "float64" else 1)
+    warps = min(16, max(4, words // 256))
+    shaped = {"ROWS": together, "BLOCK": block, "ONE": n <= block, "num_warps": warps}
     return (triton.cdiv(count, together),), shaped
 
 
@@ -244,7 +246,7 @@ def _softmax(x: torch.Tensor, dtype: str, out: torch.Tensor, log: bool) -> None:
     if not out.numel():
         return
     sizes, (x_steps, out_steps) = lead(x, out, shape=tuple(shape))
-    grid, shaped = _tile(n, math.prod(shape))
+    grid, shaped = _tile(n, math.prod(shape), arithmetic(dtype))
     launch(
         softmax_kernel, grid, out.device, x, out, math.prod(shape), n, sizes, x_steps, out_steps, x.stride(-1),
         out.stride(-1), ACC=TYPES[arithmetic(dtype)], LOG=log, **shaped, **keeping_subnormals(out.device),
@@ -267,7 +269,7 @@ def _softmax_backward(grad: torch.Tensor, output: torch.Tensor, dtype: str, out:
         return
     grad, output = grad.expand(out.shape), output.expand(out.shape)
     sizes, (g_steps, y_steps, out_steps) = lead(grad, output, out, shape=tuple(shape))
-    grid, shaped = _tile(n, math.prod(shape))
+    grid, shaped = _tile(n, math.prod(shape), arithmetic(dtype))
     launch(
         softmax_backward_kernel, grid, out.device, grad, output, out, math.prod(shape), n, sizes, g_steps, y_steps,
         out_steps, grad.stride(-1), output.stride(-1), out.stride(-1), ACC=TYPES[arithmetic(dtype)], LOG=log, **shaped,
@@ -308,7 +310,7 @@ def layer_norm(
     if not math.prod(shape):
         return
     sizes, (x_steps, *steps) = lead(x, y, mean, rstd, shape=tuple(shape))
-    grid, shaped = _tile(n, math.prod(shape))
+    grid, shaped = _tile(n, math.prod(shape), _acc(x))
     launch(
         layer_norm_kernel, grid, y.device, x, weight, bias, y, mean, rstd, bits(eps, "float64"), math.prod(shape), n,
         sizes, x_steps, *steps, x.stride(-1), _step(weight), _step(bias), y.stride(-1), ACC=TYPES[_acc(x)], **shaped,
@@ -333,7 +335,7 @@ def layer_norm_backward(
         return
     acc, options = TYPES[_acc(x)], keeping_subnormals(dx.device)
     if m:
-        grid, shaped = _tile(n, m)
+        grid, shaped = _tile(n, m, _acc(x))
         launch(
             layer_norm_backward_kernel, grid, dx.device, grad, x, mean, rstd, weight, dx, m, n, grad.stride(0),
             x.stride(0), mean.stride(0), rstd.stride(0), dx.stride(0), grad.stride(1), x.stride(1), _step(weight),
