@@ -107,8 +107,8 @@ def offset_kernel(
 
 @triton.jit
 def scatter_kernel(
-    x, ranked, places, src, out, count, n, m, rounds, left, sizes, nth_steps, x_steps, index_steps, src_steps, out_steps,
-    x_n, src_m, out_n,
+    x, ranked, places, src, out, count, n, m, rounds, left, sizes, nth_steps, x_steps, index_steps, src_steps,
+    out_steps, x_n, src_m, out_n,
     ASSIGN: tl.constexpr, STEP: tl.constexpr, MERGE: tl.constexpr, FOLDED: tl.constexpr, START: tl.constexpr,
     STATE: tl.constexpr, SHARED: tl.constexpr, TOGETHER: tl.constexpr, LONG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
