@@ -6,6 +6,8 @@ NaN comes after every number, and equal elements keep the order that they have; 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -175,13 +177,21 @@ def isin(x: Array, values: Array, invert: bool = False) -> Array:
     return ~found if invert else found
 
 
+def _width(dims: Dims, given: Mapping[str, Any]) -> str | None:
+    """Parts whose width float64 does not hold, which places are computed by, would lead anywhere."""
+    if not given["least"] < given["most"]:
+        return "least is no less than most"
+    held = 0 < given["bins"] / (given["most"] - given["least"]) < math.inf
+    return None if held else f"{given['bins']} parts of {given['least']} to {given['most']} have no width in float64"
+
+
 @operator(
     name="aten.histc",
     tensors={"x": Tensor("n", NUMBERS)},
     scalars={"bins": whole((1, 2, 7, 100)), "least": real((0, -2.5)), "most": real((1, 6))},
     result=Tensor("bins", "x"),
     derived=lambda dims, scalars: {"bins": scalars["bins"]},
-    check=lambda dims, given: None if given["least"] < given["most"] else "least is no less than most",
+    check=_width,
     workloads={"1M.float32": {"n": 1 << 20, "bins": 100, "dtype": "float32"}},
     flops=lambda dims, batch: 2.0 * dims["n"],
     separable=False,
@@ -202,7 +212,7 @@ def histc(x: Array, bins: int, least: float, most: float) -> Array:
 
     Raises:
         TypeError: ``x`` is no array, or of another dtype.
-        ValueError: the range is empty.
+        ValueError: the range is empty, or its parts are too narrow or too wide for float64.
 
     Source: torch's ``aten::histc``.
     """

@@ -14,6 +14,7 @@ import flagops
 
 sys.path.insert(0, str(Path(__file__).parent))
 from aten_calls import DTYPES, Draw, compared
+from overriding import counted
 
 OPS = "movement,indexing,selection,reductions"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -172,6 +173,16 @@ def test_what_is_searched_for_and_where_are_promoted(dtype):
         for one, other in zip(ours, theirs, strict=True):
             assert one.dtype == other.dtype
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("bounds", ((0.0, 5e-324), (-1.7e308, 1.7e308)))
+def test_parts_that_float64_has_no_width_for_are_left_to_torch(bounds, handle):
+    """Places would be whole numbers from what is no number."""
+    x = torch.tensor([0.0, 1e308, -1e308, 5e-324], dtype=torch.float64)
+    assert x.histc(7, *bounds).shape == (7,)
+    assert counted(handle, "histc") == (0, {"parts of a range whose width float64 does not hold": 1})
+    with pytest.raises(ValueError, match="no width"):
+        flagops.aten.histc(x, 7, *bounds)
 
 
 def test_refusals_are_torchs():

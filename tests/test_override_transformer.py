@@ -138,6 +138,15 @@ def computed_by(backend, name, *args, **named):
     return result
 
 
+def test_numbers_of_a_call_in_steps_stay_with_the_host():
+    """A device would be waited for, and no kernel that takes one needs it there."""
+    x = torch.empty(3, device="meta")
+    steps = Steps(form_of(torch.ops.aten.add.Tensor, "add.Tensor"), "triton", (x, x))
+    for value in (2, 0.1, True):
+        number = steps.number(value)
+        assert (number.device.type, number.item()) == ("cpu", value)
+
+
 @pytest.mark.parametrize("backend", usable("numba", "numpy"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_norm_that_cuda_has_in_one_kernel(dtype, backend):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from flagops import registry, testing
 
@@ -198,6 +199,40 @@ def test_absent_and_foreign_rows_are_never_read():
     out = torch.empty_like(q)
     module.sparse_attention(q, kv, None, indices, 1.0, out)
     assert torch.equal(out, torch.full_like(out, 2.0))
+
+
+class FromTheHost(TorchFunctionMode):
+    """Notes what is brought to a device, for which no graph can be recorded."""
+
+    def __init__(self):
+        super().__init__()
+        self.brought = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = getattr(result, "is_meta", False)
+        if made and (function in (torch.tensor, torch.Tensor.new_tensor) or not getattr(args[0], "is_meta", True)):
+            self.brought.append(function.__name__)
+        return result
+
+
+def test_nothing_is_brought_from_the_host_in_each_call(monkeypatch):
+    """By what surrounds launches, on a device that computes nothing; the frequencies of a table are kept."""
+    for name in ("muon", "matmul", "rotary"):
+        module = importlib.import_module(f"flagops.kernels.triton.{name}")
+        monkeypatch.setattr(module, "launch", lambda *arguments, **options: None)
+    a, out = (torch.empty(3, 40, 24, device="meta") for _ in range(2))
+    positions = torch.empty(7, dtype=torch.int64, device="meta")
+    tables = tuple(torch.empty(7, 8, device="meta") for _ in range(2))
+    table = [16, 10000.0, 4.0, 4096.0, 32.0, 1.0]
+    _kernel("yarn_table").yarn_table(positions, *table, tables)
+    with FromTheHost() as mode:
+        _kernel("newton_schulz").newton_schulz(a, 3, out)
+        _kernel("yarn_table").yarn_table(positions, *table, tables)
+        assert not mode.brought
+        a.new_tensor([1.0])
+        torch.ones(2).to(a.device)
+        assert mode.brought == ["new_tensor", "to"], "it sees what is"
 
 
 def test_the_descriptor_names_a_reason_and_loads_nothing():

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-RANDOM = importlib.import_module("flagops.kernels.triton.random")
+INDEXING, RANDOM = (importlib.import_module(f"flagops.kernels.triton.{name}") for name in ("indexing", "random"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -267,6 +267,35 @@ def test_indices_out_of_range_are_refused_and_move_nothing(wrong):
     with pytest.raises(IndexError, match="index -7"):
         gather(x, index[3:], False, backend="triton")
     assert gather(x, index[:2], True, backend="triton").tolist() == [[0.0, 0.0]] * 3
+
+
+@pytest.mark.parametrize("count", (20, 90), ids=("counted", "by digits"))
+def test_while_a_graph_is_recorded_an_index_out_of_range_reads_0_and_writes_nothing(count, monkeypatch, rng):
+    """Nobody waits for the device then. Rows of few indices are ordered in one way, those of many in another."""
+    monkeypatch.setattr(INDEXING, "_recording", lambda device: True)
+    index = torch.from_numpy(rng.integers(-9, 17, (2, count))).to(DEVICE)
+    index[:, :6] = torch.tensor([8, 20, -9, 2**40, 0, 7])
+    inside = (index >= 0) & (index < 8)
+    x = torch.from_numpy(rng.integers(-9, 9, (2, 8))).float().to(DEVICE)
+    src = torch.from_numpy(rng.integers(-9, 9, (2, count))).float().to(DEVICE)
+    gather, scatter = (of(registry.operator(f"aten.{name}")) for name in ("gather", "scatter"))
+    expected = torch.where(inside, x.gather(-1, index.clamp(0, 7)), 0)
+    assert torch.equal(gather(x, index, False, backend="triton"), expected)
+    for reduce in ("sum", "assign", "amax"):
+        made, expected = scatter(x, index, src, reduce, True, False, backend="triton"), x.clone()
+        for row in range(2):
+            for i in range(count):
+                if inside[row, i]:
+                    there, value = expected[row, index[row, i]], src[row, i]
+                    chosen = {"sum": there + value, "assign": value, "amax": torch.maximum(there, value)}
+                    expected[row, index[row, i]] = chosen[reduce]
+        assert torch.equal(made, expected), reduce
+
+
+def test_a_graph_is_recorded_where_the_devices_module_says_so(monkeypatch):
+    assert not INDEXING._recording(torch.device("cpu"))
+    monkeypatch.setattr(torch.cpu, "is_current_stream_capturing", lambda: True, raising=False)
+    assert INDEXING._recording(torch.device("cpu"))
 
 
 def test_where_a_row_of_weights_is_zero_nothing_is_picked(rng):

@@ -98,6 +98,32 @@ def test_tiles_of_a_small_room_compute_the_same(name, on, rng):
     _hold(name, rng, 5)
 
 
+TABLES = (
+    "matmul", "sparse_attention", "scaled_dot_product_attention", "int8_matmul", "fp8_matmul", "fp4_matmul",
+    "lightning_indexer", "moe_experts",
+)  # fmt: skip
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("kind", ("hip", "radeon"))
+@pytest.mark.parametrize("name", TABLES)
+def test_tiles_of_every_column_compute_the_same(name, kind, on, rng):
+    on(64 << 10, True, kind)
+    _hold(name, rng, 4)
+
+
+def test_chips_of_the_table_have_columns_of_their_own():
+    """Radeon's warps have 32 threads, and operands of its matrix instructions lie in registers twice; what reads them
+    where they wait needs none."""
+    made = {chip.target: COMMON.Chip.of(chip) for chip in chips.CHIPS if chip.processors}
+    assert {target for target, chip in made.items() if chip.kind == "radeon"} == {"gfx1100"}
+    assert {target for target, chip in made.items() if chip.kind == "hip"} == {
+        "gfx906", "gfx908", "gfx90a", "gfx942", "gfx950",
+    }  # fmt: skip
+    assert {target for target, chip in made.items() if chip.direct} == {"sm_90", "sm_100"}
+    assert {target for target, chip in made.items() if chip.converts} == {"sm_89", "sm_90", "sm_100", "sm_120"}
+
+
 def _hold(name, rng, examples):
     """Drawn cases against the reference."""
     operator, ran = registry.operator(name), 0

@@ -60,19 +60,19 @@ class To:
 
     def number(self, value: Any) -> Tensor:
         """A number of the call as a tensor, where a card has an operand."""
-        self.numbers.append(number(value, self.out))
+        made = number(value)
+        self.numbers.append(made if arrays.in_host_memory(self.out) else made.to(self.out.device))
         return self.numbers[-1]
 
 
-def number(value: Any, like: Tensor) -> Tensor:
-    """A number as a tensor of no axes where kernels for `like` read it; Python's floats stay as exact as they are."""
+def number(value: Any) -> Tensor:
+    """A number as a tensor of no axes in the host's memory; Python's floats stay as exact as they are."""
     import torch
 
     dtype = torch.float64 if isinstance(value, float) else torch.bool if isinstance(value, bool) else torch.int64
     if isinstance(value, complex):
         raise Pass("a complex number")
-    made = torch.tensor(value, dtype=dtype, device="cpu")
-    return made if arrays.in_host_memory(like) else made.to(like.device)
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 @dataclass(frozen=True)

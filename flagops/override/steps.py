@@ -11,7 +11,7 @@ from . import fuel
 from .forms import Form
 from .iteration import laid_out
 from .lowering import REFUSED, Pass, number
-from .recipes import choose, device_of, guard_of, is_number
+from .recipes import choose, device_of, guard_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,9 +59,10 @@ class Steps:
         return self.run(operator, *operands, dtype, *scalars, out=out)
 
     def number(self, value: Any) -> Tensor:
-        """A number as a tensor, where a card has an operand."""
-        tensors = self._tensors()
-        return number(value, next((x for x in tensors if not is_number(x)), tensors[0]))
+        """A number as a tensor, where a pointwise card, `aten.copy`, `aten.offset` or a ramp has an operand: their
+        kernels read it in the host's memory on any device. To bring it there would wait for the device in each call,
+        and spoil a graph that is recorded."""
+        return number(value)
 
     def by(self, operator: str) -> str:
         """Who computed the call, as reports name it."""

@@ -25,9 +25,8 @@ COMMON: Any = importlib.import_module("flagops.kernels.triton._common")
 def described(chip: chips.Chip) -> tuple[GPUTarget, Any]:
     """A chip to Triton's compiler, and to the kernels' wrappers."""
     if chip.target.startswith("sm_"):
-        arch = int(chip.target[3:])
-        return GPUTarget("cuda", arch, chip.width), COMMON.Chip("cuda", chip.processors, chip.shared, arch >= 89)
-    return GPUTarget("hip", chip.target, chip.width), COMMON.Chip("hip", chip.processors, chip.shared, False)
+        return GPUTarget("cuda", int(chip.target[3:]), chip.width), COMMON.Chip.of(chip)
+    return GPUTarget("hip", chip.target, chip.width), COMMON.Chip.of(chip)
 
 
 CHIPS = {

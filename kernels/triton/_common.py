@@ -101,11 +101,13 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
 class Chip(NamedTuple):
     """What launches are shaped by.
 
-    kind: the column of the tile tables, ``"hip"`` on AMD, ``"cuda"`` elsewhere and under the interpreter.
+    kind: the column of the tile tables: ``"hip"`` on AMD, ``"radeon"`` where its warps have 32 threads and each operand
+    of its matrix instructions lies in registers twice, ``"cuda"`` elsewhere and under the interpreter.
     processors: programs that run at once; 1 under the interpreter, where splitting a sum gains nothing.
     shared: bytes on the chip that one program may take.
     converts: whether FP8 becomes float16 by an instruction.
     warps: whether programs run in warps, which keep in registers what they compute; else all lies on the chip.
+    direct: whether matrix units read operands where they wait on the chip; else these take registers too.
     """
 
     kind: str
@@ -113,6 +115,16 @@ class Chip(NamedTuple):
     shared: int
     converts: bool
     warps: bool = True
+    direct: bool = False
+
+    @classmethod
+    def of(cls, known: chips.Chip) -> "Chip":
+        """A GPU of the table."""
+        processors, shared = known.processors or 1, known.shared or chips.LEAST_SHARED
+        if known.target.startswith("sm_"):
+            direct = {"wgmma", "tcgen05"} & set(known.matrix or ())
+            return cls("cuda", processors, shared, int(known.target[3:]) >= 89, direct=bool(direct))
+        return cls("radeon" if known.width == 32 else "hip", processors, shared, False)
 
 
 pretended: Chip | None = None
@@ -133,9 +145,13 @@ def _measured(device: torch.device) -> Chip:
     processors = int(properties.multi_processor_count)
     if torch.version.hip:
         known = chips.by_target(properties.gcnArchName.partition(":")[0])
-        return Chip("hip", processors, known.shared if known and known.shared else chips.LEAST_SHARED, False)
+        kind = "radeon" if properties.warp_size == 32 else "hip"
+        return Chip(kind, processors, known.shared if known and known.shared else chips.LEAST_SHARED, False)
     shared = int(getattr(properties, "shared_memory_per_block_optin", chips.LEAST_SHARED))
-    return Chip("cuda", processors, shared, torch.cuda.get_device_capability(device) >= (8, 9))
+    capability = torch.cuda.get_device_capability(device)
+    known = chips.by_target("sm_{}{}".format(*capability))
+    direct = bool(known and Chip.of(known).direct)
+    return Chip("cuda", processors, shared, capability >= (8, 9), direct=direct)
 
 
 def keeping_subnormals(device: torch.device) -> dict[str, Any]:

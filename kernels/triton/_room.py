@@ -60,5 +60,5 @@ def products(tiles: Sequence[Tile], device: torch.device, item: int) -> list[Til
 
 def waiting(tile: Tile, item: int, device: torch.device) -> int:
     """Bytes of a product's operands that wait on the chip."""
-    buffers = tile["num_stages"] - (chip(device).kind == "hip")  # there one of the stages lies in registers
+    buffers = tile["num_stages"] - (chip(device).kind != "cuda")  # on AMD's one of the stages lies in registers
     return buffers * (tile["BM"] + tile["BN"]) * tile["BK"] * item

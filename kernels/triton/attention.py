@@ -62,6 +62,19 @@ TILES: dict[str, dict[str, list[Tile]]] = {
         ],
         **_FINE,
     },
+    "radeon": {
+        "half": [
+            _tile(16, 32, 64, 64, 4, 1),
+            _tile(64, 32, 64, 64, 4, 1),
+            _tile(16, 32, 128, 128, 4, 1),
+            _tile(64, 32, 128, 128, 8, 1),
+            _tile(16, 32, 64, 256, 8, 1),  # a query of so many channels would fill all registers
+            _tile(64, 32, 64, 256, 8, 1),
+            _tile(16, 32, 64, 512, 8, 1),
+            _tile(32, 32, 64, 512, 16, 1),
+        ],
+        **_FINE,
+    },
 }
 """Tiles by device and dtype, narrow and short first. Where CHUNK is SLICE, a head no wider than that is one piece and
 its keys are read once; any other head is cut into pieces, and each sums the scores anew, CHUNK channels at a time."""

@@ -12,7 +12,7 @@ from ._common import LOG2E, launch, narrow, too_long
 from .matmul import product
 
 _SCRATCH = 64 << 20
-POOL = {"SLOTS": 16, "BLOCK": 128, "num_warps": 4}
+POOL = {"SLOTS": 16, "BLOCK": 128, "num_warps": 8}
 ADVANCE = {"BLOCK": 512, "num_warps": 4}
 
 

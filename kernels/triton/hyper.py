@@ -15,7 +15,7 @@ from ._common import LOG2E, chip, dot, launch, narrow, precision, too_long, wide
 from ._room import fitted
 
 PROJECT = {"BT": 16, "BK": 64, "num_warps": 4, "num_stages": 2}
-COLLAPSE = {"BT": 4, "BD": 512, "num_warps": 4}
+COLLAPSE = {"BT": 4, "BD": 512, "num_warps": 8}
 SPLIT = {"BT": 32, "num_warps": 4}
 MIX = {"BD": 512, "num_warps": 4}
 IN_L2 = 16 << 20
@@ -290,6 +290,7 @@ def _run(
     tokens, n, d = x.shape
     columns, device = fn.shape[0], x.device
     base, scale = base.contiguous(), scale.contiguous()
+    project = PROJECT | ({"num_warps": 8} if fn.dtype == torch.float64 else {})
     collapse = fitted(COLLAPSE, device, lambda tile: 97 * tile["BT"] * tile["BD"], ("BD",))
     together = max(64, IN_L2 // (n * d * x.element_size() + 1))
     for start in range(0, tokens, together):
@@ -305,7 +306,7 @@ def _run(
         launch(
             project_kernel, (blocks, parts), device,
             part, fn, sums, count, max(d, 1), n * d, span, *part.stride(), *fn.stride(), sums.stride(0),
-            C=columns, PC=max(16, triton.next_power_of_2(columns)), PRECISION=precision(), **PROJECT,
+            C=columns, PC=max(16, triton.next_power_of_2(columns)), PRECISION=precision(), **project,
         )  # fmt: skip
         blocks, wide = triton.cdiv(count, collapse["BT"]), collapse["BD"]
         pieces = max(1, min(chip(device).processors // blocks, triton.cdiv(d, wide)))

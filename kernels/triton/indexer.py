@@ -23,6 +23,7 @@ _FINE = {"float32": [_tile(16, 32, 32, 4), _tile(64, 64, 32, 8)], "float64": [_t
 TILES: dict[str, dict[str, list[Tile]]] = {
     "cuda": {"half": [_tile(16, 128, 128, 4), _tile(64, 128, 128, 4)], **_FINE},
     "hip": {"half": [_tile(16, 64, 128, 4), _tile(64, 64, 128, 4)], **_FINE},
+    "radeon": {"half": [_tile(16, 64, 128, 4), _tile(64, 32, 128, 8)], **_FINE},
 }
 """Tiles by device and dtype: for few heads, for many."""
 
@@ -42,15 +43,15 @@ def _limit(visible, b, t, N, visible_b, visible_s, VISIBLE: tl.constexpr):
 
 @triton.jit
 def score_kernel(
-    q, keys, weights, visible, scores, S, N, K, H, D, base, E, queries,
+    q, keys, weights, visible, scores, S, N, K, H, D, base, E, queries, blocks,
     q_b, q_s, q_h, q_d, key_b, key_n, key_d, weight_b, weight_s, weight_h, visible_b, visible_s,
     BH: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     WHOLE: tl.constexpr, VISIBLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    groups = tl.cdiv(S, queries)
-    b = (tl.program_id(1) // groups).to(tl.int64)
-    first = tl.program_id(1) % groups * queries
-    start = tl.program_id(0) * BN
+    groups, some = tl.cdiv(S, queries), tl.program_id(0) // blocks  # a second axis would end at 65535
+    b = (some // groups).to(tl.int64)
+    first = some % groups * queries
+    start = tl.program_id(0) % blocks * BN
     column = start + tl.arange(0, BN)
     entry = base + column
     inside = (column < E) & (entry < N)
@@ -275,9 +276,10 @@ def _choose(
         lists[0][1].fill_(-1)
     for base in range(0, n, entries):
         size = min(entries, n - base)
+        blocks = triton.cdiv(size, tile["BN"])
         launch(
-            score_kernel, (triton.cdiv(size, tile["BN"]), batch * triton.cdiv(length, queries)), device,
-            q, keys, weights, visible, scores, length, n, k, heads, depth, base, entries, queries,
+            score_kernel, (blocks * batch * triton.cdiv(length, queries),), device,
+            q, keys, weights, visible, scores, length, n, k, heads, depth, base, entries, queries, blocks,
             *q.stride(), *keys.stride(), *weights.stride(), *seen_steps,
             WHOLE=depth <= tile["BD"], PRECISION=precision(), **shared, **tile,
         )  # fmt: skip

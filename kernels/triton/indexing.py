@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """Elements picked and places written by index: bound by memory, and by how far apart indices lead.
 
-The host waits for each call to learn whether an index is out of range, but while a graph of CUDA's is recorded: then
-such an index reads 0 and writes nothing.
+The host waits for each call to learn whether an index is out of range, but while a device records a graph: then such
+an index reads 0 and writes nothing.
 
 What is written is brought in the order of the places first, so that one program writes each place, and sees the
 elements for it in the order of their indices.
@@ -20,7 +20,7 @@ from flagops.registry import kernel
 
 from .. import _folds
 from .._rows import merged, spread
-from ._common import LONGEST, keeping_subnormals, launch
+from ._common import LONGEST, keeping_subnormals, launch, too_long
 from ._elementwise import BLOCK, TYPES, axes, bits, cast, elementwise, numbered
 from ._elementwise import offset as lies
 from ._order import order, search
@@ -32,6 +32,12 @@ REDUCTIONS = {"assign": ADD, "sum": ADD, "prod": Fold(1, "times", "product"), "a
 OF_BOOLS = {"assign": EITHER, "sum": EITHER, "prod": BOTH, "amax": EITHER, "amin": BOTH}
 
 
+def _recording(device: torch.device) -> bool:
+    """Whether a graph is recorded on the current stream; vendors ask in CUDA's words, or have no graphs."""
+    asked = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    return asked is not None and bool(asked())
+
+
 class Alarm:
     """What programs note down of an index that is out of range: that there is one, and which.
 
@@ -39,7 +45,7 @@ class Alarm:
     """
 
     def __init__(self, x: torch.Tensor, size: int) -> None:
-        recorded = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        recorded = _recording(x.device)
         self.size, self.room = size, None if recorded else torch.zeros(2, dtype=torch.int64).to(x.device)
 
     def check(self) -> None:
@@ -80,10 +86,10 @@ def named_kernel(
     index, out, alarm, count, n, sizes, index_steps, out_steps,
     FROM_END: tl.constexpr, LONG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """-1 for what is out of range."""
+    """`n` for what is out of range, which comes last in every order of these numbers."""
     at, here = numbered(count, BLOCK, LONG)
     place, inside = named(tl.load(index + lies(at, sizes, index_steps), here, other=0), here, n, alarm, FROM_END)
-    tl.store(out + lies(at, sizes, out_steps), tl.where(inside, place, -1).to(out.dtype.element_ty), here)
+    tl.store(out + lies(at, sizes, out_steps), tl.where(inside, place, n).to(out.dtype.element_ty), here)
 
 
 @triton.jit(do_not_specialize=["given", "size", "step"])
@@ -101,8 +107,8 @@ def offset_kernel(
 
 @triton.jit
 def scatter_kernel(
-    x, ranked, places, src, out, count, m, rounds, left, sizes, nth_steps, x_steps, index_steps, src_steps, out_steps,
-    x_n, src_m, out_n,
+    x, ranked, places, src, out, count, n, m, rounds, left, sizes, nth_steps, x_steps, index_steps, src_steps,
+    out_steps, x_n, src_m, out_n,
     ASSIGN: tl.constexpr, STEP: tl.constexpr, MERGE: tl.constexpr, FOLDED: tl.constexpr, START: tl.constexpr,
     STATE: tl.constexpr, SHARED: tl.constexpr, TOGETHER: tl.constexpr, LONG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +119,7 @@ def scatter_kernel(
     row = lies(at, sizes, index_steps)
     place = tl.load(ranked + row + i, here, other=-1).to(tl.int64)
     before = tl.load(ranked + row + i - 1, here & (i > 0), other=-1).to(tl.int64)
-    here = here & (place >= 0) & (place != before) & (place != left)
+    here = here & (place < n) & (place != before) & (place != left)
     end = search(ranked + row, 1, i + 1, i * 0 + m, place, here, rounds, True)
     src += lies(at, sizes, src_steps)
     out += lies(at, sizes, out_steps) + place * out_n
@@ -179,6 +185,12 @@ def offset(x: torch.Tensor, index: torch.Tensor, size: int, step: int, out: torc
     alarm.check()
 
 
+def scatter_unsupported(
+    x: torch.Tensor, index: torch.Tensor, src: torch.Tensor, reduce: str, include_self: bool, from_end: bool
+) -> str | None:
+    return too_long(index)
+
+
 @kernel(deterministic=True)
 def scatter(
     x: torch.Tensor, index: torch.Tensor, src: torch.Tensor, reduce: str, include_self: bool, from_end: bool,
@@ -189,6 +201,12 @@ def scatter(
         elementwise(same, out, [x], [dtype_name(x)])
     how = (OF_BOOLS if out.dtype == torch.bool else REDUCTIONS)[reduce]
     _write(how, out, index, src, from_end, assign=reduce == "assign", kept=include_self)
+
+
+def embedding_dense_backward_unsupported(
+    grad: torch.Tensor, index: torch.Tensor, n: int, padding: int, by_frequency: bool
+) -> str | None:
+    return too_long(index)
 
 
 @kernel(deterministic=True)
@@ -232,7 +250,7 @@ def _write(
     block = BLOCK // together // (1 if together == 1 else 2)
     launch(
         scatter_kernel, (triton.cdiv(count, block),), out.device, out if kept else None, ranked, places, src, out,
-        count, m, m.bit_length(), left, tuple(inner[:0:-1]), nth_steps, out_steps, index_steps, src_steps, out_steps,
+        count, n, m, m.bit_length(), left, tuple(inner[:0:-1]), nth_steps, out_steps, index_steps, src_steps, out_steps,
         out.stride(-1), src.stride(-1), out.stride(-1), ASSIGN=assign, STEP=spelled(_folds, how.step),
         MERGE=spelled(_folds, how.merge), FOLDED=folding(_folds, how.merge), START=start(how, state),
         STATE=TYPES[state], SHARED=shared, TOGETHER=together, LONG=count > LONGEST, BLOCK=block, num_warps=4,

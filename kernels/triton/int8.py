@@ -23,7 +23,7 @@ TILES: dict[str, list[dict[str, int]]] = {
         {"BM": m, "BN": n, "BK": 128, "num_warps": warps, "num_stages": stages}
         for m, n, warps in ((16, 64, 4), (32, 64, 4), (64, 64, 4), (128, 128, 8))
     ]
-    for kind, stages in (("cuda", 3), ("hip", 2))
+    for kind, stages in (("cuda", 3), ("hip", 2), ("radeon", 2))
 }
 """Tiles by device, smallest first."""
 

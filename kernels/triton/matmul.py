@@ -47,6 +47,15 @@ TILES: dict[str, dict[str, list[Tile]]] = {
         "integers": [_tile(16, 32, 16, 4, 2)],
     },
 }
+TILES["radeon"] = TILES["hip"] | {
+    "half": [
+        _tile(16, 64, 64, 4, 2),
+        _tile(32, 64, 64, 4, 2),
+        _tile(64, 64, 64, 4, 2),
+        _tile(128, 128, 64, 8, 2),
+        _tile(256, 128, 64, 16, 2),
+    ]
+}
 """Tiles by device and dtype, smallest first."""
 
 

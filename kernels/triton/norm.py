@@ -87,5 +87,5 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, stepwise:
             out.as_strided((1,), (1,), out.storage_offset() + target), int(np.float64(eps).view(np.int64)),
             count, n, n1, n2, *steps, x.stride(-1), 0 if weight is None else weight.stride(0), *to, out.stride(-1),
             ROWS=together, BLOCK=block, WHOLE=n <= block, WEIGHT=weight is not None,
-            STEPWISE=stepwise and x.itemsize == 2, num_warps=8 if block * together >= 4096 else 4,
+            STEPWISE=stepwise and x.itemsize == 2, num_warps=16 if x.itemsize == 8 else 8,
         )  # fmt: skip

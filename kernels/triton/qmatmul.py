@@ -30,10 +30,14 @@ def _tile(m: int, n: int, warps: int, stages: int) -> Tile:
 TILES: dict[str, list[Tile]] = {
     "cuda": [_tile(16, 64, 4, 4), _tile(32, 64, 4, 4), _tile(64, 64, 4, 3), _tile(128, 64, 8, 3)],
     "hip": [_tile(16, 64, 4, 2), _tile(32, 64, 4, 2), _tile(64, 64, 4, 2), _tile(128, 64, 8, 2)],
+    "radeon": [_tile(16, 32, 4, 1), _tile(32, 32, 4, 1), _tile(64, 32, 8, 1), _tile(128, 32, 16, 1)],
 }
 """Tiles by device, smallest first; all are 128 deep."""
 
-FOUR = TILES | {"cuda": [*TILES["cuda"][:-1], TILES["cuda"][-1] | {"BN": 32}]}
+FOUR = TILES | {
+    "cuda": [*TILES["cuda"][:-1], TILES["cuda"][-1] | {"BN": 32}],
+    "radeon": [tile | {"num_stages": 2} for tile in TILES["radeon"]],
+}
 """Those of packed weights, whose highest tile would spill what it decodes on NVIDIA's if it were wider."""
 
 

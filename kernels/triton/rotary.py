@@ -1,6 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """Rotary embedding on Triton: a program rotates the pairs of one position's heads and copies their other channels."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -92,6 +93,12 @@ def rotary_embedding(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inve
         )  # fmt: skip
 
 
+@lru_cache(maxsize=64)
+def _frequencies(device: torch.device, *scalars: Any) -> torch.Tensor:
+    """Kept on the device: a copy in each call would wait, and spoil a graph that is recorded."""
+    return torch.from_numpy(frequencies(*scalars)).to(device)
+
+
 @kernel(deterministic=True)
 def yarn_table(
     positions: torch.Tensor,
@@ -104,7 +111,7 @@ def yarn_table(
     out: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     """An element a thread; the library's full reduction of the angle."""
-    theta = torch.from_numpy(frequencies(dim, base, factor, original, beta_fast, beta_slow)).to(positions.device)
+    theta = _frequencies(positions.device, dim, base, factor, original, beta_fast, beta_slow)
     cos, sin = out
     leads = [positions.stride(), cos.stride()[:-1], sin.stride()[:-1]]
     for offsets, sizes, steps in rows(positions.shape if dim else (0,), *leads):

@@ -214,27 +214,30 @@ def nll_loss_kernel(
 
 @triton.jit(do_not_specialize=["ignore"])
 def nll_loss_backward_kernel(
-    grad, target, weight, out, ignore, count, classes, sizes, g_steps, target_steps, out_steps, weight_c, out_c,
+    grad, target, weight, out, ignore, count, classes, blocks, sizes, g_steps, target_steps, out_steps, weight_c, out_c,
     ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, here = _program(count, ROWS)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = row < count
     out += offset(row, sizes, out_steps)[:, None]
     at = tl.load(target + offset(row, sizes, target_steps), here, other=0).to(tl.int64)
     counts = here & (at != ignore) & (at >= 0) & (at < classes)
     value = cast(tl.load(grad + offset(row, sizes, g_steps), here, other=0), ACC) * -1
     if weight is not None:
         value *= cast(tl.load(weight + at * weight_c, counts, other=0), ACC)
-    first = tl.program_id(1).to(tl.int64) * BLOCK
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     place, inside = _place(first, here, classes, out_c, BLOCK)
     chosen = counts[:, None] & (at[:, None] == (first + tl.arange(0, BLOCK))[None, :])
     tl.store(out + place, cast(tl.where(chosen, value[:, None], 0), out.dtype.element_ty), inside)
 
 
-def _tile(n: int, count: int) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid over rows, and what a program has of them."""
+def _tile(n: int, count: int, acc: str) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid over rows, and what a program has of them: of 32 bits few enough for each thread that nothing spills."""
     block = min(WHOLE, triton.next_power_of_2(max(n, 16)))
     together = max(1, TOGETHER // block)
-    shaped = {"ROWS": together, "BLOCK": block, "ONE": n <= block, "num_warps": 8 if block > TOGETHER else 4}
+    words = max(block, TOGETHER) * (2 if acc == "float64" else 1)
+    warps = min(16, max(4, words // 256))
+    shaped = {"ROWS": together, "BLOCK": block, "ONE": n <= block, "num_warps": warps}
     return (triton.cdiv(count, together),), shaped
 
 
@@ -243,7 +246,7 @@ def _softmax(x: torch.Tensor, dtype: str, out: torch.Tensor, log: bool) -> None:
     if not out.numel():
         return
     sizes, (x_steps, out_steps) = lead(x, out, shape=tuple(shape))
-    grid, shaped = _tile(n, math.prod(shape))
+    grid, shaped = _tile(n, math.prod(shape), arithmetic(dtype))
     launch(
         softmax_kernel, grid, out.device, x, out, math.prod(shape), n, sizes, x_steps, out_steps, x.stride(-1),
         out.stride(-1), ACC=TYPES[arithmetic(dtype)], LOG=log, **shaped, **keeping_subnormals(out.device),
@@ -266,7 +269,7 @@ def _softmax_backward(grad: torch.Tensor, output: torch.Tensor, dtype: str, out:
         return
     grad, output = grad.expand(out.shape), output.expand(out.shape)
     sizes, (g_steps, y_steps, out_steps) = lead(grad, output, out, shape=tuple(shape))
-    grid, shaped = _tile(n, math.prod(shape))
+    grid, shaped = _tile(n, math.prod(shape), arithmetic(dtype))
     launch(
         softmax_backward_kernel, grid, out.device, grad, output, out, math.prod(shape), n, sizes, g_steps, y_steps,
         out_steps, grad.stride(-1), output.stride(-1), out.stride(-1), ACC=TYPES[arithmetic(dtype)], LOG=log, **shaped,
@@ -307,7 +310,7 @@ def layer_norm(
     if not math.prod(shape):
         return
     sizes, (x_steps, *steps) = lead(x, y, mean, rstd, shape=tuple(shape))
-    grid, shaped = _tile(n, math.prod(shape))
+    grid, shaped = _tile(n, math.prod(shape), _acc(x))
     launch(
         layer_norm_kernel, grid, y.device, x, weight, bias, y, mean, rstd, bits(eps, "float64"), math.prod(shape), n,
         sizes, x_steps, *steps, x.stride(-1), _step(weight), _step(bias), y.stride(-1), ACC=TYPES[_acc(x)], **shaped,
@@ -332,7 +335,7 @@ def layer_norm_backward(
         return
     acc, options = TYPES[_acc(x)], keeping_subnormals(dx.device)
     if m:
-        grid, shaped = _tile(n, m)
+        grid, shaped = _tile(n, m, _acc(x))
         launch(
             layer_norm_backward_kernel, grid, dx.device, grad, x, mean, rstd, weight, dx, m, n, grad.stride(0),
             x.stride(0), mean.stride(0), rstd.stride(0), dx.stride(0), grad.stride(1), x.stride(1), _step(weight),
@@ -382,10 +385,10 @@ def nll_loss_backward(
         return
     sizes, (g_steps, target_steps, out_steps) = lead(grad, target, out, shape=tuple(shape), own=(0, 0, 1))
     block = min(BLOCK, triton.next_power_of_2(n))
-    together = BLOCK // block
+    together, blocks = BLOCK // block, triton.cdiv(n, block)
     count = math.prod(shape)
     launch(
-        nll_loss_backward_kernel, (triton.cdiv(count, together), triton.cdiv(n, block)), out.device, grad, target,
-        weight, out, ignore, count, n, sizes, g_steps, target_steps, out_steps, _step(weight), out.stride(-1),
+        nll_loss_backward_kernel, (triton.cdiv(count, together) * blocks,), out.device, grad, target,
+        weight, out, ignore, count, n, blocks, sizes, g_steps, target_steps, out_steps, _step(weight), out.stride(-1),
         ACC=TYPES[_acc(grad)], ROWS=together, BLOCK=block, num_warps=4,
     )  # fmt: skip

@@ -23,13 +23,13 @@ def _tile(queries: int, keys: int, width: int, warps: int, stages: int) -> dict[
 
 
 _FINE = [_tile(16, 16, 64, 4, 2), _tile(16, 16, 128, 4, 2), _tile(16, 16, 256, 8, 1)]
-TILES = {
-    device: {
-        "half": [_tile(64, 64, 64, 4, stages), _tile(64, 64, 128, 4, stages), _tile(64, 32, 256, 8, 1)],
-        "float32": _FINE,
-        "float64": _FINE,
-    }
-    for device, stages in (("cuda", 3), ("hip", 1))
+TILES: dict[str, dict[str, list[dict[str, int]]]] = {
+    kind: {"half": half, "float32": _FINE, "float64": _FINE}
+    for kind, half in {
+        "cuda": [_tile(64, 64, 64, 4, 3), _tile(64, 64, 128, 4, 3), _tile(64, 32, 256, 8, 1)],
+        "hip": [_tile(64, 64, 64, 4, 1), _tile(64, 64, 128, 4, 1), _tile(64, 32, 256, 8, 1)],
+        "radeon": [_tile(64, 32, 64, 4, 1), _tile(64, 16, 128, 8, 1), _tile(16, 16, 256, 8, 1)],
+    }.items()
 }
 """Tiles by device and dtype; SLICE holds a head's keys and values."""
 
@@ -136,6 +136,8 @@ def scaled_dot_product_attention(
     width = max(query.shape[-1], depth)
     table = TILES[chip(device).kind][name]
     tile = next(tile for tile in table if tile["SLICE"] >= width)
+    if kind == 2 and chip(device).kind == "cuda" and not chip(device).direct:
+        tile = {**tile, "BN": min(tile["BN"], 32)}  # a mask of floats would be one operand too many for the registers
     if not fits(device, 0, 3 * 64 * tile["SLICE"] * query.itemsize * tile["num_stages"]):
         tile = {**tile, "num_stages": 1}
     launch(

@@ -20,6 +20,8 @@ MUTANTS = {
     ],
     "triton/indexer.py": [
         ("lightning_indexer", "product < 0", "product < -1", 0),
+        ("lightning_indexer", "tl.program_id(0) % blocks * BN", "tl.program_id(0) // blocks * BN", 0),
+        ("lightning_indexer", "some % groups * queries", "some // groups * queries", 0),
         ("lightning_indexer", "tl.cumsum(equal, 0) <= remaining", "tl.cumsum(equal, 0) < remaining", 0),
         ("lightning_indexer", "(digit - 128)", "digit", 0),
         ("lightning_indexer", "entry.to(tl.int64)[:, None] * key_n", "entry.to(tl.int64)[:, None] * key_d", 0),

@@ -35,6 +35,7 @@ MUTANTS = {
         ("aten.gather", "place * x_n", "place", 0),
         ("aten.offset", "size, alarm, True)", "size, alarm, False)", 0),
         ("aten.scatter", "& (place != before)", "", 0),
+        ("aten.scatter", "count, n, m, m.bit_length()", "count, n - 1, m, m.bit_length()", 0),
         ("aten.scatter", "end - 1, here", "i, here", 0),
         ("aten.scatter", "end - i, 0", "1, 0", 0),
         ("aten.scatter", "nth * src_m", "nth", 0),

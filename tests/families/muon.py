@@ -15,7 +15,7 @@ MUTANTS = {
         ("newton_schulz", "dim=(-2, -1), keepdim=True)", "dim=(-3, -2, -1), keepdim=True)", 0),
     ],
     "triton/muon.py": [
-        ("newton_schulz", "square, weights[1], weights[2]", "square, weights[2], weights[1]", 0),
+        ("newton_schulz", "square, b, c)", "square, c, b)", 0),
         ("newton_schulz", "inside = at < size", "inside = at < size - 1", 0),
     ],
 }  # fmt: skip

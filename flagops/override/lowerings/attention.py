@@ -55,12 +55,10 @@ def _logarithms(
     factor = width**-0.5 if scale is None else scale
     room = [x.new_empty(x.shape, dtype=real) for x in (query, key)]
     rows, keys = (copied(steps, x, made) for x, made in zip((query, key), room, strict=True))
-    hidden = None
+    places = None
     if is_causal:
-        hidden = steps.run(
-            "aten.triu", torch.ones(length, count, dtype=torch.bool).to(query.device), 1,
-            out=torch.empty(length, count, dtype=torch.bool, device=query.device),
-        )  # fmt: skip
+        places = query.new_empty(max(length, count), dtype=torch.int64)
+        steps.run("aten.arange", steps.number(0), steps.number(1), len(places), "int64", out=places)
     together = max(1, config.budget() // max(4 * real.itemsize * batch * heads * count, 1))
     for start in range(0, length, together):
         part = rows[:, :, start : start + together]
@@ -71,9 +69,10 @@ def _logarithms(
         steps.run("aten.mul", logits, steps.number(float(factor)), kind, out=logits)
         if bias is not None:
             steps.run("aten.add", logits, bias[..., start : start + n, :], kind, 1, out=logits)
-        if hidden is not None:
-            never = steps.number(-math.inf)
-            steps.run("aten.where", hidden[start : start + n], never, logits, kind, out=logits)
+        if places is not None:
+            hidden = query.new_empty((n, count), dtype=torch.bool)
+            steps.run("aten.gt", places[:count], places[start : start + n, None], "int64", out=hidden)
+            steps.run("aten.where", hidden, steps.number(-math.inf), logits, kind, out=logits)
         steps.run("aten.logsumexp", logits, "float32", out=out[..., start : start + n])
     return out
 

@@ -183,6 +183,8 @@ def histc(steps: Steps, self: Tensor, bins: int = 100, min: Any = 0, max: Any = 
         least, most = least - 1, most + 1
     if least > most:
         raise RuntimeError("max must be larger than min")
+    if not 0 < bins / (most - least) < math.inf:
+        raise Pass("parts of a range whose width float64 does not hold")
     if self.dtype == torch.bool:
         raise Pass("dtype bool")
     if self.dtype.itemsize == 2 and self.is_floating_point() and self.device.type == "cpu":
