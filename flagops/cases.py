@@ -48,9 +48,10 @@ SHAPES = (
 """Batch axes where a card has no others."""
 VALUES = (
     "normal", "large range", "special", "integers", "positive", "cancelling", "extreme", "ties", "sparse", "subnormal",
-    "edges", "one special",
+    "edges", "one special", "spoiled row",
 )  # fmt: skip
-"""Of all float tensors alike, but for the last: one tensor full or half full of one special value."""
+"""Of all float tensors alike, but for the last: one tensor full or half full of one special value, or with one row that
+is no number, which no other row may notice."""
 MODES = ("", "", "", "inference", "no gradient", "default float64", "default bfloat16", "autocast")
 """What of torch is switched on around a call: none of it changes what an operator means."""
 SPECIAL = (0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, "max", "-max", "subnormal", "-subnormal", "tiny")
@@ -106,7 +107,8 @@ class Case:
                 shape = op.shape(tensor, dims, self._batch_of(name, rng))
                 if self.redrawn:
                     rng = np.random.default_rng([self.seed, zlib.crc32(name.encode()), self.redrawn])
-                values = self.values if self.values != "one special" else "filled" if name == odd else "normal"
+                alone = {"one special": "filled", "spoiled row": "spoiled"}.get(self.values)
+                values = self.values if not alone else alone if name == odd else "normal"
                 made[name] = np.asarray(_draw(rng, tensor, shape, dtypes[name], dims, values))
         if op.fit:
             op.fit(made, dims, np.random.default_rng([self.seed, 1, self.redrawn]))
@@ -296,6 +298,11 @@ def _draw(
     if values == "special":
         where = rng.random(shape) < 0.05
         made[where] = _special(dtype)[rng.integers(0, len(SPECIAL), int(where.sum()))]
+    elif values == "spoiled" and made.size:
+        row = rng.choice([0, -1, -1, rng.integers(made.shape[-2] if made.ndim > 1 else made.size)])
+        made[(..., row, slice(None)) if made.ndim > 1 else (row if made.ndim else ...)] = rng.choice(
+            np.array([np.nan, np.nan, np.inf, -np.inf], made.dtype)
+        )
     elif values == "filled":
         made[rng.random(shape) < rng.choice([0.05, 0.5, 1])] = rng.choice(_special(dtype))
     return made
