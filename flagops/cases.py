@@ -48,9 +48,12 @@ SHAPES = (
 """Batch axes where a card has no others."""
 VALUES = (
     "normal", "large range", "special", "integers", "positive", "cancelling", "extreme", "ties", "sparse", "subnormal",
-    "one special",
+    "edges", "one special", "spoiled row",
 )  # fmt: skip
-"""Of all float tensors alike, but for the last: one tensor full or half full of one special value."""
+"""Of all float tensors alike, but for the last: one tensor full or half full of one special value, or with one row that
+is no number, which no other row may notice."""
+MODES = ("", "", "", "inference", "no gradient", "default float64", "default bfloat16", "autocast")
+"""What of torch is switched on around a call: none of it changes what an operator means."""
 SPECIAL = (0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, "max", "-max", "subnormal", "-subnormal", "tiny")
 
 
@@ -72,6 +75,8 @@ class Case:
     seed: int = 0
     redrawn: int = 0
     """Other values in the same shapes."""
+    mode: str = ""
+    """What is switched on around the call, one of `MODES`."""
 
     def arguments(self) -> dict[str, Any]:
         """The inputs by name, as NumPy arrays in the drawn layouts (absent tensors are None)."""
@@ -102,7 +107,8 @@ class Case:
                 shape = op.shape(tensor, dims, self._batch_of(name, rng))
                 if self.redrawn:
                     rng = np.random.default_rng([self.seed, zlib.crc32(name.encode()), self.redrawn])
-                values = self.values if self.values != "one special" else "filled" if name == odd else "normal"
+                alone = {"one special": "filled", "spoiled row": "spoiled"}.get(self.values)
+                values = self.values if not alone else alone if name == odd else "normal"
                 made[name] = np.asarray(_draw(rng, tensor, shape, dtypes[name], dims, values))
         if op.fit:
             op.fit(made, dims, np.random.default_rng([self.seed, 1, self.redrawn]))
@@ -187,6 +193,7 @@ def draw_case(
     drawable = {n: d for n, d in dtypes.items() if kind == "torch" or d != "float4_e2m1fn_x2"}
     dtypes |= {n: "uint8" for n in dtypes if n not in drawable}
     layouts = [layout for layout in LAYOUTS if kind == "numpy" or layout not in FLIPPED]
+    plain = [layout for layout in layouts if layout != "overlapping"]  # which leaves nothing of what the card draws
     return Case(
         operator=op.name,
         dims=tuple(dims.items()),
@@ -194,12 +201,16 @@ def draw_case(
         dtypes=tuple(dtypes.items()),
         scalars=tuple(scalars.items()),
         absent=absent,
-        layouts=tuple((name, choose(tuple(layouts))) for name in (*dtypes, "out")),
+        layouts=tuple(
+            (name, choose(tuple(plain if name != "out" and op.tensors[name].draw else layouts)))
+            for name in (*dtypes, "out")
+        ),
         values=choose(VALUES),
         kind=kind,
         budget=choose((256 << 20, 1 << 16)),
         inplace=bool(op.inplace) and choose((False, True)),
         seed=choose(range(2**16)),
+        mode=choose(MODES) if kind == "torch" else "",
     )
 
 
@@ -277,6 +288,8 @@ def _draw(
         x *= rng.choice([30, 300])
     elif values == "subnormal":
         x *= float(_info(dtype).tiny) / 4
+    elif values == "edges":
+        return _edges(rng, shape, to, dtype)
     elif values == "sparse":
         x[rng.random(shape) < 0.9] = -0.0
     elif values == "cancelling" and shape:
@@ -285,9 +298,27 @@ def _draw(
     if values == "special":
         where = rng.random(shape) < 0.05
         made[where] = _special(dtype)[rng.integers(0, len(SPECIAL), int(where.sum()))]
+    elif values == "spoiled" and made.size:
+        row = rng.choice([0, -1, -1, rng.integers(made.shape[-2] if made.ndim > 1 else made.size)])
+        made[(..., row, slice(None)) if made.ndim > 1 else (row if made.ndim else ...)] = rng.choice(
+            np.array([np.nan, np.nan, np.inf, -np.inf], made.dtype)
+        )
     elif values == "filled":
         made[rng.random(shape) < rng.choice([0.05, 0.5, 1])] = rng.choice(_special(dtype))
     return made
+
+
+def _edges(rng: np.random.Generator, shape: tuple[int, ...], to: Any, dtype: str) -> Array:
+    """Numbers of few bits over some range, and their nearest neighbours: halfway between numbers of narrower formats,
+    at powers of two, where sums of others are ties, or just beside that."""
+    reach = min(int(rng.choice([1, 6, 24])), int(_info(dtype).maxexp) - 3)
+    made = np.ldexp(
+        rng.integers(16, 32, shape) * rng.choice([-1.0, 1.0], shape), rng.integers(-reach, reach, shape) - 4
+    )
+    made = np.asarray(made).astype(to)
+    beside = np.ascontiguousarray(made).reshape(-1).view(f"i{made.itemsize}")  # one more is the next number outwards
+    beside += rng.choice([0, 0, 1, -1], beside.shape).astype(beside.dtype)
+    return beside.view(to).reshape(shape)
 
 
 def _draw_integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, values: str) -> Array:

@@ -335,7 +335,7 @@ def _choose(
             backend=name,
             kernel=kernel,
             bound=bound,
-            run=kernel.function,
+            run=surroundings.uncast(kernel.function) if arrays.is_torch(first) else kernel.function,
             views=views,
             copies=copies,
             as_given=not (views or copies or bound.scalars or operator.coded_results),
@@ -390,14 +390,14 @@ def backward(operator: Operator, kernel: registry.Kernel) -> Callable[..., tuple
         found = own(*args)
         return _torchs(operator)(*args) if found is NotImplemented else found
 
-    return first
+    return surroundings.uncast(first)
 
 
 def _torchs(operator: Operator) -> Callable[..., tuple[Any, ...]]:
     found = registry.find(operator.name, "torch").backward
     if found is None:
         raise Unsupported(f"{operator.name} has no backward; call it under torch.no_grad() or detach its inputs")
-    return found
+    return surroundings.uncast(found)
 
 
 def _places(operator: Operator, args: Sequence[Any]) -> tuple[Place, ...] | None:

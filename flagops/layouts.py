@@ -21,9 +21,12 @@ SPREAD = ("expanded", "expanded last", "expanded all")
 """A stride of 0: of the first axis with more than one element, of the last one, of all; inputs alone."""
 FLIPPED = ("reversed", "flipped")
 """Negative strides, of the last axis or the first; NumPy alone has them."""
+UNWRITABLE = (*SPREAD, "overlapping")
+"""Several elements in one place: windows one element apart, as `unfold` gives them, besides."""
 LAYOUTS = (
     "contiguous", "transposed", "strided", "offset", "expanded", "reversed", "padded", "swapped", "permuted",
     "stepped", "sliced", "batch gaps", "cut", "far", "expanded last", "expanded all", "flipped",
+    "overlapping",
 )  # fmt: skip
 _FAR = (1 << 31) + (1 << 12)  # elements, and so bytes, from the first to the last
 _NORESERVE = 0x4000 if hasattr(mmap, "MAP_ANONYMOUS") else 0  # Linux: no memory until it is touched
@@ -62,6 +65,8 @@ def place(shape: tuple[int, ...], dtype: Any, layout: str, allocate: Allocate = 
         return _far(shape, dtype)
     if layout in SPREAD and max(shape, default=0) > 1 and 0 not in shape:
         return _spread(shape, dtype, layout, allocate)
+    if layout == "overlapping" and rank > 1 and 0 not in shape:
+        return _windows(shape, dtype, allocate)
     if layout == "offset":
         size = math.prod(shape)
         room = allocate((size + 6) * dtype.itemsize).view(dtype)
@@ -99,6 +104,15 @@ def _spread(shape: tuple[int, ...], dtype: Any, layout: str, allocate: Allocate)
     small = tuple(1 if i in zero else size for i, size in enumerate(shape))
     room = allocate(math.prod(small) * dtype.itemsize).view(dtype).reshape(small)
     return Place(room, lambda x: np.lib.stride_tricks.as_strided(x, shape, _steps(x, zero)))
+
+
+def _windows(shape: tuple[int, ...], dtype: Any, allocate: Allocate) -> Place:
+    """Rows of the last axis that begin one element after each other."""
+    rows = (*shape[:-2], shape[-2] + shape[-1] - 1)
+    room = allocate(math.prod(rows) * dtype.itemsize).view(dtype).reshape(rows)
+    return Place(
+        room, lambda x: np.lib.stride_tricks.as_strided(x, shape, (*x.strides[:-1], x.strides[-1], x.strides[-1]))
+    )
 
 
 def _steps(x: Array, zero: list[int]) -> tuple[int, ...]:
@@ -150,7 +164,7 @@ def bits(x: Array) -> Array:
 
 def writable(shape: tuple[int, ...], dtype: str, layout: str, allocate: Allocate = heap) -> Place:
     """A poisoned array to write into, and all the memory around it: a kernel must fill the one and not the rest."""
-    layout = "cut" if layout in SPREAD else "offset" if layout == "contiguous" and allocate is heap else layout
+    layout = "cut" if layout in UNWRITABLE else "offset" if layout == "contiguous" and allocate is heap else layout
     found = place(shape, arrays.numpy_dtype(dtype), layout, allocate)
     poison(found.room)
     return found

@@ -155,6 +155,11 @@ class Operator:
         return self._beside("values")
 
     @functools.cached_property
+    def astray(self) -> Callable[..., tuple[str, tuple[int, ...]]] | None:
+        """``f_astray(*inputs)``: a tensor of indices, and some that are out of range, where kernels look themselves."""
+        return self._beside("astray")
+
+    @functools.cached_property
     def rounded(self) -> Callable[..., Any]:
         """The reference, with intermediates rounded where the specification says so."""
         return self._beside("rounded") or self.reference
@@ -383,7 +388,8 @@ def operator(
     fit: makes drawn arguments fit each other where the axes cannot say how, ``fit(arguments, dims, rng)``, in place.
 
     Beside ``f`` its module may hold ``f_rounded`` (the reference with the roundings of intermediates that the
-    specification asks for), ``f_values(*inputs) -> problem | None`` (checks of values) and ``f_judge(got, arguments)``,
+    specification asks for), ``f_values(*inputs) -> problem | None`` (checks of values), ``f_astray(*inputs)`` (what
+    kernels raise an IndexError for: the name of a tensor and values out of range) and ``f_judge(got, arguments)``,
     which raises AssertionError for a wrong result where no distance can tell, as for indices; it replaces the bound.
     """
 

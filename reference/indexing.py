@@ -78,6 +78,15 @@ def gather(x: Array, index: Array, from_end: bool = False) -> Array:
     return np.take_along_axis(_along(x, lead), _along(index, lead).astype(np.int64), -1)
 
 
+def gather_astray(x: Any, index: Any, from_end: bool = False) -> tuple[str, tuple[int, ...]]:
+    return "index", _outside(x.shape[-1], from_end)
+
+
+def _outside(size: int, from_end: bool) -> tuple[int, ...]:
+    """The indices next to those of an axis, and some far away."""
+    return size, -size - 1 if from_end else -1, 1 << 30, -(1 << 30)
+
+
 REDUCTIONS = ("assign", "sum", "prod", "amax", "amin")
 
 
@@ -132,6 +141,12 @@ def scatter(
     return _scattered(wide(x) if x.dtype.name in FLOATS else x, index, src, reduce, include_self)
 
 
+def scatter_astray(
+    x: Any, index: Any, src: Any, reduce: str = "assign", include_self: bool = True, from_end: bool = False
+) -> tuple[str, tuple[int, ...]]:
+    return "index", _outside(x.shape[-1], from_end)
+
+
 _UFUNCS: dict[str, Any] = {"sum": np.add, "prod": np.multiply, "amax": np.maximum, "amin": np.minimum}
 
 
@@ -183,10 +198,10 @@ def scatter_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Arr
 @operator(
     name="aten.offset",
     tensors={
-        "x": Tensor("...", ("int64",), draw=lambda rng, shape, dtype, dims: rng.integers(0, 99, shape)),
+        "x": Tensor("...", ("int64",), draw=lambda rng, shape, dtype, dims: rng.integers(0, 99 << 32, shape)),
         "index": Tensor("...", INDICES, draw=lambda rng, shape, dtype, dims: rng.integers(-3, 3, shape).astype(dtype)),
     },
-    scalars={"size": whole((3, 1030), least=0), "step": whole((1, 0, 7, 520), least=0)},
+    scalars={"size": whole((3, 1030), least=0), "step": whole((1, 0, 7, 520, 5 << 32), least=0)},
     result=Tensor("...", ("int64",)),
     workloads={"1M": {"batch": (1 << 20,), "dtype": "int64"}},
     flops=lambda dims, batch: 2.0 * math.prod(batch),
@@ -214,6 +229,10 @@ def offset(x: Array, index: Array, size: int, step: int) -> Array:
     """
     index = index.astype(np.int64)
     return x + step * np.where(index < 0, index + size, index)
+
+
+def offset_astray(x: Any, index: Any, size: int, step: int) -> tuple[str, tuple[int, ...]]:
+    return "index", _outside(size, True)
 
 
 def _drawn_targets(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, dims: dict[str, int]) -> Array:
@@ -259,6 +278,12 @@ def embedding_dense_backward(grad: Array, index: Array, n: int, padding: int = -
     Source: torch's ``aten::embedding_dense_backward``.
     """
     return _summed(wide(grad), index, n, padding, by_frequency)
+
+
+def embedding_dense_backward_astray(
+    grad: Any, index: Any, n: int, padding: int = -1, by_frequency: bool = False
+) -> tuple[str, tuple[int, ...]]:
+    return "index", _outside(n, False)
 
 
 def _summed(grad: Array, index: Array, n: int, padding: int, by_frequency: bool) -> Array:

@@ -23,9 +23,15 @@ WEIGHTS = {"qwen3-8b.qkv": (6144, 4096), "qwen3-8b.down": (4096, 12288)}
 
 
 def _codes(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, dims: Dims) -> Array:
-    """Any codes, in some draws those of most magnitude alone."""
-    if rng.random() < 0.2:
+    """Any codes, in some draws those of most magnitude alone, or of one sign in one half of a row and of that or the
+    other in the other half, in most where sums are long: those of any codes stay small."""
+    kind = rng.random()
+    if kind < 0.2:
         return rng.choice([-128, 127], shape).astype(np.int8)
+    if kind < (0.4 if dims.get("k", 0) < 1 << 12 else 0.9):
+        made = rng.integers(rng.choice([1, 64]), 128, shape, np.int8)
+        made[..., shape[-1] // 2 :] *= np.int8(rng.choice([-1, 1]))
+        return made
     return rng.integers(-128, 128, shape, np.int8)
 
 

@@ -137,7 +137,7 @@ def triu(x: Array, diagonal: int = 0) -> Array:
 
 
 def _end(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, dims: dict[str, int]) -> Array:
-    value = rng.integers(-9, 10, shape)
+    value = rng.integers(-9, 10, shape) * (1 if dtype in FLOATS else int(rng.choice([1, 1, 1 << 40])))
     return (value / rng.choice([1, 3, 8])).astype(dtype) if dtype in FLOATS else value
 
 

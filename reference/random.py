@@ -163,7 +163,12 @@ def exponential(state: Array, n: int, rate: float, dtype: str) -> Array:
 
 
 @_drawn(
-    {"low": whole((0, -5), least=-(2**63)), "count": whole((2, 7, 1, 0), least=0, below=2**63)}, NUMBERS, exact=True
+    {
+        "low": whole((0, -5, -(2**40)), least=-(2**63)),
+        "count": whole((2, 7, 1, 0, 2**40 + 3), least=0, below=2**63),
+    },
+    NUMBERS,
+    exact=True,
 )
 def random(state: Array, n: int, low: int, count: int, dtype: str) -> Array:
     """Whole numbers, `count` of them from `low` on; all of 64 bits where `count` is 0.
@@ -191,7 +196,7 @@ def random(state: Array, n: int, low: int, count: int, dtype: str) -> Array:
 
 
 def _weights(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, dims: dict[str, int]) -> Array:
-    made = rng.integers(0, 5, shape)
+    made = rng.integers(0, 5, shape) * (rng.random(shape) if rng.random() < 0.5 else 1)
     made[..., :1] += 1
     return made.astype(numpy_dtype(dtype))
 

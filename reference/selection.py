@@ -100,11 +100,19 @@ def topk(x: Array, k: int, largest: bool = True) -> tuple[Array, Array]:
 
 
 def _sorted(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, dims: Dims) -> Array:
-    return np.sort(rng.integers(0, 30, shape), -1).astype(dtype)
+    return np.sort(_among(rng, shape, dtype), -1)
+
+
+def _among(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
+    """Few numbers, of integers in some draws the largest too, which no float tells apart."""
+    x = rng.integers(0, 31, shape).astype(dtype)
+    if dtype in FLOATS or rng.random() < 0.5:
+        return x
+    return np.where(rng.random(shape) < 0.5, np.iinfo(dtype).max - x, x).astype(dtype)
 
 
 def _small(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, dims: Dims) -> Array:
-    x = rng.integers(0, 31, shape).astype(dtype)
+    x = _among(rng, shape, dtype)
     if dtype in FLOATS and rng.random() < 0.3:
         x[rng.random(shape) < 0.2] = np.nan
     return x

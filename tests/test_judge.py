@@ -43,7 +43,7 @@ def test_a_layout_keeps_values_and_has_poison_around_them(layout, rng):
     for shape in ((), (3,), (1, 4), (2, 3, 5), (2, 1, 3, 4), (0, 3)):
         x = rng.standard_normal(shape).astype(np.float32)
         place = layouts.put(x, layout)
-        if layout not in layouts.SPREAD:
+        if layout not in layouts.UNWRITABLE:
             assert np.array_equal(place.view, x)
             inside = np.zeros(place.room.shape, bool)
             place.cut(inside)[...] = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 
@@ -61,6 +61,22 @@ def probes() -> tuple[Callable[[], bool], Callable[[], bool]]:
         )
 
     return overseen, torch._C.is_grad_enabled
+
+
+def uncast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel of torch's operators as it runs under `torch.autocast` too: what is computed in which dtype says the
+    card, and autocast would have the products inside of it in bfloat16."""
+    inside = sys.modules["torch"]._C
+    active, without = inside._is_any_autocast_enabled, inside._DisableAutocast
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        if not active():
+            return function(*args)
+        with without():
+            return function(*args)
+
+    return call
 
 
 def tangent(x: Any) -> Any:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from flagops import arrays, config, registry
 from flagops.call import of
 from flagops.cases import Case, as_kind
+from flagops.errors import Unsupported
 from flagops.layouts import Allocate, Place, bits, heap, poison, writable
 from flagops.operator import Operator, Tensor
 
@@ -77,23 +78,30 @@ class Call:
 
     def run(self) -> list[Array]:
         """Call the kernel; returns copies of what it wrote, taken at once."""
-        with config.using(budget=self.case.budget), self.protected.read_only() if self.protected else _NOTHING:
+        protected = self.protected.read_only() if self.protected else _NOTHING
+        with config.using(budget=self.case.budget), switched(self.case.mode), protected:
             of(self.op)(*self.given.values(), out=self.out, backend=self.backend)
         return [x.view.copy() for x in self.outs]
 
     def hold(self, got: list[Array]) -> float:
         """Everything that must be so after a call; returns the share of its bound that the worst error takes."""
         name, case = f"{self.op.name} on {self.backend}", self.case
-        for n, place in self.inputs.items():
-            assert np.array_equal(bits(place.room), self._before[n]), f"{name} changed its input {n}\n{case}"
+        self.hold_memory()
         share = compare(self.op, self.arguments, tuple(got) if self.op.several else got[0], str(case), self.paired)
-        for place, outside, result in zip(self.outs, self._outside, got, strict=True):
-            mask = np.zeros(place.room.shape, bool)
-            place.cut(mask)[...] = True
-            assert (bits(place.room)[~mask] == outside[~mask]).all(), f"{name} wrote outside of out\n{case}"
+        for place, result in zip(self.outs, got, strict=True):
             late = bits(place.view) == bits(result)
             assert late.all(), f"{name} wrote to out after it had returned\n{case}"
         return share
+
+    def hold_memory(self) -> None:
+        """What no call may change: the inputs, and what lies around the results."""
+        name, case = f"{self.op.name} on {self.backend}", self.case
+        for n, place in self.inputs.items():
+            assert np.array_equal(bits(place.room), self._before[n]), f"{name} changed its input {n}\n{case}"
+        for place, outside in zip(self.outs, self._outside, strict=True):
+            mask = np.zeros(place.room.shape, bool)
+            place.cut(mask)[...] = True
+            assert (bits(place.room)[~mask] == outside[~mask]).all(), f"{name} wrote outside of out\n{case}"
 
 
 def given(case: Case, places: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +124,28 @@ def in_place(place: Place, kind: str, dtype: str | None) -> Any:
 _NOTHING = contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def switched(mode: str) -> Iterator[None]:
+    """What a program may have switched on in torch when it calls, one of `flagops.cases.MODES`."""
+    if not mode:
+        yield
+        return
+    import torch
+
+    before = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        if mode == "inference":
+            stack.enter_context(torch.inference_mode())
+        elif mode == "no gradient":
+            stack.enter_context(torch.no_grad())
+        elif mode == "autocast":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        else:
+            torch.set_default_dtype(getattr(torch, mode.removeprefix("default ")))
+            stack.callback(torch.set_default_dtype, before)
+        yield
+
+
 def _batch(tensor: Tensor, x: Any) -> tuple[int, ...]:
     """The batch axes of an argument, none if it is absent."""
     return () if x is None else tuple(x.shape[: len(x.shape) - len(tensor.axes.split()) + 1])
@@ -135,7 +165,7 @@ def assert_facts(op: Operator, backend: str, case: Case, repeats: int = 20) -> N
     """Check bit by bit what the kernel declares: equal repeats, and rows of a batch equal to the row alone."""
     kernel = registry.find(op.name, backend)
     given = {n: as_kind(x, case.kind, dict(case.dtypes).get(n)) for n, x in case.arguments().items()}
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), switched(case.mode):
         first = run(op, backend, given)
         if kernel.deterministic:
             for _ in range(repeats - 1):
@@ -145,6 +175,26 @@ def assert_facts(op: Operator, backend: str, case: Case, repeats: int = 20) -> N
             for index, row in rows(op, given):
                 for x, alone in zip(first, run(op, backend, row), strict=True):
                     assert_bits(x[index], alone, f"{op.name} on {backend}: row {index} differs alone\n{case}")
+
+
+def assert_refused(op: Operator, backend: str, case: Case, allocate: Allocate = heap) -> None:
+    """Call with one index of a case out of range: an IndexError, and all memory as it was. Raises AssertionError."""
+    call, label = Call(op, backend, case, allocate), f"{op.name} on {backend}"
+    assert op.astray
+    name, values = op.astray(*(call.arguments[n] for n in op.inputs))
+    view = call.inputs[name].view
+    if not view.size:
+        raise Unsupported("no index is out of range where there is none")
+    rng = np.random.default_rng([case.seed, 3])
+    value = values[rng.integers(len(values))]
+    view[np.unravel_index(rng.integers(view.size), view.shape)] = value
+    call.renew()
+    try:
+        call.run()
+    except IndexError:
+        call.hold_memory()
+        return
+    raise AssertionError(f"{label} takes {value} in {name}, which is out of range, without an IndexError\n{case}")
 
 
 def run(op: Operator, backend: str, given: dict[str, Any]) -> list[Array]:

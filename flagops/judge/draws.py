@@ -20,6 +20,8 @@ LONG = tuple(size for power in range(16, 3, -1) for size in (2**power + 3, 2**po
 """Sizes of one long axis, tried in this order until one is legal and small enough in all."""
 ELEMENTS, WORK = 1 << 20, 1 << 22
 """Of the tensors of one case together, and its floating-point operations; four times as much for those beyond 2^20."""
+EMPTY = 8
+"""One draw in so many may have an axis of no elements."""
 PATIENCE = 0.3
 """Seconds of this thread that a case of one long axis should take: other programs do not count."""
 
@@ -46,7 +48,7 @@ def features(case: Case) -> list[Feature]:
     found += [(f"layout of {name}", layout) for name, layout in case.layouts]
     found += [(f"size of {name}", order(size)) for name, size in case.dims]
     found += [(name, value) for name, value in case.scalars if name not in dict(case.dims)]
-    found += [("batch axes", len(case.batch)), ("values", case.values), ("kind", case.kind)]
+    found += [("batch axes", len(case.batch)), ("values", case.values), ("kind", case.kind), ("mode", case.mode)]
     return [*found, ("absent", case.absent), ("in place", case.inplace), ("budget", case.budget)]
 
 
@@ -75,10 +77,10 @@ class Draws:
     ) -> Case:
         """The best of a few random cases."""
         scope = within or self.within
-        cases = [draw_case(self.op, self.choose, scope, self.kinds, fixed, batch) for _ in range(4)]
-        if fixed or batch:  # a large call of nothing tells nothing
-            cases = [case for case in cases if 0 not in (*dict(case.dims).values(), *case.batch)] or cases
-        return self.coverage.best(cases)
+        cases = [draw_case(self.op, self.choose, scope, self.kinds, fixed, batch) for _ in range(EMPTY)]
+        if fixed or batch or self.choose(range(EMPTY)):  # of many axes one is often 0, and such a call tells little
+            cases = [case for case in cases if not empty(case)] or cases
+        return self.coverage.best(cases[:4])
 
     def drawn(self) -> Iterator[Case]:
         """Cases of the card's sizes, four small ones to a large one."""
@@ -162,10 +164,15 @@ def _again(cases: Callable[[], Iterator[Case]]) -> Iterator[Case]:
             return
 
 
+def empty(case: Case) -> bool:
+    """Whether an axis has no elements."""
+    return 0 in (*dict(case.dims).values(), *case.batch)
+
+
 def fits(op: Operator, case: Case, room: int = 1) -> bool:
     """Whether a case is small enough for an exact reference, and has results."""
     dims = dict(case.dims)
-    if 0 in (*dims.values(), *case.batch) or any(dims[name] > most for name, most in op.most.items()):
+    if empty(case) or any(dims[name] > most for name, most in op.most.items()):
         return False
     return elements(op, case) <= room * ELEMENTS and op.flops(dims, case.batch) <= room * WORK
 

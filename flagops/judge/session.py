@@ -23,9 +23,9 @@ from flagops.layouts import FLIPPED, SPREAD, Allocate, heap
 from flagops.operator import Operator
 
 from . import gradients
-from .calls import Call, assert_facts, assert_parity
+from .calls import Call, assert_facts, assert_parity, assert_refused
 from .constants import constants
-from .draws import Draws, elements
+from .draws import EMPTY, Draws, elements, empty
 from .memory import Guarded
 from .process import Watch, names
 from .sequences import hold_repeats, hold_sequence, trusted
@@ -315,10 +315,13 @@ def _gradient_cases(session: Session) -> Iterator[Case]:
         clear, unclear = ("normal", "positive", "large range"), (*FLIPPED, *SPREAD)
     around = session.draws.around(constants(kernel.backward)[:16])
     for case in session.draws.drawn():
-        for one in (case, *itertools.islice(around, session.choose((0, 0, 1)))):
+        some = (case, *itertools.islice(around, session.choose((0, 0, 1))))
+        for one in some:
+            if (empty(one) or gradients.coded(one)) and session.choose(range(EMPTY)):
+                continue
             layouts = tuple((n, "padded" if x in unclear else x) for n, x in one.layouts)
             values = session.choose(clear)
-            yield dataclasses.replace(one, values=values, layouts=layouts, kind="torch", inplace=False)
+            yield dataclasses.replace(one, values=values, layouts=layouts, kind="torch", inplace=False, mode="")
 
 
 def hold_gradients(op: Operator, backend: str, count: int, seed: int) -> None:
@@ -338,8 +341,9 @@ def _repeats(session: Session, case: Case) -> float:
     """The case and others as small, over and over."""
     others = [dataclasses.replace(case, seed=case.seed ^ 1), *itertools.islice(session.draws.small(), 14)]
     least = REPEATS if session.within is not INTERPRETED else REPEATS // 20
-    calls, worst = hold_repeats(
-        session.op, session.backend, [case, *others], 0.15 * session.seconds, least,
+    own = [c if not c.mode.startswith("default") else dataclasses.replace(c, mode="") for c in (case, *others)]
+    calls, worst = hold_repeats(  # the default dtype is not a thread's own
+        session.op, session.backend, own, 0.15 * session.seconds, least,
         lambda one: session.tell("repeats", one),
     )  # fmt: skip
     session.record.calls += calls
@@ -368,10 +372,20 @@ def _workload(session: Session, case: Case) -> float:
     return 0.0
 
 
+def _astray(session: Session) -> Iterator[Case]:
+    return session.draws.drawn() if session.op.astray else iter(())
+
+
+def _refusal(session: Session, case: Case) -> float:
+    assert_refused(session.op, session.backend, case, session.allocate(case))
+    return 0.0
+
+
 STAGES = (
     Stage("parity", 0.25, 60, lambda s: s.draws.drawn(), _parity, counts=True),
     Stage("sequence", 0.08, 12, lambda s: s.draws.drawn(), _sequence),
     Stage("facts", 0.05, 8, lambda s: s.draws.drawn(), _facts),
+    Stage("refusals", 0.02, 12, _astray, _refusal),
     Stage("own numbers", 0.2, 24, _around, _parity),
     Stage("gradients", 0.12, 12, _gradient_cases, _gradient),
     Stage("long", 0.13, 12, lambda s: s.draws.long(), _parity),

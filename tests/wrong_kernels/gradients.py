@@ -60,6 +60,12 @@ def _ones_grad(true: Any, grad: torch.Tensor, *rest: Any) -> Any:
     return true(torch.ones_like(grad), *rest)
 
 
+def _broadcast_halved(true: Any, grad: torch.Tensor, *rest: Any) -> Any:
+    found = true(grad, *rest)
+    small = [x.dim() > 2 and x.shape[:-2] != grad.shape[:-2] for x in rest[: len(found)] if isinstance(x, torch.Tensor)]
+    return tuple(g if g is None or not halved else g / 2 for g, halved in zip(found, small, strict=False))
+
+
 for _name, _change in {
     "zero_gradient": _each_gradient(torch.zeros_like),
     "gradient_of_other_sign": _each_gradient(torch.neg),
@@ -80,3 +86,45 @@ for _name, _change in {
 @kind("gradients", ("rms_norm", "matmul"))
 def gradients_add_up(right: Kernel, op: Any) -> dict[str, Any]:
     return _backward(_same_buffer())(right, op)
+
+
+@kind("gradients", ("matmul",))
+def shared_factor_gets_half(right: Kernel, op: Any) -> dict[str, Any]:
+    return _backward(_broadcast_halved)(right, op)
+
+
+@kind("gradients", ("rms_norm", "swiglu", "linear"))
+def gradient_of_the_last_call(right: Kernel, op: Any) -> dict[str, Any]:
+    """The backward takes what the last forward left, where shapes agree."""
+    true = registry.find(op.name, "torch").backward
+    left: list[Any] = []
+
+    def forward(*args: Any) -> None:
+        right(*args)
+        left[:] = [x.clone() if isinstance(x, torch.Tensor) else x for x in args[:-1]]
+
+    def backward(grad: Any, *rest: Any) -> Any:
+        inputs = list(rest[:-1])
+        for i, (x, old) in enumerate(zip(inputs, left, strict=False)):
+            if isinstance(x, torch.Tensor) and isinstance(old, torch.Tensor) and old.shape == x.shape:
+                inputs[i] = old.to(x.dtype)
+        return true(grad, *inputs, rest[-1])
+
+    return {op.name: forward, f"{op.name}_backward": backward}
+
+
+@kind("gradients", ("rms_norm", "linear"))
+def gradients_kept_by_address(right: Kernel, op: Any) -> dict[str, Any]:
+    """A second backward of the same tensors gives the sum of both."""
+    known: dict[Any, Any] = {}
+
+    def change(true: Any, grad: torch.Tensor, *rest: Any) -> Any:
+        found = true(grad, *rest)
+        key = tuple((x.data_ptr(), x.shape) for x in (grad, *rest) if isinstance(x, torch.Tensor))
+        if key in known:
+            pairs = zip(found, known[key], strict=True)
+            found = tuple(g if g is None or old is None else g + old for g, old in pairs)
+        known[key] = found
+        return found
+
+    return _backward(change)(right, op)

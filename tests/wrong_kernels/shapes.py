@@ -32,6 +32,15 @@ def padded_out_is_dense(right: Kernel, op: Any) -> Kernel:
     return wrong
 
 
+@kind("layouts", ("rms_norm", "linear", "hadamard"))
+def windows_are_rows(right: Kernel, op: Any) -> Kernel:
+    def read(x: torch.Tensor) -> torch.Tensor:
+        within = x.dim() > 1 and x.shape[-2] > 1 and x.stride(-1) == 1 and 0 < x.stride(-2) < x.shape[-1]
+        return x[..., :1, :].expand(x.shape) if within else x
+
+    return changed(right, read)
+
+
 @kind("layouts", ("rms_norm", "matmul", "linear"))
 def batch_axes_are_dense(right: Kernel, op: Any) -> Kernel:
     def read(x: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,27 @@ def input_changed(right: Kernel, op: Any) -> Kernel:
     return wrong
 
 
+def _rounded(out: torch.Tensor) -> None:
+    if out.dtype.is_floating_point:
+        out.copy_(out.bfloat16())
+
+
+@kind("modes", MANY)
+def half_under_inference(right: Kernel, op: Any) -> Kernel:
+    return after(right, _rounded, lambda *args: torch.is_inference_mode_enabled())
+
+
+@kind("modes", ("rms_norm", "swiglu", "matmul"))
+def scratch_of_the_default_dtype(right: Kernel, op: Any) -> Kernel:
+    def wrong(*args: Any) -> None:
+        right(*args)
+        out = args[-1]
+        if out.dtype == torch.float32:
+            out.copy_(torch.empty(out.shape).copy_(out))
+
+    return wrong
+
+
 def _leaves(act: Callable[[], Any]) -> Callable[[Kernel, Any], Kernel]:
     def made(right: Kernel, op: Any) -> Kernel:
         def wrong(*args: Any) -> None:

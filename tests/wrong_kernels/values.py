@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .making import MANY, PRODUCTS, Kernel, after, changed, kind, outs, spoil_one
+from .making import MANY, PRODUCTS, Kernel, after, changed, kind, outs, spoil_one, tensors
 
 
 def _seldom(rate: int) -> Callable[[Kernel, Any], Kernel]:
@@ -108,6 +108,96 @@ def sink_has_a_floor(right: Kernel, op: Any) -> Kernel:
         right(q, kv, None if sink is None else sink.clamp(-20, 20), *rest)
 
     return wrong
+
+
+@kind("values", ("sparse_attention",))
+def absent_rows_are_the_last(right: Kernel, op: Any) -> Kernel:
+    """With a weight of 0, which a NaN there does not heed."""
+
+    def wrong(*args: Any) -> None:
+        kv, indices, out = args[1], args[3], args[-1]
+        right(*args)
+        if out.numel() and kv.shape[1]:
+            seen = (indices >= 0).any(-1) & (indices < 0).any(-1)
+            spoiled = (~kv[:, -1].isfinite())[:, None, None, :] & seen[:, :, None, None]
+            out.masked_fill_(spoiled, torch.nan)
+
+    return wrong
+
+
+@kind("values", ("fp8_quantize",))
+def scale_by_logarithm(right: Kernel, op: Any) -> Kernel:
+    """``ceil(log2(...))`` in float32, which beside a power of two is that power."""
+
+    def wrong(x: torch.Tensor, block: int, power_of_two: bool, scale_dtype: str, out: Any) -> None:
+        right(x, block, power_of_two, scale_dtype, out)
+        if power_of_two and x.numel():
+            top = x.float().unflatten(-1, (-1, block)).abs().amax(-1).clamp(min=1e-4)
+            code = torch.ceil(torch.log2(top / 448))
+            made = torch.exp2(code) if scale_dtype == "float32" else (code + 127).nan_to_num(255, 255).to(torch.uint8)
+            out[1].copy_(torch.where(top.isfinite(), made, out[1]))
+
+    return wrong
+
+
+def _half(up: bool) -> Callable[[Kernel, Any], Kernel]:
+    """Halves rounded up or away from 0, not to even."""
+
+    def made(right: Kernel, op: Any) -> Kernel:
+        def wrong(x: torch.Tensor, out: Any) -> None:
+            right(x, out)
+            if x.numel():
+                ratio = x.float() / out[1]
+                below = ratio.floor()
+                out[0].copy_(torch.where(ratio - below == 0.5, below + (up | (ratio > 0)), out[0]))
+
+        return wrong
+
+    return made
+
+
+for _name, _up in (("rounds_half_up", True), ("rounds_half_away", False)):
+    _made = _half(_up)
+    _made.__name__ = _name
+    kind("values", ("int8_quantize",))(_made)
+
+
+@kind("values", ("aten.isin", "aten.searchsorted"))
+def integers_as_float32(right: Kernel, op: Any) -> Kernel:
+    def wrong(*args: Any) -> None:
+        *inputs, out = args
+        for i in tensors(tuple(inputs)):
+            if inputs[i].dtype in (torch.int32, torch.int64):
+                inputs[i] = inputs[i].float().to(torch.float64)
+        right(*inputs, out)
+
+    return wrong
+
+
+@kind("values", ("aten.offset", "aten.arange"))
+def places_in_32_bits(right: Kernel, op: Any) -> Kernel:
+    return after(right, lambda out: out.copy_(out.to(torch.int32)), lambda *args: args[-1].dtype == torch.int64)
+
+
+def _indices(mend: Callable[[torch.Tensor, int], torch.Tensor]) -> Callable[[Kernel, Any], Kernel]:
+    def made(right: Kernel, op: Any) -> Kernel:
+        def wrong(x: torch.Tensor, index: torch.Tensor, *rest: Any) -> None:
+            *rest, from_end, out = rest
+            right(x, mend(index, x.shape[-1]), *rest, from_end, out)
+
+        return wrong
+
+    return made
+
+
+for _name, _mend in {
+    "negative_indices_count_from_the_end": lambda index, n: torch.where((index < 0) & (index >= -n), index + n, index),
+    "indices_cut_off": lambda index, n: index.clamp(-n, n - 1),
+    "far_indices_wrap": lambda index, n: index.remainder(n) if n else index,
+}.items():
+    _made = _indices(_mend)
+    _made.__name__ = _name
+    kind("refusals", ("aten.gather", "aten.scatter"))(_made)
 
 
 @kind("values", ("moe_gate",))
