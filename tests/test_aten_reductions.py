@@ -3,6 +3,7 @@
 import itertools
 import math
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -351,3 +352,52 @@ def test_a_batch_norm_of_equal_elements_without_eps_is_its_bias():
     expected = results()
     with flagops.enable("all", backend="numba"):
         assert results() == expected == [[[1.0] * 3] * 4, [2.0] * 3, [0.0] * 3]
+
+
+LOSSES = {
+    "mse": torch.nn.functional.mse_loss,
+    "l1": torch.nn.functional.l1_loss,
+    "smooth": partial(torch.nn.functional.smooth_l1_loss, beta=0.5),
+    "huber": partial(torch.nn.functional.huber_loss, delta=0.7),
+    "logits": torch.nn.functional.binary_cross_entropy_with_logits,
+    "bce": lambda x, y, reduction: torch.nn.functional.binary_cross_entropy(
+        x.clamp(0.125, 0.875), y, y, reduction=reduction
+    ),
+    "kl": lambda x, y, reduction: torch.nn.functional.kl_div(x.log_softmax(1), y.round(), reduction=reduction),
+}
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+@pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_elements_and_their_gradients_are_near_float64(name, reduction, rng):
+    x, y = torch.from_numpy(rng.standard_normal((9, 7)) * 3), torch.from_numpy(rng.random((9, 7)))
+
+    def losses(dtype):
+        leaf = x.to(dtype).t().contiguous().t().requires_grad_()
+        loss = LOSSES[name](leaf, y.to(dtype), reduction=reduction)
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), leaf)]
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = x.to(dtype).double(), y.to(dtype).double()
+        exact, own = losses(torch.float64), losses(dtype)
+        with flagops.enable("all", backend="numba"):
+            made = losses(dtype)
+        for value, theirs, got in zip(exact, own, made, strict=True):
+            assert_like(theirs, got)
+            testing.assert_near(got, value, 64, 8 * (1 + value.abs().max()).expand(value.shape))
+
+
+def test_a_destination_of_logsigmoid_is_resized_without_a_word():
+    x = torch.tensor([-1.0, 2.0])
+    out, buffer = torch.ones(3), torch.ones(0)
+    with flagops.enable("all", backend="numba"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.ops.aten.log_sigmoid_forward.output(x, output=out, buffer=buffer)
+    testing.assert_near(out, torch.nn.functional.logsigmoid(x.double()), 8, 1 + x.double().abs())
+    testing.assert_near(buffer, (-x.double().abs()).exp(), 8, torch.ones(2).double())
+
+
+def test_a_probability_beyond_one_is_refused():
+    with flagops.enable("all", backend="numba"), pytest.raises(RuntimeError, match="between 0 and 1"):
+        torch.nn.functional.binary_cross_entropy(torch.tensor([1.5]), torch.ones(1))

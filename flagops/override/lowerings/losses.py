@@ -122,7 +122,9 @@ def huber_loss_backward(
 def binary_cross_entropy(
     steps: Steps, self: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN
 ) -> Tensor:
-    """Logarithms are -100 at least."""
+    """Logarithms are -100 at least; the losses of elements lie as `self` does."""
+    import torch
+
     on = _Elements(steps, self, target, *([] if weight is None else [weight]))
     if self.shape != target.shape:
         raise Pass(REFUSED)
@@ -131,7 +133,8 @@ def binary_cross_entropy(
     yes, no = (on("maximum", x, -100.0) for x in (on("log", self), on("log1p", on("neg", self))))
     rest = on("mul", on("add", target, -1.0, scalars=(1,)), no)
     losses = on.apart(rest, on("mul", target, yes))
-    return on.reduced(losses if weight is None else on("mul", losses, weight), reduction)
+    losses = losses if weight is None else on("mul", losses, weight)
+    return copied(steps, losses, torch.empty_like(self)) if reduction == NONE else on.reduced(losses, reduction)
 
 
 @lowers("binary_cross_entropy_backward", to="aten.div", whole=True)
