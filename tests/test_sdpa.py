@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import flagops
-from flagops import config
+from flagops import config, registry
 from flagops.testing import assert_near, assert_of
 
 NAME = "scaled_dot_product_attention"
@@ -58,6 +58,32 @@ def test_shared_keys_are_repeated_keys(kernel):
     assert_of(NAME, attend(q, k, v, backend=backend), q, *(x.repeat_interleave(3, 1) for x in (k, v)))
 
 
+@pytest.mark.operators("scaled_dot_product_attention")
+@pytest.mark.parametrize("mask", [None, "bool", "added"])
+@pytest.mark.parametrize("length", [1, 3, 13, 150, 200])  # of few queries, of a strip and more, of a task and more
+def test_queries_of_heads_that_share_keys(kernel, length, mask):
+    """Causal and not, of heads as narrow as a tile and of others, in the memory order that transformers gives."""
+    _, backend = kernel
+    length, count = (min(length, 14), 40) if backend == "triton" else (length, 270)
+    for width, depth in ((32, 64), (20, 40)):
+        q, k, v = (
+            x.transpose(1, 2)
+            for x in draw((1, length, 6, width), (1, count, 2, width), (1, count, 2, depth), dtype=torch.float32)
+        )
+        masks = {None: None, "bool": torch.rand(1, 1, length, count) < 0.7, "added": torch.randn(1, 6, length, count)}
+        for causal in (False, True):
+            out = attend(q, k, v, masks[mask], causal, -0.3, backend=backend)
+            assert_of(NAME, out, q, k, v, masks[mask], causal, -0.3)
+
+
+@pytest.mark.operators("scaled_dot_product_attention")
+def test_what_meets_an_infinity_is_not_scaled_away(kernel):
+    _, backend = kernel
+    q, k, v = torch.full((1, 1, 4, 1), 2.0**-149), torch.full((1, 1, 2, 1), -torch.inf), torch.ones(1, 1, 2, 1)
+    k[..., 0, :] = 1
+    assert (attend(q, k, v, None, False, 0.3, backend=backend) == 1).all()
+
+
 def test_gradients_do_not_depend_on_the_budget():
     inputs = [
         x.requires_grad_() for x in draw((2, 4, 33, 8), (2, 2, 41, 8), (1, 2, 41, 6), (2, 1, 33, 41))
@@ -85,6 +111,22 @@ def test_gradients_over_blocks_of_queries(batch, shared, mask):
             found.append(torch.autograd.grad(out, inputs, grad))
         for ours, theirs in zip(*found, strict=True):
             assert_near(ours, theirs, 4 * (250 + 300 + 36), theirs.abs().sum())  # sums in another order
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [5, 70, 230])  # of a run that begins with all keys, with some, and of several
+def test_gradients_of_tokens_lie_as_tokens(length, causal):
+    inputs = [
+        x.transpose(1, 2).requires_grad_()
+        for x in draw((2, length, 6, 32), (2, 230, 2, 32), (2, 230, 2, 32), dtype=torch.float32)
+    ]
+    grad = torch.randn(2, length, 6, 32).transpose(1, 2)
+    backward = registry.find(NAME, "numba").backward
+    found = backward(grad, *(x.detach() for x in inputs), None, causal, None, (True, True, True, False))
+    expected = torch.autograd.grad(attend(*inputs, None, causal, backend="torch"), inputs, grad)
+    for ours, theirs, x in zip(found, expected, inputs, strict=False):
+        assert ours.stride() == x.stride()
+        assert_near(ours, theirs, 4 * (length + 230 + 32), theirs.abs().sum())  # sums in another order
 
 
 def test_gradients_of_rows_without_keys_are_zero():
