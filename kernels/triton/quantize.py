@@ -24,7 +24,7 @@ LONGEST_COUNT = 2**31 - LONGEST
 ENCODE_TILE: dict[str, Any] = {"TILE": 4096, "num_warps": 4}
 HADAMARD_TILE: dict[str, Any] = {"TILE": 4096, "num_warps": 4}
 RECODE_TILE: dict[str, Any] = {"BAND": 128, "num_warps": 8}
-BESIDE, APART = 28, 512
+BESIDE, APART = 28, 256
 """Bytes of an element to encode where a chip holds all: of those that lie side by side, and of those that do not."""
 SPLIT = 1296
 """Likewise of one to transform: halves of pairs lie in 32 bytes each, at every stage."""
