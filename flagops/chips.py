@@ -137,7 +137,7 @@ CHIPS = (
     _ascend("Ascend 910B", "Huawei", "npu", "PrivateUse1", "Ascend910B", state="lowered", rate=280,
             sources=("https://github.com/triton-lang/triton-ascend/pull/1910",
                      "https://ai.gitee.com/docs/compute/clusters_gpu/ascend_gpu"),
-            note="42 of 44 Triton kernels lower up to the vendor's last step; on chip: the unified buffer; "
+            note="54 of 59 Triton kernels lower up to the vendor's last step; on chip: the unified buffer; "
                  "rate: of float16"),
     _ascend("Ascend 910C", "Huawei", "npu", "PrivateUse1", "", state="declared", bandwidth=3200, rate=780,
             sources=("https://github.com/triton-lang/triton-ascend/pull/1910", "https://techpowerup.com/335749/"

@@ -86,7 +86,7 @@ def test_a_chip_without_warps_refuses_rows_that_it_cannot_hold(on):
 CALLS = (
     "matmul", "linear", "sparse_attention", "scaled_dot_product_attention", "fp4_dequantize", "hc_pre", "int8_matmul",
     "fp8_matmul", "fp4_matmul", "fp8_quantize", "fp4_quantize", "fp4_to_fp8", "hadamard", "grouped_matmul",
-    "moe_experts",
+    "moe_experts", "aten.sort", "aten.scatter", "aten.sum", "aten.argmax", "aten.cumsum",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ._common import INTERPRET, launch
 from ._elementwise import cast
+from ._room import fitted
 from .reductions import cumsum
 
 COUNTED, PART = (32, 32) if INTERPRET.value else (1024, 512)
@@ -21,6 +22,8 @@ COUNTED, PART = (32, 32) if INTERPRET.value else (1024, 512)
 counts. The interpreter, whose rows are short, goes all of these ways."""
 DIGIT = tl.constexpr(4)
 """Bits of a digit: a block is counted once for each of their values."""
+HELD = 104
+"""Bytes of an element for each of those values, where a chip holds all."""
 
 
 @triton.jit
@@ -168,13 +171,15 @@ def _counted(keys: torch.Tensor, among: torch.Tensor | None, k: int) -> torch.Te
 
 def _by_digits(keys: torch.Tensor, bits: int) -> torch.Tensor:
     *shape, n = keys.shape
-    rows, parts, digits = math.prod(shape), triton.cdiv(n, PART), 1 << DIGIT.value
+    rows, digits = math.prod(shape), 1 << DIGIT.value
+    tile = fitted({"BLOCK": PART}, keys.device, lambda tile: HELD * digits * tile["BLOCK"], ("BLOCK",))
+    parts = triton.cdiv(n, tile["BLOCK"])
     counts = keys.new_empty((*shape, digits * parts), dtype=torch.int32)
     spare = [(torch.empty_like(keys), keys.new_empty(keys.shape, dtype=torch.int32)) for _ in range(2)]
     places = None
     for turn, shift in enumerate(range(0, bits, DIGIT.value) if rows else ()):
         flip = digits // 2 if shift + DIGIT.value == 8 * keys.element_size() else 0
-        options = {"DIGITS": digits, "BLOCK": PART, "num_warps": 4}
+        options = {"DIGITS": digits, **tile, "num_warps": 4}
         launch(count_kernel, (rows * parts,), keys.device, keys, counts, n, parts, shift, flip, **options)
         cumsum(counts, "int64", counts)
         goal = spare[turn % 2]

@@ -20,9 +20,12 @@ from .. import _folds
 from .._rows import merged, spread
 from ._common import keeping_subnormals, launch
 from ._elementwise import TYPES, bits, cast, number, offset
+from ._room import fitted
 from ._spelling import folding, spelled
 
 TILE = 1024
+HELD = 193
+"""Bytes of an element to fold where a chip holds all."""
 PART, ACROSS = 1 << 14, 1 << 9
 """Elements of a row that a program folds; of one across memory, where a program has many rows, fewer."""
 LIMITS = {"int64": (-(2**63), 2**63 - 1), "float32": (-math.inf, math.inf), "float64": (-math.inf, math.inf)}
@@ -143,10 +146,11 @@ def span(step: int) -> int:
     return PART if step == 1 else ACROSS
 
 
-def tile(n: int, step: int) -> dict[str, int]:
+def tile(n: int, step: int, device: torch.device) -> dict[str, int]:
     """Rows and elements of each that a program has at once: few rows where elements lie side by side, else many."""
-    block = min(TILE if step == 1 else 16, triton.next_power_of_2(max(n, 16)))
-    return {"ROWS": max(1, TILE // block), "BLOCK": block}
+    size = fitted({"TILE": TILE}, device, lambda tile: HELD * tile["TILE"], ("TILE",))["TILE"]
+    block = min(size if step == 1 else 16, triton.next_power_of_2(max(n, 16)))
+    return {"ROWS": max(1, size // block), "BLOCK": block}
 
 
 def lead(*tensors: torch.Tensor | None, shape: tuple[int, ...], own: tuple[int, ...] = ()) -> tuple[Any, list[Any]]:
@@ -191,7 +195,7 @@ def _folded(
     *shape, n = x.shape
     count = math.prod(shape)
     sizes, (x_steps, found_steps, out_steps) = lead(x, found, target, shape=tuple(shape))
-    shaped = tile(n, x.stride(-1))
+    shaped = tile(n, x.stride(-1), x.device)
     launch(
         fold_kernel, (triton.cdiv(count, shaped["ROWS"]) * parts,), x.device, x, found, target, bits(scalar, state),
         count, n, sizes, x_steps, found_steps, out_steps, x.stride(-1), parts, STEP=spelled(_folds, how.step),
@@ -214,7 +218,7 @@ def places(how: Fold, x: torch.Tensor, values: Any, indices: torch.Tensor, given
         x.new_empty((*shape, parts), dtype=getattr(torch, state)), indices.new_empty((*shape, parts)),
     )  # fmt: skip
     sizes, (x_steps, given_steps, out_steps, place_steps) = lead(x, given, to, where, shape=tuple(shape))
-    shaped = tile(n, x.stride(-1))
+    shaped = tile(n, x.stride(-1), x.device)
     launch(
         places_kernel, (triton.cdiv(count, shaped["ROWS"]) * parts,), indices.device, x, given, to, where, count, n,
         sizes, x_steps, given_steps, out_steps, place_steps, x.stride(-1), parts,
@@ -330,7 +334,7 @@ def cumsum(x: torch.Tensor, dtype: str, out: torch.Tensor) -> None:
         _folded(ADD, x, state, state, sums, parts=parts)
         cumsum(sums, state, sums)
     sizes, (x_steps, sum_steps, out_steps) = lead(x, sums, out, shape=tuple(shape))
-    shaped = tile(n, x.stride(-1))
+    shaped = tile(n, x.stride(-1), x.device)
     count = math.prod(shape)
     launch(
         cumsum_kernel, (triton.cdiv(count, shaped["ROWS"]) * parts,), out.device, x, sums, out, count, n, sizes,
