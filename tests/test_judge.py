@@ -1,8 +1,10 @@
 """The judge: what it looks at, that it catches wrong kernels and no right ones, and the command around it."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -21,10 +23,12 @@ import torch
 import flagops
 from flagops import dispatch, layouts, registry, testing
 from flagops.__main__ import main
-from flagops.cases import parse
+from flagops.cases import MODES, Case, _draw, parse
+from flagops.errors import Unsupported
+from flagops.judge.calls import assert_refused, switched
 from flagops.judge.command import duration
 from flagops.judge.constants import constants
-from flagops.judge.draws import Coverage, Draws, features
+from flagops.judge.draws import Coverage, Draws, empty, features
 from flagops.judge.gradients import hold_gradient
 from flagops.judge.process import Watch, names
 from flagops.judge.session import LEAST_SHARE, Session
@@ -54,6 +58,58 @@ def test_a_layout_keeps_values_and_has_poison_around_them(layout, rng):
         assert np.array_equal(place.view.reshape(-1)[:1], y.reshape(-1)[:1])
     steps = layouts.put(np.ones((3, 4, 5), np.float32), layout).view.strides
     assert (steps == (80, 20, 4)) == (layout in ("contiguous", "offset"))
+
+
+def test_numbers_at_edges_are_halfway_between_those_of_narrower_formats_or_just_beside(rng):
+    x = _draw(rng, registry.operator("rms_norm").tensors["x"], (4000,), "float32", {}, "edges")
+    mantissa = np.frexp(np.abs(x))[0].astype(np.float64) * 32
+    beside = np.abs(mantissa - np.rint(mantissa))
+    assert 0.4 < (beside == 0).mean() < 0.6
+    assert (beside <= 32 * 2.0**-23).all()
+    assert np.isfinite(x).all()
+    assert np.sign(x).sum() != len(x)
+
+
+def test_a_spoiled_row_is_one_of_one_tensor():
+    found = 0
+    for seed in range(40):
+        case = Case("linear", (("k", 5), ("n", 4)), (3,), (("x", "float32"), ("weight", "float32")), absent=("bias",))
+        drawn = dataclasses.replace(case, values="spoiled row", seed=seed).values_drawn()
+        rows = [np.flatnonzero(~np.isfinite(drawn[name]).all(-1)) for name in ("x", "weight")]
+        assert sum(map(len, rows)) == 1
+        found += len(rows[0])
+    assert 5 < found < 35
+
+
+@pytest.mark.parametrize("mode", sorted(set(MODES) - {""}))
+def test_a_mode_is_on_during_a_call_alone(mode):
+    def state():
+        return (
+            torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.get_default_dtype(),
+            torch.is_autocast_enabled("cpu"),
+        )  # fmt: skip
+
+    before = state()
+    with contextlib.suppress(KeyError), switched(mode):
+        assert state() != before
+        raise KeyError
+    assert state() == before
+
+
+@pytest.mark.parametrize("name", ["aten.gather", "aten.scatter", "aten.offset", "aten.embedding_dense_backward"])
+def test_indices_out_of_range_are_refused(name):
+    session, held = Session(registry.operator(name), "numba", random.randrange(1 << 20)), 0
+    for case in itertools.islice(session.draws.drawn(), 20):
+        with contextlib.suppress(Unsupported):
+            assert_refused(session.op, "numba", case)
+            held += 1
+    assert held
+
+
+def test_few_draws_are_of_nothing():
+    session = Session(registry.operator("sparse_attention"), "torch", random.randrange(1 << 20))
+    nothing = [empty(case) for case in itertools.islice(session.draws.drawn(), 200)]
+    assert 0 < sum(nothing) < 60
 
 
 def test_the_commonest_layouts_are_among_them():

@@ -173,6 +173,23 @@ def test_a_device_context_is_not_the_kernels(name, backend):
     assert equal(op.each(got), expected)
 
 
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_autocast_casts_nothing_inside_of_a_kernel(name, backend):
+    op, given = registry.operator(name), drawn(name, backend)
+    expected = results(op, given, backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert equal(op.each(of(op)(*given, backend=backend)), expected)
+
+
+def test_autocast_casts_nothing_inside_of_a_backward():
+    a, b = (torch.randn(33, 33, requires_grad=True) for _ in "ab")
+    expected = torch.autograd.grad(flagops.matmul(a, b, backend="torch").sum(), (a, b))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(flagops.matmul(a, b, backend="torch").sum(), (a, b))
+    assert equal(found, expected)
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_inference_mode(name):
     op, given = registry.operator(name), drawn(name)
