@@ -342,9 +342,12 @@ def reach(words: list[str], workers: int) -> dict[str, list[str]]:
                 )
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps({name: answer for name, answer in found.items() if isinstance(answer, list)}))
-    names = {x: {(name := x.partition(".")[0]), f"{name}_"} for x in LOWERINGS}
-    called = {name: set(answer) for name, answer in json.loads(kept.read_text()).items()}
-    return {name: [x for x, forms in names.items() if forms & answer] for name, answer in called.items()}
+    return {name: replaced(called) for name, called in json.loads(kept.read_text()).items()}
+
+
+def replaced(called: list[str]) -> list[str]:
+    """The replaced names that are among those that are called."""
+    return [x for x in LOWERINGS if {(name := x.partition(".")[0]), f"{name}_"} & {*called}]
 
 
 def parser() -> argparse.ArgumentParser:

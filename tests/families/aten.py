@@ -33,6 +33,7 @@ MUTANTS = {
         ("aten._softmax", "where(numbered(whole) < n, e, 0)", "e * 2", 0),
         ("aten._softmax", "cast(S, 1) / vsum(masses)", "cast(S, 1)", 0),
         ("aten._softmax", "(b > a) | (b != b)", "(b > a)", 0),
+        ("aten._softmax", "exp(read(X, x + i * X_SIZE) - top)", "exp(read(X, x + i * X_SIZE))", 0),
     ],
     "numba/indexing.py": [
         ("aten.gather", "j * goal_step, where + j * where_step", "j * goal_step, where", 0),
@@ -62,4 +63,8 @@ MUTANTS = {
         ("aten.random", "words[i] % count if count > 0 else words[i]", "words[i]", 0),
         ("aten.pick", "total += np.float64", "total = np.float64", 0),
     ],
+}
+
+EQUIVALENT = {
+    ("numba/rows.py", 2): "a NaN makes the sum of its row NaN, whatever the greatest is",
 }
