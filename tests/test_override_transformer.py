@@ -269,8 +269,11 @@ def test_gradients_of_attention_lie_as_torchs():
             continue
         fewer = (*batch[:-1], batch[-1] // grouped) if batch else ()
         q, k, v = (torch.randn(shape) for shape in ((*batch, 6, 8), (*fewer, 7, 8), (*fewer, 7, values)))
-        for turned, named in itertools.product((False, True), ({}, {"is_causal": True}, {"scale": 0.3})):
-            given = [x.mT.contiguous().mT if turned and batch else x for x in (q, k, v)]
+        for turned, named in itertools.product((0, -1, -3), ({}, {"is_causal": True}, {"scale": 0.3})):
+            axis = max(turned, -q.dim())  # that lies where the rows do: of columns, or of heads
+            given = [
+                x.transpose(axis, -2).contiguous().transpose(axis, -2) if turned and batch else x for x in (q, k, v)
+            ]
             named = {**named, "enable_gqa": grouped > 1}
             expected = gradients(given, named)
             with flagops.enable("scaled_dot_product_attention", BACKENDS[0]) as handle:

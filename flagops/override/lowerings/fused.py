@@ -138,13 +138,13 @@ def _is_fused(query: Tensor, **rest: Any) -> bool:
 
 
 def _as_tokens(query: Tensor, key: Tensor, **rest: Any) -> dict[str, tuple[int, ...]]:
-    """The CPU's fused kernel has gradients of all heads of a token side by side; that of a product with the transposed
-    key is transposed, unless it is summed over heads that share it."""
-    axes = tuple(range(query.dim()))
+    """The CPU's fused kernel has gradients of all heads of a token side by side; others lie as they are shaped, but
+    that of a product with the transposed key is transposed, unless it is summed over heads that share it."""
+    axes, names = tuple(range(query.dim())), ("query", "key", "value")
     if _is_fused(query, key=key, **rest):
-        return dict.fromkeys(("query", "key", "value"), (0, 2, 1, 3)) if query.device.type == "cpu" else {}
+        return dict.fromkeys(names, (0, 2, 1, 3)) if query.device.type == "cpu" else {}
     transposed = len(axes) > 2 and key.shape[-3] == query.shape[-3]
-    return {"key": (*axes[:-2], axes[-1], axes[-2])} if transposed else {}
+    return dict.fromkeys(names, axes) | ({"key": (*axes[:-2], axes[-1], axes[-2])} if transposed else {})
 
 
 @lowers(
