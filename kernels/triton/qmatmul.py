@@ -217,6 +217,8 @@ def quantized_product(
     table = (FOUR if four else TILES)[chip(device).kind]
     tiles = fitting(table, device, lambda tile: _held(tile, four, coded), ("BM",) if four else ("BN", "BM"))
     tile = next((t for t in tiles if m <= t["BM"]), tiles[-1])
+    if four and not coded and a.dtype != torch.bfloat16:  # by multiply-adds, whose operands all lie in registers
+        tile = tile | {"BM": min(tile["BM"], 32), "BN": min(tile["BN"], 32), "num_warps": 8, "num_stages": 1}
     programs = triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"])
     blocks = triton.cdiv(k, 128)
     parts = min(chip(device).processors // programs, blocks // 4, 16, config.budget() // 4 // (8 * size))
