@@ -299,8 +299,8 @@ def _draw(
         where = rng.random(shape) < 0.05
         made[where] = _special(dtype)[rng.integers(0, len(SPECIAL), int(where.sum()))]
     elif values == "spoiled" and made.size:
-        last = made.shape[-2] if made.ndim > 1 else made.size
-        row = (0, -1, -1, int(rng.integers(last)))[rng.integers(4)]
+        rows = made.shape[-2] if made.ndim > 1 else made.size
+        row = int(rng.choice([0, rows - 1, rows - 1, int(rng.integers(rows))]))
         made[(..., row, slice(None)) if made.ndim > 1 else (row if made.ndim else ...)] = rng.choice(
             np.array([np.nan, np.nan, np.inf, -np.inf], made.dtype)
         )

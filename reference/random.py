@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flagops.arrays import FLOATS, NUMBERS, numpy_dtype
+from flagops.arrays import FLOATS, HALF, NUMBERS, numpy_dtype
 from flagops.operator import Operator, Scalar, Tensor, operator
 from flagops.scalars import dtype as dtype_scalar
 from flagops.scalars import real, whole
@@ -178,7 +178,7 @@ def random(state: Array, n: int, low: int, count: int, dtype: str) -> Array:
         n: how many.
         low: the least.
         count: how many different ones.
-        dtype: of the result, of integers the low bits.
+        dtype: of the result, of integers the low bits, of halves rounded after float32.
         out: ``[n]`` to write into; allocated if None.
 
     Returns:
@@ -192,7 +192,10 @@ def random(state: Array, n: int, low: int, count: int, dtype: str) -> Array:
     """
     words = _long_words(state, n)
     made = (words % np.uint64(count) if count else words).astype(np.int64) + np.int64(low)
-    return round_to(round_to(made, "float64"), dtype) if dtype in FLOATS else made.astype(dtype)
+    if dtype not in FLOATS:
+        return made.astype(dtype)
+    wide = round_to(made, "float64")
+    return round_to(round_to(wide, "float32") if dtype in HALF else wide, dtype)  # halves after float32, as in torch
 
 
 def _weights(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, dims: dict[str, int]) -> Array:
