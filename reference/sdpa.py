@@ -161,7 +161,8 @@ def _blend(p: Array, value: Array) -> Array:
 
 
 def scaled_dot_product_attention_bound(exact: Array, arguments: Mapping[str, Any], dtype: str) -> Array:
-    """The logits' error through exp, the rounding of p, the sums and the last rounding, as for a contraction."""
+    """The logits' error through exp, the rounding of p, the sums and the last rounding, as for a contraction. Minus
+    infinity where a logit may overflow: its key may then be hidden, with whatever value it has."""
     query, key, value = (wide(arguments[name]) for name in ("query", "key", "value"))
     mask, is_causal = arguments["attn_mask"], arguments["is_causal"]
     scale = factor(arguments["scale"], query.shape[-1])
@@ -186,5 +187,5 @@ def scaled_dot_product_attention_bound(exact: Array, arguments: Mapping[str, Any
         unclear = np.matmul(vanishing, ~np.isfinite(value) * 1.0) > 0  # perhaps 0 times infinity
         bound = np.where(unclear | (size.sum(-2, keepdims=True) >= acc.largest / 2), np.inf, bound)
         overflow = worst >= acc.largest / 2  # of a logit, whose key a kernel may then take for a hidden one
-        bound = np.where(np.isnan(bound), np.where(np.isnan(exact) & ~unclear & ~overflow, 0, np.inf), bound)
-        return np.where(seen | overflow, bound, 0)
+        bound = np.where(np.isnan(bound), np.where(np.isnan(exact) & ~unclear, 0, np.inf), bound)
+        return np.where(overflow, -np.inf, np.where(seen, bound, 0))

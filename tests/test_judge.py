@@ -440,3 +440,21 @@ def test_what_overflow_makes_is_open_where_no_input_is_nan():
     given["o"][0, 5] = np.nan
     with pytest.raises(AssertionError, match="expected nan"):
         testing.compare(op, given, number)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e30])
+def test_a_key_whose_logit_overflows_hides_even_a_nan(size):
+    """A logit of float32 that is -inf has a weight of 0, which takes nothing; one that the formats hold takes it."""
+    op = registry.operator("scaled_dot_product_attention")
+    query, key, value = (np.full(shape, size, np.float32) for shape in ((1, 1, 4), (1, 2, 4), (1, 2, 3)))
+    key[0, 0] *= -1
+    value[...] = 2
+    value[0, 0, 1] = np.nan
+    given = dict(zip(op.inputs, (query, key, value, None, False, None), strict=True))
+    testing.compare(op, given, np.full((1, 1, 3), [2, np.nan, 2], np.float32))
+    number = np.full((1, 1, 3), 2, np.float32)
+    if size > 1:
+        testing.compare(op, given, number)
+    else:
+        with pytest.raises(AssertionError, match="expected nan"):
+            testing.compare(op, given, number)

@@ -67,11 +67,12 @@ def _certain(op: Operator, inputs: Sequence[Any], exact: Sequence[Array], bounds
 
     A bound is infinite where roundings may decide what comes of infinities and overflow; but a NaN that is there
     already stays one, and a kernel that takes it for a number is wrong. Which these are the reference says of the same
-    inputs with ones in place of all other floats: those that it does not make with ones in place of the NaNs too.
+    inputs with ones in place of all other floats: those that it does not make with ones in place of the NaNs too. Where
+    an overflow may hide even a NaN, the bound is minus infinity.
     """
 
     def open_at(value: Array, bound: Any) -> Any:
-        return False if bound is None else np.isnan(value) & ~np.isfinite(bound)
+        return False if bound is None else np.isnan(value) & ~np.isfinite(bound) & ~np.isneginf(bound)
 
     unclear = [open_at(value, bound) for value, bound in zip(exact, bounds, strict=True)]
     if not any(np.any(x) for x in unclear):
