@@ -335,7 +335,7 @@ def _choose(
             backend=name,
             kernel=kernel,
             bound=bound,
-            run=surroundings.uncast(kernel.function) if arrays.is_torch(first) else kernel.function,
+            run=kernel.function,
             views=views,
             copies=copies,
             as_given=not (views or copies or bound.scalars or operator.coded_results),

@@ -61,10 +61,11 @@ def test_half_gradients_have_the_inputs_dtype_and_are_near(kernel):
     ]
     _total(name, getattr(flagops, name)(*args, backend=backend)).backward()
     _total(name, getattr(flagops, name)(*wide, backend="torch")).backward()
-    for x, y in zip(args, wide, strict=True):
-        if isinstance(x, torch.Tensor) and x.requires_grad:
-            assert x.grad.dtype == x.dtype
-            assert torch.allclose(x.grad.double(), y.grad, rtol=0.1, atol=0.1 * float(y.grad.abs().max()))
+    pairs = [(x, y.grad) for x, y in zip(args, wide, strict=True) if isinstance(x, torch.Tensor) and x.requires_grad]
+    largest = max(float(slope.abs().max()) for _, slope in pairs)  # one element's own may be what cancelling left
+    for x, slope in pairs:
+        assert x.grad.dtype == x.dtype
+        assert torch.allclose(x.grad.double(), slope, rtol=0.1, atol=0.05 * largest)
 
 
 def test_what_has_no_gradient_raises_before_running():

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+from flagops.calls import surroundings
+
 Held = Sequence[Any]
 """The values of a call, among which the tensors of its kernel lie."""
 
@@ -33,7 +35,7 @@ class Replay:
     places: where their tensors lie among the values; None where they have to be computed.
     """
 
-    __slots__ = ("_clean", "_function", "_left", "_owner", "_places", "environment", "first", "known")
+    __slots__ = ("_casting", "_clean", "_function", "_left", "_owner", "_places", "environment", "first", "known")
 
     def __init__(
         self,
@@ -43,7 +45,7 @@ class Replay:
         places: Sequence[Place] | None,
     ) -> None:
         self._owner, self._function, self._clean, self._places = owner, function, clean, places
-        self._left = OFTEN
+        self._left, self._casting = OFTEN, surroundings.casting()
         self.known: dict[Hashable, Callable[[Held], None]] = {}
         self.environment: Callable[[], Hashable] = _anywhere
         self.first = self._first
@@ -53,7 +55,10 @@ class Replay:
             self.known[None] = self._plain
 
     def _plain(self, held: Held) -> None:
-        self._function(*self._clean(held))
+        if self._casting():  # a frame fewer than `uncast` has
+            surroundings.uncast(self._function)(*self._clean(held))
+        else:
+            self._function(*self._clean(held))
 
     def _first(self, held: Held) -> None:
         clean = self._clean(held)

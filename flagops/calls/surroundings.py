@@ -63,17 +63,26 @@ def probes() -> tuple[Callable[[], bool], Callable[[], bool]]:
     return overseen, torch._C.is_grad_enabled
 
 
+def casting() -> Callable[[], bool]:
+    """What tells whether `torch.autocast` is in force."""
+    torch = sys.modules.get("torch")
+    return torch._C._is_any_autocast_enabled if torch is not None else _never
+
+
+def _never() -> bool:
+    return False
+
+
 def uncast(function: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel of torch's operators as it runs under `torch.autocast` too: what is computed in which dtype says the
     card, and autocast would have the products inside of it in bfloat16."""
-    inside = sys.modules["torch"]._C
-    active, without = inside._is_any_autocast_enabled, inside._DisableAutocast
+    inside, active = sys.modules["torch"]._C, casting()
 
     @wraps(function)
     def call(*args: Any) -> Any:
         if not active():
             return function(*args)
-        with without():
+        with inside._DisableAutocast():
             return function(*args)
 
     return call

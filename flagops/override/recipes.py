@@ -517,7 +517,7 @@ def _lowered_again(
         plan = choose(operator, (*values, out), backend, below)
         if plan.check_values and plan.operator.values:
             _refuse(plan.operator.values(*values))
-        plan.run(*plan.clean((*values, out)))
+        surroundings.uncast(plan.run)(*plan.clean((*values, out)))
 
     apart = goal.look_closer(args)
     if apart:
