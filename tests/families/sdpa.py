@@ -37,7 +37,6 @@ MUTANTS = {
         ("scaled_dot_product_attention", "1 / total if total != 0 else 0.0", "1 / total", 0),
         ("scaled_dot_product_attention", "last = min(count, first + i + 1) if is_causal", "last = min(count, first + i + 2) if is_causal", 0),
         ("scaled_dot_product_attention", "if last % step:", "if False:", 0),
-        ("scaled_dot_product_attention", "vput(slope, tile * high, j, vsplat(real))", "pass", 0),
         ("scaled_dot_product_attention", "task * held, 0)\n            by_values", "0, 0)\n            by_values", 0),
     ],
     "torch/sdpa.py": [
