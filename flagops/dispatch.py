@@ -384,7 +384,7 @@ def backward(operator: Operator, kernel: registry.Kernel) -> Callable[..., tuple
     """
     own = kernel.backward
     if own is None:
-        return _torchs(operator)
+        return surroundings.uncast(_torchs(operator))
 
     def first(*args: Any) -> tuple[Any, ...]:
         found = own(*args)
@@ -397,7 +397,7 @@ def _torchs(operator: Operator) -> Callable[..., tuple[Any, ...]]:
     found = registry.find(operator.name, "torch").backward
     if found is None:
         raise Unsupported(f"{operator.name} has no backward; call it under torch.no_grad() or detach its inputs")
-    return surroundings.uncast(found)
+    return found
 
 
 def _places(operator: Operator, args: Sequence[Any]) -> tuple[Place, ...] | None:

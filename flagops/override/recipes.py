@@ -20,7 +20,7 @@ from . import fuel
 from .destinations import AN_INPUT, ITSELF, SAID, deliver, overlaps_itself, refuse_other_dtypes, refuse_product, shared
 from .forms import Form, Part, Spread, View, form_of
 from .iteration import laid_out
-from .lowering import REFUSED, Call, Lowering, Pass, To
+from .lowering import REFUSED, Call, Lowered, Lowering, Pass, To
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,8 +142,8 @@ def _recorded(form: Form, backend: Any, lowering: Lowering, args: tuple[Any, ...
             chosen.append(choose(operator, (*values, out), backend, below))
 
         to = To(destination, form.given is not None, step)
-        lowered, kernels = lowering.function(to, **form.named(roles)), []
-        for call in lowered if isinstance(lowered, list) else [lowered]:
+        kernels = []
+        for call in _each(lowering.function(to, **form.named(roles))):
             if isinstance(call, Call):
                 step(call.operator, *call.inputs, out=call.out)
                 kernels.append(_kernel(chosen[-1], call, (*roles, destination, *to.numbers), form.given))
@@ -502,6 +502,11 @@ def _view(source: Tensor, x: Tensor) -> View:
     return lambda y: y.as_strided(shape, strides, y.storage_offset() + offset)
 
 
+def _each(lowered: Lowered) -> Sequence[Call | Callable[[], None]]:
+    """What a lowering gave, one by one."""
+    return lowered if isinstance(lowered, list) else [lowered]
+
+
 def _lowered_again(
     form: Form,
     lowering: Lowering,
@@ -524,8 +529,7 @@ def _lowered_again(
         return apart(args)
     out = goal.of(args)
     with guard() if guard else contextlib.nullcontext():
-        lowered = lowering.function(To(out, form.given is not None, run), **form.named(args))
-        for call in lowered if isinstance(lowered, list) else [lowered]:
+        for call in _each(lowering.function(To(out, form.given is not None, run), **form.named(args))):
             if isinstance(call, Call):
                 run(call.operator, *call.inputs, out=call.out)
             else:
